@@ -1,0 +1,1 @@
+"""Live music diffusion that can be read, trained and played in a notebook."""

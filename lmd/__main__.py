@@ -1,0 +1,57 @@
+"""The command line: `python -m lmd COMMAND`.
+
+A command is a module with `configure(parser)`, which adds its arguments, and `main(args) -> int`,
+which returns the exit status. Modules are imported only when their command is asked for.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lmd.errors import LmdError
+
+COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("bench",): ("lmd.bench", "measure speed on this machine"),
+    ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
+    ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
+    ("data", "check"): ("lmd.data.check", "report which files of a folder can be used"),
+    ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
+    ("train", "codec"): ("lmd.train_codec", "train the spectral codec"),
+    ("train", "base"): ("lmd.train_base", "train the bidirectional base model"),
+    ("train", "finetune"): ("lmd.train_finetune", "turn a base into a live model"),
+    ("train", "arc"): ("lmd.train_arc", "adversarial post-training on rollouts"),
+    ("run",): ("lmd.pipeline", "execute the notebooks and write a report"),
+    ("stream",): ("lmd.stream_command", "stream music to a file"),
+    ("replay",): ("lmd.replay", "play a recorded take again"),
+    ("evaluate",): ("lmd.evaluate", "measure generated music"),
+}
+
+
+def usage() -> str:
+    """One line for every command."""
+    lines = [f"  {' '.join(words):16} {text}" for words, (_, text) in COMMANDS.items()]
+    return "usage: python -m lmd COMMAND [options]\n\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a refusal (`LmdError`) is printed in one line, exit status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in COMMANDS), None)
+    if name is None:
+        asked_for_help = bool(words) and words[0] in ("-h", "--help")
+        print(usage(), file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    module_name, text = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"python -m lmd {' '.join(name)}", description=text)
+    module.configure(parser)
+    try:
+        return module.main(parser.parse_args(words[len(name) :]))
+    except LmdError as error:
+        print(f"lmd {' '.join(name)}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The border between waves and latents: what every codec offers, and how a stream is decoded.
+
+The streamer and the notebooks know nothing of a codec but this protocol, so the spectral codec of
+`small` and Stable Audio's autoencoder are interchangeable.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lmd.errors import LmdError
+from lmd.shapes import Latents, Wave
+
+Seam = Literal["exact", "fade"]
+
+
+class Codec(Protocol):
+    """Waves to latents and back.
+
+    A latent frame covers `samples_per_frame` samples. Samples of frames [a, b) depend on no latents
+    outside [a - lookback_frames, b + lookahead_frames).
+    """
+
+    sample_rate: int  # Hz
+    channels: int  # audio channels
+    latent_dim: int
+    samples_per_frame: int
+    lookback_frames: int
+    lookahead_frames: int
+
+    def encode(self, wave: Wave) -> Latents:
+        """Latents of a wave whose length is a whole number of frames."""
+        ...
+
+    def decode(self, latents: Latents) -> Wave:
+        """The wave of some latents, `samples_per_frame` samples a frame."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """What a streamed decode carries from block to block; a value, never changed in place.
+
+    Attributes:
+        latents: the most recent latents, those still to be heard last.
+        n_waiting: how many of them have not been emitted yet (the look-ahead of an exact seam).
+        overhang: samples guessed past the last block's end, to be faded out (fading seam).
+    """
+
+    latents: Latents | None = None
+    n_waiting: int = 0
+    overhang: Wave | None = None
+
+
+def decode_block(
+    codec: Codec, state: DecodeState, latents: Latents, seam: Seam, fade_s: float = 0.02
+) -> tuple[Wave, DecodeState]:
+    """Decode one more block of a stream.
+
+    `exact`: the samples equal those of one decode of the whole stream; they come
+    `codec.lookahead_frames` late, so the first wave is that much shorter than its block.
+    `fade`: the block is handed out at once; its first `fade_s` seconds are cross-faded, with equal
+    power, from what the previous decode guessed past its end.
+
+    Args:
+        codec: any codec.
+        state: what the previous call returned; `DecodeState()` to begin.
+        latents: the new block `[batch, latent, frame]`.
+        seam: how blocks are joined.
+        fade_s: length of the cross-fade in seconds.
+
+    Returns:
+        The samples that can be heard now and the state for the next block.
+
+    Raises:
+        LmdError: an unknown seam.
+    """
+    if seam not in ("exact", "fade"):
+        raise LmdError(f"seam {seam!r}", "'exact' or 'fade'", "Pick one of these.")
+    past = latents[..., :0] if state.latents is None else state.latents
+    joined = torch.cat([past, latents], dim=-1)
+    n_past, hop = past.shape[-1], codec.samples_per_frame
+    if seam == "exact":
+        n_emit = max(0, state.n_waiting + latents.shape[-1] - codec.lookahead_frames)
+        start = n_past - state.n_waiting
+        wave = codec.decode(joined)[..., start * hop : (start + n_emit) * hop]
+        n_waiting = state.n_waiting + latents.shape[-1] - n_emit
+        keep = min(joined.shape[-1], codec.lookback_frames + n_waiting)
+        tail = joined[..., joined.shape[-1] - keep :].clone()
+        return wave, DecodeState(tail, n_waiting, None)
+    return _decode_fading(codec, state, joined, n_past, fade_s)
+
+
+def _decode_fading(
+    codec: Codec, state: DecodeState, joined: Latents, n_past: int, fade_s: float
+) -> tuple[Wave, DecodeState]:
+    """The fading seam: extend the block by repeating its last frame, fade from the last guess."""
+    hop, n_fade = codec.samples_per_frame, round(fade_s * codec.sample_rate)
+    n_guess = math.ceil(n_fade / hop)
+    extended = torch.cat([joined, joined[..., -1:].expand(*joined.shape[:-1], n_guess)], dim=-1)
+    wave = codec.decode(extended)[..., n_past * hop :]
+    end = (joined.shape[-1] - n_past) * hop
+    block, overhang = wave[..., :end].clone(), wave[..., end : end + n_fade].clone()
+    if state.overhang is not None and n_fade:
+        n = min(n_fade, end)
+        fade_in, fade_out = equal_power_fade(n, block)
+        block[..., :n] = block[..., :n] * fade_in + state.overhang[..., :n] * fade_out
+    keep = min(joined.shape[-1], codec.lookback_frames)
+    tail = joined[..., joined.shape[-1] - keep :].clone()
+    return block, replace(state, latents=tail, n_waiting=0, overhang=overhang)
+
+
+def equal_power_fade(n_samples: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gains (in, out) with in² + out² = 1 over `n_samples` samples."""
+    angle = (torch.arange(n_samples, dtype=like.dtype, device=like.device) + 0.5) / n_samples
+    return torch.sin(angle * math.pi / 2), torch.cos(angle * math.pi / 2)

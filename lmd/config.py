@@ -1,0 +1,229 @@
+"""Every size in one place: frozen dataclasses, three presets, unknown keys refused.
+
+`tiny` is for tests, `small` ships with weights and plays in real time on two CPU cores,
+`paper` has the exact shape of Stable Audio Open Small.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from lmd.errors import LmdError
+
+Regime = Literal["full", "enc-dec", "block-causal"]
+REGIMES: tuple[str, ...] = get_args(Regime)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ControlChannel:
+    """A frame-wise control that joins the input-add projection (a sketch, an accompaniment)."""
+
+    name: str
+    channels: int
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer. Widths count channels, `depth` counts blocks."""
+
+    latent_dim: int = 64
+    width: int = 1024
+    depth: int = 16
+    n_heads: int = 8
+    text_dim: int = 768  # cross-attention token width
+    global_dim: int = 768  # width of the global (seconds) condition
+    ff_mult: int = 4
+    rope_base: float = 10_000.0
+    timestep_features: int = 256
+    controls: tuple[ControlChannel, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.width % self.n_heads or (self.width // self.n_heads) % 4:
+            raise LmdError(
+                f"width {self.width} with {self.n_heads} heads",
+                "a head width that is a multiple of 4 (half of it is rotated, in pairs)",
+                "Choose width = n_heads × head width.",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.n_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """How many of a head's dimensions are rotated: half of them."""
+        return self.head_dim // 2
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """What the model looks at: a context and a block, in latent frames."""
+
+    context_frames: int = 192
+    block_frames: int = 48
+
+    def __post_init__(self) -> None:
+        check_block(self.context_frames, self.block_frames)
+
+    @property
+    def window_frames(self) -> int:
+        return self.context_frames + self.block_frames
+
+    def block_lengths(self) -> tuple[int, ...]:
+        """Every legal block length, shortest first: the divisors of the context."""
+        return tuple(o for o in range(1, self.context_frames + 1) if not self.context_frames % o)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder: `wordllama` needs no download, `t5-base` is the paper's."""
+
+    encoder: Literal["wordllama", "t5-base", "hash"] = "t5-base"
+    n_tokens: int = 64
+    dim: int = 768
+    max_seconds: float = 256.0
+
+
+@dataclass(frozen=True)
+class SpectralCodecConfig:
+    """The default codec: magnitudes in, latents, inverse STFT out (see `lmd.spectral`)."""
+
+    sample_rate: int = 22_050
+    channels: int = 1
+    latent_dim: int = 64
+    hop: int = 256  # samples per STFT frame
+    hops_per_frame: int = 4  # STFT frames per latent frame
+    n_fft: int = 1024
+    n_mels: int = 128
+    width: int = 384
+    depth: int = 6
+
+    @property
+    def samples_per_frame(self) -> int:
+        return self.hop * self.hops_per_frame
+
+
+@dataclass(frozen=True)
+class OobleckConfig:
+    """Stable Audio's convolutional autoencoder (see `lmd.oobleck`)."""
+
+    sample_rate: int = 44_100
+    audio_channels: int = 2
+    latent_dim: int = 64
+    channels: int = 128
+    c_mults: tuple[int, ...] = (1, 2, 4, 8, 16)
+    strides: tuple[int, ...] = (2, 4, 4, 8, 8)
+
+    @property
+    def samples_per_frame(self) -> int:
+        product = 1
+        for stride in self.strides:
+            product *= stride
+        return product
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One purpose, every size that follows from it."""
+
+    name: str
+    dit: DiTConfig
+    window: WindowConfig
+    text: TextConfig
+    codec: SpectralCodecConfig | OobleckConfig
+
+    @property
+    def frame_rate_hz(self) -> float:
+        return self.codec.sample_rate / self.codec.samples_per_frame
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "tiny",
+            DiTConfig(latent_dim=8, width=32, depth=2, n_heads=2, text_dim=16, global_dim=16),
+            WindowConfig(context_frames=192, block_frames=48),
+            TextConfig(encoder="hash", n_tokens=8, dim=16),
+            SpectralCodecConfig(latent_dim=8, n_mels=32, width=32, depth=1),
+        ),
+        Preset(
+            "small",
+            DiTConfig(width=320, depth=6, n_heads=5, text_dim=256, global_dim=256),
+            WindowConfig(context_frames=192, block_frames=48),
+            TextConfig(encoder="wordllama", n_tokens=32, dim=256),
+            SpectralCodecConfig(),
+        ),
+        Preset("paper", DiTConfig(), WindowConfig(), TextConfig(), OobleckConfig()),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        LmdError: no such preset; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise LmdError(f"preset {name!r}", f"one of {', '.join(PRESETS)}", "Pick one of these.")
+    return PRESETS[name]
+
+
+def check_block(context_frames: int, block_frames: int) -> int:
+    """How many blocks the context holds.
+
+    Raises:
+        LmdError: the block does not divide the context, or is not positive.
+    """
+    if block_frames < 1 or context_frames < 1 or context_frames % block_frames:
+        legal = [o for o in range(1, context_frames + 1) if context_frames % o == 0]
+        raise LmdError(
+            f"a block of {block_frames} frames in a context of {context_frames}",
+            "a block that divides the context",
+            f"Choose one of {legal}.",
+        )
+    return context_frames // block_frames
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON-ready values; `from_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a config from plain values; nested configs and tuples are restored.
+
+    Raises:
+        LmdError: a key that the config does not have.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise LmdError(
+            f"unknown keys {unknown} for {cls.__name__}",
+            f"a subset of {sorted(fields)}",
+            "Check the spelling.",
+        )
+    hints = get_type_hints(cls)
+    return cls(**{name: _restore(hints[name], value) for name, value in values.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    """One field's value in the type that the config declares: nested configs, unions, tuples."""
+    if isinstance(hint, UnionType):
+        matching = (
+            option
+            for option in get_args(hint)
+            if isinstance(value, dict)
+            and dataclasses.is_dataclass(option)
+            and set(value) <= {field.name for field in dataclasses.fields(option)}
+        )
+        hint = next(matching, get_args(hint)[0])
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(hint, value)
+    if get_origin(hint) is tuple:
+        return tuple(_restore(get_args(hint)[0], item) for item in value)
+    return value

@@ -1,0 +1,1 @@
+"""From scores and audio folders to stems, captions and latents."""

@@ -1,0 +1,13 @@
+"""Names for the arrays that travel between modules; checked under pytest, free otherwise."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Wave = Float[Tensor, "batch channel sample"]  # audio, -1 ... 1
+Latents = Float[Tensor, "batch latent frame"]  # what the transformer reads and writes
+FrameMask = Float[Tensor, "batch 1 frame"]  # 1 = known audio
+NoiseLevel = Float[Tensor, " batch"]  # 0 clean ... 1 noise
+Tokens = Float[Tensor, "batch token dim"]  # text embeddings, or hidden states
+Heads = Float[Tensor, "batch head token dim"]  # queries, keys, values
+Visibility = Bool[Tensor, "query key"]  # True = the query sees the key
+Positions = Int[Tensor, " token"]  # rotary positions
