@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -14,6 +15,22 @@ from lmd.errors import LmdError
 Regime = Literal["full", "enc-dec", "block-causal"]
 REGIMES: tuple[str, ...] = get_args(Regime)
 T = TypeVar("T")
+
+
+def check_block(context_frames: int, block_frames: int) -> int:
+    """How many blocks the context holds.
+
+    Raises:
+        LmdError: the block does not divide the context, or is not positive.
+    """
+    if block_frames < 1 or context_frames < 1 or context_frames % block_frames:
+        legal = [o for o in range(1, context_frames + 1) if context_frames % o == 0]
+        raise LmdError(
+            f"a block of {block_frames} frames in a context of {context_frames}",
+            "a block that divides the context",
+            f"Choose one of {legal}.",
+        )
+    return context_frames // block_frames
 
 
 @dataclass(frozen=True)
@@ -49,12 +66,13 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head."""
         return self.width // self.n_heads
 
     @property
     def rope_dim(self) -> int:
-        """How many of a head's dimensions are rotated: half of them."""
-        return self.head_dim // 2
+        """How many of a head's dimensions are rotated: half, at least 32 where there are."""
+        return min(self.head_dim, max(self.head_dim // 2, 32))
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ class WindowConfig:
 
     @property
     def window_frames(self) -> int:
+        """Context and block together."""
         return self.context_frames + self.block_frames
 
     def block_lengths(self) -> tuple[int, ...]:
@@ -102,6 +121,7 @@ class SpectralCodecConfig:
 
     @property
     def samples_per_frame(self) -> int:
+        """Audio samples that one latent frame covers."""
         return self.hop * self.hops_per_frame
 
 
@@ -118,10 +138,8 @@ class OobleckConfig:
 
     @property
     def samples_per_frame(self) -> int:
-        product = 1
-        for stride in self.strides:
-            product *= stride
-        return product
+        """Audio samples that one latent frame covers."""
+        return math.prod(self.strides)
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,7 @@ class Preset:
 
     @property
     def frame_rate_hz(self) -> float:
+        """Latent frames per second."""
         return self.codec.sample_rate / self.codec.samples_per_frame
 
 
@@ -170,22 +189,6 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise LmdError(f"preset {name!r}", f"one of {', '.join(PRESETS)}", "Pick one of these.")
     return PRESETS[name]
-
-
-def check_block(context_frames: int, block_frames: int) -> int:
-    """How many blocks the context holds.
-
-    Raises:
-        LmdError: the block does not divide the context, or is not positive.
-    """
-    if block_frames < 1 or context_frames < 1 or context_frames % block_frames:
-        legal = [o for o in range(1, context_frames + 1) if context_frames % o == 0]
-        raise LmdError(
-            f"a block of {block_frames} frames in a context of {context_frames}",
-            "a block that divides the context",
-            f"Choose one of {legal}.",
-        )
-    return context_frames // block_frames
 
 
 def to_dict(config: Any) -> dict[str, Any]:
