@@ -6,7 +6,7 @@ The streamer and the notebooks know nothing of a codec but this protocol, so the
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lmd.shapes import Latents, Wave
 Seam = Literal["exact", "fade"]
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Waves to latents and back.
 
