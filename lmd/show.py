@@ -1,0 +1,94 @@
+"""Pictures and sounds for notebooks; the one module that imports matplotlib.
+
+Every function takes plain arrays or tensors and returns what it drew on, so that a notebook can
+title, save or extend it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Audio
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lmd.errors import LmdError
+
+Samples = Tensor | np.ndarray
+FLOOR_DB = -80.0
+
+
+def _channels(wave: Samples) -> np.ndarray:
+    """A wave of shape [sample], [channel, sample] or [1, channel, sample] as [channel, sample]."""
+    array = wave.detach().cpu().float().numpy() if isinstance(wave, Tensor) else np.asarray(wave)
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or array.shape[0] > array.shape[1] or not array.size:
+        raise LmdError(
+            f"a wave of shape {tuple(np.shape(wave))}",
+            "[sample], [channel, sample] or [1, channel, sample], not empty",
+            "Pick one item of the batch.",
+        )
+    return array
+
+
+def play(wave: Samples, sample_rate: int) -> Audio:
+    """A player for a notebook cell; loudness is left as it is (samples are clipped to −1…1)."""
+    return Audio(np.clip(_channels(wave), -1, 1), rate=sample_rate, normalize=False)
+
+
+def spectrogram_db(wave: Samples, n_fft: int = 1024, hop: int = 256) -> np.ndarray:
+    """Magnitudes in dB under the loudest bin, `[frequency, frame]`, floor −80 dB; mono mix."""
+    mono = torch.from_numpy(_channels(wave).mean(axis=0))
+    stft = torch.stft(
+        mono, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True, pad_mode="constant"
+    )
+    magnitude = stft.abs().numpy()
+    peak = max(float(magnitude.max()), 1e-9)
+    return np.maximum(20 * np.log10(np.maximum(magnitude, 1e-12) / peak), FLOOR_DB)
+
+
+def specplot(wave: Samples, sample_rate: int, ax: Axes | None = None) -> Axes:
+    """Draw a spectrogram over seconds and hertz, frequencies on a logarithmic scale from 40 Hz."""
+    ax = plt.subplots(figsize=(9, 2.6), layout="constrained")[1] if ax is None else ax
+    hop, n_fft = 256, 1024
+    picture = spectrogram_db(wave, n_fft, hop)
+    times_s = np.arange(picture.shape[1]) * hop / sample_rate
+    freqs_hz = np.fft.rfftfreq(n_fft, 1 / sample_rate)
+    ax.pcolormesh(times_s, freqs_hz, picture, cmap="magma", shading="nearest", rasterized=True)
+    ax.set(yscale="log", ylim=(40, sample_rate / 2), xlabel="seconds", ylabel="Hz")
+    return ax
+
+
+def plot_losses(
+    losses: Mapping[str, Sequence[float]], ax: Axes | None = None, smooth: int = 1
+) -> Axes:
+    """Draw named loss curves over steps; `smooth` > 1 adds a moving average of that many steps."""
+    ax = plt.subplots(figsize=(7, 2.8), layout="constrained")[1] if ax is None else ax
+    for name, values in losses.items():
+        curve = np.asarray(values, dtype=float)
+        faint = smooth > 1 and curve.size >= smooth
+        (line,) = ax.plot(curve, alpha=0.25 if faint else 1.0, label=None if faint else name)
+        if faint:
+            mean = np.convolve(curve, np.ones(smooth) / smooth, mode="valid")
+            steps = np.arange(smooth - 1, curve.size)
+            ax.plot(steps, mean, color=line.get_color(), label=name)
+    ax.set(xlabel="step", ylabel="loss")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_masks(masks: Mapping[str, Any], height: float = 2.8) -> Figure:
+    """Draw masks `[query, key]` side by side: dark = the query sees the key."""
+    figure, axes = plt.subplots(
+        1, len(masks), figsize=(height * len(masks), height), squeeze=False, layout="constrained"
+    )
+    for ax, (name, mask) in zip(axes[0], masks.items(), strict=True):
+        ax.imshow(np.asarray(mask, dtype=float), cmap="Greys", vmin=0, vmax=1, aspect="equal")
+        ax.set(title=name, xlabel="key", ylabel="query")
+    return figure
