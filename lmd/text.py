@@ -1,0 +1,276 @@
+"""Prompts to token embeddings, offline by default, and weighted mixes of prompts.
+
+A prompt becomes `n_tokens` rows of width `dim`; rows past its last token are exact zeros, so an
+empty prompt is all zeros, which is also what guidance takes for "no text".
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lmd.config import TextConfig
+from lmd.errors import LmdError
+from lmd.rng import normal
+from lmd.shapes import Tokens
+
+Prompt = str | tuple[tuple[str, float], ...]  # one text, or texts with weights that sum to 1
+PromptRows = Float[Tensor, "token dim"]
+
+WEIGHT_TOLERANCE = 1e-4  # how far a mix's weights may miss 1
+WORDLLAMA_DIMS = (64, 128, 256)  # widths at which WordLlama's nested embeddings may be cut
+MAX_CACHED = 1024
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Anything that turns prompts into token embeddings."""
+
+    n_tokens: int
+    dim: int
+
+    def encode(self, prompts: Sequence[str]) -> Tokens:
+        """Embeddings `[prompt, n_tokens, dim]`, zeros after each prompt's last token."""
+        ...
+
+
+class CachedTextEncoder:
+    """An encoder that remembers its most recent prompts; safe to call from several threads.
+
+    The lock is never held while a prompt is being encoded, so a thread that asks for a remembered
+    prompt does not wait for another one that has to compute.
+
+    Args:
+        n_tokens: rows per prompt.
+        dim: width of a row.
+        max_cached: how many prompts are remembered before the least recently used is dropped.
+    """
+
+    def __init__(self, n_tokens: int, dim: int, max_cached: int = MAX_CACHED) -> None:
+        self.n_tokens, self.dim, self.max_cached = n_tokens, dim, max_cached
+        self._rows: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def embed(self, prompt: str) -> PromptRows:
+        """The rows of one prompt's tokens, any number of them, without padding."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str]) -> Tokens:
+        """Embed prompts, each padded with zeros or cut to `n_tokens` rows.
+
+        Args:
+            prompts: texts; an empty one gives zeros.
+
+        Returns:
+            Float32 `[prompt, n_tokens, dim]`, a fresh tensor.
+
+        Raises:
+            LmdError: a bare string instead of a list of them, or nothing at all.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise LmdError(f"prompts {prompts!r}", "a list with at least one text", "Wrap it: [p].")
+        return torch.stack([self._remembered(prompt) for prompt in prompts])
+
+    def _remembered(self, prompt: str) -> PromptRows:
+        with self._lock:
+            if prompt in self._rows:
+                self._rows.move_to_end(prompt)
+                return self._rows[prompt]
+        padded = torch.zeros(self.n_tokens, self.dim)
+        if prompt.strip():
+            rows = self.embed(prompt)[: self.n_tokens]
+            padded[: len(rows)] = rows
+        with self._lock:
+            self._rows[prompt] = padded
+            while len(self._rows) > self.max_cached:
+                self._rows.popitem(last=False)
+        return padded
+
+
+class HashTextEncoder(CachedTextEncoder):
+    """Every word gets its own fixed random vector: no meaning, no files; for tests."""
+
+    def embed(self, prompt: str) -> PromptRows:
+        """One standard normal row per word, a function of the lower-cased word alone."""
+        words = prompt.lower().split()
+        return torch.stack([normal((self.dim,), 0, "word", word) for word in words])
+
+
+class WordLlamaTextEncoder(CachedTextEncoder):
+    """Static subword embeddings (WordLlama, 32,000 × 256) whose files come inside the package.
+
+    Text is lower-cased and split into subwords, so a typo or an unknown word becomes smaller
+    pieces, down to bytes, and never fails. Rows are scaled by one factor that gives the whole
+    table unit variance; words keep their relative lengths, which are small for function words.
+
+    Args:
+        n_tokens: rows per prompt.
+        dim: 64, 128 or 256: the embeddings are trained so that their first dimensions stand alone.
+        max_cached: how many prompts are remembered.
+
+    Raises:
+        LmdError: another width, or the package or its files are missing.
+    """
+
+    def __init__(self, n_tokens: int = 32, dim: int = 256, max_cached: int = MAX_CACHED) -> None:
+        super().__init__(n_tokens, dim, max_cached)
+        if dim not in WORDLLAMA_DIMS:
+            raise LmdError(
+                f"text width {dim}", f"one of {WORDLLAMA_DIMS}", "Change TextConfig.dim."
+            )
+        self._tokenizer, table = _load_wordllama(dim)
+        self._table = table / table.square().mean().sqrt()
+
+    def embed(self, prompt: str) -> PromptRows:
+        """One row per subword."""
+        ids = self._tokenizer.encode(prompt.lower(), add_special_tokens=False).ids
+        return self._table[ids]
+
+
+def _load_wordllama(dim: int) -> tuple[Any, PromptRows]:
+    """WordLlama's tokenizer and table, from its own package folder, downloads disabled."""
+    try:
+        import wordllama
+
+        folder = Path(wordllama.__file__).parent
+        loaded = wordllama.WordLlama.load(
+            cache_dir=folder, trunc_dim=None if dim == 256 else dim, disable_download=True
+        )
+    except (ImportError, FileNotFoundError) as error:
+        raise LmdError(
+            f"no WordLlama files ({error})",
+            "the wordllama package with its weights and tokenizer inside",
+            "Install it again: pip install --force-reinstall wordllama",
+        ) from error
+    return loaded.tokenizer, torch.from_numpy(loaded.embedding).float()
+
+
+class T5TextEncoder(CachedTextEncoder):
+    """The encoder half of T5, as Stable Audio uses it: last hidden states times the mask.
+
+    Loaded when first needed. It is not shipped: it is looked for in `model` if that is a folder,
+    else in the local Hugging Face cache, else fetched (unless `HF_HUB_OFFLINE=1`).
+
+    Args:
+        n_tokens: rows per prompt.
+        dim: the model's width.
+        model: name or folder.
+        max_cached: how many prompts are remembered.
+
+    Raises:
+        LmdError: (when first used) the model cannot be had, or has another width.
+    """
+
+    def __init__(
+        self,
+        n_tokens: int = 64,
+        dim: int = 768,
+        model: str = "t5-base",
+        max_cached: int = MAX_CACHED,
+    ) -> None:
+        super().__init__(n_tokens, dim, max_cached)
+        self.model = model
+        self._loading = threading.Lock()
+        self._loaded: tuple[Any, Any] | None = None
+
+    def embed(self, prompt: str) -> PromptRows:
+        """One row per T5 token, the end token included."""
+        tokenizer, encoder = self._load()
+        tokens = tokenizer(
+            prompt, truncation=True, max_length=self.n_tokens, padding=False, return_tensors="pt"
+        )
+        with torch.no_grad():
+            hidden = encoder(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            ).last_hidden_state
+        return (hidden * tokens["attention_mask"][..., None])[0].float()
+
+    def _load(self) -> tuple[Any, Any]:
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = _load_t5(self.model, self.dim)
+            return self._loaded
+
+
+def _load_t5(model: str, dim: int) -> tuple[Any, Any]:
+    """Tokenizer and encoder of a T5, or a refusal that says where to get it."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        encoder = T5EncoderModel.from_pretrained(model)
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise LmdError(
+            f"no T5 called {model!r} ({reason})",
+            "its tokenizer and weights in a folder or in the local cache",
+            "Fetch it once where there is a network (hf download t5-base), pass its folder as "
+            "`model`, or use the 'wordllama' encoder, which needs no download.",
+        ) from error
+    if encoder.config.d_model != dim:
+        raise LmdError(
+            f"T5 {model!r} of width {encoder.config.d_model}", f"{dim}", "Change TextConfig.dim."
+        )
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def build_text_encoder(config: TextConfig) -> TextEncoder:
+    """The encoder that a config names; T5 is only loaded when it is first used.
+
+    Raises:
+        LmdError: an unknown encoder, or one whose files are missing.
+    """
+    kinds = {"hash": HashTextEncoder, "wordllama": WordLlamaTextEncoder, "t5-base": T5TextEncoder}
+    if config.encoder not in kinds:
+        raise LmdError(
+            f"text encoder {config.encoder!r}", f"one of {sorted(kinds)}", "Pick one of these."
+        )
+    return kinds[config.encoder](config.n_tokens, config.dim)
+
+
+def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
+    """A prompt as (text, weight) pairs, checked; a plain text has weight 1.
+
+    Raises:
+        LmdError: no texts, a weight that is negative or not finite, or weights that do not sum
+            to 1 within 1e-4.
+    """
+    if isinstance(prompt, str):
+        return ((prompt, 1.0),)
+    weights = [float(weight) for _, weight in prompt]
+    if not weights or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise LmdError(
+            f"prompt weights {weights}", "at least one, none negative", "Correct the weights."
+        )
+    if abs(sum(weights) - 1) > WEIGHT_TOLERANCE:
+        raise LmdError(
+            f"prompt weights {weights} that sum to {sum(weights):g}",
+            "a sum of 1",
+            "Divide each weight by their sum.",
+        )
+    return tuple((text, weight) for (text, _), weight in zip(prompt, weights, strict=True))
+
+
+def mix(encoder: TextEncoder, prompt: Prompt) -> Tokens:
+    """Token embeddings of a prompt or of a weighted mix: Σ weight · embedding, row by row.
+
+    Args:
+        encoder: any text encoder.
+        prompt: a text, or (text, weight) pairs with weights ≥ 0 that sum to 1 ± 1e-4.
+
+    Returns:
+        `[1, n_tokens, dim]`.
+
+    Raises:
+        LmdError: bad weights.
+    """
+    pairs = as_mix(prompt)
+    rows = encoder.encode([text for text, _ in pairs])
+    weights = torch.tensor([weight for _, weight in pairs])
+    return (rows * weights[:, None, None]).sum(dim=0, keepdim=True)
