@@ -5,7 +5,7 @@ The streamer and the notebooks know nothing of a codec but this protocol, so the
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -83,35 +83,25 @@ def decode_block(
         raise LmdError(f"seam {seam!r}", "'exact' or 'fade'", "Pick one of these.")
     past = latents[..., :0] if state.latents is None else state.latents
     joined = torch.cat([past, latents], dim=-1)
-    n_past, hop = past.shape[-1], codec.samples_per_frame
-    if seam == "exact":
-        n_emit = max(0, state.n_waiting + latents.shape[-1] - codec.lookahead_frames)
-        start = n_past - state.n_waiting
-        wave = codec.decode(joined)[..., start * hop : (start + n_emit) * hop]
-        n_waiting = state.n_waiting + latents.shape[-1] - n_emit
-        keep = min(joined.shape[-1], codec.lookback_frames + n_waiting)
-        tail = joined[..., joined.shape[-1] - keep :].clone()
-        return wave, DecodeState(tail, n_waiting, None)
-    return _decode_fading(codec, state, joined, n_past, fade_s)
-
-
-def _decode_fading(
-    codec: Codec, state: DecodeState, joined: Latents, n_past: int, fade_s: float
-) -> tuple[Wave, DecodeState]:
-    """The fading seam: extend the block by repeating its last frame, fade from the last guess."""
     hop, n_fade = codec.samples_per_frame, round(fade_s * codec.sample_rate)
-    n_guess = math.ceil(n_fade / hop)
-    extended = torch.cat([joined, joined[..., -1:].expand(*joined.shape[:-1], n_guess)], dim=-1)
-    wave = codec.decode(extended)[..., n_past * hop :]
-    end = (joined.shape[-1] - n_past) * hop
-    block, overhang = wave[..., :end].clone(), wave[..., end : end + n_fade].clone()
-    if state.overhang is not None and n_fade:
-        n = min(n_fade, end)
-        fade_in, fade_out = equal_power_fade(n, block)
-        block[..., :n] = block[..., :n] * fade_in + state.overhang[..., :n] * fade_out
-    keep = min(joined.shape[-1], codec.lookback_frames)
+    n_ready = state.n_waiting + latents.shape[-1]
+    n_emit = max(0, n_ready - codec.lookahead_frames) if seam == "exact" else n_ready
+    n_guess = math.ceil(n_fade / hop) if seam == "fade" else 0
+    guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
+    start = (past.shape[-1] - state.n_waiting) * hop
+    end = start + n_emit * hop
+    decoded = codec.decode(torch.cat([joined, guess], dim=-1))
+    wave = decoded[..., start:end].clone()
+    if state.overhang is not None and n_emit:
+        n = min(state.overhang.shape[-1], wave.shape[-1])
+        fade_in, fade_out = equal_power_fade(n, wave)
+        wave[..., :n] = wave[..., :n] * fade_in + state.overhang[..., :n] * fade_out
+    overhang = decoded[..., end : end + n_fade].clone() if seam == "fade" else None
+    if not n_emit:
+        overhang = state.overhang
+    keep = min(joined.shape[-1], codec.lookback_frames + n_ready - n_emit)
     tail = joined[..., joined.shape[-1] - keep :].clone()
-    return block, replace(state, latents=tail, n_waiting=0, overhang=overhang)
+    return wave, DecodeState(tail, n_ready - n_emit, overhang)
 
 
 def equal_power_fade(n_samples: int, like: Tensor) -> tuple[Tensor, Tensor]:

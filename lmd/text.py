@@ -5,6 +5,7 @@ empty prompt is all zeros, which is also what guidance takes for "no text".
 """
 
 import math
+import numbers
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -243,6 +244,12 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
     """
     if isinstance(prompt, str):
         return ((prompt, 1.0),)
+    if not isinstance(prompt, tuple) or not all(_is_weighted_text(part) for part in prompt):
+        raise LmdError(
+            f"prompt {prompt!r}",
+            "a text, or a tuple of (text, weight) pairs",
+            "Give a text, or pairs whose weights sum to 1.",
+        )
     weights = [float(weight) for _, weight in prompt]
     if not weights or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise LmdError(
@@ -255,6 +262,17 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
             "Divide each weight by their sum.",
         )
     return tuple((text, weight) for (text, _), weight in zip(prompt, weights, strict=True))
+
+
+def _is_weighted_text(part: object) -> bool:
+    """Whether this is a (text, number) pair."""
+    return (
+        isinstance(part, tuple)
+        and len(part) == 2
+        and isinstance(part[0], str)
+        and isinstance(part[1], numbers.Real)
+        and not isinstance(part[1], bool)
+    )
 
 
 def mix(encoder: TextEncoder, prompt: Prompt) -> Tokens:

@@ -1,0 +1,113 @@
+"""Everything that may change at a block boundary, and what is refused."""
+
+import math
+import numbers
+from dataclasses import dataclass, fields
+
+from lmd.codec import Seam
+from lmd.config import REGIMES, Regime, WindowConfig, check_block
+from lmd.errors import LmdError
+from lmd.flow import SAMPLERS, SamplerName
+from lmd.text import Prompt, as_mix
+
+MAX_STEPS = 1000
+MAX_CFG_SCALE = 100.0
+SEAMS = ("exact", "fade")
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What is asked of the next block. Nothing has to be declared beforehand.
+
+    Attributes:
+        prompt: a text, or (text, weight) pairs whose weights sum to 1.
+        cfg_scale: guidance; 1 is off. The `++` samplers take (0, 1].
+        n_steps: model calls for the block.
+        sampler: see `lmd.flow`.
+        block_frames: length of the block; divides the context.
+        regime: `full`, `enc-dec` or `block-causal`.
+        seed: of the block's noise.
+        forget_frames: zero this many of the oldest context frames before the block (an event: ask
+            once, not at every block).
+        seam: `exact` (late by the codec's look-ahead) or `fade` (at once, cross-faded).
+    """
+
+    prompt: Prompt = ""
+    cfg_scale: float = 1.0
+    n_steps: int = 8
+    sampler: SamplerName = "pingpong"
+    block_frames: int = 48
+    regime: Regime = "block-causal"
+    seed: int = 0
+    forget_frames: int = 0
+    seam: Seam = "exact"
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a second, unprompted branch runs."""
+        return self.cfg_scale != 1
+
+    def validate(self, window: WindowConfig) -> None:
+        """Refuse what cannot be played.
+
+        Raises:
+            LmdError: naming the control, its value and what would be right.
+        """
+        self._check_types()
+        texts = as_mix(self.prompt)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("regime", self.regime, REGIMES)
+        _check_choice("seam", self.seam, SEAMS)
+        _check_range("n_steps", self.n_steps, 1, MAX_STEPS)
+        _check_range("seed", self.seed, 0, 2**63 - 1)
+        _check_range("forget_frames", self.forget_frames, 0, window.context_frames)
+        check_block(window.context_frames, self.block_frames)
+        self._check_guidance(any(text.strip() and weight for text, weight in texts))
+
+    def _check_types(self) -> None:
+        """Whole numbers are ints, guidance is a number, names are texts."""
+        expected = {"int": numbers.Integral, "float": numbers.Real}
+        for field in fields(self):
+            kind = field.type.__name__ if isinstance(field.type, type) else ""
+            value = getattr(self, field.name)
+            if kind in expected and (
+                isinstance(value, bool) or not isinstance(value, expected[kind])
+            ):
+                raise LmdError(
+                    f"{field.name} = {value!r}",
+                    f"a number ({kind})",
+                    f"Set {field.name} to a number.",
+                )
+
+    def _check_guidance(self, has_text: bool) -> None:
+        """Guidance wants a text and a scale that the sampler understands."""
+        plus_plus = self.sampler.endswith("++")
+        top = 1.0 if plus_plus else MAX_CFG_SCALE
+        if (
+            not math.isfinite(self.cfg_scale)
+            or not 0 <= self.cfg_scale <= top
+            or (plus_plus and self.cfg_scale == 0)
+        ):
+            raise LmdError(
+                f"cfg_scale = {self.cfg_scale!r} with sampler {self.sampler!r}",
+                "a number in (0, 1]" if plus_plus else f"a number from 0 to {MAX_CFG_SCALE:g}",
+                "1 turns guidance off.",
+            )
+        if self.is_guided and not has_text:
+            raise LmdError(
+                f"cfg_scale = {self.cfg_scale!r} with no text",
+                "a prompt to be guided towards",
+                "Give a prompt, or set cfg_scale to 1 (off).",
+            )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is not on the list."""
+    if value not in choices:
+        raise LmdError(f"{name} = {value!r}", f"one of {', '.join(choices)}", "Pick one of these.")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    """Refuse a number outside low ... high."""
+    if not low <= value <= high:
+        raise LmdError(f"{name} = {value!r}", f"{low} to {high}", f"Set {name} in that range.")
