@@ -8,6 +8,6 @@ Latents = Float[Tensor, "batch latent frame"]  # what the transformer reads and 
 FrameMask = Float[Tensor, "batch 1 frame"]  # 1 = known audio
 NoiseLevel = Float[Tensor, " batch"]  # 0 clean ... 1 noise
 Tokens = Float[Tensor, "batch token dim"]  # text embeddings, or hidden states
-Heads = Float[Tensor, "batch head token dim"]  # queries, keys, values
+Heads = Float[Tensor, "batch head token head_dim"]  # queries, keys, values
 Visibility = Bool[Tensor, "query key"]  # True = the query sees the key
 Positions = Int[Tensor, " token"]  # rotary positions

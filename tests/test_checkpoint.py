@@ -1,0 +1,204 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lmd.checkpoint import (
+    build_model,
+    load_bundle,
+    load_codec,
+    load_model,
+    load_tensors,
+    read_header,
+    save_checkpoint,
+    write_atomic,
+)
+from lmd.config import DiTConfig, OobleckConfig, preset
+from lmd.errors import LmdError
+
+TINY = preset("tiny")
+
+
+@pytest.fixture
+def model():
+    """Random weights everywhere, zero-initialised layers included."""
+    model = build_model(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model.eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    path = tmp_path / "deep" / "base.safetensors"
+    save_checkpoint(path, model.state_dict(), kind="base", config=TINY, notes={"steps": 3})
+    return path
+
+
+def velocity(model):
+    condition = model.condition(torch.ones(1, 4, TINY.dit.text_dim), 11.0)
+    return model(torch.ones(1, TINY.dit.latent_dim, 6), torch.tensor([0.5]), condition)
+
+
+@torch.no_grad()
+def test_a_loaded_model_gives_the_same_bits(saved, model):
+    assert torch.equal(velocity(load_model(saved)), velocity(model))
+
+
+def test_the_header_tells_everything_without_reading_the_weights(saved, model):
+    header = read_header(saved)
+    assert header.config == TINY
+    assert (header.kind, header.notes, header.stored) == ("base", {"steps": 3}, "float32")
+    assert len(header.sha256) == 64
+
+
+def test_equal_content_gives_equal_bytes_in_another_process(tmp_path):
+    program = (
+        "import sys, torch; from lmd.checkpoint import *; from lmd.config import preset\n"
+        "t = {f'w{i}': torch.full((2, 2), float(i)) for i in range(9)}\n"
+        "save_checkpoint(sys.argv[1], t, kind='arc', config=preset('tiny'), notes={'a': 1, 'b': 2})"
+    )
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for hash_seed, path in enumerate(paths):
+        environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+        subprocess.run([sys.executable, "-c", program, str(path)], check=True, env=environment)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_half_storage_halves_the_file_and_loads_as_float32(model, tmp_path, saved):
+    path = tmp_path / "half.safetensors"
+    save_checkpoint(path, model.state_dict(), kind="base", config=TINY, stored="float16")
+    assert path.stat().st_size < 0.6 * saved.stat().st_size
+    loaded, exact = load_model(path).state_dict(), model.state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    for name, tensor in exact.items():
+        if tensor.ndim < 2:  # norms, biases, rotary frequencies
+            assert torch.equal(loaded[name], tensor)
+        else:  # half precision rounds to 11 bits: relative error up to 2**-11
+            assert torch.allclose(loaded[name], tensor, rtol=2**-11, atol=1e-7)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(saved, b"new")
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_changed_byte_is_noticed(saved):
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(LmdError, match="not what was written"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_a_truncated_file_is_refused(saved, keep):
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(LmdError, match="cut off"):
+        load_model(saved)
+
+
+def test_missing_unknown_and_misshapen_weights_are_all_listed(model, tmp_path):
+    tensors = dict(model.state_dict())
+    tensors["dit.surprise"] = tensors.pop("dit.project_in.weight")
+    tensors["seconds.weights"] = torch.zeros(5)
+    path = tmp_path / "base.safetensors"
+    save_checkpoint(path, tensors, kind="base", config=TINY)
+    with pytest.raises(LmdError) as refusal:
+        load_model(path)
+    for part in (
+        "1 missing: dit.project_in.weight",
+        "1 unknown: dit.surprise",
+        "seconds.weights (5,) instead of (128,)",
+    ):
+        assert part in str(refusal.value)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
+    wider = replace(TINY, dit=DiTConfig(latent_dim=8, width=64, depth=2, n_heads=2, text_dim=16))
+    path = tmp_path / "base.safetensors"
+    save_checkpoint(path, model.state_dict(), kind="base", config=wider)
+    with pytest.raises(LmdError, match="of another shape: dit"):
+        load_model(path)
+
+
+def test_another_kind_is_refused(saved, tmp_path):
+    with pytest.raises(LmdError, match="kind 'base'; expected one of \\['codec'\\]"):
+        load_codec(saved)
+    with pytest.raises(LmdError, match="kind 'teacher'"):
+        save_checkpoint(tmp_path / "x.safetensors", {}, kind="teacher", config=TINY)
+    with pytest.raises(LmdError, match="a OobleckConfig for kind 'arc'"):
+        save_checkpoint(tmp_path / "x.safetensors", {}, kind="arc", config=OobleckConfig())
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (open, ("/tmp/lmd-pickle-ran", "w"))
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    path = tmp_path / "base.ckpt"
+    path.write_bytes(pickle.dumps(RunsCode()))
+    with pytest.raises(LmdError, match=r"a \.ckpt file; expected a \.safetensors"):
+        load_model(path)
+
+
+def test_files_that_are_not_ours_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(LmdError, match="no file"):
+        load_model(tmp_path / "none.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"w": torch.zeros(1)}, foreign)
+    with pytest.raises(LmdError, match="load_foreign"):
+        read_header(foreign)
+
+
+def test_a_header_with_a_misspelt_key_is_refused(tmp_path):
+    path = tmp_path / "base.safetensors"
+    save_checkpoint(path, {"w": torch.zeros(1)}, kind="base", config=TINY)
+    header = json.loads(_metadata(path))
+    header["config"]["dit"]["widht"] = 3
+    save_file({"w": torch.zeros(1)}, path, {"lmd": json.dumps(header)})
+    with pytest.raises(LmdError, match="widht"):
+        read_header(path)
+
+
+def _metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()["lmd"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_weights_that_would_not_be_finite_are_not_written(tmp_path, value):
+    path = tmp_path / "base.safetensors"
+    tensors = {"w": torch.full((2, 2), value)}
+    with pytest.raises(LmdError, match="not finite"):
+        save_checkpoint(path, tensors, kind="base", config=TINY, stored="float16")
+    assert not path.exists()
+
+
+def test_views_of_one_storage_can_be_saved(tmp_path):
+    both = torch.arange(8.0).reshape(2, 4)
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, {"a": both, "b": both.T}, kind="base", config=TINY)
+    tensors, _ = load_tensors(path)
+    assert torch.equal(tensors["b"], both.T)
+
+
+def test_a_bundle_of_a_model_and_another_codec_is_refused(saved, tmp_path):
+    config = OobleckConfig(latent_dim=8, channels=4, c_mults=(1, 2), strides=(2, 2))
+    save_checkpoint(saved.parent / "codec.safetensors", {}, kind="codec", config=config)
+    with pytest.raises(LmdError, match="another codec"):
+        load_bundle(saved.parent, "base")
