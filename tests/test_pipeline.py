@@ -1,0 +1,268 @@
+"""The notebook runner, on tiny notebooks made here: each promise of `python -m lmd run`."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lmd.errors import LmdError
+from lmd.notebook import Log
+from lmd.pipeline import run
+from lmd.plan import RunOptions, plan
+
+PARAMETERS = 'output_dir = "../outputs/lab"\nseed = 0\npreset = "tiny"\nn_steps = 3\nrate = 0.5'
+WRITE = (
+    "import json, pathlib\n"
+    "out = pathlib.Path(output_dir)\n"
+    "out.mkdir(parents=True, exist_ok=True)\n"
+    "(out / 'metrics.json').write_text(json.dumps({'n_steps': n_steps, 'seed': seed}))"
+)
+PNG = (  # one grey pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> RunOptions:
+    """An empty project: a folder for notebooks, one for the run, two profiles."""
+    (tmp_path / "notebooks").mkdir()
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text('[quick.all]\npreset = "small"\n[quick.02_second]\nn_steps = 7\n[other]\n')
+    return RunOptions(
+        out=tmp_path / "outputs" / "quick",
+        notebooks=tmp_path / "notebooks",
+        profiles=profiles,
+        weights=tmp_path / "weights",
+    )
+
+
+def write_notebook(
+    project: RunOptions, name: str, *cells: str, parameters: str = PARAMETERS
+) -> Path:
+    """A notebook whose first cell holds the parameters and whose last writes metrics."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        }
+    )
+    tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    notebook.cells = [tagged, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    path = project.notebooks / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def with_(project: RunOptions, **changes: object) -> RunOptions:
+    return RunOptions(**{**vars(project), **changes})
+
+
+def records(project: RunOptions) -> dict:
+    assert project.out is not None
+    return json.loads((project.out / "run.json").read_text())["notebooks"]
+
+
+class _Links(HTMLParser):
+    """Every address that the page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_a_run_executes_in_order_and_ends_with_a_report_that_holds_everything(
+    project: RunOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    media = (
+        f"import base64\n(out / 'mask.png').write_bytes(base64.b64decode('{PNG}'))\n"
+        "import soundfile, numpy\n"
+        "soundfile.write(out / 'music.wav', numpy.zeros(2205), 22050)\n"
+        "print('a line for the log')"
+    )
+    write_notebook(project, "01_first", WRITE, media)
+    write_notebook(
+        project, "02_second", "assert open('../outputs/quick/01_first/music.wav')", WRITE
+    )
+    assert run(project) == 0
+
+    out = project.out
+    assert out is not None
+    summary = json.loads((out / "metrics.json").read_text())
+    assert summary["notebooks"]["02_second"]["metrics"] == {"n_steps": 7, "seed": 0}  # the profile
+    assert summary["notebooks"]["01_first"]["parameters"]["preset"] == "small"
+    assert summary["versions"]["torch"].startswith("2.")
+    assert summary["machine"]["n_cores"] >= 1
+    page = (out / "report.html").read_text()
+    links = _Links()
+    links.feed(page)
+    assert [address[:14] for address in links.addresses] == ["data:audio/wav", "data:image/png"]
+    assert base64.b64decode(links.addresses[1].split(",")[1]) == base64.b64decode(PNG)
+    assert "script" not in links.tags
+    assert "color-scheme: light dark" in page
+    assert (out / "logs" / "01_first.log").read_text() == "a line for the log\n"
+    printed = capsys.readouterr()
+    assert "music.wav" in printed.out
+    assert "report.html" in printed.out
+    assert "01_first: cell 4/4" in printed.err  # papermill adds a cell with the values
+
+
+def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: RunOptions) -> None:
+    count = "p = pathlib.Path('../{}'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    write_notebook(project, "01_first", WRITE, count.format("one"))
+    write_notebook(project, "02_second", WRITE, count.format("two"))
+    root = project.notebooks.parent
+
+    def runs() -> tuple[int, int]:
+        return len((root / "one").read_text()), len((root / "two").read_text())
+
+    assert run(project) == 0
+    assert runs() == (1, 1)
+    assert run(project) == 0
+    assert runs() == (1, 1)  # nothing changed
+    assert run(with_(project, settings=("02.n_steps=8",))) == 0
+    assert runs() == (1, 2)  # only the second one's parameters changed
+    (root / "outputs/quick/01_first/metrics.json").write_text('{"other": 1}')
+    assert run(with_(project, settings=("02.n_steps=8",))) == 0
+    assert runs() == (1, 3)  # what the first one left has changed
+    assert run(with_(project, only=("1",), force=True)) == 0
+    assert runs() == (2, 3)
+
+
+def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(
+    project: RunOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_notebook(project, "01_first", WRITE)
+    broken = write_notebook(project, "02_second", WRITE, "x = 1\n\nraise KeyError('bass')")
+    write_notebook(project, "03_third", WRITE)
+    assert run(project) == 1
+    err = capsys.readouterr().err
+    assert "02_second failed: In [4], `x = 1`: KeyError: 'bass'" in err
+    assert [entry["status"] for entry in records(project).values()] == ["done", "failed"]
+    assert project.out is not None
+    executed = nbformat.read(project.out / "executed" / "02_second.ipynb", as_version=4)
+    assert any("KeyError" in str(cell.get("outputs")) for cell in executed.cells)
+    assert "KeyError" in (project.out / "report.html").read_text()
+
+    text = broken.read_text().replace("raise KeyError('bass')", "pass")
+    broken.write_text(text)
+    first = records(project)["01_first"]
+    assert run(project) == 0
+    assert records(project)["01_first"] == first  # not run again
+    assert records(project)["03_third"]["status"] == "done"
+
+
+def test_a_killed_kernel_is_a_failure_and_not_a_hang(
+    project: RunOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_notebook(project, "02_second", "import os\nos._exit(1)")
+    assert run(project) == 1
+    assert "the kernel died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": ("02.n_stepz=8",)}, "'n_stepz' for 02_second.ipynb; expected one of n_steps"),
+        ({"settings": ("07.n_steps=8",)}, "notebook '07'"),
+        ({"settings": ("n_steps=8",)}, "NOTEBOOK.NAME=VALUE"),
+        ({"settings": ("02.n_steps=many",)}, "expected int"),
+        ({"settings": ("02.n_steps=true",)}, "expected int"),
+        ({"settings": ("01.n_steps=8",), "only": ("02",)}, "left out by --only"),
+        ({"only": ("9",)}, "notebook '9'"),
+        ({"profile": "quik"}, "profile 'quik'"),
+    ],
+)
+def test_misspellings_are_refused_before_anything_runs(
+    project: RunOptions, changes: dict, message: str
+) -> None:
+    write_notebook(project, "01_first", WRITE)
+    write_notebook(project, "02_second", WRITE)
+    with pytest.raises(LmdError, match=message.replace("[", r"\[")):
+        run(with_(project, **changes))
+    assert project.out is not None
+    assert not project.out.exists()
+
+
+def test_a_profile_that_names_an_unknown_notebook_is_refused(project: RunOptions) -> None:
+    write_notebook(project, "01_first", WRITE)
+    with pytest.raises(LmdError, match="02_second"):
+        plan(project)
+
+
+def test_a_notebook_without_the_agreed_parameters_is_refused(project: RunOptions) -> None:
+    write_notebook(project, "02_second", WRITE, parameters="seed = 0\nn_steps = 3")
+    with pytest.raises(LmdError, match="no parameter output_dir, preset in 02_second"):
+        plan(project)
+
+
+def test_settings_reach_the_plan_with_their_types(project: RunOptions) -> None:
+    write_notebook(project, "02_second", WRITE)
+    chosen = with_(project, settings=("all.seed=5", "02.rate=2", "2.preset=paper"))
+    (task,) = plan(chosen)
+    assert task.parameters == {
+        "preset": "paper",
+        "n_steps": 7,
+        "seed": 5,
+        "rate": 2,
+        "output_dir": "../outputs/quick/02_second",
+    }
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (("1 + 1",), "no metrics.json"),
+        (
+            (WRITE.replace("n_steps}", "n_steps, 'x': [1]}").replace("seed}", "seed, 'x': [1]}"),),
+            "flat",
+        ),
+    ],
+)
+def test_a_notebook_that_leaves_no_flat_metrics_fails(
+    project: RunOptions, capsys: pytest.CaptureFixture[str], cells: tuple[str, ...], message: str
+) -> None:
+    write_notebook(project, "02_second", *cells)
+    assert run(project) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_files_of_somebody_else_are_never_removed(project: RunOptions) -> None:
+    write_notebook(project, "02_second", WRITE)
+    assert project.out is not None
+    folder = project.out / "02_second"
+    folder.mkdir(parents=True)
+    (folder / "symphony.wav").write_text("mine")
+    with pytest.raises(LmdError, match="not from a run"):
+        run(with_(project, force=True))
+    assert (folder / "symphony.wav").read_text() == "mine"
+
+
+def test_texts_from_notebooks_are_inert_in_the_report(project: RunOptions) -> None:
+    hostile = WRITE.replace("'seed': seed", "'<img src=x onerror=alert(1)>': '<script>1</script>'")
+    write_notebook(project, "02_second", hostile)
+    assert run(project) == 0
+    assert project.out is not None
+    links = _Links()
+    links.feed((project.out / "report.html").read_text())
+    assert "script" not in links.tags
+    assert links.addresses == []
+
+
+def test_a_progress_bar_leaves_few_lines_in_the_log(tmp_path: Path) -> None:
+    log = Log(tmp_path / "x.log", interval_s=60.0)
+    log.write("start\n")
+    for step in range(100):
+        log.write(f"\rstep {step}/100 ")
+        log.write("\x1b[32mloss 0.5\x1b[0m")
+    assert log.last == "step 99/100 loss 0.5"
+    log.write("\rstep 100/100 loss 0.4\nend")
+    log.close()
+    lines = (tmp_path / "x.log").read_text().splitlines()
+    assert lines == ["start", "step 0/100 loss 0.5", "step 100/100 loss 0.4", "end"]
