@@ -15,7 +15,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_T
 torch.set_num_threads(int(os.environ.get("LMD_TEST_THREADS", "1")))
 
 # Before the first `import lmd`: every annotated function then checks its arguments and results.
-SHAPE_CHECKS = install_import_hook("lmd", "beartype.beartype")
+SHAPE_CHECKS = install_import_hook("lmd", "shape_checker.check")
 
 
 @pytest.fixture(autouse=True)
