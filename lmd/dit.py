@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmd.config import DiTConfig
-from lmd.shapes import FrameMask, Heads, Latents, NoiseLevel, Positions, Tokens, Visibility
+from lmd.shapes import (
+    FrameControls,
+    FrameMask,
+    Heads,
+    Latents,
+    NoiseLevel,
+    Positions,
+    Tokens,
+    Visibility,
+)
 
 
 class KeyValue(NamedTuple):
@@ -227,7 +236,7 @@ class DiT(nn.Module):
         return self.project_in((noisy + self.preprocess_conv(noisy)).transpose(1, 2))
 
     def embed_context(
-        self, context: Latents, keep_mask: FrameMask, controls: Latents | None = None
+        self, context: Latents, keep_mask: FrameMask, controls: FrameControls | None = None
     ) -> Tokens:
         """What is added frame by frame: keep mask, known latents, further controls (or none)."""
         parts = [keep_mask, context * keep_mask]
@@ -273,7 +282,7 @@ class DiT(nn.Module):
         noisy: Latents,
         context: Latents | None,
         keep_mask: FrameMask | None,
-        controls: Latents | None = None,
+        controls: FrameControls | None = None,
         route: bool = True,
     ) -> Tokens:
         """Frames to hidden states: `A noisy` on the target, `B [mask, clean]` on the context.
@@ -335,7 +344,7 @@ class LiveModel(nn.Module):
         context: Latents | None = None,
         keep_mask: FrameMask | None = None,
         visible: Visibility | None = None,
-        controls: Latents | None = None,
+        controls: FrameControls | None = None,
         first_position: int = 1,
         route: bool = True,
     ) -> Latents:

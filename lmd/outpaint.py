@@ -9,7 +9,7 @@ Taught in notebook 02_outpaint.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,15 +19,16 @@ from lmd.cache import ContextCache, Memory
 from lmd.config import ControlChannel, Regime, check_block
 from lmd.dit import Condition, LiveModel, frame_positions
 from lmd.flow import noised
-from lmd.shapes import Latents
+from lmd.shapes import BlockLatents, FrameControls, Latents
 
 
+@runtime_checkable
 class BlockSession(Protocol):
     """The denoising of one block: call it once a step; `memory` is for the next block."""
 
     memory: Memory | None
 
-    def __call__(self, noisy: Latents, t: float) -> Latents:
+    def __call__(self, noisy: BlockLatents, t: float) -> BlockLatents:
         """Velocity of the target block at noise level t."""
         ...
 
@@ -47,6 +48,7 @@ class BlockPlan:
     context_noise: Latents | None = None
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """What the streamer asks of a model; a closed form will do."""
 
@@ -88,7 +90,7 @@ class LiveDenoiser:
         condition: Condition,
         plan: BlockPlan,
         memory: Memory | None = None,
-        controls: Latents | None = None,
+        controls: FrameControls | None = None,
     ) -> BlockSession:
         """Begin a block.
 
@@ -115,7 +117,7 @@ class LiveDenoiser:
         return _CachedSession(self.model, context, condition, plan, memory, finished, controls)
 
     def _prefill(
-        self, context: Latents, memory: Memory, plan: BlockPlan, controls: Latents | None
+        self, context: Latents, memory: Memory, plan: BlockPlan, controls: FrameControls | None
     ) -> ContextCache:
         """Encode the whole context in one pass: positions 1 ... s, no global token."""
         dit, n_frames = self.model.dit, context.shape[-1]
@@ -140,7 +142,7 @@ class _FullSession:
         context: Latents,
         condition: Condition,
         plan: BlockPlan,
-        controls: Latents | None,
+        controls: FrameControls | None,
     ) -> None:
         self.model, self.condition, self.controls = model, condition, controls
         batch, latent_dim, self.n_context = context.shape
@@ -152,7 +154,7 @@ class _FullSession:
         blank = context.new_zeros(batch, latent_dim, plan.block_frames)
         self.known = torch.cat([context, blank], dim=-1)
 
-    def __call__(self, noisy: Latents, t: float) -> Latents:
+    def __call__(self, noisy: BlockLatents, t: float) -> BlockLatents:
         level = noisy.new_full((noisy.shape[0],), t)
         window = torch.cat([noised(self.context, self.context_noise, level), noisy], dim=-1)
         velocity = self.model(
@@ -180,15 +182,15 @@ class _CachedSession:
         condition: Condition,
         plan: BlockPlan,
         memory: Memory,
-        finished: Latents | None,
-        controls: Latents | None,
+        finished: BlockLatents | None,
+        controls: FrameControls | None,
     ) -> None:
         self.dit, self.condition, self.memory = model.dit, condition, memory
         self.finished, self.controls = finished, controls
         self.n_context, self.block_frames = context.shape[-1], plan.block_frames
         self.positions = frame_positions(self.block_frames, self.n_context + 1)
 
-    def __call__(self, noisy: Latents, t: float) -> Latents:
+    def __call__(self, noisy: BlockLatents, t: float) -> BlockLatents:
         level = noisy.new_full((noisy.shape[0],), t)
         x = torch.cat(
             [self._embed_target(noisy), self.dit.global_token(level, self.condition.global_cond)],
@@ -200,7 +202,7 @@ class _CachedSession:
         x, _ = self.dit.trunk(x, self.positions, text, None, self.memory.context.past())
         return self.dit.head(x[:, :-1])
 
-    def _embed_target(self, noisy: Latents) -> Tensor:
+    def _embed_target(self, noisy: BlockLatents) -> Tensor:
         """`A noisy`, and the further controls where the model has them."""
         x = self.dit.embed_target(noisy)
         if self.dit.config.controls and self.controls is not None:
@@ -208,7 +210,7 @@ class _CachedSession:
             x = x + self.dit.embed_context(known, mask, self.controls[..., self.n_context :])
         return x
 
-    def _absorb(self, x: Tensor) -> Latents:
+    def _absorb(self, x: Tensor) -> BlockLatents:
         """The fused first step: also encode the finished block, then slide the cache."""
         o, s, rope = self.block_frames, self.n_context, self.dit.rope
         controls = None if self.controls is None else self.controls[..., s - o : s]

@@ -5,6 +5,8 @@ from torch import Tensor
 
 Wave = Float[Tensor, "batch channel sample"]  # audio, -1 ... 1
 Latents = Float[Tensor, "batch latent frame"]  # what the transformer reads and writes
+BlockLatents = Float[Tensor, "batch latent block"]  # the block beside its context
+FrameControls = Float[Tensor, "batch control controlled"]  # further frame-wise controls
 FrameMask = Float[Tensor, "batch 1 frame"]  # 1 = known audio
 NoiseLevel = Float[Tensor, " batch"]  # 0 clean ... 1 noise
 Tokens = Float[Tensor, "batch token dim"]  # text embeddings, or hidden states

@@ -29,7 +29,7 @@ from lmd.errors import LmdError
 from lmd.flow import Guidance, Velocities, sample, schedule
 from lmd.outpaint import BlockPlan, BlockSession, Denoiser, LiveDenoiser, both_branches
 from lmd.rng import normal
-from lmd.shapes import Latents, Wave
+from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.text import TextEncoder, mix
 
 STATE_FORMAT = "lmd-stream-state-1"
@@ -51,7 +51,7 @@ class Block:
     """
 
     index: int
-    latents: Latents
+    latents: BlockLatents
     wave: Wave
     start_sample: int
     controls: Controls
@@ -256,13 +256,13 @@ class Streamer:
 
     def _denoise(
         self, state: StreamState, context: Latents, controls: Controls
-    ) -> tuple[Latents, BlockSession, bool]:
+    ) -> tuple[BlockLatents, BlockSession, bool]:
         """The block's latents, its session, and whether the context was encoded afresh."""
         memory = usable_memory(state, controls)
         condition = self._condition(controls, context.shape[0])
         noise_shape = (*context.shape[:-1], controls.block_frames)
 
-        def draw(step: int) -> Latents:
+        def draw(step: int) -> BlockLatents:
             return normal(noise_shape, controls.seed, "renoise", state.index, step).to(context)
 
         context_noise = None
@@ -347,7 +347,7 @@ def guided_velocities(session: BlockSession, is_guided: bool) -> Velocities:
     return velocities
 
 
-def _twice(latents: Latents | None, controls: Controls) -> Latents | None:
+def _twice(latents: Tensor | None, controls: Controls) -> Tensor | None:
     """One copy per guidance branch."""
     if latents is None or not controls.is_guided:
         return latents

@@ -1,0 +1,253 @@
+"""Cached equals uncached, context is independent of noise, caches keep their size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine import CONFIG, WINDOW, masked_forward, random_model, streamer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmd.cache import Memory
+from lmd.config import ControlChannel, DiTConfig, WindowConfig, preset
+from lmd.controls import Controls
+from lmd.dit import LiveModel
+from lmd.flow import Guidance, sample, schedule
+from lmd.outpaint import BlockPlan, LiveDenoiser, add_controls, both_branches
+from lmd.rng import normal
+from lmd.stream import forget
+from lmd.text import mix
+
+# float32 against an independently written pass; measured 2e-6 over 8 blocks of a random model,
+# whose latents are of size 1.
+TOLERANCE = 1e-4
+
+
+class Reference:
+    """Streams like the streamer, from the rules alone: one masked pass over the whole history."""
+
+    def __init__(self, model, stream, batch):
+        self.model, self.stream = model, stream
+        self.known = torch.zeros(batch, model.config.latent_dim, stream.window.context_frames)
+        self.key = None
+
+    @torch.no_grad()
+    def step(self, index, controls):
+        s, o = self.stream.window.context_frames, controls.block_frames
+        key = (controls.prompt, controls.is_guided, controls.regime, o)
+        if key != self.key or controls.forget_frames or controls.regime == "enc-dec":
+            self.known = forget(self.known[..., -s:], controls.forget_frames)
+        self.key = key
+        tokens = mix(self.stream.text, controls.prompt).expand(len(self.known), -1, -1)
+        condition = self.model.condition(tokens, self.stream.window_s)
+        null = self.model.null_condition(condition)
+        n_back = s // o if controls.regime == "block-causal" else None
+        shape = (*self.known.shape[:-1], o)
+
+        def velocities(x, t):
+            cond = masked_forward(self.model, self.known, x, t, condition, n_back)
+            if not controls.is_guided:
+                return Guidance(cond)
+            return Guidance(cond, masked_forward(self.model, self.known, x, t, null, n_back))
+
+        latents = sample(
+            controls.sampler,
+            velocities,
+            normal(shape, controls.seed, "noise", index),
+            schedule(controls.n_steps),
+            controls.cfg_scale,
+            lambda step: normal(shape, controls.seed, "renoise", index, step),
+        )
+        self.known = torch.cat([self.known, latents], dim=-1)
+        return latents
+
+
+def worst_difference(stream, model, batch, plan):
+    """The largest absolute difference over a list of controls, relative to latents of size 1."""
+    state, reference, worst = stream.start(batch=batch), Reference(model, stream, batch), 0.0
+    for index, controls in enumerate(plan):
+        block, state = stream.step(state, controls)
+        expected = reference.step(index, controls)
+        scale = max(1.0, expected.abs().max().item())
+        worst = max(worst, (block.latents - expected).abs().max().item() / scale)
+    return worst
+
+
+GUIDED = {"cfg_scale": 1.5, "sampler": "pingpong"}
+PLUS_PLUS = {"cfg_scale": 0.7, "sampler": "pingpong++"}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("guidance", [{}, GUIDED, PLUS_PLUS], ids=["off", "cfg", "cfg++"])
+@pytest.mark.parametrize("regime", ["enc-dec", "block-causal"])
+def test_cached_stream_equals_one_masked_pass_over_the_history(regime, guidance, batch):
+    model = random_model()
+    base = Controls(prompt="organ slow", n_steps=3, block_frames=6, regime=regime, **guidance)
+    plan = [base] * 4
+    plan += [replace(base, prompt="bright harp")] * 3  # a prompt change
+    plan += [replace(base, prompt="bright harp", block_frames=12)] * 3  # a block-length change
+    forgetting = replace(base, prompt="bright harp", block_frames=12, forget_frames=10)
+    plan += [forgetting, replace(forgetting, forget_frames=0), replace(forgetting, forget_frames=0)]
+    assert worst_difference(streamer(model), model, batch, plan) < TOLERANCE
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    n_context=st.integers(1, 4),
+    block=st.integers(1, 5),
+    n_heads=st.integers(1, 3),
+    half_head=st.integers(1, 3),
+    depth=st.integers(1, 3),
+    regime=st.sampled_from(["enc-dec", "block-causal"]),
+    batch=st.integers(1, 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_cached_equals_uncached_for_any_shape(
+    n_context, block, n_heads, half_head, depth, regime, batch, seed
+):
+    config = DiTConfig(
+        latent_dim=4, width=n_heads * 4 * half_head, depth=depth, n_heads=n_heads,
+        text_dim=8, global_dim=8,
+    )  # fmt: skip
+    model = random_model(config, seed)
+    window = WindowConfig(n_context * block, block)
+    controls = Controls(prompt="a", n_steps=2, block_frames=block, regime=regime, seed=seed)
+    assert worst_difference(streamer(model, window), model, batch, [controls] * 4) < TOLERANCE
+
+
+@torch.no_grad()
+def session_after(model, regime, noisy, t, n_calls=1):
+    """Call a fresh session, twice over: the bootstrap block, then the block after it."""
+    denoiser = LiveDenoiser(model)
+    context = normal((1, 4, 24), 0, "context")
+    condition = model.condition(normal((1, 6, 8), 0, "text"), 1.0)
+    first = denoiser.open_block(context, condition, BlockPlan(regime, 6), None)
+    first(noisy, t)
+    after = torch.cat([context, normal((1, 4, 6), 0, "block")], dim=-1)[..., 6:]
+    second = denoiser.open_block(after, condition, BlockPlan(regime, 6), first.memory)
+    for _ in range(n_calls):
+        second(noisy, t)
+    return first.memory, second.memory
+
+
+@pytest.mark.parametrize("regime", ["enc-dec", "block-causal"])
+def test_context_keys_and_values_are_the_same_bits_whatever_t_and_the_target(regime):
+    model = random_model()
+    quiet = session_after(model, regime, torch.zeros(1, 4, 6), 0.01)
+    loud = session_after(model, regime, 1e3 * normal((1, 4, 6), 1, "noise"), 1.0)
+    for memory_a, memory_b in zip(quiet, loud, strict=True):
+        tensors_a, tensors_b = memory_a.tensors(), memory_b.tensors()
+        assert tensors_a.keys() == tensors_b.keys()
+        assert any(name.startswith("context.") for name in tensors_a)
+        for name in tensors_a:
+            assert torch.equal(tensors_a[name], tensors_b[name]), name
+
+
+@torch.no_grad()
+def test_one_uncached_pass_with_the_mask_equals_the_cached_step():
+    """`LiveModel.forward`, which training uses, agrees with the caches that play."""
+    from lmd.attention import visibility
+
+    model = random_model()
+    context, noisy = normal((2, 4, 24), 0, "context"), normal((2, 4, 6), 0, "noise")
+    condition = model.condition(normal((2, 6, 8), 0, "text"), 1.0)
+    window = torch.cat([normal((2, 4, 24), 0, "junk"), noisy], dim=-1)
+    known = torch.cat([context, normal((2, 4, 6), 1, "junk")], dim=-1)
+    keep = torch.ones(2, 1, 30)
+    keep[..., 24:] = 0
+    for regime in ("enc-dec", "block-causal"):
+        whole = model(
+            window, torch.tensor([0.6, 0.6]), condition,
+            context=known, keep_mask=keep, visible=visibility(regime, 24, 6),
+        )  # fmt: skip
+        session = LiveDenoiser(model).open_block(context, condition, BlockPlan(regime, 6), None)
+        torch.testing.assert_close(session(noisy, 0.6), whole[..., 24:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_future_frames_do_not_change_past_frames():
+    """Block-causal: moving a later block leaves every earlier hidden state as it was."""
+    from lmd.attention import visibility
+    from lmd.dit import frame_positions
+
+    model = random_model()
+    text = model.dit.text_key_values(normal((1, 7, 8), 0, "text"))
+    visible = visibility("block-causal", 24, 6)[:24, :24]
+
+    def hidden(context):
+        x = model.dit.embed_context(context, torch.ones(1, 1, 24))
+        return model.dit.trunk(x, frame_positions(24)[:-1], text, visible)[0]
+
+    context = normal((1, 4, 24), 0, "context")
+    moved = context.clone()
+    moved[..., 12:] += 1.0
+    before, after = hidden(context), hidden(moved)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+@pytest.mark.parametrize("block_frames", [2, 6, 12])
+def test_cache_bytes_and_shapes_stay_constant_over_blocks(block_frames):
+    stream = streamer()
+    controls = Controls(prompt="a", n_steps=1, block_frames=block_frames)
+    state, sizes = stream.start(), set()
+    for _ in range(12):
+        _, state = stream.step(state, controls)
+        sizes.add((state.memory.n_bytes, state.memory.context.layers[0].key.shape))
+    assert len(sizes) == 1
+    # Two layers of [text 7 keys + values, context 24 keys + values + rotated keys], width 16.
+    assert sizes.pop()[0] == 2 * 4 * 16 * (2 * 7 + 3 * 24)
+
+
+def test_memory_survives_its_own_file_names():
+    stream = streamer()
+    _, state = stream.step(stream.start(), Controls(prompt="a", n_steps=1, block_frames=6))
+    again = Memory.from_tensors(state.memory.tensors())
+    for name, tensor in state.memory.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+
+
+@torch.no_grad()
+def test_an_added_control_changes_nothing_until_it_is_trained():
+    model = random_model()
+    grown = add_controls(model, ControlChannel("sketch", 3))
+    condition = model.condition(normal((1, 6, 8), 0, "text"), 1.0)
+    context, noisy = normal((1, 4, 24), 0, "context"), normal((1, 4, 6), 0, "noise")
+    sketch = normal((1, 3, 30), 0, "sketch")
+    plan = BlockPlan("block-causal", 6)
+    before = LiveDenoiser(model).open_block(context, condition, plan, None)(noisy, 0.5)
+    session = LiveDenoiser(grown).open_block(context, condition, plan, None, sketch)
+    assert torch.equal(session(noisy, 0.5), before)
+    grown.dit.to_input_add.weight.data[:, -3:] = 0.1
+    for frame, where in ((3, "context"), (27, "target")):
+        moved = sketch.clone()
+        moved[..., frame] += 1.0
+        a, b = (
+            LiveDenoiser(grown).open_block(context, condition, plan, None, given)(noisy, 0.5)
+            for given in (sketch, moved)
+        )
+        assert not torch.equal(a, b), where
+
+
+def test_guided_batch_holds_both_branches():
+    model = random_model()
+    condition = model.condition(normal((2, 6, 8), 0, "text"), 1.0)
+    both = both_branches(condition, model.null_condition(condition))
+    assert torch.equal(both.tokens[:2], condition.tokens)
+    assert not both.tokens[2:].any()
+    assert torch.equal(both.global_cond[2:], condition.global_cond)
+
+
+def test_paper_preset_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        dit = LiveModel(preset("paper").dit).dit
+    n_added = dit.to_input_add.weight.numel()
+    assert sum(parameter.numel() for parameter in dit.parameters()) - n_added == 340_879_488
+    assert n_added == 66_560
+
+
+def test_shape_checks_are_on():
+    with pytest.raises(Exception, match="Type-check error"):
+        forget(torch.zeros(4, 24), 1)
+    assert CONFIG.latent_dim == 4
+    assert WINDOW.context_frames == 24
