@@ -1,0 +1,183 @@
+"""What plays ahead of time: clocks, and a queue that never clicks when it runs dry.
+
+A sink is fed ahead of time and plays by a clock of its own. What it has not played yet is the
+queue; when the queue runs dry the sink fades to silence, counts an underrun, keeps its clock
+running and comes back with the next samples that arrive.
+"""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+FADE_S = 0.02  # how long a sink takes to fade out before an underrun and in after it
+
+
+class Clock(Protocol):
+    """What tells the time and can wait."""
+
+    def now(self) -> float:
+        """Seconds, never going back."""
+        ...
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        """Let `seconds` pass, or fewer if `wake` is set."""
+        ...
+
+
+class WallClock:
+    """Real time."""
+
+    def now(self) -> float:
+        """Seconds of the machine's monotonic clock."""
+        return time.perf_counter()
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        """Wait, unless woken."""
+        wake.wait(seconds)
+
+
+class SkippingClock:
+    """Real time without the waiting: computing costs what it costs, a sleep is over at once.
+
+    A paced stream then runs as fast as the model does, with the queue levels and underruns that it
+    would have had.
+    """
+
+    def __init__(self) -> None:
+        self._skipped_s = 0.0
+
+    def now(self) -> float:
+        """Seconds computed plus seconds slept."""
+        return time.perf_counter() + self._skipped_s
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        """Move the clock forward."""
+        self._skipped_s += max(0.0, seconds)
+
+
+@dataclass(frozen=True)
+class SinkReport:
+    """What a sink has counted since it was opened.
+
+    Attributes:
+        heard_samples: samples of the stream that were played.
+        silent_samples: samples of silence put in for want of anything else.
+        underruns: how many times the queue ran dry while playing.
+        lowest_s: the shortest queue seen while playing, in seconds.
+    """
+
+    heard_samples: int = 0
+    silent_samples: int = 0
+    underruns: int = 0
+    lowest_s: float = float("inf")
+
+
+class Sink(Protocol):
+    """Something that plays; opened paused, so that it can be primed."""
+
+    clock: Clock
+
+    def open(self, sample_rate: int, channels: int) -> None:
+        """Get ready, paused and empty."""
+        ...
+
+    def write(self, samples: np.ndarray) -> None:
+        """Append `[channel, sample]` float32 to the queue; never blocks."""
+        ...
+
+    def queued_s(self) -> float:
+        """Seconds written and not yet played."""
+        ...
+
+    def run(self, running: bool) -> None:
+        """Play, or pause."""
+        ...
+
+    def report(self) -> SinkReport:
+        """The counters."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing more will come: to run dry is no underrun any more."""
+        ...
+
+    def close(self) -> None:
+        """Play nothing more."""
+        ...
+
+
+class PlayQueue:
+    """A queue of samples that fades out before it runs dry and in when it has sound again.
+
+    The gain before sample i is `min(gain[i-1] + 1/f, remaining[i]/f, 1)` with f samples of fade, so
+    it reaches 0 with the last sample there is. The browser's worklet does the same.
+    """
+
+    def __init__(self, channels: int, fade_samples: int) -> None:
+        self._parts: deque[np.ndarray] = deque()
+        self._channels, self._fade = channels, max(1, fade_samples)
+        self._gain, self._dry = 0.0, True
+        self._lock = threading.Lock()
+        self.level = self.heard = self.silent = self.underruns = 0
+        self.lowest: float = float("inf")
+        self.ending = False  # set when nothing more will come: then running dry is no underrun
+
+    def push(self, samples: np.ndarray) -> None:
+        """Append `[channel, sample]`."""
+        with self._lock:
+            self._parts.append(samples)
+            self.level += samples.shape[-1]
+
+    def report(self, sample_rate: int) -> SinkReport:
+        """The counters."""
+        lowest_s = self.lowest / sample_rate
+        return SinkReport(self.heard, self.silent, self.underruns, lowest_s)
+
+    def pull(self, n: int) -> np.ndarray:
+        """The next n samples `[channel, sample]`: sound as far as there is some, then silence."""
+        out = np.zeros((self._channels, n), dtype=np.float32)
+        with self._lock:
+            n_sound = min(n, self.level)
+            before = self.level
+            self._fill(out[:, :n_sound])
+            self._shape(out[:, :n_sound], before)
+            self._count(n, n_sound)
+        return out
+
+    def _fill(self, out: np.ndarray) -> None:
+        done = 0
+        while done < out.shape[-1]:
+            part = self._parts[0]
+            k = min(part.shape[-1], out.shape[-1] - done)
+            out[:, done : done + k] = part[:, :k]
+            done += k
+            if k == part.shape[-1]:
+                self._parts.popleft()
+            else:
+                self._parts[0] = part[:, k:]
+        self.level -= done
+
+    def _shape(self, out: np.ndarray, before: int) -> None:
+        n, fade = out.shape[-1], self._fade
+        if n and (self._gain < 1 or before - n < fade):
+            i = np.arange(n)
+            gain = np.minimum(self._gain + (i + 1) / fade, (before - 1 - i) / fade)
+            gain = np.clip(gain, 0, 1).astype(np.float32)
+            out *= gain
+            self._gain = float(gain[-1])
+
+    def _count(self, n: int, n_sound: int) -> None:
+        self.heard += n_sound
+        if n_sound:
+            self._dry = False
+        if n_sound < n:
+            if not self._dry and not self.ending:
+                self.underruns += 1
+            self.silent += n - n_sound
+            self._dry, self._gain = True, 0.0
+        if n and not self.ending:
+            self.lowest = min(self.lowest, self.level)

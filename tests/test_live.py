@@ -1,0 +1,573 @@
+"""The engine under a virtual clock: pacing, stalls, latency, refusals, faults."""
+
+import math
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualClock, tone_hz
+
+from lmd.browser_sink import BrowserSink
+from lmd.controls import Controls
+from lmd.desk import NAMES
+from lmd.errors import LmdError
+from lmd.live import EngineOptions, LiveEngine
+from lmd.pace import Made, Trouble, affordable_steps, percentile
+from lmd.play_queue import FADE_S, PlayQueue, SkippingClock
+from lmd.sinks import AudioFile, FileSink, NullSink, SoundCardSink
+
+FRAME_S = SAMPLES_PER_FRAME / SAMPLE_RATE
+BLOCK_S = 48 * FRAME_S  # 2.4 s
+
+
+def play(
+    cost_s: Callable[[int, Controls], float] = lambda index, controls: 0.3,
+    options: EngineOptions | None = None,
+    controls: Controls | None = None,
+    before: Callable[[LiveEngine, VirtualClock], None] = lambda engine, clock: None,
+    streamer: FakeStreamer | None = None,
+) -> tuple[LiveEngine, NullSink, list[object]]:
+    """Play to the end in virtual time, in this thread."""
+    clock, events = VirtualClock(), []
+    streamer = streamer or FakeStreamer(clock, cost_s)
+    streamer.clock = clock
+    sink = NullSink(clock, keep=True)
+    engine = LiveEngine(streamer, sink, controls, options, on_event=events.append)
+    before(engine, clock)
+    engine.run()
+    assert engine.failure is None, engine.failure
+    return engine, sink, events
+
+
+def test_a_full_queue_plays_the_very_samples() -> None:
+    queue = PlayQueue(2, fade_samples=10)
+    wave = np.random.default_rng(0).uniform(-1, 1, (2, 1000)).astype(np.float32)
+    for start in range(0, 1000, 77):
+        queue.push(wave[:, start : start + 77])
+    played = np.concatenate([queue.pull(33) for _ in range(25)], axis=-1)  # 825 of 1000
+    assert np.array_equal(played[:, 10:], wave[:, 10:825])  # the first 10 are faded in
+    assert (queue.heard, queue.silent, queue.underruns, queue.level) == (825, 0, 0, 175)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128, 2000])
+def test_running_dry_fades_out_and_in_without_a_step(chunk: int) -> None:
+    fade = 100
+    queue = PlayQueue(1, fade)
+    queue.push(np.ones((1, 700), np.float32))
+    first = [queue.pull(chunk) for _ in range(math.ceil(1000 / chunk))]
+    queue.push(np.ones((1, 5000), np.float32))
+    second = [queue.pull(chunk) for _ in range(math.ceil(1000 / chunk))]
+    played = np.concatenate(first + second, axis=-1)[0]
+    # A constant of 1 makes every step a gain step: the ramp's own is 1/fade.
+    assert np.abs(np.diff(played, prepend=0)).max() <= 1 / fade + 1e-6
+    assert queue.underruns == 1
+    assert played[:700].max() == 1.0
+
+
+def test_an_end_that_was_announced_is_no_underrun() -> None:
+    queue = PlayQueue(1, 10)
+    queue.push(np.ones((1, 50), np.float32))
+    queue.ending = True
+    queue.pull(100)
+    assert (queue.underruns, queue.silent) == (0, 50)
+
+
+def test_ten_minutes_paced_have_no_underrun_and_a_queue_never_under_a_quarter() -> None:
+    rng = random.Random(1)
+
+    def cost_s(index: int, controls: Controls) -> float:
+        return BLOCK_S * rng.uniform(0.2, 0.9)
+
+    engine, _, _ = play(cost_s, EngineOptions(limit_s=600))
+    meters = engine.meters()
+    assert meters.underruns == 0
+    assert meters.silent_s == 0
+    assert meters.played_s >= 600
+    assert meters.lowest_s is not None
+    # Measured: 0.50 of the target; a block is handed over when one of two is left.
+    assert meters.lowest_s >= 0.25 * 2 * BLOCK_S
+
+
+def test_every_sample_is_heard_once_and_in_order() -> None:
+    _, sink, _ = play(options=EngineOptions(limit_s=30))
+    heard = sink.heard()[0]
+    n = heard.size
+    expected = 0.25 * np.sin(2 * np.pi * tone_hz(Controls()) * np.arange(n) / SAMPLE_RATE)
+    fade = round(FADE_S * SAMPLE_RATE)
+    # Measured 3e-8: float32 rounding of a sine of amplitude 0.25.
+    assert np.abs(heard[fade:-fade] - expected[fade:-fade]).max() < 1e-6
+    assert n >= 29.9 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize("stall_blocks", [0.5, 1, 3])
+def test_a_stall_is_counted_faded_and_over_within_two_blocks(stall_blocks: float) -> None:
+    ordinary_s, stalled = 0.3, 8
+
+    def cost_s(index: int, controls: Controls) -> float:
+        return ordinary_s + (stall_blocks * BLOCK_S if index == stalled else 0)
+
+    options = EngineOptions(queue_s=BLOCK_S, limit_s=60)  # one block of queue: every stall is heard
+    engine, sink, events = play(cost_s, options)
+    meters, heard = engine.meters(), sink.heard()[0]
+    assert meters.underruns == 1
+    troubles = [e for e in events if isinstance(e, Trouble) and e.kind == "underrun"]
+    assert len(troubles) == 1
+    # Silence lasts as long as the stall, less what was left in the queue (safety_s = 0.06).
+    assert meters.silent_s == pytest.approx(stall_blocks * BLOCK_S - 0.06, abs=0.01)
+    # No click: the fake's sine moves by at most its slope between samples.
+    slope = 0.25 * 2 * np.pi * tone_hz(Controls()) / SAMPLE_RATE
+    assert np.abs(np.diff(heard)).max() <= slope + 0.25 / (FADE_S * SAMPLE_RATE) + 1e-6
+    # The clock did not shift: sound and silence add up to the time that passed.
+    assert heard.size == sink.queue.heard + sink.queue.silent
+    # From the second block after the stall on, the queue is as deep as before it.
+    depths = [made.queued_s for made in engine.ledger.history]
+    before, after = depths[4:stalled], depths[stalled + 2 : -1]
+    assert after
+    assert max(after) - min(before) < 0.01
+    assert min(after) - max(before) > -0.01
+
+
+def test_a_change_is_heard_in_the_sample_it_was_promised_for_and_soon() -> None:
+    rng = random.Random(3)
+    frames, cost = 12, 0.08
+    block_s = frames * FRAME_S
+
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        when_s = 3.0
+        for number in range(200):
+            when_s += rng.uniform(1.0, 2.0)
+            clock.at(when_s, lambda number=number: engine.change(seed=number + 1))
+
+    options = EngineOptions(queue_s=block_s, limit_s=320)
+    engine, sink, _ = play(
+        lambda index, controls: cost, options, Controls(block_frames=frames), before
+    )
+    meters, heard = engine.meters(), sink.heard()[0]
+    assert meters.n_changes == 200
+    assert meters.underruns == 0
+    # p95 is at most the block plus its cost and the queue's safety: 0.6 + 0.08 + 0.06 s.
+    assert meters.latency_p95_ms is not None
+    assert meters.latency_p95_ms <= 1e3 * block_s + 150
+    for promise in list(engine.ledger.promises)[:-1]:
+        controls = Controls(block_frames=frames, seed=promise.change.number)
+        n = np.arange(promise.sample, promise.sample + SAMPLES_PER_FRAME)
+        tone = 0.25 * np.sin(2 * np.pi * tone_hz(controls) * n / SAMPLE_RATE)
+        assert np.abs(heard[n] - tone).max() < 1e-4
+        assert abs(heard[n[0] - 1 - 40 : n[0] - 1] - tone[:40]).max() > 1e-2
+
+
+def test_latency_grows_with_the_queue() -> None:
+    def p95(queue_s: float) -> float:
+        def before(engine: LiveEngine, clock: VirtualClock) -> None:
+            for number in range(50):
+                clock.at(20 + number * 1.7, lambda n=number: engine.change(seed=n + 1))
+
+        options = EngineOptions(queue_s=queue_s, limit_s=120)
+        return play(options=options, before=before)[0].meters().latency_p95_ms or math.nan
+
+    short, long = p95(BLOCK_S), p95(3 * BLOCK_S)
+    assert long - short == pytest.approx(2e3 * BLOCK_S, rel=0.1)
+
+
+def test_pausing_holds_the_sound_and_the_queue() -> None:
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        clock.at(12.0, engine.pause)
+        clock.at(40.0, engine.resume)
+
+    engine, sink, _ = play(options=EngineOptions(limit_s=30), before=before)
+    meters = engine.meters()
+    assert (meters.underruns, meters.silent_s) == (0, 0)
+    assert sink.clock.now() >= 28 + 30  # the pause took its time and no more was made meanwhile
+    assert sink.queue.heard == pytest.approx(
+        engine.meters().played_s * SAMPLE_RATE, abs=SAMPLE_RATE
+    )
+
+
+def test_forgetting_happens_once() -> None:
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        clock.at(10.0, lambda: engine.change(forget_frames=96))
+
+    engine, _, _ = play(options=EngineOptions(limit_s=40), before=before)
+    forgotten = [made.controls.forget_frames for made in engine.ledger.history]
+    assert forgotten.count(96) == 1
+    assert sum(forgotten) == 96
+    assert engine.desk.asked().forget_frames == 0
+
+
+def test_a_block_that_is_not_finite_is_faded_and_the_stream_recovers() -> None:
+    streamer = FakeStreamer()
+    streamer.poison = {5, 11, 12, 13}
+    engine, _, events = play(options=EngineOptions(limit_s=60), streamer=streamer)
+    faults = [m.number for m in engine.ledger.history if m.fault]
+    assert faults == [5, 11, 12, 13]
+    assert all(math.isfinite(m.level_db) for m in engine.ledger.history)
+    assert "not finite" in engine.meters().error
+    assert len([e for e in events if isinstance(e, Trouble) and e.kind == "fault"]) == 4
+    levels = [m.level_db for m in engine.ledger.history]
+    assert -20 < levels[5] < levels[4]  # the last good block, fading
+    assert levels[12] == levels[13] == -120  # then silence
+    assert levels[6] == pytest.approx(levels[4], abs=0.1)
+    assert levels[14] == pytest.approx(levels[4], abs=0.1)
+
+
+def test_a_poisoned_block_leaves_no_step_in_the_wave() -> None:
+    from lmd.guard import Guarded, guarded_step
+
+    streamer = FakeStreamer()
+    streamer.poison = {1}
+    guarded, waves = Guarded(streamer.start()), []
+    for _ in range(3):
+        piece, guarded = guarded_step(streamer, guarded, Controls())
+        waves.append(piece.wave[0, 0])
+    wave = torch.cat(waves)
+    slope = 0.25 * 2 * math.pi * tone_hz(Controls()) / SAMPLE_RATE
+    # The repeat begins where the block began, a jump of the sine's own size at most: it ends on 0.
+    assert float(waves[1][-1].abs()) < 1e-3
+    assert float(wave.diff()[-waves[2].shape[-1] - 1 :].abs().max()) < 1.1 * slope
+
+
+def test_auto_takes_fewer_steps_until_it_keeps_up_and_gives_them_back() -> None:
+    slow = {"factor": 1.0}
+
+    def cost_s(index: int, controls: Controls) -> float:
+        slow["factor"] = 4.0 if 10 <= index < 30 else 1.0
+        return slow["factor"] * 0.1 * controls.n_steps
+
+    options = EngineOptions(limit_s=150, auto_steps=True)
+    engine, _, _ = play(cost_s, options, Controls(n_steps=8))
+    steps = [made.controls.n_steps for made in engine.ledger.history]
+    assert set(steps[:10]) == {8}
+    assert max(steps[12:30]) <= 5
+    assert steps[-1] == 8
+    fixed, _, _ = play(cost_s, replace(options, auto_steps=False), Controls(n_steps=8))
+    assert engine.meters().underruns < fixed.meters().underruns
+
+
+def test_a_model_that_is_too_slow_is_told_what_would_help() -> None:
+    controls = Controls(n_steps=16, cfg_scale=3.0, prompt="organ", regime="enc-dec")
+    engine, _, _ = play(lambda index, c: 0.2 * c.n_steps, EngineOptions(limit_s=60), controls)
+    advice = " ".join(engine.meters().advice)
+    assert "0.75× real time" in advice
+    steps = affordable_steps(engine.ledger.history[-1])
+    assert f"fewer steps: {steps} instead of 16" in advice
+    assert "guidance off" in advice
+    assert "block-causal" in advice
+    assert engine.meters().underruns > 0
+    fast, _, _ = play(lambda index, c: 0.2, EngineOptions(limit_s=60), controls)
+    assert fast.meters().advice == ()
+
+
+def test_a_new_text_is_encoded_beside_the_music() -> None:
+    streamer, gate, threads = FakeStreamer(), threading.Event(), []
+    encode = streamer.text.encode
+
+    def slow_encode(prompts: list[str]) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        if "harp" in prompts:
+            assert gate.wait(20)
+        return encode(prompts)
+
+    streamer.text.encode = slow_encode  # type: ignore[method-assign]
+    counts = {}
+
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        def ask() -> None:
+            engine.change(prompt="harp", n_steps=3)
+            engine.change(seed=5)
+
+        def release() -> None:
+            counts["before"] = engine.meters().n_blocks
+            gate.set()
+            deadline = threading.Event()
+            while not engine.desk._is_encoded("harp"):
+                deadline.wait(0.01)
+
+        clock.at(10.0, ask)
+        clock.at(30.0, release)
+
+    engine, _, _ = play(
+        options=EngineOptions(limit_s=60),
+        controls=Controls(prompt="organ"),
+        before=before,
+        streamer=streamer,
+    )
+    history = list(engine.ledger.history)
+    assert {m.controls.prompt for m in history[: counts["before"]]} == {"organ"}
+    assert history[counts["before"] - 1].controls.seed == 5  # what needs no text did not wait
+    assert history[-1].controls.prompt == "harp"
+    assert engine.meters().underruns == 0
+    assert threads[0] == threading.current_thread().name  # the first, before the music
+    assert set(threads[1:]) == {"lmd-text"}
+
+
+def test_a_text_that_cannot_be_encoded_is_refused_and_the_old_one_plays_on() -> None:
+    streamer = FakeStreamer()
+    encode = streamer.text.encode
+
+    def fussy(prompts: list[str]) -> torch.Tensor:
+        if "harp" in prompts:
+            raise LmdError("no harp", "another text", "Try the lute.")
+        return encode(prompts)
+
+    streamer.text.encode = fussy  # type: ignore[method-assign]
+
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        def settle() -> None:
+            engine.change(prompt="harp")
+            engine.desk.close()
+            assert engine.desk._worker is not None
+            engine.desk._worker.join(20)
+
+        clock.at(10.0, settle)
+
+    engine, _, events = play(
+        options=EngineOptions(limit_s=30),
+        controls=Controls(prompt="organ"),
+        before=before,
+        streamer=streamer,
+    )
+    assert {m.controls.prompt for m in engine.ledger.history} == {"organ"}
+    assert [e.message for e in events if isinstance(e, Trouble)] == [
+        "found no harp; expected another text. Try the lute."
+    ]
+    assert engine.desk.asked().prompt == "organ"
+
+
+WRONG = [
+    None, True, "eight", -1, 0, 7, 2.5, 10**9, math.nan, math.inf, [], {}, object(), b"x",
+    (("a", 0.4), ("b", 0.7)), (("a", math.nan),), (("a", "b"),), "x" * 501, torch.ones(2),
+]  # fmt: skip
+RIGHT = {
+    "prompt": ["organ", "", (("a", 0.25), ("b", 0.75)), [["a", 0.5], ["b", 0.5]]],
+    "cfg_scale": [1, 1.5, 0.5, np.float32(2.0)],
+    "n_steps": [1, 4, np.int64(8)],
+    "sampler": ["euler", "dpmpp", "pingpong", "pingpong++", "euler++"],
+    "block_frames": [12, 16, 24, 48, 96],
+    "regime": ["full", "enc-dec", "block-causal"],
+    "seed": [0, 1, 2**31],
+    "forget_frames": [0, 48, 192],
+    "seam": ["exact", "fade"],
+}
+
+
+def test_ten_thousand_random_changes_never_reach_the_thread_as_errors() -> None:
+    rng = random.Random(7)
+    asked, refused = [], []
+
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        def ask() -> None:
+            for _ in range(100):
+                names = rng.sample([*NAMES, "volume", "__class__"], rng.choice([1, 1, 1, 2]))
+                pool = {n: WRONG + RIGHT.get(n, []) for n in names}
+                changes = {n: rng.choice(pool[n]) for n in names}
+                before_ask = engine.desk.asked()
+                asked.append(changes)
+                try:
+                    engine.change(**changes)
+                except LmdError as error:
+                    refused.append(str(error))
+                    assert engine.desk.asked() == before_ask
+                else:
+                    engine.desk.asked().validate(engine.streamer.window)
+
+        for number in range(100):
+            clock.at(2.0 + 0.5 * number, ask)
+
+    engine, _, _ = play(options=EngineOptions(limit_s=80), before=before)
+    assert len(asked) == 10_000
+    assert len(refused) > 2000
+    assert all("expected" in message for message in refused)
+    assert engine.meters().state == "stopped"
+    assert len({m.controls for m in engine.ledger.history}) > 10
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac"])
+def test_a_file_holds_what_was_streamed(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"ünïcode take.{ending}"
+    engine = LiveEngine(
+        FakeStreamer(), FileSink(path, limit_s=5.0), options=EngineOptions(limit_s=5.0)
+    )
+    engine.run()
+    assert engine.failure is None
+    samples, rate = soundfile.read(path, dtype="float32")
+    assert (rate, samples.size) == (SAMPLE_RATE, 5 * SAMPLE_RATE)
+    expected = 0.25 * np.sin(2 * np.pi * tone_hz(Controls()) * np.arange(samples.size) / rate)
+    # wav holds the float32 samples, flac 24 bits: half a step is 6e-8.
+    assert np.abs(samples - expected).max() < 2e-7
+
+
+def test_a_recording_holds_what_was_made_while_it_ran(tmp_path: Path) -> None:
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        clock.at(10.0, lambda: engine.record(tmp_path / "r.wav"))
+        clock.at(30.0, engine.stop_recording)
+
+    play(options=EngineOptions(limit_s=40), before=before)
+    samples, rate = soundfile.read(tmp_path / "r.wav")
+    assert samples.size % round(BLOCK_S * rate) == 0
+    assert 15 < samples.size / rate < 25
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: AudioFile(folder / "x.mp3", 8000, 1), ".wav or .flac"),
+        (lambda folder: AudioFile(folder / "no" / "x.wav", 8000, 1), "existing folder"),
+        (lambda folder: EngineOptions(queue_s=-1), "0 or more"),
+        (lambda folder: EngineOptions(limit_s=True), "0 or more"),
+        (lambda folder: NullSink().heard(), "keep=True"),
+        (lambda folder: LiveEngine(FakeStreamer(), NullSink(), Controls(n_steps=65)), "1 to 64"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(
+    tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    with pytest.raises(LmdError, match=said):
+        make(tmp_path)
+
+
+def test_a_missing_sound_card_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(LmdError, match=r"lmd\[soundcard\]"):
+        SoundCardSink()
+
+
+def test_a_failing_streamer_ends_the_stream_and_says_so() -> None:
+    class Broken(FakeStreamer):
+        def step(self, state: object, controls: Controls) -> object:  # type: ignore[override]
+            raise ZeroDivisionError("a bug")
+
+    engine = LiveEngine(Broken(), NullSink(VirtualClock()))
+    engine.start()
+    assert engine.wait(20)
+    with pytest.raises(RuntimeError, match="live engine failed") as caught:
+        engine.stop()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert engine.meters().state == "failed"
+    assert "a bug" in engine.meters().error
+
+
+def test_a_thread_in_real_time_plays_and_stops() -> None:
+    engine = LiveEngine(FakeStreamer(), NullSink(), Controls(block_frames=1))
+    seen = threading.Event()
+    engine._on_event = lambda event: seen.set() if isinstance(event, Made) else None
+    engine.start()
+    assert seen.wait(10)
+    engine.stop()
+    assert engine.wait(0)
+    assert engine.meters().state == "stopped"
+
+
+def test_the_skipping_clock_counts_computing_and_skips_waiting() -> None:
+    clock = SkippingClock()
+    engine = LiveEngine(FakeStreamer(), NullSink(clock), options=EngineOptions(limit_s=120))
+    engine.run()
+    assert engine.meters().underruns == 0
+    assert engine.meters().played_s >= 120
+
+
+class Page:
+    """A browser page as the sink sees it: it plays by the clock and reports when told to."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self.sink = BrowserSink(self.receive, clock, patience_s=20.0)
+        self.clock, self.speaks, self.messages = clock, True, []
+        self.queue, self.running, self.at_s = PlayQueue(1, 160), False, 0.0
+
+    def receive(self, message: dict, buffers: list[bytes]) -> None:
+        self.messages.append(message["kind"])
+        self.play()
+        if message["kind"] == "open":
+            self.queue = PlayQueue(1, 160)
+        elif message["kind"] == "audio":
+            self.queue.push(np.frombuffer(buffers[0], "<i2").reshape(-1, 1).T / np.float32(32767))
+        elif message["kind"] == "run":
+            self.running, self.at_s = message["running"], self.clock.now()
+
+    def play(self) -> None:
+        due = int((self.clock.now() - self.at_s) * SAMPLE_RATE)
+        if self.running and due > 0:
+            self.queue.pull(due)
+            self.at_s += due / SAMPLE_RATE
+
+    def report(self) -> None:
+        self.play()
+        self.clock.at(self.clock.now() + 0.2, self.report)
+        if self.speaks:
+            q = self.queue
+            counters = {"heard": q.heard, "silent": q.silent, "underruns": q.underruns}
+            self.sink.on_report({"epoch": self.sink.epoch, "lowest": 0, **counters})
+
+
+def play_to(page: Page, limit_s: float) -> LiveEngine:
+    options = EngineOptions(limit_s=limit_s)
+    engine = LiveEngine(FakeStreamer(page.clock), page.sink, options=options)
+    page.clock.at(0.0, page.report)
+    engine.run()
+    assert engine.failure is None, engine.failure
+    return engine
+
+
+def test_a_page_is_fed_by_its_reports() -> None:
+    page = Page(VirtualClock())
+    play_to(page, 120)
+    assert page.queue.underruns == 0
+    assert page.queue.heard == pytest.approx(120 * SAMPLE_RATE, rel=0.03)
+
+
+def test_a_kernel_too_busy_to_read_reports_goes_on_feeding() -> None:
+    page = Page(VirtualClock())
+    page.clock.at(30.0, lambda: setattr(page, "speaks", False))
+    page.clock.at(45.0, lambda: setattr(page, "speaks", True))
+    play_to(page, 120)
+    assert page.queue.underruns == 0
+
+
+def test_a_page_that_is_gone_is_not_fed_for_ever_and_may_come_back() -> None:
+    page, levels = Page(VirtualClock()), []
+    page.clock.at(30.0, lambda: (setattr(page, "speaks", False), setattr(page, "running", False)))
+    page.clock.at(300.0, lambda: levels.append(page.sink.lost()))
+    page.clock.at(300.0, lambda: levels.append(page.messages.count("audio")))
+
+    def back() -> None:
+        page.speaks, page.running, page.at_s = True, True, page.clock.now()
+
+    page.clock.at(301.0, back)
+    engine = play_to(page, 90)
+    assert levels[0] is True
+    # 30 s heard, 20 s of patience, a queue of two blocks.
+    assert levels[1] * BLOCK_S < 30 + 20 + 3 * BLOCK_S
+    assert engine.meters().played_s >= 90
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"epoch": 1, "heard": "1", "silent": 0, "underruns": 0, "lowest": 0},
+        {"epoch": 1, "heard": -1, "silent": 0, "underruns": 0, "lowest": 0},
+        {"epoch": 1, "heard": math.nan, "silent": 0, "underruns": 0, "lowest": 0},
+        {"epoch": 0, "heard": 500, "silent": 0, "underruns": 0, "lowest": 0},
+    ],
+)
+def test_nonsense_from_a_page_is_ignored(message: dict) -> None:
+    sink = BrowserSink(lambda message, buffers: None, VirtualClock())
+    sink.open(SAMPLE_RATE, 1)
+    sink.write(np.zeros((1, 1000), np.float32))
+    sink.on_report(message)
+    assert sink.queued_s() == 1000 / SAMPLE_RATE
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    values = [float(x) for x in range(1, 101)]
+    assert percentile(values, 50) == 50
+    assert percentile(values, 95) == 95
+    assert percentile([7.0], 95) == 7.0
+    assert percentile([], 95) is None
