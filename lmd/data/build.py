@@ -1,0 +1,323 @@
+"""`python -m lmd data build`: the score corpus rendered, or a folder of audio taken in."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lmd.data.analysis import brightness_hz, find_key, onset_density
+from lmd.data.captions import Described, caption, stem_caption
+from lmd.data.corpus import SETTINGS, Row, piece_by_id, write_manifest, write_wav
+from lmd.data.draw import Draw
+from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
+from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, load_scores
+from lmd.data.tones import ToneBank, default_soundfont
+from lmd.errors import LmdError
+from lmd.rng import generator
+
+CORPUS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a rendered corpus depends on; the same settings give the same bytes."""
+
+    seed: int = 0
+    sample_rate: int = 22_050
+    channels: int = 1
+    max_seconds: float = MAX_SECONDS
+    soundfont: str = ""  # path; empty = the one inside pretty_midi
+    stems: bool = False  # write the stems too (they can be played again at any time)
+    collections: tuple[str, ...] = COLLECTIONS
+
+
+@lru_cache(maxsize=2)
+def _bank(soundfont: str, sample_rate: int) -> ToneBank:
+    """One bank of tones per process."""
+    return ToneBank(soundfont or None, sample_rate)
+
+
+def plan(pieces: Sequence[Piece], hours: float, settings: BuildSettings) -> list[tuple[Piece, int]]:
+    """Which renditions make up so many hours: every piece once, shuffled, then every piece again.
+
+    More hours extend the plan; they change nothing of its beginning.
+
+    Args:
+        pieces: the scores.
+        hours: at least this much at the written tempo (fermatas make it a little longer).
+        settings: for the seed and the longest excerpt.
+    """
+    chosen: list[tuple[Piece, int]] = []
+    seconds, rendition = 0.0, 0
+    while seconds < hours * 3600:
+        order = torch.randperm(len(pieces), generator=generator(settings.seed, "plan", rendition))
+        for index in order.tolist():
+            piece = pieces[index]
+            how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+            seconds += (how.end_quarter - how.start_quarter) * 60 / how.tempo_bpm
+            chosen.append((piece, rendition))
+            if seconds >= hours * 3600:
+                break
+        rendition += 1
+    return chosen
+
+
+def row_name(piece: Piece, rendition: int) -> str:
+    """The unique name of a rendition, and of its file."""
+    return f"{piece.piece_id.replace('/', '__')}__r{rendition}"
+
+
+def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rendered) -> Described:
+    """The facts of a rendition: what was drawn, and what is found in its notes and sound."""
+    how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+    tonic, mode = find_key(sound.notes[:, 2], sound.notes[:, 1])
+    duration_s = sound.wave.shape[-1] / settings.sample_rate
+    return Described(
+        composer=piece.composer,
+        family=how.family,
+        instruments=how.instruments,
+        tempo_bpm=how.tempo_bpm,
+        tonic=tonic,
+        mode=mode,
+        metre=piece.metre,
+        density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
+        brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
+        articulation=how.articulation,
+        dynamics=how.dynamics,
+    )
+
+
+def build_row(job: tuple[Piece, int, BuildSettings, Path]) -> Row:
+    """Render, write and describe one rendition."""
+    piece, rendition, settings, out = job
+    how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+    bank = _bank(settings.soundfont, settings.sample_rate)
+    sound = render(piece, how, bank, settings.channels)
+    about = describe(piece, rendition, settings, sound)
+    name = row_name(piece, rendition)
+    path = f"audio/{name}.wav"
+    write_wav(out / path, sound.wave, settings.sample_rate)
+    stem_paths = []
+    if settings.stems:
+        for voice, stem in enumerate(sound.stems):
+            stem_paths.append(f"stems/{name}__v{voice}.wav")
+            write_wav(out / stem_paths[-1], stem, settings.sample_rate)
+    return Row(
+        name=name,
+        piece_id=piece.piece_id,
+        composer=piece.composer,
+        title=piece.title,
+        split=piece.split,
+        rendition=rendition,
+        seed=settings.seed,
+        family=how.family,
+        instruments="|".join(how.instruments),
+        tempo_bpm=how.tempo_bpm,
+        key=about.tonic,
+        mode=about.mode,
+        metre=piece.metre,
+        transposition=how.transposition,
+        articulation=how.articulation,
+        dynamics=how.dynamics,
+        density_hz=about.density_hz,
+        brightness_hz=about.brightness_hz,
+        duration_s=round(sound.wave.shape[-1] / settings.sample_rate, 4),
+        n_samples=sound.wave.shape[-1],
+        sample_rate=settings.sample_rate,
+        channels=settings.channels,
+        caption=caption(about, Draw(settings.seed, "caption", piece.piece_id, rendition)),
+        path=path,
+        stem_paths="|".join(stem_paths),
+        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
+    )
+
+
+def row_stem_caption(row: Row, voice: int) -> str:
+    """The caption of one voice of a rendition."""
+    about = Described(
+        row.composer, row.family, tuple(row.instruments.split("|")), row.tempo_bpm, row.key,
+        row.mode, row.metre, row.density_hz, row.brightness_hz, row.articulation, row.dynamics,
+    )  # fmt: skip
+    return stem_caption(about, voice, Draw(row.seed, "caption", row.piece_id, row.rendition))
+
+
+def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
+    """Render a row of a manifest once more; the samples are those of the first time.
+
+    Args:
+        row: the rendition.
+        settings: the corpus's `corpus.json`.
+        cache: where parsed scores are kept.
+
+    Raises:
+        LmdError: the soundfont differs from the one the corpus was built with.
+    """
+    bank = _bank(settings["soundfont"], settings["sample_rate"])
+    if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
+        raise LmdError(
+            f"soundfont {bank.soundfont.name} with other contents",
+            "the one that the corpus was built with",
+            "Restore it, or build the corpus again.",
+        )
+    piece = piece_by_id(row.piece_id, cache)
+    how = draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
+    return render(piece, how, bank, settings["channels"])
+
+
+@lru_cache(maxsize=8)
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def build_corpus(
+    out: Path,
+    hours: float,
+    settings: BuildSettings | None = None,
+    workers: int = 1,
+    cache: Path = DEFAULT_CACHE,
+) -> list[Row]:
+    """Render a corpus; what is already there and whole is kept.
+
+    Args:
+        out: the folder to fill.
+        hours: how much music.
+        settings: seed, format, soundfont, scores.
+        workers: processes.
+        cache: where parsed scores are kept.
+
+    Returns:
+        The manifest's rows.
+
+    Raises:
+        LmdError: the folder holds a corpus built with other settings.
+    """
+    settings = settings or BuildSettings()
+    if not 0 < hours < 10_000:
+        raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
+    pieces, rejected = load_scores(settings.collections, cache, workers)
+    _check_settings(out, settings)
+    (out / "rejected_scores.json").write_text(
+        json.dumps([asdict(item) for item in rejected], indent=1) + "\n"
+    )
+    jobs = [(piece, rendition, settings, out) for piece, rendition in plan(pieces, hours, settings)]
+    rows: dict[str, Row] = {}
+    with (out / "rows.jsonl").open("a+") as log:
+        for row in _finished(log, out):
+            rows[row.name] = row
+        missing = [job for job in jobs if row_name(job[0], job[1]) not in rows]
+        with tqdm(
+            total=len(jobs), initial=len(jobs) - len(missing), desc="rendering", mininterval=1
+        ) as bar:
+            for count, row in enumerate(_rendered(missing, workers), 1):
+                rows[row.name] = row
+                log.write(json.dumps(asdict(row), sort_keys=True) + "\n")
+                log.flush()
+                bar.update()
+                if count % 100 == 0:
+                    write_manifest(out, _in_order(jobs, rows))
+    ordered = _in_order(jobs, rows)
+    write_manifest(out, ordered)
+    return ordered
+
+
+def _in_order(jobs: Sequence[tuple[Piece, int, Any, Any]], rows: dict[str, Row]) -> list[Row]:
+    """The finished rows in the order of the plan."""
+    names = (row_name(job[0], job[1]) for job in jobs)
+    return [rows[name] for name in names if name in rows]
+
+
+def _finished(log: Any, out: Path) -> Iterator[Row]:
+    """Rows of an earlier run whose files are there at full length."""
+    log.seek(0)
+    for line in log.read().splitlines():
+        try:
+            row = Row(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            continue  # the line that an interruption tore; its rendition is made again
+        paths = [row.path, *filter(None, row.stem_paths.split("|"))]
+        size = 44 + 2 * row.n_samples * row.channels
+        if all((out / p).is_file() and (out / p).stat().st_size == size for p in paths):
+            yield row
+
+
+def _rendered(jobs: list[Any], workers: int) -> Iterator[Row]:
+    """Rows in the order of the jobs, from one process or several."""
+    if workers <= 1 or len(jobs) < 2:
+        yield from map(build_row, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(build_row, jobs, chunksize=4)
+
+
+def _check_settings(out: Path, settings: BuildSettings) -> None:
+    """Write the corpus's settings, or hold them against those of an earlier run."""
+    out.mkdir(parents=True, exist_ok=True)
+    soundfont = Path(settings.soundfont) if settings.soundfont else default_soundfont()
+    ToneBank(soundfont, settings.sample_rate)  # a wrong file is refused before anything is written
+    values = {
+        "format": CORPUS_FORMAT,
+        **json.loads(json.dumps(asdict(settings))),
+        "soundfont_sha256": file_sha256(soundfont),
+    }
+    path = out / SETTINGS
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differing = sorted(k for k in values if before.get(k) != values[k])
+        if differing:
+            raise LmdError(
+                f"{out} built with other {', '.join(differing)}",
+                "the same settings, to go on with it",
+                "Choose another --out, or remove that folder.",
+            )
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/corpus"), help="folder to fill")
+    add("--hours", type=float, default=10.0, help="how much to render")
+    add("--workers", type=int, default=1, help="processes")
+    add("--seed", type=int, default=0)
+    add("--sample-rate", type=int, default=22_050, help="Hz")
+    add("--channels", type=int, default=1, choices=(1, 2))
+    add("--max-seconds", type=float, default=MAX_SECONDS, help="longer pieces become excerpts")
+    add("--soundfont", default="", help="an .sf2 or .sf3 file instead of the built-in one")
+    add("--collections", nargs="+", default=COLLECTIONS, help="folders of music21's corpus")
+    add("--stems", action="store_true", help="write stems too, instead of playing them again")
+    add("--cache", type=Path, default=DEFAULT_CACHE, help="where parsed scores are kept")
+    add("--audio", type=Path, help="take in this folder of audio instead of rendering scores")
+    add("--keep-going", action="store_true", help="go on when more than 5 %% are rejected")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Build a corpus and say what is in it."""
+    torch.set_num_threads(1)
+    if args.audio is not None:
+        from lmd.data.audio import build_from_folder
+
+        return build_from_folder(args)
+    settings = BuildSettings(
+        seed=args.seed,
+        sample_rate=args.sample_rate,
+        channels=args.channels,
+        max_seconds=args.max_seconds,
+        soundfont=args.soundfont,
+        stems=args.stems,
+        collections=tuple(args.collections),
+    )
+    rows = build_corpus(args.out, args.hours, settings, args.workers, args.cache)
+    hours = sum(row.duration_s for row in rows) / 3600
+    n_pieces = len({row.piece_id for row in rows})
+    print(f"{len(rows)} renditions of {n_pieces} pieces, {hours:.2f} h, in {args.out}")
+    return 0

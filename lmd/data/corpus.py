@@ -1,0 +1,209 @@
+"""A built corpus on disk: a manifest, one WAV per rendition, stems stored or played again."""
+
+import json
+import wave as riff
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lmd.data.scores import DEFAULT_CACHE, Split, load_scores
+from lmd.errors import LmdError
+
+MANIFEST = "manifest.csv"
+SETTINGS = "corpus.json"
+_HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rendition (or one file of a person's own music): a line of the manifest.
+
+    Attributes:
+        name: unique; the WAV's stem.
+        piece_id, composer, title, split: the piece; pieces, not renditions, are split.
+        rendition, seed: what the rendition was drawn from (0 for own music).
+        family, instruments: how it is played; instruments per voice, joined by "|".
+        tempo_bpm: quarter notes a minute; 0 = not known.
+        key, mode, metre: found by analysis (key, mode) or stated by the score (metre).
+        transposition: semitones.
+        articulation, dynamics: words of `lmd.data.render`.
+        density_hz, brightness_hz: onsets a second, spectral centroid.
+        duration_s, n_samples, sample_rate, channels: of the WAV.
+        caption: one text.
+        path: of the mix, relative to the manifest.
+        stem_paths: of the stored stems joined by "|"; empty = played again when asked for.
+        sha256: of the WAV's bytes.
+    """
+
+    name: str
+    piece_id: str
+    composer: str
+    title: str
+    split: str
+    rendition: int
+    seed: int
+    family: str
+    instruments: str
+    tempo_bpm: float
+    key: str
+    mode: str
+    metre: str
+    transposition: int
+    articulation: str
+    dynamics: str
+    density_hz: float
+    brightness_hz: float
+    duration_s: float
+    n_samples: int
+    sample_rate: int
+    channels: int
+    caption: str
+    path: str
+    stem_paths: str
+    sha256: str
+
+
+COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
+
+
+def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
+    """Write float `[channel, sample]` as 16-bit PCM; the same samples give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = np.round(np.clip(wave, -1, 1) * 32767).astype("<i2").T
+    partial = path.with_suffix(".tmp")
+    with riff.open(str(partial), "wb") as file:
+        file.setnchannels(wave.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes(np.ascontiguousarray(data).tobytes())
+    partial.replace(path)
+
+
+class Corpus:
+    """A built corpus. Waves are memory-mapped: a window costs no more than its own samples.
+
+    Args:
+        folder: what `python -m lmd data build --out` wrote.
+        split: only this split; None = everything.
+
+    Raises:
+        LmdError: no manifest there, or no row of that split.
+    """
+
+    def __init__(self, folder: Path | str, split: Split | None = None) -> None:
+        self.folder = Path(folder)
+        self.table = read_manifest(self.folder)
+        if split is not None:
+            self.table = self.table[self.table["split"] == split].reset_index(drop=True)
+        if self.table.empty:
+            raise LmdError(
+                f"no {split or ''} rendition in {self.folder}",
+                "at least one",
+                "Build more hours: python -m lmd data build --hours H.",
+            )
+        self.rows = [Row(*values) for values in self.table.itertuples(index=False, name=None)]
+        self.sample_rate, self.channels = self.rows[0].sample_rate, self.rows[0].channels
+        self._maps: dict[str, np.memmap] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def duration_s(self) -> float:
+        """All of it, in seconds."""
+        return float(self.table["duration_s"].sum())
+
+    def pcm(self, index: int) -> np.ndarray:
+        """The mix as a memory-mapped int16 array `[sample, channel]`."""
+        return self._map(self.rows[index].path, self.rows[index])
+
+    def wave(self, index: int, start: int = 0, n_samples: int | None = None) -> np.ndarray:
+        """Samples of a mix, float32 `[channel, sample]`, -1 … 1.
+
+        Args:
+            index: row of the manifest.
+            start: first sample.
+            n_samples: how many; None = to the end. Beyond the end there is silence.
+        """
+        pcm = self.pcm(index)
+        n_samples = len(pcm) - start if n_samples is None else n_samples
+        part = np.asarray(pcm[start : start + n_samples], dtype=np.float32).T / 32767
+        return np.pad(part, ((0, 0), (0, n_samples - part.shape[1])))
+
+    def stems(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
+        """The voices of a rendition before the limiter, float32 `[voice, channel, sample]`.
+
+        Stored stems are read (16 bit); others are played again, bit for bit as they were.
+
+        Raises:
+            LmdError: own music without stems; a score or soundfont that is not as it was.
+        """
+        row = self.rows[index]
+        if row.stem_paths:
+            paths = row.stem_paths.split("|")
+            return np.stack([self._map(p, row).T.astype(np.float32) / 32767 for p in paths])
+        from lmd.data.build import play_again
+
+        return play_again(row, self.settings(), cache).stems
+
+    def settings(self) -> dict:
+        """What the corpus was built with."""
+        return json.loads((self.folder / SETTINGS).read_text())
+
+    def _map(self, path: str, row: Row) -> np.ndarray:
+        """A WAV's samples, mapped once; the file's length is checked against the manifest."""
+        if path not in self._maps:
+            file = self.folder / path
+            wanted = _HEADER_BYTES + 2 * row.n_samples * row.channels
+            size = file.stat().st_size if file.is_file() else 0
+            if size != wanted:
+                raise LmdError(
+                    f"{path} with {size} bytes",
+                    f"{wanted} bytes, as the manifest says",
+                    "Run the build again: it renders what is missing or torn.",
+                )
+            shape = (row.n_samples, row.channels)
+            self._maps[path] = np.memmap(file, "<i2", "r", offset=_HEADER_BYTES, shape=shape)
+        return self._maps[path]
+
+
+def read_manifest(folder: Path) -> pd.DataFrame:
+    """The manifest of a corpus, one row a rendition, in the order of the plan.
+
+    Raises:
+        LmdError: there is none, or its columns are not these.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise LmdError(f"no {path}", "a built corpus", "Run: python -m lmd data build.")
+    table = pd.read_csv(path, keep_default_na=False)
+    if tuple(table.columns) != COLUMNS:
+        odd = sorted(set(table.columns) ^ set(COLUMNS))
+        raise LmdError(f"columns {odd} in {path}", "the manifest of this version", "Build again.")
+    return table
+
+
+def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the manifest in one stroke; a reader sees the old one or the new one."""
+    table = pd.DataFrame(
+        [[getattr(row, name) for name in COLUMNS] for row in rows], columns=COLUMNS
+    )
+    partial = folder / (MANIFEST + ".tmp")
+    table.to_csv(partial, index=False, lineterminator="\n")
+    partial.replace(folder / MANIFEST)
+
+
+def piece_by_id(piece_id: str, cache: Path = DEFAULT_CACHE):
+    """One piece of the score corpus.
+
+    Raises:
+        LmdError: no such piece.
+    """
+    pieces, _ = load_scores((piece_id.split("/")[0],), cache)
+    for piece in pieces:
+        if piece.piece_id == piece_id:
+            return piece
+    raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "See load_scores().")

@@ -1,0 +1,105 @@
+"""The orchestra: General MIDI programs with names, envelopes and the families they form.
+
+The renderer behind symusic plays samples without velocity, decay or release (measured: the same
+peak for velocities 10 to 127, a harpsichord that never fades), so those are stated here and applied
+per note by `lmd.data.tones`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """How one General MIDI program is played.
+
+    Attributes:
+        name: what captions and manifests call it.
+        program: General MIDI program, counted from 0.
+        low, high: playable MIDI pitches; a note outside is moved by octaves.
+        attack_ms: rise time added to the sample's own.
+        fade_s: time in which a held note falls by 60 dB at middle C; 0 = it is sustained.
+            Strings twice as long fade half as fast: the time halves every two octaves up.
+        release_ms: time in which a released note falls by 60 dB.
+    """
+
+    name: str
+    program: int
+    low: int
+    high: int
+    attack_ms: float
+    fade_s: float
+    release_ms: float
+
+
+INSTRUMENTS: dict[str, Instrument] = {
+    item.name: item
+    for item in (
+        Instrument("church organ", 19, 28, 98, 15, 0, 450),
+        Instrument("harpsichord", 6, 29, 91, 1, 7, 120),
+        Instrument("piano", 0, 21, 108, 1, 11, 250),
+        Instrument("bright piano", 1, 21, 108, 1, 11, 250),
+        Instrument("electric piano", 4, 28, 100, 2, 9, 200),
+        Instrument("string ensemble", 48, 28, 100, 60, 0, 350),
+        Instrument("violin", 40, 55, 100, 40, 0, 200),
+        Instrument("viola", 41, 48, 88, 40, 0, 200),
+        Instrument("cello", 42, 36, 79, 40, 0, 220),
+        Instrument("choir", 52, 36, 88, 70, 0, 400),
+        Instrument("voices", 53, 36, 88, 60, 0, 350),
+        Instrument("trumpet", 56, 52, 88, 20, 0, 160),
+        Instrument("trombone", 57, 38, 76, 25, 0, 180),
+        Instrument("tuba", 58, 26, 64, 30, 0, 180),
+        Instrument("French horn", 60, 38, 79, 35, 0, 220),
+        Instrument("flute", 73, 58, 98, 30, 0, 150),
+        Instrument("recorder", 74, 58, 98, 25, 0, 120),
+        Instrument("oboe", 68, 57, 91, 20, 0, 130),
+        Instrument("clarinet", 71, 48, 91, 25, 0, 130),
+        Instrument("bassoon", 70, 33, 74, 25, 0, 150),
+        Instrument("guitar", 24, 38, 86, 1, 6, 180),
+        Instrument("harp", 46, 26, 100, 1, 8, 600),
+        Instrument("lute", 25, 36, 86, 1, 5, 150),
+        Instrument("music box", 10, 60, 103, 1, 4, 700),
+        Instrument("warm pad", 89, 32, 96, 160, 0, 700),
+        Instrument("synth strings", 50, 32, 96, 90, 0, 500),
+        Instrument("halo pad", 94, 32, 96, 160, 0, 700),
+    )
+}
+
+# A family lists, per register from high to low, the instruments that may play a voice there.
+# One row = the same instrument for every voice.
+FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "church organ": (("church organ",),),
+    "harpsichord": (("harpsichord",),),
+    "piano": (("piano", "bright piano", "piano", "electric piano"),),
+    "strings": (
+        ("violin", "string ensemble"),
+        ("violin", "string ensemble"),
+        ("viola", "string ensemble"),
+        ("cello", "string ensemble"),
+    ),
+    "choir": (("choir", "voices"),),
+    "brass": (("trumpet",), ("trumpet", "French horn"), ("trombone", "French horn"), ("tuba",)),
+    "woodwinds": (("flute", "recorder"), ("oboe", "clarinet"), ("clarinet",), ("bassoon",)),
+    "plucked": (("guitar", "harp", "lute"),),
+    "music box": (("music box",),),
+    "synth pad": (("warm pad", "synth strings", "halo pad"),),
+    "mixed": (
+        ("violin", "flute", "oboe", "trumpet", "recorder", "choir", "music box", "harpsichord"),
+        ("clarinet", "oboe", "viola", "guitar", "church organ", "French horn", "harp"),
+        ("viola", "cello", "French horn", "clarinet", "trombone", "lute", "voices"),
+        ("cello", "bassoon", "trombone", "tuba", "church organ", "piano", "harp"),
+    ),
+}
+# Families are drawn with these weights: fading and sustained sounds about equally often.
+FAMILY_WEIGHTS: dict[str, float] = {
+    "church organ": 3,
+    "harpsichord": 2,
+    "piano": 3,
+    "strings": 3,
+    "choir": 2,
+    "brass": 2,
+    "woodwinds": 2,
+    "plucked": 2,
+    "music box": 1,
+    "synth pad": 1,
+    "mixed": 3,
+}

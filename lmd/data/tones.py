@@ -1,0 +1,151 @@
+"""Single tones from a soundfont, and the shape that a played note gives them."""
+
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from scipy.signal import lfilter
+
+from lmd.data.instruments import Instrument
+from lmd.errors import LmdError
+
+_MIDDLE_C = 60
+_LN_60_DB = float(np.log(1000.0))
+_DARK_HZ = 900.0  # corner of the darkened copy of a tone
+
+
+def default_soundfont() -> Path:
+    """The General MIDI soundfont that ships inside pretty_midi."""
+    from importlib.util import find_spec
+
+    spec = find_spec("pretty_midi")
+    if spec is None or spec.origin is None:
+        raise LmdError("no pretty_midi", "its soundfont TimGM6mb.sf2", "Install pretty_midi.")
+    return Path(spec.origin).parent / "TimGM6mb.sf2"
+
+
+class ToneBank:
+    """Held tones of a soundfont, mono, played by symusic at constant level.
+
+    Args:
+        soundfont: an `.sf2` or `.sf3` file; None = the one inside pretty_midi.
+        sample_rate: Hz.
+        max_bytes: tones kept in memory; the least recently used go first.
+
+    Raises:
+        LmdError: no such file, or not a soundfont.
+    """
+
+    def __init__(
+        self,
+        soundfont: Path | str | None = None,
+        sample_rate: int = 22_050,
+        max_bytes: int = 200 << 20,
+    ) -> None:
+        import symusic
+
+        self.soundfont = Path(soundfont) if soundfont else default_soundfont()
+        if not self.soundfont.is_file() or self.soundfont.suffix.lower() not in (".sf2", ".sf3"):
+            raise LmdError(
+                f"soundfont {str(self.soundfont)!r}",
+                "an existing .sf2 or .sf3 file",
+                "Give its path, or leave the option out for the built-in one.",
+            )
+        with self.soundfont.open("rb") as file:
+            head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:12] != b"sfbk":
+            raise LmdError(f"{self.soundfont.name} without a soundfont header", "RIFF … sfbk", "")
+        self.sample_rate, self.max_bytes = sample_rate, max_bytes
+        self._synthesizer = symusic.Synthesizer(str(self.soundfont), sample_rate, 3)
+        self._tones: OrderedDict[tuple[int, int, int, int], np.ndarray] = OrderedDict()
+        self._n_bytes = 0
+
+    def tone(self, program: int, pitch: int, n_samples: int, darkness: int = 0) -> np.ndarray:
+        """A held tone of at least `n_samples` samples, float32 `[sample]`.
+
+        Args:
+            program: General MIDI program 0–127.
+            pitch: MIDI pitch.
+            n_samples: how many samples are needed.
+            darkness: 0 = as sampled … 4 = mostly its low-passed copy.
+        """
+        seconds = 1
+        while seconds * self.sample_rate < n_samples:
+            seconds *= 2
+        key = (program, pitch, seconds, darkness)
+        if key in self._tones:
+            self._tones.move_to_end(key)
+            return self._tones[key]
+        wave = self._hold(program, pitch, seconds)
+        if darkness:
+            wave = darkened(wave, darkness / 5, self.sample_rate)
+        self._tones[key] = wave
+        self._n_bytes += wave.nbytes
+        while self._n_bytes > self.max_bytes and len(self._tones) > 1:
+            self._n_bytes -= self._tones.popitem(last=False)[1].nbytes
+        return wave
+
+    def _hold(self, program: int, pitch: int, seconds: int) -> np.ndarray:
+        """The soundfont's own sound of one key, held."""
+        import symusic
+
+        score, track = symusic.Score(1000), symusic.Track(program=program, is_drum=False)
+        track.notes.append(symusic.Note(0, (seconds + 1) * 1000, pitch, 100))
+        score.tracks.append(track)
+        score.tempos.append(symusic.Tempo(0, qpm=60))  # 1000 ticks a quarter: a tick is 1 ms
+        wave = self._synthesizer.render(score, stereo=False)[0, : seconds * self.sample_rate]
+        return np.ascontiguousarray(wave, dtype=np.float32)
+
+
+def darkened(wave: np.ndarray, amount: float, sample_rate: int) -> np.ndarray:
+    """`(1 − amount) · wave + amount · lowpass(wave)`: what a softer touch does to a sound."""
+    pole = float(np.exp(-2 * np.pi * _DARK_HZ / sample_rate))
+    low = lfilter([1 - pole], [1, -pole], wave.astype(np.float64))
+    return ((1 - amount) * wave + amount * low).astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def _decay(n_samples: int, fall_samples: float) -> np.ndarray:
+    """`exp` from 1 that falls by 60 dB in `fall_samples`."""
+    return np.exp(-_LN_60_DB / fall_samples * np.arange(n_samples)).astype(np.float32)
+
+
+def played_note(
+    bank: ToneBank, instrument: Instrument, pitch: int, gate_s: float, darkness: int
+) -> np.ndarray:
+    """One note: attack, hold (fading if the instrument does), release to exact silence.
+
+    Args:
+        bank: where tones come from.
+        instrument: its program and envelope.
+        pitch: MIDI pitch; moved by octaves into the instrument's range.
+        gate_s: how long the key is held, seconds.
+        darkness: see `ToneBank.tone`.
+
+    Returns:
+        float32 `[sample]` of gate plus release.
+    """
+    pitch = fold(pitch, instrument.low, instrument.high)
+    rate = bank.sample_rate
+    n_gate = max(1, round(gate_s * rate))
+    n_release = round(instrument.release_ms * rate / 1000)
+    n_attack = max(1, min(round(instrument.attack_ms * rate / 1000), n_gate))
+    wave = bank.tone(instrument.program, pitch, n_gate + n_release, darkness)
+    wave = wave[: n_gate + n_release].copy()
+    if instrument.fade_s:
+        fall = instrument.fade_s * 2.0 ** ((_MIDDLE_C - pitch) / 24) * rate
+        wave *= _decay(32 * rate, fall)[: len(wave)]
+    wave[:n_attack] *= np.linspace(0, 1, n_attack, endpoint=False, dtype=np.float32)
+    ramp = np.linspace(1, 0, n_release, dtype=np.float32)
+    wave[n_gate:] *= _decay(n_release, float(n_release)) * ramp
+    return wave
+
+
+def fold(pitch: int, low: int, high: int) -> int:
+    """The pitch, moved by octaves until it lies in [low, high]."""
+    while pitch < low:
+        pitch += 12
+    while pitch > high:
+        pitch -= 12
+    return pitch
