@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lmd.codec import DecodeState  # noqa: F401  (imported so that the hook checks it)
 from lmd.config import DiTConfig, WindowConfig
 from lmd.dit import Condition, LiveModel
 from lmd.stream import Streamer
@@ -15,15 +14,14 @@ WINDOW = WindowConfig(context_frames=24, block_frames=6)
 
 def random_model(config: DiTConfig = CONFIG, seed: int = 0) -> LiveModel:
     """A model whose every weight matters (nothing left at its zero initialisation)."""
-    generator = torch.Generator().manual_seed(seed)
-    model = LiveModel(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-    model.dit.timestep_features.data = torch.randn(
-        model.dit.timestep_features.shape, generator=generator
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LiveModel(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+                parameter.data = torch.randn(parameter.shape) * scale
+        model.dit.timestep_features.data = torch.randn(model.dit.timestep_features.shape)
     return model
 
 

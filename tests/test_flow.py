@@ -1,6 +1,7 @@
 """The straight path and the samplers, against closed forms for Gaussian data."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,8 +92,8 @@ def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sample
         times = grid(n)
         reached = sampler(velocities, x, times)
         errors.append((reached - exact_flow(x, times[0], times[-1])).abs().max().item())
-    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    # Measured: euler 0.97, 0.99, 0.99; dpmpp 2.1, 2.1, 2.0. The last doubling counts.
+    rates = [math.log2(a / b) for a, b in pairwise(errors)]
+    # Measured: euler 0.97, 0.98, 0.99; dpmpp 1.72, 1.93, 1.97. The last doubling counts.
     assert rates[-1] == pytest.approx(order, abs=0.15)
 
 
