@@ -1,0 +1,259 @@
+"""What a newcomer meets first: environment files, make targets, README, notebooks as committed."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from lmd.__main__ import COMMANDS
+from lmd.config import PRESETS
+from lmd.notebook import parameters_of
+from lmd.plan import ROOT, RunOptions, plan
+from lmd.readme import BLOCKS, fill, publish
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "requirements.lock").read_text().splitlines()
+README = (ROOT / "README.md").read_text()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LOCKED = dict(line.split("==") for line in LOCK if not line.startswith("#"))
+NO_GIT = shutil.which("git") is None or not (ROOT / ".git").exists()
+
+
+def shell_lines() -> list[str]:
+    """Every command line of the README's `sh` blocks, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def lmd_commands() -> list[list[str]]:
+    """What stands after `-m lmd` in these lines."""
+    words = [shlex.split(line, comments=True) for line in shell_lines() if "-m lmd " in line]
+    return [line[line.index("lmd") + 1 :] for line in words]
+
+
+def tracked_files() -> list[Path]:
+    out = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    return [ROOT / name for name in out.stdout.decode().split("\0") if name]
+
+
+def test_the_lock_holds_versions_and_nothing_else() -> None:
+    assert len(LOCKED) > 50
+    for line in LOCK:
+        assert re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line), line
+        assert not re.match(r"nvidia-|cuda-|triton", line), line
+    assert LOCKED["torch"] == LOCKED["torchaudio"] == "2.11.0"
+
+
+def test_the_lock_satisfies_pyproject() -> None:
+    locked = {name.lower().replace("_", "-"): number for name, number in LOCKED.items()}
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    for text in wanted:
+        requirement = Requirement(text)
+        number = locked[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(number), text
+
+
+def test_this_environment_has_the_locked_versions() -> None:
+    found = {}
+    for name, number in LOCKED.items():
+        try:
+            found[name] = version(name) == number
+        except PackageNotFoundError:
+            found[name] = False
+    wrong = sorted(name for name, same in found.items() if not same)
+    assert not wrong, f"run `make install` or `make lock`: {wrong}"
+
+
+def test_environment_yml_and_pyproject_agree() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python="))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.partition("=")[2])
+    pip = next(d for d in environment["dependencies"] if isinstance(d, dict))["pip"]
+    assert pip == ["-r requirements.lock", "-e .[dev]"]  # so both take what the lock holds
+    assert environment["name"] == PROJECT["name"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_run_and_make_test_do_what_the_readme_says(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.lock", venv / "installed.lock")
+
+    def dry(target: str) -> str:
+        command = ["make", "-n", target, f"VENV={venv}"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+        result = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+        )
+        return result.stdout
+
+    assert "-m lmd run --profile quick" in dry("run")
+    tests = dry("test")
+    for words in ("ruff check .", "ruff format --check .", "lint-imports", "-m pytest"):
+        assert words in tests
+    assert "jupyter lab --ip 127.0.0.1 notebooks/00_listen.ipynb" in dry("lab")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_again_only_when_the_lock_changed(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    fake = tmp_path / "python"  # notes its arguments; `-m venv DIR` leaves itself there
+    fake.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >> {tmp_path}/calls\n'
+        f'[ "$2" = venv ] && mkdir -p "$3/bin" && cp {tmp_path}/python "$3/bin/python"\n'
+        "exit 0\n"
+    )
+    fake.chmod(0o755)
+
+    def installs() -> int:
+        subprocess.run(["make", "install", f"PYTHON={fake}"], cwd=tmp_path, check=True)
+        return (tmp_path / "calls").read_text().count("pip --disable-pip-version-check install -r")
+
+    assert [installs(), installs()] == [1, 1]
+    with (tmp_path / "requirements.lock").open("a") as lock:
+        lock.write("one-more==1.0\n")
+    assert [installs(), installs()] == [2, 2]
+
+
+def test_the_ci_script_is_executable_and_parses() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("command", lmd_commands(), ids=" ".join)
+def test_a_readme_command_is_accepted_as_written(command: list[str]) -> None:
+    if command == ["--help"]:
+        return  # run for real below
+    name = next(tuple(command[:n]) for n in (2, 1) if tuple(command[:n]) in COMMANDS)
+    parser = argparse.ArgumentParser()
+    importlib.import_module(COMMANDS[name][0]).configure(parser)
+    parser.parse_args(command[len(name) :])
+
+
+def test_the_readme_names_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
+    assert {"run", "test", "lab"} <= named <= targets
+
+
+def test_help_lists_every_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lmd", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for words in COMMANDS:
+        assert f"\n  {' '.join(words)} " in result.stdout
+
+
+def test_data_check_reads_a_folder_of_ones_own_as_the_readme_says(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(220_500) * 0.06) / 3, 22_050)
+    command = next(line for line in lmd_commands() if line[:2] == ["data", "check"])
+    words = [str(tmp_path) if word == "MY_MUSIC" else word for word in command]
+    result = subprocess.run(
+        [sys.executable, "-m", "lmd", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_is_filled_in_from_the_files() -> None:
+    assert fill(README, ROOT) == README, "run `python -m lmd.readme`"
+    used = set(re.findall(r"<!-- begin (\w+)", README))
+    assert {"bench", "notebooks", "durations"} <= used <= set(BLOCKS)
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_block_lengths_that_the_readme_names_are_those_of_the_presets() -> None:
+    preset = PRESETS["small"]
+    lengths = [n for n in preset.window.block_lengths() if 12 <= n <= 48]
+    shortest, longest = (n / preset.frame_rate_hz for n in (min(lengths), max(lengths)))
+    assert f"blocks of {shortest:.2f} s to {longest:.1f} s" in README
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_bare_and_can_be_run(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in code:
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assert {"output_dir", "seed", "preset"} <= set(parameters_of(path))
+    first = notebook["cells"][0]
+    assert first["cell_type"] == "markdown"
+    assert "".join(first["source"]).startswith("# ")
+
+
+@pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
+def test_nbstripout_would_change_nothing() -> None:
+    command = [sys.executable, "-m", "nbstripout", "--verify", *map(str, NOTEBOOKS)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "full", "paper"])
+@pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
+def test_every_profile_fits_the_notebooks(profile: str) -> None:
+    assert len(plan(RunOptions(profile=profile))) == len(NOTEBOOKS)
+
+
+@pytest.mark.skipif(NO_GIT, reason="not a git checkout")
+def test_no_tracked_file_names_a_registry_or_somebodys_folders() -> None:
+    words = ["py" + "pi.org", "python" + "hosted", "/wo" + "rk/", "/ro" + "ot/", "conda" + ".org"]
+    pattern = re.compile("|".join(map(re.escape, words)).encode())
+    named = [str(path) for path in tracked_files() if pattern.search(_bytes(path))]
+    assert not named
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() and path.stat().st_size < 1_000_000 else b""
+
+
+def test_publishing_copies_what_the_readme_names_and_fills_it_in(tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "quick"
+    (run / "04_play").mkdir(parents=True)
+    soundfile.write(run / "04_play" / "stream.wav", np.zeros(44_100), 22_050)
+    entry = {"status": "done", "seconds": 3.5, "metrics": {"rtf": 12.25}}
+    machine = {"cpu": "a CPU", "n_cores": 2, "memory_gib": 8.0}
+    summary = {"profile": "quick", "machine": machine, "notebooks": {"04_play": entry}}
+    (run / "metrics.json").write_text(json.dumps(summary))
+    text = (
+        "<!-- begin durations quick -->\n<!-- end -->\n"
+        "<!-- begin figures quick 04_play rtf -->\n<!-- end -->\n"
+        "<!-- begin media 04_play/stream.wav | Hear it -->\nold\n<!-- end -->\n"
+    )
+    publish(run, text, tmp_path)
+    filled = fill(text, tmp_path)
+    assert "| 04_play | 3.5 |" in filled
+    assert "| `rtf` | 12.2 |" in filled
+    assert "[Hear it](outputs/published/04_play_stream.ogg) (2 s)" in filled
+    assert "old" not in filled
+    assert fill(filled, tmp_path) == filled
