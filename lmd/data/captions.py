@@ -71,8 +71,8 @@ DENSITY_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
 )
 BRIGHTNESS_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (900, ("dark", "muffled", "deep and dark")),
-    (1500, ("mellow", "soft tone", "warm tone")),
-    (2600, ("warm", "round tone", "natural tone")),
+    (1300, ("mellow", "soft tone", "warm tone")),
+    (1850, ("warm", "round tone", "natural tone")),
     (1e9, ("bright", "brilliant", "clear and bright")),
 )
 COUNT_WORDS = ("", "solo", "two", "three", "four", "five", "six", "seven", "eight")

@@ -1,8 +1,8 @@
 """The orchestra: General MIDI programs with names, envelopes and the families they form.
 
-The renderer behind symusic plays samples without velocity, decay or release (measured: the same
-peak for velocities 10 to 127, a harpsichord that never fades), so those are stated here and applied
-per note by `lmd.data.tones`.
+The renderer behind symusic plays samples without velocity, decay, release or filter (measured: the
+same peak for velocities 10 to 127, a harpsichord that never fades), so those are stated here and
+applied per note by `lmd.data.tones`.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ class Instrument:
         fade_s: time in which a held note falls by 60 dB at middle C; 0 = it is sustained.
             Strings twice as long fade half as fast: the time halves every two octaves up.
         release_ms: time in which a released note falls by 60 dB.
+        cutoff_hz: corner of a two-pole low-pass, near what the built-in soundfont asks for at the
+            height of its filter envelope; 0 = none.
     """
 
     name: str
@@ -29,38 +31,39 @@ class Instrument:
     attack_ms: float
     fade_s: float
     release_ms: float
+    cutoff_hz: float
 
 
 INSTRUMENTS: dict[str, Instrument] = {
     item.name: item
     for item in (
-        Instrument("church organ", 19, 28, 98, 15, 0, 450),
-        Instrument("harpsichord", 6, 29, 91, 1, 7, 120),
-        Instrument("piano", 0, 21, 108, 1, 11, 250),
-        Instrument("bright piano", 1, 21, 108, 1, 11, 250),
-        Instrument("electric piano", 4, 28, 100, 2, 9, 200),
-        Instrument("string ensemble", 48, 28, 100, 60, 0, 350),
-        Instrument("violin", 40, 55, 100, 40, 0, 200),
-        Instrument("viola", 41, 48, 88, 40, 0, 200),
-        Instrument("cello", 42, 36, 79, 40, 0, 220),
-        Instrument("choir", 52, 36, 88, 70, 0, 400),
-        Instrument("voices", 53, 36, 88, 60, 0, 350),
-        Instrument("trumpet", 56, 52, 88, 20, 0, 160),
-        Instrument("trombone", 57, 38, 76, 25, 0, 180),
-        Instrument("tuba", 58, 26, 64, 30, 0, 180),
-        Instrument("French horn", 60, 38, 79, 35, 0, 220),
-        Instrument("flute", 73, 58, 98, 30, 0, 150),
-        Instrument("recorder", 74, 58, 98, 25, 0, 120),
-        Instrument("oboe", 68, 57, 91, 20, 0, 130),
-        Instrument("clarinet", 71, 48, 91, 25, 0, 130),
-        Instrument("bassoon", 70, 33, 74, 25, 0, 150),
-        Instrument("guitar", 24, 38, 86, 1, 6, 180),
-        Instrument("harp", 46, 26, 100, 1, 8, 600),
-        Instrument("lute", 25, 36, 86, 1, 5, 150),
-        Instrument("music box", 10, 60, 103, 1, 4, 700),
-        Instrument("warm pad", 89, 32, 96, 160, 0, 700),
-        Instrument("synth strings", 50, 32, 96, 90, 0, 500),
-        Instrument("halo pad", 94, 32, 96, 160, 0, 700),
+        Instrument("church organ", 19, 28, 98, 15, 0, 450, 6000),
+        Instrument("harpsichord", 6, 29, 91, 1, 7, 120, 6500),
+        Instrument("piano", 0, 21, 108, 1, 11, 250, 5000),
+        Instrument("bright piano", 1, 21, 108, 1, 11, 250, 8000),
+        Instrument("electric piano", 4, 28, 100, 2, 9, 200, 4500),
+        Instrument("string ensemble", 48, 28, 100, 60, 0, 350, 2500),
+        Instrument("violin", 40, 55, 100, 40, 0, 200, 0),
+        Instrument("viola", 41, 48, 88, 40, 0, 200, 8000),
+        Instrument("cello", 42, 36, 79, 40, 0, 220, 6000),
+        Instrument("choir", 52, 36, 88, 70, 0, 400, 5500),
+        Instrument("voices", 53, 36, 88, 60, 0, 350, 3500),
+        Instrument("trumpet", 56, 52, 88, 20, 0, 160, 0),
+        Instrument("trombone", 57, 38, 76, 25, 0, 180, 4500),
+        Instrument("tuba", 58, 26, 64, 30, 0, 180, 4000),
+        Instrument("French horn", 60, 38, 79, 35, 0, 220, 4000),
+        Instrument("flute", 73, 58, 98, 30, 0, 150, 0),
+        Instrument("recorder", 74, 58, 98, 25, 0, 120, 7000),
+        Instrument("oboe", 68, 57, 91, 20, 0, 130, 0),
+        Instrument("clarinet", 71, 48, 91, 25, 0, 130, 4500),
+        Instrument("bassoon", 70, 33, 74, 25, 0, 150, 5000),
+        Instrument("guitar", 24, 38, 86, 1, 6, 180, 7000),
+        Instrument("harp", 46, 26, 100, 1, 8, 600, 0),
+        Instrument("lute", 25, 36, 86, 1, 5, 150, 7000),
+        Instrument("music box", 10, 60, 103, 1, 4, 700, 0),
+        Instrument("warm pad", 89, 32, 96, 160, 0, 700, 1200),
+        Instrument("synth strings", 50, 32, 96, 90, 0, 500, 4000),
+        Instrument("halo pad", 94, 32, 96, 160, 0, 700, 2500),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Real scores as small note tables: music21's bundled corpus, parsed once, cached, split by piece."""
+"""Real scores as note tables: music21's bundled corpus, parsed once, cached, split by piece."""
 
 import json
 import os
@@ -176,10 +176,10 @@ def _part_notes(part: Any, voice: int) -> Iterable[tuple[float, float, int, int,
                 continue
             pitch, tie = int(single.pitch.midi), single.tie or element.tie
             open_note = sounding.get(pitch)
-            if tie is not None and tie.type in ("stop", "continue") and open_note:
-                if abs(float(open_note[1] - onset)) < 1e-6:
-                    open_note[1], open_note[2] = end, max(open_note[2], fermata)
-                    continue
+            goes_on = tie is not None and tie.type in ("stop", "continue")
+            if goes_on and open_note and abs(float(open_note[1] - onset)) < 1e-6:
+                open_note[1], open_note[2] = end, max(open_note[2], fermata)
+                continue
             if open_note:
                 yield _row(open_note, pitch, voice)
             sounding[pitch] = [onset, end, fermata]

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from scipy.signal import lfilter
+from scipy.signal import butter, lfilter, sosfilt
 
 from lmd.data.instruments import Instrument
 from lmd.errors import LmdError
@@ -58,10 +58,12 @@ class ToneBank:
             raise LmdError(f"{self.soundfont.name} without a soundfont header", "RIFF … sfbk", "")
         self.sample_rate, self.max_bytes = sample_rate, max_bytes
         self._synthesizer = symusic.Synthesizer(str(self.soundfont), sample_rate, 3)
-        self._tones: OrderedDict[tuple[int, int, int, int], np.ndarray] = OrderedDict()
+        self._tones: OrderedDict[tuple[int, int, int, int, float], np.ndarray] = OrderedDict()
         self._n_bytes = 0
 
-    def tone(self, program: int, pitch: int, n_samples: int, darkness: int = 0) -> np.ndarray:
+    def tone(
+        self, program: int, pitch: int, n_samples: int, darkness: int = 0, cutoff_hz: float = 0
+    ) -> np.ndarray:
         """A held tone of at least `n_samples` samples, float32 `[sample]`.
 
         Args:
@@ -69,15 +71,19 @@ class ToneBank:
             pitch: MIDI pitch.
             n_samples: how many samples are needed.
             darkness: 0 = as sampled … 4 = mostly its low-passed copy.
+            cutoff_hz: corner of a two-pole low-pass; 0 = none.
         """
         seconds = 1
         while seconds * self.sample_rate < n_samples:
             seconds *= 2
-        key = (program, pitch, seconds, darkness)
+        key = (program, pitch, seconds, darkness, cutoff_hz)
         if key in self._tones:
             self._tones.move_to_end(key)
             return self._tones[key]
         wave = self._hold(program, pitch, seconds)
+        if 0 < cutoff_hz < 0.45 * self.sample_rate:
+            low_pass = butter(2, cutoff_hz, fs=self.sample_rate, output="sos")
+            wave = sosfilt(low_pass, wave.astype(np.float64)).astype(np.float32)
         if darkness:
             wave = darkened(wave, darkness / 5, self.sample_rate)
         self._tones[key] = wave
@@ -131,7 +137,8 @@ def played_note(
     n_gate = max(1, round(gate_s * rate))
     n_release = round(instrument.release_ms * rate / 1000)
     n_attack = max(1, min(round(instrument.attack_ms * rate / 1000), n_gate))
-    wave = bank.tone(instrument.program, pitch, n_gate + n_release, darkness)
+    n_samples = n_gate + n_release
+    wave = bank.tone(instrument.program, pitch, n_samples, darkness, instrument.cutoff_hz)
     wave = wave[: n_gate + n_release].copy()
     if instrument.fade_s:
         fall = instrument.fade_s * 2.0 ** ((_MIDDLE_C - pitch) / 24) * rate
