@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmd.codec import Codec
 from lmd.config import (
@@ -30,6 +30,7 @@ from lmd.config import (
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.text import TextEncoder, build_text_encoder
+from lmd.weights import load_strict
 
 KINDS = ("codec", "base", "finetuned", "arc")
 Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig
@@ -238,37 +239,6 @@ def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
     """Refuse a kind that is not among `kinds`."""
     if kind not in kinds:
         raise LmdError(f"{what}kind {kind!r}", f"one of {list(kinds)}", "Pick another file.")
-
-
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a module; every one must be there, no other, all of the right shape.
-
-    Raises:
-        LmdError: lists what is missing, unknown or of another shape; the module is untouched.
-    """
-    own = module.state_dict()
-    both = own.keys() & tensors.keys()
-    other = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(both)
-        if tensors[name].shape != own[name].shape
-    ]
-    refuse_unmatched(source, sorted(own.keys() - both), sorted(tensors.keys() - both), other)
-    module.load_state_dict(dict(tensors))
-
-
-def refuse_unmatched(
-    source: str, missing: list[str], unknown: list[str], other_shape: list[str]
-) -> None:
-    """Raise with every name that does not match; pass if there is none."""
-    lists = {"missing": missing, "unknown": unknown, "of another shape": other_shape}
-    if any(lists.values()):
-        told = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in lists.items() if v)
-        raise LmdError(
-            f"{source} with weights {told}",
-            "exactly this model's weights",
-            "The file belongs to another model or config: load it with its own.",
-        )
 
 
 def load_model(path: str | Path) -> LiveModel:

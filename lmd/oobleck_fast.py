@@ -1,0 +1,329 @@
+"""The Oobleck networks for inference: weight norm folded, Snake in place, decoding as a stream.
+
+Arrays are `[batch, channel, 1, position]` in channels-last memory, so that a 1-D convolution is a
+2-D one, joining in time is one copy, and a transposed convolution (kernel twice its stride) is an
+ordinary one of two taps whose output channels are read as positions, without moving anything.
+
+Every decoder layer is a pure step: `step(x, state, last)` takes the next positions and what the
+layer must remember, and returns the outputs that are now certain with the new memory. A layer
+that looks p positions ahead is p positions late; `last` ends the stream with the zeros that the
+whole decode is padded with. Decoding everything at once is one step with `last`, so streamed and
+whole decodes are the same code.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Signal = Float[Tensor, "batch _ 1 _"]  # batch, channel, 1, position
+State = Any  # what one layer remembers: a tensor, or a tuple of states
+
+PIECE_ELEMENTS = 1 << 19  # activations of one piece: 2 MiB in float32, what a core's cache holds
+
+
+class StreamLayer(Protocol):
+    """One step of a stream; see the module's text."""
+
+    def start(self, batch: int) -> State:
+        """The memory before the first position."""
+        ...
+
+    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
+        """The outputs that are certain now, and the new memory."""
+        ...
+
+
+def to_signal(x: Float[Tensor, "batch channel position"]) -> Signal:
+    """`[batch, channel, position]` to the channels-last layout used here."""
+    return x[:, :, None].contiguous(memory_format=torch.channels_last)
+
+
+def empty_signal(like: Tensor, batch: int, channels: int, n: int) -> Signal:
+    """Uninitialised memory in the layout used here."""
+    storage = torch.empty(batch, 1, n, channels, dtype=like.dtype, device=like.device)
+    return storage.permute(0, 3, 1, 2)
+
+
+def zero_signal(like: Tensor, batch: int, channels: int, n: int) -> Signal:
+    """Zeros in the layout used here."""
+    return empty_signal(like, batch, channels, n).zero_()
+
+
+def folded_weight(conv: nn.Module) -> Tensor:
+    """Weight norm carried out: g · v / ‖v‖, the norm over all but the first dimension."""
+    norm = conv.weight_v.flatten(1).norm(dim=1).view(-1, 1, 1)
+    return (conv.weight_g * conv.weight_v / norm).detach()
+
+
+@dataclass(frozen=True)
+class Snake:
+    """x + sin²(αx) / β per channel, α and 1/β computed beforehand."""
+
+    alpha: Tensor  # [1, channel, 1, 1]
+    inverse_beta: Tensor
+
+    @classmethod
+    def of(cls, snake: nn.Module, dtype: torch.dtype) -> "Snake":
+        """From diffusers' layer, whose parameters are logarithms."""
+        alpha, beta = snake.alpha.detach().exp(), snake.beta.detach().exp()
+        return cls(alpha[..., None].to(dtype), (beta + 1e-9).reciprocal()[..., None].to(dtype))
+
+    def __call__(self, x: Signal, out: Signal | None = None) -> Signal:
+        """Apply, writing into `out` if given."""
+        y = torch.mul(x, self.alpha).sin_()
+        y = y.mul_(y)
+        return torch.addcmul(x, y, self.inverse_beta, out=out)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A stride-1 convolution without padding."""
+
+    weight: Tensor  # [out, in, 1, tap], channels last
+    bias: Tensor | None
+    dilation: int = 1
+
+    @classmethod
+    def of(cls, conv: nn.Conv1d, dtype: torch.dtype) -> "Conv":
+        """From a weight-normed layer."""
+        weight = to_signal(folded_weight(conv)).to(dtype)
+        bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+        return cls(weight, bias, conv.dilation[0])
+
+    @property
+    def reach(self) -> int:
+        """How many positions shorter the output is than the input."""
+        return (self.weight.shape[-1] - 1) * self.dilation
+
+    def __call__(self, x: Signal) -> Signal:
+        """Convolve; nothing comes out of an input that is too short."""
+        if x.shape[-1] <= self.reach:
+            return empty_signal(x, x.shape[0], self.weight.shape[0], 0)
+        return F.conv2d(x, self.weight, self.bias, dilation=(1, self.dilation))
+
+
+@dataclass(frozen=True)
+class StreamConv:
+    """Snake (or none), then a convolution with `reach / 2` zeros on either side."""
+
+    snake: Snake | None
+    conv: Conv
+
+    def start(self, batch: int) -> State:
+        """The zeros before the first position."""
+        return zero_signal(self.conv.weight, batch, self.conv.weight.shape[1], self.conv.reach // 2)
+
+    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
+        """The next positions, half a reach late."""
+        joined = join_activated(state, x, self.snake, self.conv.reach // 2 if last else 0)
+        return self.conv(joined), tail(joined, self.conv.reach)
+
+
+@dataclass(frozen=True)
+class StreamResidual:
+    """x + conv1(snake(conv7(snake(x)))), the inner convolution dilated."""
+
+    snake: Snake
+    conv: Conv
+    snake_out: Snake
+    conv_out: Conv
+
+    @classmethod
+    def of(cls, unit: nn.Module, dtype: torch.dtype) -> "StreamResidual":
+        """From diffusers' residual unit."""
+        return cls(
+            Snake.of(unit.snake1, dtype),
+            Conv.of(unit.conv1, dtype),
+            Snake.of(unit.snake2, dtype),
+            Conv.of(unit.conv2, dtype),
+        )
+
+    def start(self, batch: int) -> State:
+        """Zeros for the convolution; nothing waits to be added."""
+        channels = self.conv.weight.shape[1]
+        zeros = zero_signal(self.conv.weight, batch, channels, self.conv.reach // 2)
+        return zeros, empty_signal(self.conv.weight, batch, channels, 0)
+
+    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
+        """The next positions, half a reach late; the skipped ones wait for their partners."""
+        before, waiting = state
+        joined = join_activated(before, x, self.snake, self.conv.reach // 2 if last else 0)
+        inner = self.conv(joined)
+        n = inner.shape[-1]
+        y = self.conv_out(self.snake_out(inner))
+        n_old = min(n, waiting.shape[-1])
+        y[..., :n_old] += waiting[..., :n_old]
+        y[..., n_old:] += x[..., : n - n_old]
+        left = torch.cat([waiting[..., n_old:], x[..., n - n_old :]], dim=-1)
+        return y, (tail(joined, self.conv.reach), left)
+
+
+@dataclass(frozen=True)
+class StreamUpsample:
+    """Snake, then a transposed convolution whose kernel is twice its (even) stride.
+
+    Output chunk i, `stride` positions long, is the first half of the kernel on input i plus the
+    second half on input i - 1: a convolution of two taps with `stride` times the channels.
+    """
+
+    snake: Snake
+    conv: Conv  # [stride * out, in, 1, 2]
+    stride: int
+
+    @classmethod
+    def of(cls, snake: nn.Module, conv: nn.ConvTranspose1d, dtype: torch.dtype) -> "StreamUpsample":
+        """From diffusers' snake and transposed convolution."""
+        stride = conv.stride[0]
+        taps = folded_weight(conv)  # [in, out, 2 * stride]
+        halves = taps.unflatten(-1, (2, stride)).flip(2)  # [in, out, (previous, this), stride]
+        weight = halves.permute(3, 1, 0, 2).flatten(0, 1)  # [stride * out, in, 2]
+        bias = conv.bias.detach().repeat(stride).to(dtype)
+        return cls(Snake.of(snake, dtype), Conv(to_signal(weight).to(dtype), bias), stride)
+
+    def start(self, batch: int) -> State:
+        """One zero before the first input, and how many outputs are padding to be dropped."""
+        return zero_signal(self.conv.weight, batch, self.conv.weight.shape[1], 1), self.stride // 2
+
+    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
+        """`stride` positions for every input, half a stride late."""
+        before, n_drop = state
+        joined = join_activated(before, x, self.snake, 1 if last else 0)
+        y = self.conv(joined)
+        batch, channels, n = y.shape[0], y.shape[1] // self.stride, y.shape[-1]
+        y = y.permute(0, 2, 3, 1).reshape(batch, 1, n * self.stride, channels).permute(0, 3, 1, 2)
+        end = y.shape[-1] - (self.stride // 2 if last else 0)
+        dropped = min(n_drop, end)
+        return y[..., dropped:end], (tail(joined, 1), n_drop - dropped)
+
+
+@dataclass(frozen=True)
+class StreamDownsample:
+    """Snake, then a strided convolution whose kernel is twice its (even) stride.
+
+    Read as `stride` times the channels at one `stride`-th of the rate, it has two taps.
+    """
+
+    snake: Snake
+    conv: Conv  # [out, stride * in, 1, 2]
+    stride: int
+
+    @classmethod
+    def of(cls, snake: nn.Module, conv: nn.Conv1d, dtype: torch.dtype) -> "StreamDownsample":
+        """From diffusers' snake and strided convolution."""
+        stride = conv.stride[0]
+        taps = folded_weight(conv).unflatten(-1, (2, stride))  # [out, in, 2, stride]
+        weight = to_signal(taps.permute(0, 3, 1, 2).flatten(1, 2)).to(dtype)
+        return cls(Snake.of(snake, dtype), Conv(weight, conv.bias.detach().to(dtype)), stride)
+
+    def start(self, batch: int) -> State:
+        """The zeros before the first position."""
+        channels = self.conv.weight.shape[1] // self.stride
+        return zero_signal(self.conv.weight, batch, channels, self.stride // 2)
+
+    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
+        """One position for every `stride`, half a stride late."""
+        joined = join_activated(state, x, self.snake, self.stride // 2 if last else 0)
+        batch, channels, n = joined.shape[0], joined.shape[1], joined.shape[-1] // self.stride
+        whole = joined[..., : n * self.stride].permute(0, 2, 3, 1)
+        blocks = whole.reshape(batch, 1, n, self.stride * channels).permute(0, 3, 1, 2)
+        used = max(0, n - 1) * self.stride
+        return self.conv(blocks), tail(joined, joined.shape[-1] - used)
+
+
+def join_activated(before: Signal, x: Signal, snake: Snake | None, n_zeros: int) -> Signal:
+    """`before`, snake(x) and zeros in one piece of memory."""
+    batch, channels, n_before = before.shape[0], before.shape[1], before.shape[-1]
+    end = n_before + x.shape[-1]
+    joined = empty_signal(before, batch, channels, end + n_zeros)
+    joined[..., :n_before] = before
+    if snake is None:
+        joined[..., n_before:end] = x
+    elif x.shape[-1]:
+        snake(x, out=joined[..., n_before:end])
+    joined[..., end:] = 0
+    return joined
+
+
+def tail(x: Signal, n: int) -> Signal:
+    """A copy of the last `n` positions, or of all there are."""
+    return x[..., max(0, x.shape[-1] - n) :].clone(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that run together on one piece of the signal.
+
+    Attributes:
+        layers: in order.
+        elements: output activations per input position, from which the piece length follows.
+    """
+
+    layers: tuple[StreamLayer, ...]
+    elements: int
+
+    def start(self, batch: int) -> State:
+        """Every layer's start."""
+        return tuple(layer.start(batch) for layer in self.layers)
+
+    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
+        """Every layer's step."""
+        new = []
+        for layer, old in zip(self.layers, state, strict=True):
+            x, memory = layer.step(x, old, last)
+            new.append(memory)
+        return x, tuple(new)
+
+
+def step_stages(
+    stages: Sequence[Stage], x: Signal, states: Sequence[State], last: bool
+) -> tuple[Signal, tuple[State, ...]]:
+    """Run stages depth first, each on pieces short enough to stay in the processor's cache.
+
+    The first stages have large weights and short signals and see everything at once; the last
+    ones have small weights and long signals and are run piece by piece.
+    """
+    if not stages:
+        return x, ()
+    stage, memory, after = stages[0], states[0], tuple(states[1:])
+    n = max(1, PIECE_ELEMENTS // (stage.elements * x.shape[0]))
+    n_pieces = max(1, math.ceil(x.shape[-1] / n))
+    outputs = []
+    for index in range(n_pieces):
+        piece, ends = x[..., index * n : (index + 1) * n], last and index == n_pieces - 1
+        y, memory = stage.step(piece, memory, ends)
+        y, after = step_stages(stages[1:], y, after, ends)
+        outputs.append(y)
+    return (outputs[0] if n_pieces == 1 else torch.cat(outputs, dim=-1)), (memory, *after)
+
+
+def decoder_stages(decoder: nn.Module, dtype: torch.dtype) -> tuple[Stage, ...]:
+    """Diffusers' Oobleck decoder as stages: the first convolution, each block, the last one."""
+    first = Conv.of(decoder.conv1, dtype)
+    stages = [Stage((StreamConv(None, first),), first.weight.shape[0])]
+    for block in decoder.block:
+        up = StreamUpsample.of(block.snake1, block.conv_t1, dtype)
+        units = (block.res_unit1, block.res_unit2, block.res_unit3)
+        residuals = tuple(StreamResidual.of(unit, dtype) for unit in units)
+        stages.append(Stage((up, *residuals), up.conv.weight.shape[0]))
+    end = StreamConv(Snake.of(decoder.snake1, dtype), Conv.of(decoder.conv2, dtype))
+    *body, block = stages
+    return (*body, Stage((*block.layers, end), block.elements))
+
+
+def encoder_stages(encoder: nn.Module, dtype: torch.dtype) -> tuple[Stage, ...]:
+    """Diffusers' Oobleck encoder as stages: the first convolution, each block, the last one."""
+    first = Conv.of(encoder.conv1, dtype)
+    stages = [Stage((StreamConv(None, first),), first.weight.shape[0])]
+    for block in encoder.block:
+        units = (block.res_unit1, block.res_unit2, block.res_unit3)
+        residuals = tuple(StreamResidual.of(unit, dtype) for unit in units)
+        down = StreamDownsample.of(block.snake1, block.conv1, dtype)
+        stages.append(Stage((*residuals, down), residuals[0].conv.weight.shape[0]))
+    end = StreamConv(Snake.of(encoder.snake1, dtype), Conv.of(encoder.conv2, dtype))
+    return (*stages, Stage((end,), end.conv.weight.shape[1]))
