@@ -75,7 +75,7 @@ class LiveEngine:
     ) -> None:
         self.streamer, self.sink = streamer, sink
         self.options = EngineOptions() if options is None else options
-        self._take, self._on_event = take, on_event or (lambda event: None)
+        self._take, self.on_event = take, on_event or (lambda event: None)
         self.desk = ControlDesk(
             controls or Controls(), streamer.window, streamer.text.encode, self._text_refused
         )
@@ -288,7 +288,7 @@ class LiveEngine:
         self._n_samples += made.n_samples
         self._learn(made, asked)
         for event in (made, *promises):
-            self._on_event(event)
+            self.on_event(event)
 
     def _made(self, piece: Piece, controls: Controls, made_s: float, queued_s: float) -> Made:
         codec, block = self.streamer.codec, piece.block
@@ -350,11 +350,11 @@ class LiveEngine:
 
     def _trouble(self, kind: str, message: str) -> None:
         self._error = message
-        self._on_event(Trouble(kind, message))
+        self.on_event(Trouble(kind, message))
 
     def _text_refused(self, message: str) -> None:
         self._trouble("refused", message)
 
     def _set_state(self, state: str) -> None:
         self._state = state
-        self._on_event(self.meters())
+        self.on_event(self.meters())

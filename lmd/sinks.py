@@ -80,24 +80,33 @@ class NullSink:
         self.run(False)
 
 
+SUBTYPES = {".wav": "FLOAT", ".flac": "PCM_24"}
+
+
+def check_audio_path(path: Path) -> str:
+    """How samples are stored in a file of that name.
+
+    Raises:
+        LmdError: another ending than wav or flac, or a folder that does not exist.
+    """
+    subtype = SUBTYPES.get(path.suffix.lower())
+    if subtype is None:
+        raise LmdError(f"the file name {path.name!r}", ".wav or .flac", "Change the name.")
+    if not path.parent.is_dir():
+        raise LmdError(f"no folder {str(path.parent)!r}", "an existing folder", "Make it first.")
+    return subtype
+
+
 class AudioFile:
     """A wav (float32, the very samples) or flac (24 bit) file that grows while it is written.
 
     Raises:
-        LmdError: another ending, or a folder that does not exist.
+        LmdError: see `check_audio_path`.
     """
-
-    SUBTYPES = {".wav": "FLOAT", ".flac": "PCM_24"}  # noqa: RUF012 - never changed
 
     def __init__(self, path: str | Path, sample_rate: int, channels: int) -> None:
         self.path = Path(path)
-        subtype = self.SUBTYPES.get(self.path.suffix.lower())
-        if subtype is None:
-            raise LmdError(f"the file name {self.path.name!r}", ".wav or .flac", "Change the name.")
-        if not self.path.parent.is_dir():
-            raise LmdError(
-                f"no folder {str(self.path.parent)!r}", "an existing folder", "Make it first."
-            )
+        subtype = check_audio_path(self.path)
         self._file = soundfile.SoundFile(
             self.path, "w", samplerate=sample_rate, channels=channels, subtype=subtype
         )

@@ -61,6 +61,7 @@ class Take:
     Attributes:
         header: the first line.
         changes: controls by the number of the block that first had them; block 0 always has some.
+        starts: the first sample of these blocks.
         faults: blocks that were not finite, with the reason.
         underruns: (block, sample) at which the sink had run dry.
         n_blocks, n_samples: how much was played.
@@ -69,11 +70,26 @@ class Take:
 
     header: TakeHeader
     changes: dict[int, Controls]
+    starts: dict[int, int]
     faults: dict[int, str] = field(default_factory=dict)
     underruns: tuple[tuple[int, int], ...] = ()
     n_blocks: int = 0
     n_samples: int = 0
     sha256: str | None = None
+
+    def block_starts_s(self) -> dict[int, float]:
+        """When the blocks of `changes` begin, in seconds of the stream."""
+        rate = self.header.sample_rate
+        return {block: sample / rate for block, sample in self.starts.items()}
+
+    def moving(self) -> list[str]:
+        """The names of the controls that change during the take, and the prompt."""
+        values = list(self.changes.values())
+        return [
+            name
+            for name in NAMES
+            if name == "prompt" or any(getattr(v, name) != getattr(values[0], name) for v in values)
+        ]
 
     def controls(self) -> Iterator[Controls]:
         """The controls of every block."""
@@ -203,6 +219,7 @@ def read_take(path: str | Path) -> Take:
 def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
     present, changes = Controls(), {}
     faults: dict[int, str] = {}
+    starts: dict[int, int] = {}
     underruns: list[tuple[int, int]] = []
     end: dict[str, Any] = {}
     for number, line in enumerate(lines, start=2):
@@ -211,6 +228,7 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
             if "controls" in entry:
                 present = with_changes(present, entry["controls"])
                 changes[int(entry["block"])] = present
+                starts[int(entry["block"])] = int(entry["sample"])
             elif "fault" in entry:
                 faults[int(entry["block"])] = str(entry["fault"])
             elif "underrun" in entry:
@@ -229,6 +247,7 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
     return Take(
         header,
         changes,
+        starts,
         faults,
         tuple(underruns),
         int(end.get("blocks", known)),

@@ -457,7 +457,7 @@ def test_a_failing_streamer_ends_the_stream_and_says_so() -> None:
 def test_a_thread_in_real_time_plays_and_stops() -> None:
     engine = LiveEngine(FakeStreamer(), NullSink(), Controls(block_frames=1))
     seen = threading.Event()
-    engine._on_event = lambda event: seen.set() if isinstance(event, Made) else None
+    engine.on_event = lambda event: seen.set() if isinstance(event, Made) else None
     engine.start()
     assert seen.wait(10)
     engine.stop()

@@ -1,0 +1,132 @@
+"""Something to play on: shipped weights where there are some, random ones where there are none."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lmd.checkpoint import MODEL_KINDS, build_model, load_bundle, load_codec, read_header
+from lmd.codec import Codec
+from lmd.config import OobleckConfig, Preset, preset
+from lmd.errors import LmdError
+from lmd.rng import derive_seed, normal
+from lmd.shapes import Latents, Wave
+from lmd.spectral import SpectralCodec
+from lmd.stream import Streamer
+from lmd.text import build_text_encoder
+
+SHIPPED = Path(__file__).parent.parent / "data" / "pretrained"
+BEST_FIRST = ("arc", "finetuned", "base")
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """A streamer and where it comes from.
+
+    Attributes:
+        streamer: ready to play.
+        preset: its sizes.
+        source: opens the same instrument again (`open_instrument(source)`).
+        is_trained: False for random weights, which make noise, not music.
+    """
+
+    streamer: Streamer
+    preset: Preset
+    source: str
+    is_trained: bool
+
+    @property
+    def description(self) -> str:
+        """One line for a person."""
+        if self.is_trained:
+            return f"{self.source} ({self.preset.name})"
+        return f"{self.preset.name} with random weights: noise, not music ({self.source})"
+
+
+class QuietCodec:
+    """A codec with random weights, turned down: what comes out of them may be deafening.
+
+    Args:
+        model: the codec; its level is measured once on standard normal latents.
+    """
+
+    level = 0.1  # RMS, −20 dB under full scale
+
+    def __init__(self, model: Codec) -> None:
+        self.model = model
+        self.sample_rate, self.channels = model.sample_rate, model.channels
+        self.latent_dim, self.samples_per_frame = model.latent_dim, model.samples_per_frame
+        self.lookback_frames, self.lookahead_frames = model.lookback_frames, model.lookahead_frames
+        with torch.no_grad():
+            noise = model.decode(normal((1, model.latent_dim, 48), 0, "loudness"))
+        self.gain = self.level / max(float(noise.square().mean().sqrt()), 1e-6)
+
+    def encode(self, wave: Wave) -> Latents:
+        """The codec's own."""
+        return self.model.encode(wave)
+
+    def decode(self, latents: Latents) -> Wave:
+        """The codec's own, turned down."""
+        return self.model.decode(latents) * self.gain
+
+
+def open_instrument(source: str = "best", *, preset_name: str = "small") -> Instrument:
+    """Load an instrument.
+
+    Args:
+        source: `best` (the best shipped weights of that preset, else random ones), a shipped kind
+            (`arc`, `finetuned`, `base`), `FOLDER:KIND`, or `random:PRESET:SEED` (with
+            `:codec` behind it for random weights in front of the shipped codec).
+        preset_name: for `best` only.
+
+    Raises:
+        LmdError: no such source, or files that are missing or do not fit.
+    """
+    if source == "best":
+        source = _best(preset(preset_name))
+    if source.startswith("random:"):
+        return _random(source)
+    folder, _, kind = source.rpartition(":")
+    if kind not in MODEL_KINDS:
+        raise LmdError(
+            f"source {source!r}",
+            f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED",
+            "Pick one of these.",
+        )
+    bundle = load_bundle(Path(folder) if folder else SHIPPED, kind)
+    streamer = Streamer(bundle.model, bundle.codec, bundle.text, bundle.preset.window)
+    return Instrument(streamer, bundle.preset, source, is_trained=True)
+
+
+def _best(wanted: Preset) -> str:
+    """The source of the best weights there are for a preset."""
+    codec_path = SHIPPED / "codec.safetensors"
+    fits = codec_path.is_file() and read_header(codec_path).config == wanted.codec
+    for kind in BEST_FIRST:
+        path = SHIPPED / f"{kind}.safetensors"
+        if fits and path.is_file() and read_header(path).config == wanted:
+            return kind
+    return f"random:{wanted.name}:0" + (":codec" if fits else "")
+
+
+def _random(source: str) -> Instrument:
+    """Fresh weights, a function of the preset and the seed."""
+    parts = source.split(":")
+    well_formed = len(parts) in (3, 4) and parts[2].isdigit() and parts[3:] in ([], ["codec"])
+    if not well_formed:
+        raise LmdError(f"source {source!r}", "random:PRESET:SEED", "E.g. random:tiny:0.")
+    chosen = preset(parts[1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(int(parts[2]), "weights"))
+        model = build_model(chosen).eval()
+        own = load_codec(SHIPPED / "codec.safetensors") if parts[3:] else _random_codec(chosen)
+    streamer = Streamer(model, own, build_text_encoder(chosen.text), chosen.window)
+    return Instrument(streamer, chosen, source, is_trained=False)
+
+
+def _random_codec(chosen: Preset) -> Codec:
+    if isinstance(chosen.codec, OobleckConfig):
+        from lmd.oobleck import OobleckCodec
+
+        return QuietCodec(OobleckCodec(chosen.codec).eval())
+    return QuietCodec(SpectralCodec(chosen.codec).eval())

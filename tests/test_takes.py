@@ -1,0 +1,243 @@
+"""Takes: written while playing, read back whole or broken off, played again to the bit."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fake_streamer import FakeStreamer, VirtualClock
+
+from lmd.__main__ import main
+from lmd.controls import Controls
+from lmd.errors import LmdError
+from lmd.instrument import QuietCodec, open_instrument
+from lmd.live import EngineOptions, LiveEngine
+from lmd.pace import Made
+from lmd.sinks import FileSink, NullSink
+from lmd.takes import (
+    SampleHash,
+    TakeHeader,
+    TakeWriter,
+    fingerprint,
+    header_of,
+    play_again,
+    read_take,
+)
+
+SOURCE = "random:tiny:0"
+CHOICES: dict[str, list[object]] = {
+    "prompt": ["organ", "harp, fast", (("organ", 0.3), ("harp, fast", 0.7)), "“drums” \n{x}"],
+    "cfg_scale": [1.0, 2.5],
+    "n_steps": [1, 2, 3],
+    "sampler": ["euler", "dpmpp", "pingpong"],
+    "block_frames": [4, 6, 8],
+    "regime": ["full", "enc-dec", "block-causal"],
+    "seed": [0, 1, 2**40],
+    "forget_frames": [48, 192],
+    "seam": ["exact", "fade"],
+}
+
+
+def play_take(folder: Path, n_changes: int = 24) -> tuple[Path, Path]:
+    """Play with the real streamer, changing something at every block; the take and the wav."""
+    rng = random.Random(11)
+    instrument = open_instrument(SOURCE)
+    header = header_of(instrument.streamer, instrument.source)
+    take, wav = folder / "take.jsonl", folder / "take.wav"
+
+    def follow(event: object) -> None:
+        if isinstance(event, Made):
+            if event.number < n_changes:
+                name = list(CHOICES)[event.number % len(CHOICES)]
+                now = getattr(engine.desk.asked(), name)
+                engine.change(**{name: rng.choice([v for v in CHOICES[name] if v != now])})
+            else:
+                engine.configure(limit_s=0.1)
+
+    engine = LiveEngine(
+        instrument.streamer,
+        FileSink(wav),
+        Controls(prompt="organ", block_frames=4, n_steps=2),
+        take=TakeWriter(take, header),
+        on_event=follow,
+    )
+    engine.run()
+    assert engine.failure is None, engine.failure
+    return take, wav
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return play_take(tmp_path_factory.mktemp("take"))
+
+
+def test_a_take_is_the_same_samples_in_a_fresh_process(played: tuple[Path, Path]) -> None:
+    take_path, wav = played
+    take = read_take(take_path)
+    assert len(take.changes) >= 21
+    again, figure = take_path.with_name("again.wav"), take_path.with_name("take.png")
+    done = subprocess.run(
+        [sys.executable, "-m", "lmd", "replay", take_path, "-o", again, "--figure", figure],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"the same samples (SHA-256 {take.sha256[:16] if take.sha256 else None}" in done.stdout
+    first, rate = soundfile.read(wav, dtype="float32")
+    second, _ = soundfile.read(again, dtype="float32")
+    assert rate == take.header.sample_rate
+    assert first.size == take.n_samples
+    assert np.array_equal(first, second)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_change_is_noted_with_its_block_and_sample(played: tuple[Path, Path]) -> None:
+    lines = [json.loads(line) for line in played[0].read_text().splitlines()]
+    notes = [line for line in lines if "controls" in line]
+    assert [note["block"] for note in notes] == sorted(note["block"] for note in notes)
+    assert all(len(note["controls"]) <= 2 for note in notes[1:])  # only what changed
+    take = read_take(played[0])
+    forgets = [controls.forget_frames for controls in take.controls()]
+    assert sum(1 for f in forgets if f) == 2 or sum(1 for f in forgets if f) == 3
+    assert take.changes[0] == Controls(prompt="organ", block_frames=4, n_steps=2)
+
+
+def test_other_samples_are_noticed(played: tuple[Path, Path], tmp_path: Path) -> None:
+    text = played[0].read_text().replace('"seed": 0', '"seed": 3', 1)
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(text)
+    assert main(["replay", str(changed)]) == 1
+
+
+def test_other_weights_are_refused(played: tuple[Path, Path]) -> None:
+    with pytest.raises(LmdError, match="model_sha256"):
+        next(play_again(read_take(played[0]), open_instrument("random:tiny:1").streamer))
+    assert main(["replay", str(played[0]), "--source", "random:tiny:1"]) == 2
+
+
+def test_a_take_that_broke_off_still_plays(played: tuple[Path, Path], tmp_path: Path) -> None:
+    lines = played[0].read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join(lines[:8]) + "\n" + lines[8][:20])
+    take = read_take(broken)
+    assert take.sha256 is None
+    assert take.n_blocks == max(take.changes) + 1
+    assert main(["replay", str(broken)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda text: "", "a take"),
+        (lambda text: "not json\n", "a take"),
+        (lambda text: "[1, 2]\n", "a take"),
+        (lambda text: text.replace("lmd-take-1", "lmd-take-9"), "lmd-take-1"),
+        (lambda text: text.replace('"n_threads"', '"threads"'), "unknown keys"),
+        (lambda text: text.splitlines()[0], "block 0"),
+        (lambda text: text.replace('"seed": 0', '"sed": 0', 1), "line 2"),
+        (lambda text: text.replace('{"block": 0', '{"block": "x"', 1), "line 2"),
+    ],
+)
+def test_what_is_no_take_is_refused(
+    played: tuple[Path, Path], tmp_path: Path, spoil: Callable[[str], str], said: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(spoil(played[0].read_text()))
+    with pytest.raises(LmdError, match=said):
+        read_take(path)
+    with pytest.raises(LmdError, match="No such file"):
+        read_take(tmp_path / "nowhere.jsonl")
+
+
+def test_a_take_never_overwrites_another(played: tuple[Path, Path]) -> None:
+    header = TakeHeader("", "", "", "", 1, 1, 1, "")
+    for path in (played[0], played[0].parent / "no" / "take.jsonl"):
+        with pytest.raises(LmdError, match="a new file in a folder that exists"):
+            TakeWriter(path, header)
+
+
+def test_faults_and_underruns_are_noted_and_faults_play_again(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    streamer = FakeStreamer(clock, lambda index, controls: 8.0 if index == 6 else 0.2)
+    streamer.poison = {3, 9, 10}
+    path = tmp_path / "take.jsonl"
+    engine = LiveEngine(
+        streamer,
+        NullSink(clock),
+        options=EngineOptions(limit_s=40),
+        take=TakeWriter(path, header_of(streamer, "fake")),
+    )
+    engine.run()
+    assert engine.failure is None, engine.failure
+    take = read_take(path)
+    assert sorted(take.faults) == [3, 9, 10]
+    assert [block for block, _ in take.underruns] == [6]
+    digest = SampleHash()  # over the whole: the hash does not depend on the cuts
+    digest.update(torch.cat([p.wave for p in play_again(take, FakeStreamer())], dim=-1))
+    assert digest.hexdigest() == take.sha256
+
+
+def test_the_fingerprint_sees_one_changed_weight() -> None:
+    part = torch.nn.Linear(3, 3)
+    before = fingerprint(part)
+    assert fingerprint(part) == before
+    with torch.no_grad():
+        part.weight[1, 1] += 1e-6
+    assert fingerprint(part) != before
+
+
+def test_streaming_from_the_command_line_writes_sound_take_and_numbers(tmp_path: Path) -> None:
+    wav, take, numbers = (tmp_path / name for name in ("out.flac", "out.jsonl", "out.json"))
+    words = ["stream", "organ", "--preset", "tiny", "--seconds", "5", "-o", wav, "--take", take]
+    words += ["--json", numbers, "--steps", "2", "--block-frames", "24"]
+    assert main([str(word) for word in words]) == 0
+    samples, rate = soundfile.read(wav)
+    assert samples.size == 5 * rate
+    summary = json.loads(numbers.read_text())
+    assert summary["meters"]["underruns"] == 0
+    assert summary["source"] == read_take(take).header.source
+    assert summary["rtf_all"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["organ"], "nowhere to play to"),
+        (["organ", "-o", "x.mp3", "--seconds", "1"], "the file name 'x.mp3'"),
+        (["organ", "-o", "x.wav", "--seconds", "0"], "--seconds 0"),
+        (["organ", "-o", "x.wav", "--block-frames", "7"], "a block of 7 frames"),
+        (["organ", "-o", "x.wav", "--source", "magic"], "source 'magic'"),
+        (["organ", "-o", "x.wav", "--source", "random:huge:0"], "preset 'huge'"),
+        (["", "-o", "x.wav", "--cfg-scale", "3"], "with no text"),
+        (["organ", "--play", "--paced"], "both --paced and --play"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["stream", "--preset", "tiny", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error
+    assert "expected" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_weights_are_not_deafening() -> None:
+    instrument = open_instrument(SOURCE)
+    assert isinstance(instrument.streamer.codec, QuietCodec)
+    assert not instrument.is_trained
+    block, _ = instrument.streamer.step(instrument.streamer.start(), Controls())
+    assert 0.01 < float(block.wave.square().mean().sqrt()) < 0.4
