@@ -1,0 +1,467 @@
+"""ARC-Forcing's parts: losses on closed forms, labels on their frames, rollouts that play."""
+
+import math
+
+import pytest
+import torch
+from engine import CONFIG, WINDOW, random_model, streamer
+from torch import Tensor, nn
+
+from lmd.arc import (
+    Asked,
+    LossWeights,
+    RolloutPlan,
+    Trial,
+    contrastive_loss,
+    derangement,
+    discriminator_loss,
+    draw_calls,
+    frozen,
+    generator_loss,
+    relativistic_loss,
+    rollout,
+    smoothness,
+    text_memory,
+)
+from lmd.controls import Controls
+from lmd.discriminator import PATCH_FRAMES, Discriminator, HeadConfig, ScoreHead
+from lmd.dit import Condition, LiveModel
+from lmd.errors import LmdError
+from lmd.flow import schedule
+from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.rng import normal
+
+HEAD = HeadConfig(channels=(8, 8, 12, 16), n_blocks=1)
+CONTEXT, BLOCK = WINDOW.context_frames, WINDOW.block_frames
+REGIMES = ("enc-dec", "block-causal")
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def asked(batch: int = 3, dropped: tuple[int, ...] = ()) -> Asked:
+    flags = torch.tensor([i in dropped for i in range(batch)])
+    return Asked(torch.randn(batch, 6, 8, generator=draws(1)), torch.full((batch,), 2.0), flags)
+
+
+def trial(batch: int = 3, n_blocks: int = 2) -> Trial:
+    real = torch.randn(batch, 4, CONTEXT + n_blocks * BLOCK, generator=draws(2))
+    fake = torch.randn(batch, 4, CONTEXT + n_blocks * BLOCK, generator=draws(3))
+    fake[..., :CONTEXT] = real[..., :CONTEXT]
+    noise = torch.randn(real.shape, generator=draws(4))
+    return Trial(real, fake, asked(batch), torch.tensor([0.2, 0.5, 0.9])[:batch], noise, CONTEXT)
+
+
+def discriminator(last_block: str = "blocks.1") -> Discriminator:
+    """Random weights everywhere, so that everything matters."""
+    net = Discriminator(random_model(seed=5), last_block, HEAD)
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        for parameter in net.head.parameters():
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    return net
+
+
+# Losses
+
+
+def test_pair_loss_is_log_two_for_equal_scores_and_linear_far_on_the_wrong_side():
+    scores = torch.randn(3, 5)
+    # float32 rounding of log 2: 6e-8
+    assert relativistic_loss(scores, scores).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert relativistic_loss(scores - 50, scores).item() == pytest.approx(50, rel=1e-6)
+    assert relativistic_loss(scores + 50, scores).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_pair_loss_equals_its_closed_form_and_its_gradient_is_a_sigmoid():
+    winner = torch.tensor([[0.5, -1.0]], requires_grad=True)
+    loser = torch.tensor([[-0.5, 2.0]])
+    loss = relativistic_loss(winner, loser)
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(3))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    expected_grad = -torch.sigmoid(torch.tensor([[-1.0, 3.0]])) / 2
+    torch.testing.assert_close(winner.grad, expected_grad, atol=1e-6, rtol=0)
+
+
+def test_contrastive_loss_counts_only_items_whose_condition_changed():
+    right, wrong = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [9.0, 9.0]])
+    first_only = contrastive_loss(right, wrong, torch.tensor([True, False]))
+    assert first_only.item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
+    assert contrastive_loss(right, wrong, torch.tensor([False, False])).item() == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 9])
+def test_a_derangement_is_a_permutation_that_moves_everybody(n):
+    for seed in range(50):
+        order = derangement(n, draws(seed))
+        assert sorted(order.tolist()) == list(range(n))
+        assert all(order[i] != i for i in range(n))
+
+
+def test_both_derangements_of_three_are_drawn_equally_often():
+    firsts = [int(derangement(3, generator)[0]) for generator in [draws(0)] for _ in range(400)]
+    assert 150 < firsts.count(1) < 250  # binomial, 400 draws: five standard deviations are 50
+
+
+def test_one_item_cannot_be_deranged():
+    with pytest.raises(LmdError, match="at least 2 items"):
+        derangement(1, draws())
+
+
+def test_an_equal_prompt_or_a_dropped_condition_is_never_contrasted():
+    question = asked(4, dropped=(3,))
+    question.prompt[1] = question.prompt[0]
+    _, different = question.deranged(torch.tensor([1, 0, 3, 2]))
+    assert different.tolist() == [False, False, True, False]
+
+
+def test_dealing_prompts_does_not_change_the_original():
+    question = asked()
+    before = question.prompt.clone()
+    other, _ = question.deranged(torch.tensor([1, 2, 0]))
+    assert torch.equal(question.prompt, before)
+    assert torch.equal(other.prompt, before[[1, 2, 0]])
+
+
+def test_smoothness_of_a_linear_score_is_its_squared_gradient():
+    weight = torch.randn(64, generator=draws(0))
+    step = 0.05 * torch.randn(20_000, 64, generator=draws(1))
+    moved = (step @ weight)[:, None]
+    found = smoothness(torch.zeros_like(moved), moved, 0.05)
+    # the mean of 20,000 squared normals: standard error 1 %; measured 0.1 %
+    assert found.item() == pytest.approx(weight.square().sum().item(), rel=0.04)
+
+
+def test_real_and_fake_are_noised_alike():
+    """The same music on both sides scores the same to the bit: equal t, equal noise."""
+    same = trial()
+    same = Trial(same.real, same.real, same.asked, same.t, same.noise, CONTEXT)
+    verdict = discriminator_loss(discriminator(), same, LossWeights(contrastive=0), draws())
+    assert torch.equal(verdict.real, verdict.fake)
+    assert verdict.pair.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_terms_add_up_with_their_weights():
+    judge, question = discriminator(), trial()
+    alone = discriminator_loss(judge, question, LossWeights(contrastive=0), draws())
+    both = discriminator_loss(judge, question, LossWeights(contrastive=2.0), draws())
+    torch.testing.assert_close(both.loss, alone.loss + 2 * both.contrastive)
+    assert both.contrastive > 0
+    smooth = discriminator_loss(judge, question, LossWeights(contrastive=0, r1=1, r2=1), draws())
+    assert smooth.loss > alone.loss
+
+
+def test_each_loss_reaches_its_own_network_alone():
+    judge, question = discriminator(), trial()
+    fake = question.fake.clone().requires_grad_(True)
+    question = Trial(
+        question.real, fake, question.asked, question.t, question.noise, question.first_frame
+    )
+    with frozen(judge):
+        generator_loss(judge, question).loss.backward()
+    assert fake.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in judge.parameters())
+    assert all(parameter.requires_grad for parameter in judge.parameters())
+    fake.grad = None
+    discriminator_loss(judge, question, LossWeights(), draws()).loss.backward()
+    assert fake.grad is None
+    assert all(parameter.grad is not None for parameter in judge.head.parameters())
+
+
+# The discriminator
+
+
+def own_taps_only(head: ScoreHead) -> None:
+    """Leave of every kernel the taps that lie over its own patch."""
+    with torch.no_grad():
+        for layer in (*head.modules(),):
+            if isinstance(layer, nn.Conv1d) and layer.kernel_size[0] > 1:
+                kernel, stride = layer.kernel_size[0], layer.stride[0]
+                keep = torch.zeros(kernel)
+                first = layer.padding[0]
+                keep[first : first + stride] = 1
+                layer.weight.mul_(keep)
+
+
+@pytest.mark.parametrize(
+    "frame", [CONTEXT, CONTEXT + 3, CONTEXT + 4, CONTEXT + 7, CONTEXT + 8, CONTEXT + 2 * BLOCK - 1]
+)
+def test_a_marked_frame_moves_only_its_own_score(frame):
+    """A base at initialisation passes frames through; the head's kernels keep their own taps."""
+    judge = Discriminator(LiveModel(CONFIG), "blocks.1", HEAD)
+    own_taps_only(judge.head)
+    question = trial()
+    scores = question.scores(judge, question.real)
+    marked = question.real.clone()
+    marked[..., frame] += 3
+    moved = (question.scores(judge, marked) != scores).any(dim=0)
+    assert moved.nonzero().flatten().tolist() == [(frame - CONTEXT) // PATCH_FRAMES]
+
+
+@pytest.mark.parametrize("frame", [0, CONTEXT - 1])
+def test_context_frames_have_no_score(frame):
+    judge = Discriminator(LiveModel(CONFIG), "blocks.1", HEAD)
+    question = trial()
+    marked = question.real.clone()
+    marked[..., frame] += 3
+    before = question.scores(judge, question.real)
+    assert before.shape == (3, 2 * BLOCK // PATCH_FRAMES)
+    assert torch.equal(question.scores(judge, marked), before)
+
+
+def test_the_full_head_looks_equally_far_to_both_sides_of_its_patch():
+    """Kernels of 7, 4, 4 and 3: 14 frames beyond the patch, plus 3 per ConvNeXt block."""
+    head = ScoreHead(CONFIG.width, HeadConfig(channels=(8, 8, 12, 16), n_blocks=0))
+    features = torch.randn(1, 64, CONFIG.width, requires_grad=True)
+    head(features)[0, 8].backward()
+    touched = features.grad[0].abs().sum(dim=1).nonzero().flatten().tolist()
+    assert touched == list(range(32 - 10, 35 + 10 + 1))
+
+
+def test_the_discriminator_sees_the_whole_sequence_in_both_directions():
+    judge, question = discriminator(), trial()
+    before = question.scores(judge, question.real)
+    for frame in (0, CONTEXT + 2 * BLOCK - 1):
+        marked = question.real.clone()
+        marked[..., frame] += 3
+        assert (question.scores(judge, marked) != before).all()
+
+
+def test_the_discriminator_hears_the_prompt_and_the_noise_level():
+    judge, question = discriminator(), trial()
+    before = question.scores(judge, question.real)
+    other, _ = question.asked.deranged(torch.tensor([1, 2, 0]))
+    assert (question.scores(judge, question.real, other) != before).all()
+    later = Trial(
+        question.real, question.fake, question.asked, question.t + 0.05, question.noise, CONTEXT
+    )
+    assert (later.scores(judge, question.real) != before).all()
+
+
+def test_the_discriminator_is_a_copy_that_ends_at_the_named_block():
+    base = random_model()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    judge = Discriminator(base, "blocks.0", HEAD)
+    assert len(judge.base.dit.blocks) == 1
+    with torch.no_grad():
+        for parameter in judge.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    with pytest.raises(LmdError, match=r"blocks\.7"):
+        Discriminator(base, "blocks.7", HEAD)
+
+
+def test_a_rollout_that_is_no_whole_number_of_patches_is_refused():
+    with pytest.raises(LmdError, match="multiple of 4"):
+        discriminator()(torch.zeros(1, 4, CONTEXT + 6), torch.ones(1), one_condition(), CONTEXT)
+
+
+# Rollouts
+
+
+def one_condition(batch: int = 1) -> Condition:
+    return asked(batch).for_model(random_model(seed=5))
+
+
+def context_of(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, CONTEXT, generator=draws(8))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_rollout_is_what_the_streamer_plays(regime):
+    stream = streamer()
+    prompt, seed, n_blocks, n_steps = "slow piano", 11, 5, 3
+    start = stream.start(batch=2)
+    state = type(start)(context_of())
+    controls = Controls(
+        prompt=prompt, n_steps=n_steps, block_frames=BLOCK, regime=regime, seed=seed, seam="fade"
+    )
+    played = torch.cat(
+        [b.latents for b in stream.stream(controls, n_blocks=n_blocks, state=state)], dim=-1
+    )
+    tokens = stream.text.encode([prompt]).expand(2, -1, -1)
+    condition = stream.denoiser.condition(tokens, stream.window_s)
+    plan = RolloutPlan(BlockPlan(regime, BLOCK), n_steps, (n_steps,) * n_blocks, seed)
+    with torch.no_grad():
+        rolled = rollout(stream.denoiser, context_of(), condition, plan, with_grad=False)
+    assert torch.equal(rolled[..., CONTEXT:], played)
+    assert torch.equal(rolled[..., :CONTEXT], context_of())
+    # building the graph does not change the numbers
+    memory = text_memory(stream.denoiser.model, condition)
+    again = rollout(
+        stream.denoiser, context_of(), condition, plan, with_grad=True, memory=memory
+    ).detach()
+    assert torch.equal(again, rolled)
+
+
+class Recorder:
+    """A denoiser whose sessions note who was called at which level; every call has a weight."""
+
+    latent_dim = 4
+
+    def __init__(self, n_blocks: int, n_steps: int) -> None:
+        self.weight = torch.full((n_blocks, n_steps), 0.5, requires_grad=True)
+        self.levels: list[list[float]] = []
+        self.conditions: list[Condition] = []
+        self.contexts: list[Tensor] = []
+
+    def open_block(self, context, condition, plan, memory):
+        self.levels.append([])
+        self.conditions.append(condition)
+        self.contexts.append(context)
+        return RecordedBlock(self, context, len(self.levels) - 1)
+
+
+class RecordedBlock:
+    memory = None
+
+    def __init__(self, owner: Recorder, context: Tensor, index: int) -> None:
+        self.owner, self.index = owner, index
+        self.level = context.mean()
+
+    def __call__(self, noisy, t):
+        levels = self.owner.levels[self.index]
+        levels.append(t)
+        return self.owner.weight[self.index, len(levels) - 1] * noisy + self.level
+
+
+def test_a_block_that_ends_after_call_k_walks_the_first_k_levels():
+    fake, calls = Recorder(4, 4), (1, 2, 4, 3)
+    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 4, calls, 0)
+    rollout(fake, context_of(), one_condition(2), plan, with_grad=True)
+    assert [tuple(levels) for levels in fake.levels] == [schedule(4)[:k] for k in calls]
+
+
+def test_the_last_call_jumps_to_clean():
+    fake = Recorder(1, 4)
+    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 4, (2,), 7)
+    out = rollout(fake, torch.zeros(2, 4, CONTEXT), one_condition(2), plan, with_grad=False)
+    start, fresh = normal((2, 4, BLOCK), 7, "noise", 0), normal((2, 4, BLOCK), 7, "renoise", 0, 0)
+    t1 = schedule(4)[1]
+    x = (1 - t1) * (start - 0.5 * start) + t1 * fresh
+    torch.testing.assert_close(out[..., CONTEXT:], x - t1 * 0.5 * x, rtol=1e-6, atol=1e-6)
+
+
+def test_only_the_last_call_of_every_block_gets_gradient():
+    fake, calls = Recorder(3, 4), (2, 4, 1)
+    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 4, calls, 0)
+    out = rollout(fake, context_of(), one_condition(2), plan, with_grad=True)
+    out.square().sum().backward()
+    reached = fake.weight.grad != 0
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    for block, k in enumerate(calls):
+        expected[block, k - 1] = True
+    assert torch.equal(reached, expected)
+
+
+def test_no_gradient_crosses_blocks():
+    """The last block's music depends on the first block, its gradient does not."""
+    fake = Recorder(3, 2)
+    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 2, (2, 2, 2), 0)
+    out = rollout(fake, context_of(), one_condition(2), plan, with_grad=True)
+    out[..., -BLOCK:].sum().backward()
+    assert fake.weight.grad[2, 1] != 0
+    assert not fake.weight.grad[:2].any()
+    with torch.no_grad():
+        other = Recorder(3, 2)
+        other.weight[0, 1] += 0.1
+        moved = rollout(other, context_of(), one_condition(2), plan, with_grad=False)
+    assert not torch.equal(moved[..., -BLOCK:], out[..., -BLOCK:].detach())
+    assert not any(context.requires_grad for context in fake.contexts)
+
+
+def test_one_condition_serves_the_whole_rollout():
+    fake, condition = Recorder(3, 2), one_condition(2)
+    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 2, (1, 2, 2), 0)
+    rollout(fake, context_of(), condition, plan, with_grad=False)
+    assert all(seen is condition for seen in fake.conditions)
+
+
+def test_dropped_items_get_zeroed_tokens_and_the_others_keep_theirs():
+    model, question = random_model(), asked(3, dropped=(1,))
+    condition, whole = question.for_model(model), asked(3).for_model(model)
+    assert not condition.tokens[1].any()
+    assert torch.equal(condition.tokens[[0, 2]], whole.tokens[[0, 2]])
+    null = model.null_condition(whole)
+    assert torch.equal(condition.tokens[1], null.tokens[1])
+    assert torch.equal(condition.global_cond, null.global_cond)
+
+
+class Perturbed:
+    """Plays recorded contexts and memories; only the last call of each block uses other weights."""
+
+    def __init__(self, model: LiveModel, moved: LiveModel, calls: tuple[int, ...]) -> None:
+        self.model, self.moved, self.calls = LiveDenoiser(model), LiveDenoiser(moved), calls
+        self.latent_dim = 4
+
+    def play(self, recorded: Tensor, condition: Condition, plan: RolloutPlan) -> Tensor:
+        """The blocks as functions of the moved weights, everything before them held still."""
+        times, memory, blocks = schedule(plan.n_steps), None, []
+        for index, k in enumerate(plan.n_calls):
+            window = recorded[..., index * BLOCK : index * BLOCK + CONTEXT]
+            sessions = [
+                denoiser.open_block(window, condition, plan.block, memory)
+                for denoiser in (self.model, self.model)
+            ]
+            sessions[1].dit = self.moved.model.dit
+            x = normal((len(recorded), 4, BLOCK), plan.seed, "noise", index)
+            for step in range(k - 1):
+                clean = x - times[step] * sessions[0](x, times[step])
+                fresh = normal((len(recorded), 4, BLOCK), plan.seed, "renoise", index, step)
+                x = (1 - times[step + 1]) * clean + times[step + 1] * fresh
+            if k > 1:
+                sessions[1].memory, sessions[1].finished = sessions[0].memory, None
+            blocks.append(x - times[k - 1] * sessions[1](x, times[k - 1]))
+            if k == 1:
+                sessions[0](x, times[0])  # what the unmoved model would remember
+            memory = sessions[0].memory
+        return torch.cat(blocks, dim=-1)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_gradient_is_that_of_moving_the_last_calls_alone(regime):
+    """Finite differences, with contexts, keys and earlier calls held at the unmoved weights."""
+    model, calls = random_model(), (2, 1, 3)
+    plan = RolloutPlan(BlockPlan(regime, BLOCK), 3, calls, 5)
+    condition = asked(2).for_model(model)
+    condition = Condition(condition.tokens.detach(), condition.global_cond.detach())
+    out = rollout(LiveDenoiser(model), context_of(), condition, plan, with_grad=True)
+    probe = torch.randn(2, 4, 3 * BLOCK, generator=draws(9))
+    (out[..., CONTEXT:] * probe).sum().backward()
+    direction = {
+        name: torch.randn(p.shape, generator=draws(i)) * p.abs().mean()
+        for i, (name, p) in enumerate(model.named_parameters())
+        if p.grad is not None
+    }
+    slope = sum(
+        (direction[n] * p.grad).sum() for n, p in model.named_parameters() if n in direction
+    )
+
+    def shifted(by: float) -> float:
+        moved = random_model()
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                parameter += by * direction.get(name, 0)
+            played = Perturbed(model, moved, calls).play(out.detach(), condition, plan)
+        return (played * probe).sum().double().item()
+
+    step = 2e-3
+    measured = (shifted(step) - shifted(-step)) / (2 * step)
+    assert shifted(0.0) == pytest.approx((out[..., CONTEXT:] * probe).sum().item(), rel=1e-4)
+    # measured: 5e-7 (enc-dec), 2e-5 (block-causal)
+    assert measured == pytest.approx(slope.item(), rel=1e-3)
+
+
+def test_calls_are_drawn_uniformly_over_all_steps():
+    calls = draw_calls(4000, 8, draws())
+    counts = torch.bincount(torch.tensor(calls), minlength=9)
+    assert counts[0] == 0
+    # 500 expected, standard deviation 21: five of them
+    assert all(395 < n < 605 for n in counts[1:].tolist())
+
+
+def test_impossible_calls_are_refused():
+    with pytest.raises(LmdError, match="from 1 to n_steps = 2"):
+        RolloutPlan(BlockPlan("enc-dec", BLOCK), 2, (3,), 0)
