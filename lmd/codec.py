@@ -6,7 +6,7 @@ The streamer and the notebooks know nothing of a codec but this protocol, so the
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,22 @@ class Codec(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamingCodec(Codec, Protocol):
+    """A codec that can go on decoding without computing anything twice.
+
+    The streaming state is a value: `None`, numbers, tensors, tuples and dataclasses of these.
+    """
+
+    def stream_start(self) -> Any:
+        """The streaming state before the first latent."""
+        ...
+
+    def stream_decode(self, state: Any, latents: Latents) -> tuple[Wave, Any]:
+        """The samples that are certain now (`lookahead_frames` late) and the next state."""
+        ...
+
+
 @dataclass(frozen=True)
 class DecodeState:
     """What a streamed decode carries from block to block; a value, never changed in place.
@@ -50,11 +66,13 @@ class DecodeState:
         latents: the most recent latents, those still to be heard last.
         n_waiting: how many of them have not been emitted yet (the look-ahead of an exact seam).
         overhang: samples guessed past the last block's end, to be faded out (fading seam).
+        running: the codec's own streaming state, where it has one (exact seam).
     """
 
     latents: Latents | None = None
     n_waiting: int = 0
     overhang: Wave | None = None
+    running: Any = None
 
 
 def decode_block(
@@ -82,27 +100,43 @@ def decode_block(
     """
     if seam not in ("exact", "fade"):
         raise LmdError(f"seam {seam!r}", "'exact' or 'fade'", "Pick one of these.")
-    past = latents[..., :0] if state.latents is None else state.latents
-    joined = torch.cat([past, latents], dim=-1)
     hop, n_fade = codec.samples_per_frame, round(fade_s * codec.sample_rate)
     n_ready = state.n_waiting + latents.shape[-1]
     n_emit = max(0, n_ready - codec.lookahead_frames) if seam == "exact" else n_ready
-    n_guess = math.ceil(n_fade / hop) if seam == "fade" else 0
-    guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
-    start = (past.shape[-1] - state.n_waiting) * hop
-    end = start + n_emit * hop
-    decoded = codec.decode(torch.cat([joined, guess], dim=-1))
-    wave = decoded[..., start:end].clone()
-    if state.overhang is not None and n_emit:
-        n = min(state.overhang.shape[-1], wave.shape[-1])
-        fade_in, fade_out = equal_power_fade(n, wave)
-        wave[..., :n] = wave[..., :n] * fade_in + state.overhang[..., :n] * fade_out
-    overhang = decoded[..., end : end + n_fade].clone() if seam == "fade" else None
-    if not n_emit:
-        overhang = state.overhang
+    past = latents[..., :0] if state.latents is None else state.latents
+    joined = torch.cat([past, latents], dim=-1)
+    overhang, running = state.overhang, None
+    if seam == "exact" and isinstance(codec, StreamingCodec):
+        decoded, running = _decode_running(codec, state, latents)
+        wave = decoded[..., decoded.shape[-1] - n_emit * hop :].clone()
+    else:
+        n_guess = math.ceil(n_fade / hop) if seam == "fade" else 0
+        guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
+        start = (past.shape[-1] - state.n_waiting) * hop
+        end = start + n_emit * hop
+        decoded = codec.decode(torch.cat([joined, guess], dim=-1))
+        wave = decoded[..., start:end].clone()
+    if n_emit:
+        if overhang is not None:
+            n = min(overhang.shape[-1], wave.shape[-1])
+            fade_in, fade_out = equal_power_fade(n, wave)
+            wave[..., :n] = wave[..., :n] * fade_in + overhang[..., :n] * fade_out
+        overhang = decoded[..., end : end + n_fade].clone() if seam == "fade" else None
     keep = min(joined.shape[-1], codec.lookback_frames + n_ready - n_emit)
     tail = joined[..., joined.shape[-1] - keep :].clone()
-    return wave, DecodeState(tail, n_ready - n_emit, overhang)
+    return wave, DecodeState(tail, n_ready - n_emit, overhang, running)
+
+
+def _decode_running(
+    codec: "StreamingCodec", state: DecodeState, latents: Latents
+) -> tuple[Wave, Any]:
+    """Decode with the codec's own streaming state; a new one is fed the latents before it."""
+    running = state.running
+    if running is None:
+        running = codec.stream_start()
+        if state.latents is not None and state.latents.shape[-1]:
+            _, running = codec.stream_decode(running, state.latents)
+    return codec.stream_decode(running, latents)
 
 
 def equal_power_fade(n_samples: int, like: Tensor) -> tuple[Tensor, Tensor]:

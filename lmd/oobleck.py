@@ -139,6 +139,10 @@ class OobleckCodec:
             waves.append(wave)
         return torch.cat(waves, dim=-1)
 
+    def stream_start(self) -> StreamDecodeState:
+        """The streaming state before the first latent."""
+        return StreamDecodeState()
+
     @torch.no_grad()
     def stream_decode(
         self, state: StreamDecodeState, latents: Latents, last: bool = False

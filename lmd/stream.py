@@ -8,20 +8,17 @@ out. Randomness depends on (seed, purpose, block, step) alone.
 Source: Live Music Diffusion Models (arXiv 2605.22717), inference. Taught in notebook 04_play.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmd.cache import Memory
-from lmd.codec import Codec, DecodeState, decode_block
+from lmd.codec import Codec, DecodeState, StreamingCodec, decode_block
 from lmd.config import WindowConfig
 from lmd.controls import Controls
 from lmd.dit import Condition, LiveModel
@@ -30,9 +27,8 @@ from lmd.flow import Guidance, Velocities, sample, schedule
 from lmd.outpaint import BlockPlan, BlockSession, Denoiser, LiveDenoiser, both_branches
 from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, Wave
+from lmd.stream_state import StreamState
 from lmd.text import TextEncoder, mix
-
-STATE_FORMAT = "lmd-stream-state-1"
 
 
 @dataclass(frozen=True)
@@ -59,49 +55,6 @@ class Block:
     rebuilt: bool
     dit_ms: float
     decode_ms: float
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """Where a stream is.
-
-    Attributes:
-        context: the latest latents, `[batch, latent, context frame]`; zeros are silence.
-        index: of the next block.
-        n_samples: samples handed out so far.
-        memory: keys and values for the next block, valid for `memory_key`.
-        memory_key: (prompt, guided, regime, block_frames) that the memory was made with.
-        decode: what the streamed decode carries.
-    """
-
-    context: Latents
-    index: int = 0
-    n_samples: int = 0
-    memory: Memory | None = None
-    memory_key: tuple = ()
-    decode: DecodeState = field(default_factory=DecodeState)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything to a safetensors file; `Streamer.load_state` reads it."""
-        tensors = {"context": self.context}
-        for name in ("latents", "overhang"):
-            if getattr(self.decode, name) is not None:
-                tensors[f"decode.{name}"] = getattr(self.decode, name)
-        if self.memory is not None:
-            tensors |= {f"memory.{k}": v for k, v in self.memory.tensors().items()}
-        header = {
-            "format": STATE_FORMAT,
-            "index": self.index,
-            "n_samples": self.n_samples,
-            "n_waiting": self.decode.n_waiting,
-            "memory_key": self.memory_key,
-        }
-        # Equal keys and rotated keys may share storage; a file holds every tensor for itself.
-        tensors = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        save_file(tensors, path, metadata={"lmd": json.dumps(header)})
 
 
 class Streamer:
@@ -226,33 +179,12 @@ class Streamer:
         Raises:
             LmdError: not such a file, or made with a model of another shape.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("lmd", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise LmdError(
-                f"{path}: {error}", "a saved stream state", "Save it again with state.save(path)."
-            ) from error
-        found = tuple(tensors["context"].shape[1:]) if "context" in tensors else None
         expected = (self.denoiser.latent_dim, self.window.context_frames)
-        if header.get("format") != STATE_FORMAT or found != expected:
-            raise LmdError(
-                f"{path}: format {header.get('format')!r}, context {found}",
-                f"format {STATE_FORMAT!r}, context {expected}",
-                "Load it with the model that it was saved with.",
-            )
-        memory = {k[len("memory.") :]: v for k, v in tensors.items() if k.startswith("memory.")}
-        return StreamState(
-            context=tensors["context"],
-            index=header["index"],
-            n_samples=header["n_samples"],
-            memory=Memory.from_tensors(memory) if memory else None,
-            memory_key=_as_tuples(header["memory_key"]),
-            decode=DecodeState(
-                tensors.get("decode.latents"), header["n_waiting"], tensors.get("decode.overhang")
-            ),
-        )
+        return StreamState.load(path, expected, self._stream_start())
+
+    def _stream_start(self) -> object:
+        """The codec's own streaming state, if it has one: the pattern that a file is read by."""
+        return self.codec.stream_start() if isinstance(self.codec, StreamingCodec) else None
 
     def _denoise(
         self, state: StreamState, context: Latents, controls: Controls
@@ -352,8 +284,3 @@ def _twice(latents: Tensor | None, controls: Controls) -> Tensor | None:
     if latents is None or not controls.is_guided:
         return latents
     return torch.cat([latents, latents])
-
-
-def _as_tuples(value: object) -> object:
-    """Lists from JSON back to the tuples they were."""
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
