@@ -1,0 +1,317 @@
+"""`python -m lmd data encode`: a corpus through a codec into latent shards."""
+
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lmd.checkpoint import load_codec, write_atomic
+from lmd.codec import Codec
+from lmd.data.build import row_stem_caption
+from lmd.data.corpus import Corpus, Row
+from lmd.data.scores import DEFAULT_CACHE
+from lmd.data.shards import (
+    ENTRY_COLUMNS,
+    INDEX,
+    SETTINGS,
+    SHARD_FORMAT,
+    Entry,
+    shard_entries,
+    shard_fault,
+    write_shard,
+)
+from lmd.errors import LmdError
+from lmd.shapes import Latents, Wave
+
+MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
+MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What a folder of latents depends on, beside the codec.
+
+    Attributes:
+        stems: encode every voice too.
+        rows_per_shard: renditions in one shard.
+        cache: where parsed scores are kept (stems are played again).
+    """
+
+    stems: bool = False
+    rows_per_shard: int = 32
+    cache: Path = DEFAULT_CACHE
+
+
+def encode_wave(codec: Codec, wave: Wave) -> Latents:
+    """Latents of a wave of any length: padded with silence to whole frames, long ones in chunks.
+
+    Args:
+        codec: any codec.
+        wave: `[batch, channel, sample]` at the codec's sample rate and channels.
+
+    Returns:
+        `[batch, latent, frame]` with `ceil(samples / samples_per_frame)` frames.
+    """
+    hop = codec.samples_per_frame
+    n_frames = -(-wave.shape[-1] // hop)
+    wave = nn.functional.pad(wave, (0, n_frames * hop - wave.shape[-1]))
+    parts = []
+    for start in range(0, n_frames, MAX_CHUNK_FRAMES):
+        end = min(start + MAX_CHUNK_FRAMES, n_frames)
+        first, last = max(0, start - MARGIN_FRAMES), min(n_frames, end + MARGIN_FRAMES)
+        latents = codec.encode(wave[..., first * hop : last * hop])
+        parts.append(latents[..., start - first : end - first])
+    return torch.cat(parts, dim=-1)
+
+
+def silence_frame(codec: Codec) -> list[float]:
+    """The latents of silence, one value per channel (the middle of some seconds of it)."""
+    weights = codec.parameters() if isinstance(codec, nn.Module) else iter(())
+    like = next(weights, torch.zeros(()))
+    with torch.inference_mode():
+        quiet = like.new_zeros(1, codec.channels, 65 * codec.samples_per_frame)
+        return codec.encode(quiet)[0, :, 32].to(torch.float16).tolist()
+
+
+class _ShardJobs(Dataset):
+    """The renditions of each shard that is to be made; loading them is the workers' work."""
+
+    def __init__(self, corpus: Corpus, jobs: list[tuple[int, range]], how: EncodeSettings) -> None:
+        self.corpus, self.jobs, self.how = corpus, jobs, how
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[int, int, np.ndarray]]]:
+        number, rows = self.jobs[index]
+        return number, [sound for row in rows for sound in self._sounds(row)]
+
+    def _sounds(self, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(row, voice, wave): the mix, then its stems."""
+        yield row, -1, self.corpus.wave(row)
+        if self.how.stems:
+            for voice, stem in enumerate(self.corpus.stems(row, self.how.cache)):
+                yield row, voice, stem
+
+
+def _as_is(item: Any) -> Any:
+    """No collation: waves of one shard differ in length."""
+    return item
+
+
+class Encoder(L.LightningModule):
+    """Writes one shard per predicted batch; holds no state but the codec.
+
+    Args:
+        codec: what encodes.
+        corpus: where captions and metadata come from.
+        out: the folder of the shards.
+    """
+
+    def __init__(self, codec: Codec, corpus: Corpus, out: Path) -> None:
+        super().__init__()
+        self.codec, self.corpus, self.out = codec, corpus, out
+
+    @torch.inference_mode()
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Encode the sounds of one shard and write it; returns the shard's number."""
+        number, sounds = batch
+        latents: list[Tensor] = []
+        entries: list[Entry] = []
+        at = 0
+        for row, voice, wave in sounds:
+            encoded = encode_wave(self.codec, torch.from_numpy(wave)[None].to(self.device))
+            frames = encoded[0].T.cpu()
+            entries.append(_entry(self.corpus.rows[row], voice, shard_name(number), at, frames))
+            latents.append(frames)
+            at += len(frames)
+        write_shard(self.out / shard_name(number), latents, entries)
+        return number
+
+
+def _entry(row: Row, voice: int, shard: str, start: int, frames: Tensor) -> Entry:
+    """The index line of one encoded sound."""
+    names = row.instruments.split("|")
+    return Entry(
+        name=row.name,
+        voice=voice,
+        shard=shard,
+        start_frame=start,
+        n_frames=len(frames),
+        caption=row.caption if voice < 0 else row_stem_caption(row, voice),
+        split=row.split,
+        piece_id=row.piece_id,
+        composer=row.composer,
+        family=row.family,
+        instruments=row.instruments if voice < 0 else names[voice],
+        tempo_bpm=row.tempo_bpm,
+        key=row.key,
+        mode=row.mode,
+        duration_s=row.duration_s,
+    )
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def encode_corpus(
+    corpus: Corpus,
+    codec: Codec,
+    out: Path,
+    how: EncodeSettings | None = None,
+    trainer: L.Trainer | None = None,
+    codec_id: str = "",
+) -> list[str]:
+    """Encode a corpus; shards that are there and whole are kept.
+
+    Args:
+        corpus: what to encode.
+        codec: at the corpus's sample rate and channels.
+        out: the folder to fill.
+        how: stems or not, size of the shards.
+        trainer: a Lightning trainer; its processes share the shards. None = one, on this device.
+        codec_id: names the codec, e.g. its checksum; another one is refused in the same folder.
+
+    Returns:
+        Messages about shards that were torn and were made again.
+
+    Raises:
+        LmdError: codec and corpus do not fit, or the folder was encoded from something else.
+    """
+    how = how or EncodeSettings()
+    check_fit(codec, corpus)
+    settings = _settings(corpus, codec, how, codec_id)
+    _check_settings(out, settings)
+    numbers = range(-(-len(corpus) // how.rows_per_shard))
+    faults = {n: shard_fault(out / shard_name(n)) for n in numbers}
+    torn = [
+        f"{shard_name(n)}: {f}; encoded again"
+        for n, f in faults.items()
+        if f not in (None, "missing")
+    ]
+    for message in torn:
+        print(message, flush=True)
+    step = how.rows_per_shard
+    jobs = [(n, range(n * step, min((n + 1) * step, len(corpus)))) for n in numbers if faults[n]]
+    trainer = trainer or L.Trainer(**QUIET, devices=1)
+    if jobs:
+        data = DataLoader(_ShardJobs(corpus, jobs, how), batch_size=None, collate_fn=_as_is)
+        trainer.predict(Encoder(codec, corpus, out), data, return_predictions=False)
+        trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        _write_index(out, [shard_name(n) for n in numbers])
+    return torn
+
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+def check_fit(codec: Codec, corpus: Corpus) -> None:
+    """Refuse a codec for another sample rate or another number of channels.
+
+    Raises:
+        LmdError: they differ.
+    """
+    found = (corpus.sample_rate, corpus.channels)
+    wanted = (codec.sample_rate, codec.channels)
+    if found != wanted:
+        raise LmdError(
+            f"a corpus at {found[0]} Hz with {found[1]} channels",
+            f"{wanted[0]} Hz with {wanted[1]} channels, as the codec takes",
+            f"Build it with --sample-rate {wanted[0]} --channels {wanted[1]}.",
+        )
+
+
+def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) -> dict[str, Any]:
+    """What the latents were made from, for the folder's settings file."""
+    digest = hashlib.sha256("\n".join(row.sha256 for row in corpus.rows).encode()).hexdigest()
+    return {
+        "format": SHARD_FORMAT,
+        "codec": codec_id,
+        "corpus": digest,
+        "stems": how.stems,
+        "rows_per_shard": how.rows_per_shard,
+        "latent_dim": codec.latent_dim,
+        "sample_rate": codec.sample_rate,
+        "channels": codec.channels,
+        "samples_per_frame": codec.samples_per_frame,
+        "silence": silence_frame(codec),
+    }
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, or hold them against those of an earlier run."""
+    path = out / SETTINGS
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differing = sorted(k for k in settings if before.get(k) != settings[k] and k != "silence")
+        if differing:
+            raise LmdError(
+                f"{out} encoded with another {', '.join(differing)}",
+                "the same, to go on with it",
+                "Choose another --out, or remove that folder.",
+            )
+    write_atomic(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _write_index(out: Path, names: Sequence[str]) -> None:
+    """One line per sound over all shards."""
+    entries = [entry for name in names for entry in shard_entries(out / name)]
+    values = [[getattr(entry, column) for column in ENTRY_COLUMNS] for entry in entries]
+    table = pd.DataFrame(values, columns=list(ENTRY_COLUMNS))
+    write_atomic(out / INDEX, table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data/corpus"), help="a built corpus")
+    add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
+    add("--out", type=Path, default=Path("data/latents"), help="folder to fill")
+    add("--stems", action="store_true", help="encode every voice too")
+    add("--rows-per-shard", type=int, default=32)
+    add("--cache", type=Path, default=DEFAULT_CACHE, help="where parsed scores are kept")
+    add("--accelerator", default="auto", help="as in training: auto, cpu, gpu …")
+    add("--devices", default="auto", help="processes on this machine")
+    add("--num-nodes", type=int, default=1, help="machines")
+    add("--strategy", default="auto", help="auto, ddp …")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Encode a corpus and say what came out."""
+    corpus = Corpus(args.data)
+    codec = load_codec(args.codec)
+    digest = hashlib.sha256(args.codec.read_bytes()).hexdigest()
+    devices = int(args.devices) if str(args.devices).isdigit() else args.devices
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    trainer = L.Trainer(
+        accelerator=args.accelerator,
+        devices=devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        **QUIET,
+    )
+    how = EncodeSettings(args.stems, args.rows_per_shard, args.cache)
+    encode_corpus(corpus, codec, args.out, how, trainer, digest)
+    if trainer.is_global_zero:
+        table = pd.read_csv(args.out / INDEX)
+        hours = table["duration_s"].sum() / 3600
+        print(f"{len(table)} sounds, {hours:.2f} h, {table['n_frames'].sum()} frames in {args.out}")
+    return 0

@@ -1,0 +1,185 @@
+"""Latent shards: safetensors files of float16 latents, read through memory maps."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lmd.errors import LmdError
+
+SHARD_FORMAT = 1
+INDEX = "index.csv"
+SETTINGS = "latents.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One encoded sound: a line of the index.
+
+    Attributes:
+        name: the rendition's unique name.
+        voice: -1 = the mix, else the stem's number.
+        shard: file name.
+        start_frame, n_frames: where in the shard, latent frames.
+        caption: what it says.
+        split, piece_id, composer, family, instruments, tempo_bpm, key, mode: of the manifest.
+        duration_s: seconds of sound.
+    """
+
+    name: str
+    voice: int
+    shard: str
+    start_frame: int
+    n_frames: int
+    caption: str
+    split: str
+    piece_id: str
+    composer: str
+    family: str
+    instruments: str
+    tempo_bpm: float
+    key: str
+    mode: str
+    duration_s: float
+
+
+ENTRY_COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Entry))
+
+
+def write_shard(
+    path: Path, latents: list[Float[Tensor, "frame latent"]], entries: list[Entry]
+) -> None:
+    """Write a shard and, after it, the side file with its entries and checksum.
+
+    Args:
+        path: `….safetensors`; the side file is `….json`.
+        latents: one `[frame, latent]` per entry.
+        entries: where each lies and what it is.
+
+    Raises:
+        LmdError: latents that are not finite, or too large for float16.
+    """
+    joined = torch.cat([part.to(torch.float16) for part in latents])
+    if not torch.isfinite(joined).all():
+        raise LmdError(
+            f"latents that are not finite in float16 for {path.name}",
+            "finite values, at unit scale",
+            "Check the codec's normalisation and the audio of "
+            + ", ".join(sorted({entry.name for entry in entries})[:3]),
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"latents": joined.contiguous()}, partial, metadata={"format": str(SHARD_FORMAT)})
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+    n_bytes = partial.stat().st_size
+    partial.replace(path)
+    side = {"sha256": digest, "n_bytes": n_bytes, "entries": [asdict(entry) for entry in entries]}
+    partial.write_text(json.dumps(side, sort_keys=True) + "\n")
+    partial.replace(path.with_suffix(".json"))
+
+
+def shard_fault(path: Path, checksum: bool = True) -> str | None:
+    """What is wrong with a shard; None if it is whole.
+
+    Args:
+        path: the `.safetensors` file.
+        checksum: also read every byte; otherwise only the length is compared.
+    """
+    side_path = path.with_suffix(".json")
+    if not path.is_file() or not side_path.is_file():
+        return "missing"
+    try:
+        side = json.loads(side_path.read_text())
+        n_bytes, digest = side["n_bytes"], side["sha256"]
+    except (json.JSONDecodeError, KeyError):
+        return "its side file is torn"
+    if path.stat().st_size != n_bytes:
+        return f"{path.stat().st_size} bytes instead of {n_bytes}"
+    if checksum and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        return "its checksum differs"
+    return None
+
+
+def shard_entries(path: Path) -> list[Entry]:
+    """The entries that a shard's side file lists."""
+    return [Entry(**e) for e in json.loads(path.with_suffix(".json").read_text())["entries"]]
+
+
+def map_shard(path: Path) -> Float[np.ndarray, "frame latent"]:
+    """A shard's latents as a memory-mapped float16 array `[frame, latent]`.
+
+    Raises:
+        LmdError: the file is missing, shorter than it says, or no such shard.
+    """
+    fault = shard_fault(path, checksum=False)
+    if fault:
+        raise LmdError(
+            f"shard {path.name}: {fault}",
+            "a whole shard",
+            "Run python -m lmd data encode again: it encodes torn shards anew.",
+        )
+    with path.open("rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(n_header))["latents"]
+    shape, (start, _) = tuple(about["shape"]), about["data_offsets"]
+    return np.memmap(path, np.float16, "r", offset=8 + n_header + start, shape=shape)
+
+
+class LatentShards:
+    """A folder of encoded latents.
+
+    Args:
+        folder: what `python -m lmd data encode --out` wrote.
+
+    Raises:
+        LmdError: no index there.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        path = self.folder / INDEX
+        if not path.is_file():
+            raise LmdError(f"no {path}", "encoded latents", "Run: python -m lmd data encode.")
+        self.table = pd.read_csv(path, keep_default_na=False)
+        self.entries = [Entry(*row) for row in self.table.itertuples(index=False, name=None)]
+        self.settings: dict[str, Any] = json.loads((self.folder / SETTINGS).read_text())
+        self.latent_dim: int = self.settings["latent_dim"]
+        self.silence = np.array(self.settings["silence"], dtype=np.float16)  # [latent]
+        self._maps: dict[str, np.ndarray] = {}
+
+    def frames(self, entry: Entry, start: int = 0, n_frames: int | None = None) -> np.ndarray:
+        """Frames of one entry, float16 `[frame, latent]`, not copied if they all exist.
+
+        Args:
+            entry: which sound.
+            start: first frame; negative = silence before it.
+            n_frames: how many; None = to its end. Beyond the end there is silence.
+        """
+        if entry.shard not in self._maps:
+            self._maps[entry.shard] = map_shard(self.folder / entry.shard)
+        n_frames = entry.n_frames - start if n_frames is None else n_frames
+        first, last = max(start, 0), min(start + n_frames, entry.n_frames)
+        shard = self._maps[entry.shard]
+        known = shard[entry.start_frame + first : entry.start_frame + max(first, last)]
+        if len(known) == n_frames:
+            return known
+        padded = np.tile(self.silence, (n_frames, 1))
+        padded[first - start : first - start + len(known)] = known
+        return padded
+
+    def faults(self) -> dict[str, str]:
+        """Every shard that is not whole, by name, with what is wrong (reads every byte)."""
+        names = sorted({entry.shard for entry in self.entries})
+        found = {name: shard_fault(self.folder / name) for name in names}
+        return {name: fault for name, fault in found.items() if fault}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # workers map the files themselves
