@@ -291,35 +291,22 @@ STAGES["decoder"] = ("snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3")
 UNIT = ("snake1", "conv1", "snake2", "conv2")
 
 
-def from_stable_audio(name: str, config: OobleckConfig) -> str:
+def from_stable_audio(name: str, config: OobleckConfig) -> str | None:
     """Diffusers' name of a weight that stable-audio-tools calls `name` ("decoder.layers.1.…").
 
-    Raises:
-        LmdError: a name that is not one of the autoencoder's.
+    None if it is not one of this autoencoder's. Shapes agree, but for Snake's vectors: `[channel]`
+    there, `[1, channel, 1]` here.
     """
     match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)((?:\.layers\.\d+)*)\.(\w+)", name)
+    if not match:
+        return None
+    side, outer, parameter = match[1], int(match[2]), match[4]
+    inner = [int(part) for part in re.findall(r"\d+", match[3])]
     n = len(config.strides)
-    if match:
-        side, outer, parameter = match[1], int(match[2]), match[4]
-        inner = [int(part) for part in re.findall(r"\d+", match[3])]
-        ends = {0: "conv1", n + 1: "snake1", n + 2: "conv2"}
-        if outer in ends and not inner:
-            return f"{side}.{ends[outer]}.{parameter}"
-        if 1 <= outer <= n and 1 <= len(inner) <= 2 and inner[0] < 5 and max(inner[1:] or [0]) < 4:
-            parts = [STAGES[side][inner[0]], *(UNIT[i] for i in inner[1:])]
-            return f"{side}.block.{outer - 1}.{'.'.join(parts)}.{parameter}"
-    raise LmdError(
-        f"weight {name!r}",
-        f"a name of an Oobleck autoencoder of {n} blocks",
-        "The file belongs to another autoencoder or config.",
-    )
-
-
-def stable_audio_tensors(tensors: Mapping[str, Tensor], config: OobleckConfig) -> dict[str, Tensor]:
-    """Weights under diffusers' names; Snake's `[channel]` vectors become `[1, channel, 1]`."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        ours = from_stable_audio(name, config)
-        snake = ours.endswith((".alpha", ".beta"))
-        renamed[ours] = tensor.reshape(1, -1, 1) if snake else tensor
-    return renamed
+    ends = {0: "conv1", n + 1: "snake1", n + 2: "conv2"}
+    if outer in ends and not inner:
+        return f"{side}.{ends[outer]}.{parameter}"
+    if 1 <= outer <= n and 1 <= len(inner) <= 2 and inner[0] < 5 and max(inner[1:], default=0) < 4:
+        parts = [STAGES[side][inner[0]], *(UNIT[i] for i in inner[1:])]
+        return f"{side}.block.{outer - 1}.{'.'.join(parts)}.{parameter}"
+    return None
