@@ -8,6 +8,7 @@ the line is redrawn, with the last thing that the notebook said.
 import ast
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -18,20 +19,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import papermill
+import zmq
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
+from traitlets.config import Config
 
 from lmd.errors import LmdError
 
 REQUIRED = ("output_dir", "seed", "preset")
-BAR = "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}] {postfix}"
+BAR = "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
 KERNEL_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "TQDM_MININTERVAL": "2",  # a log is read, not watched
 }
+ENCRYPTION = "auto" if zmq.has("curve") else "disabled"  # between this process and the kernel
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NOISE = re.compile(r"^\s*$")
 
@@ -88,6 +92,11 @@ class Log:
         self.file.close()
 
 
+def without_bar(text: str) -> str:
+    """A progress bar's text without the bar: `training: 50% 20/40 [00:02<00:02]`."""
+    return re.sub(r"\s+", " ", re.sub(r"\|[^|]*\|", " ", text))
+
+
 class _Ticker:
     """Redraws a bar while a long cell works."""
 
@@ -102,7 +111,7 @@ class _Ticker:
 
     def _work(self) -> None:
         while not self._stop.wait(self.interval_s):
-            self.bar.set_postfix_str(self.log.last[:60])  # redraws
+            self.bar.set_postfix_str(without_bar(self.log.last)[:60])  # redraws
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
@@ -148,11 +157,18 @@ class _LmdEngine(Engine):
             desc=name,
             bar_format=BAR,
             mininterval=interval_s,
+            ncols=shutil.get_terminal_size((120, 24)).columns,
+            nrows=24,  # a terminal that does not know its size gets a line too
             file=sys.stderr if sys.stderr.isatty() else _Lines(),
         )
         nb_man.pbar = _CellCount(bar)
         client = PapermillNotebookClient(
-            nb_man, kernel_name=kernel_name, startup_timeout=60, stdout_file=log, stderr_file=log
+            nb_man,
+            kernel_name=kernel_name,
+            startup_timeout=60,
+            stdout_file=log,
+            stderr_file=log,
+            config=Config(KernelManager={"transport_encryption": ENCRYPTION}),
         )
         with bar, _Ticker(bar, log, interval_s):
             client.execute(env=os.environ | KERNEL_ENVIRONMENT)

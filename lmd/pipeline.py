@@ -21,6 +21,7 @@ from lmd.plan import PACKAGE, RunOptions, Task, plan, relative
 from lmd.report import read_metrics, write_report
 
 SOURCES = ("*.py", "*.js", "*.css")  # what of the package can change a result
+REDRAW_S = 30.0  # a new progress line this often where there is no terminal
 
 
 class Run:
@@ -189,7 +190,7 @@ def _attempt(current: Run, task: Task) -> str:
             current.executed(task.name),
             task.parameters,
             current.log(task.name),
-            interval_s=1.0 if sys.stderr.isatty() else 30.0,
+            interval_s=1.0 if sys.stderr.isatty() else REDRAW_S,
         )
         read_metrics(metrics)
     except (NotebookFailed, LmdError) as failure:

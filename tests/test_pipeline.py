@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -253,6 +254,18 @@ def test_texts_from_notebooks_are_inert_in_the_report(project: RunOptions) -> No
     links.feed((project.out / "report.html").read_text())
     assert "script" not in links.tags
     assert links.addresses == []
+
+
+def test_the_progress_line_shows_what_a_long_cell_said_last(
+    project: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmd.pipeline.REDRAW_S", 0.2)
+    bar = (
+        "from tqdm import tqdm\nbar = tqdm(total=8, desc='training')\nbar.update(4)\nbar.refresh()"
+    )
+    write_notebook(project, "02_second", WRITE, bar, "import time; time.sleep(1)")
+    assert run(project) == 0
+    assert re.search(r"02_second: cell 4/5 \[\S+\], training: 50% 4/8", capsys.readouterr().err)
 
 
 def test_a_progress_bar_leaves_few_lines_in_the_log(tmp_path: Path) -> None:
