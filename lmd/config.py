@@ -114,10 +114,16 @@ class SpectralCodecConfig:
     latent_dim: int = 64
     hop: int = 256  # samples per STFT frame
     hops_per_frame: int = 4  # STFT frames per latent frame
-    n_fft: int = 1024
-    n_mels: int = 128
-    width: int = 384
-    depth: int = 6
+    n_fft: int = 2048
+    n_linear: int = 160  # lowest bands, one bin each
+    n_bands: int = 256  # all bands of the encoder; those above are spaced evenly in pitch
+    floor_db: float = -80.0  # under a full-scale sine; silence is this everywhere
+    encoder_width: int = 512
+    width: int = 512  # decoder blocks at the latent rate
+    depth: int = 3
+    step_width: int = 320  # decoder blocks at the STFT rate
+    step_depth: int = 4
+    horizon_frames: int = 32  # a phase counts from an onset at most this far back
 
     @property
     def samples_per_frame(self) -> int:
@@ -166,7 +172,18 @@ PRESETS: dict[str, Preset] = {
             DiTConfig(latent_dim=8, width=32, depth=2, n_heads=2, text_dim=16, global_dim=16),
             WindowConfig(context_frames=192, block_frames=48),
             TextConfig(encoder="hash", n_tokens=8, dim=16),
-            SpectralCodecConfig(latent_dim=8, n_mels=32, width=32, depth=1),
+            SpectralCodecConfig(
+                latent_dim=8,
+                n_fft=1024,
+                n_linear=32,
+                n_bands=64,
+                encoder_width=32,
+                width=32,
+                depth=1,
+                step_width=32,
+                step_depth=1,
+                horizon_frames=8,
+            ),
         ),
         Preset(
             "small",

@@ -1,0 +1,166 @@
+"""Train the spectral codec: `python -m lmd train codec`; measure one: `--evaluate FILE`."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tqdm import tqdm
+
+from lmd.checkpoint import load_codec, save_checkpoint
+from lmd.codec_training import CodecPlan, CodecTraining, CodecWindows, start_from_components
+from lmd.config import SpectralCodecConfig, preset
+from lmd.data.corpus import Corpus
+from lmd.errors import LmdError
+from lmd.machine import machine_dict, pick_device, tune_allocator
+from lmd.rng import derive_seed
+from lmd.spectral import SpectralCodec
+from lmd.trainer import AtomicCheckpointIO
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+LAST = "last.ckpt"
+
+
+class Keep(Callback):
+    """Progress, checkpoints and exported weights; stops the run at its last step."""
+
+    def __init__(self, out: Path, every: int, notes: dict[str, Any]) -> None:
+        self.out, self.every, self.notes = out, every, notes
+        self.bar: tqdm | None = None
+        self.began_s = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, module: CodecTraining) -> None:
+        """Open the progress bar where the run stands."""
+        self.bar = tqdm(
+            total=module.plan.steps, initial=int(module.step), desc="codec", mininterval=5
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: CodecTraining, *args: Any) -> None:
+        """Count; save now and then."""
+        step = int(module.step)
+        losses = {k: f"{float(v):.3g}" for k, v in trainer.callback_metrics.items()}
+        self.bar.update()
+        self.bar.set_postfix(losses, refresh=False)
+        if step % self.every == 0 or step >= module.plan.steps:
+            trainer.save_checkpoint(self.out / LAST)
+            self.export(module)
+
+    def on_train_end(self, trainer: L.Trainer, module: CodecTraining) -> None:
+        """Close the progress bar."""
+        self.bar.close()
+
+    def export(self, module: CodecTraining) -> None:
+        """The codec as float16 safetensors."""
+        save_checkpoint(
+            self.out / "codec.safetensors",
+            module.codec.state_dict(),
+            kind="codec",
+            config=module.codec.config,
+            notes={
+                **self.notes,
+                "steps": int(module.step),
+                "plan": module.plan.__dict__,
+                "wall_s": round(time.monotonic() - self.began_s),
+            },
+            stored="float16",
+        )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("--preset", default="small", help="tiny or small")
+    add("--data", type=Path, default=Path("data/corpus"), help="a built corpus")
+    add("--out", type=Path, default=Path("outputs/codec"), help="logs, checkpoint, weights")
+    add("--steps", type=int, default=20_000, help="in all; a run that stopped goes on")
+    add("--encoder-steps", type=int, default=2000, help="of these, the first train the encoder")
+    add("--encoder", type=Path, help="take encoder and decoder from this file; encoder fixed")
+    add("--adversarial-from", type=int, help="step; default: half of what follows the encoder")
+    add("--batch", type=int, default=12, help="windows a step")
+    add("--frames", type=int, default=32, help="latent frames a window")
+    add("--learning-rate", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
+    add("--device", default="auto")
+    add("--threads", type=int, help="CPU threads")
+    add("--checkpoint-every", type=int, default=200, help="steps")
+    add("--evaluate", type=Path, metavar="FILE", help="measure this codec instead of training")
+    add("--json", type=Path, help="where the measures go")
+    add("--hours", type=float, default=0.5, help="held-out music to measure on")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train, or measure."""
+    tune_allocator()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.evaluate:
+        from lmd.codec_metrics import evaluate_file
+
+        return evaluate_file(args.evaluate, args.data, args.json, args.hours)
+    module = build(args)
+    trainer = build_trainer(args)
+    last = args.out / LAST
+    trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=False)
+    print(f"{int(module.step)} steps; weights in {args.out / 'codec.safetensors'}")
+    return 0
+
+
+def build(args: argparse.Namespace) -> CodecTraining:
+    """The module of a run, ready to start or to go on.
+
+    Raises:
+        LmdError: a preset without a spectral codec; a plan that does not add up.
+    """
+    config = preset(args.preset).codec
+    if not isinstance(config, SpectralCodecConfig):
+        raise LmdError(f"preset {args.preset!r}", "tiny or small", "It has no spectral codec.")
+    encoder_steps = 0 if args.encoder else min(args.encoder_steps, args.steps)
+    half = encoder_steps + (args.steps - encoder_steps) // 2
+    adversarial_from = half if args.adversarial_from is None else args.adversarial_from
+    plan = CodecPlan(
+        steps=args.steps,
+        encoder_steps=encoder_steps,
+        adversarial_from=adversarial_from,
+        batch=args.batch,
+        frames=args.frames,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+    windows = CodecWindows(Corpus(args.data, "train"), config, plan)
+    torch.manual_seed(derive_seed(plan.seed, "codec weights"))
+    if args.encoder:
+        codec = cast(SpectralCodec, load_codec(args.encoder))
+        if codec.config != config:
+            raise LmdError(
+                f"{args.encoder} of other sizes", f"those of preset {args.preset}", "Use another."
+            )
+    else:
+        codec = SpectralCodec(config)
+        if not (args.out / LAST).exists():
+            start_from_components(codec, windows)
+    return CodecTraining(codec, plan, windows)
+
+
+def build_trainer(args: argparse.Namespace) -> L.Trainer:
+    """Lightning's Trainer: logs, precision, atomic checkpoints."""
+    device = pick_device(args.device)
+    logs = {"save_dir": args.out, "name": "logs", "version": ""}
+    notes = {"data": args.data.name, "machine": machine_dict()}
+    return L.Trainer(
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=1,
+        precision=cast(Precision, args.precision),
+        max_epochs=1,
+        logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
+        log_every_n_steps=1,
+        callbacks=[Keep(args.out, args.checkpoint_every, notes)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        plugins=[AtomicCheckpointIO()],
+    )
