@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from lmd.data.analysis import brightness_hz, find_key, onset_density
 from lmd.data.captions import Described, caption, stem_caption
-from lmd.data.corpus import SETTINGS, Row, piece_by_id, write_manifest, write_wav
+from lmd.data.corpus import SETTINGS, Row, write_manifest, write_wav
 from lmd.data.draw import Draw
 from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
-from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, load_scores
-from lmd.data.tones import ToneBank, default_soundfont
+from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
+from lmd.data.tones import ToneBank, default_soundfont, file_sha256, shared_bank
 from lmd.errors import LmdError
 from lmd.rng import generator
 
@@ -40,34 +40,36 @@ class BuildSettings:
     collections: tuple[str, ...] = COLLECTIONS
 
 
-@lru_cache(maxsize=2)
-def _bank(soundfont: str, sample_rate: int) -> ToneBank:
-    """One bank of tones per process."""
-    return ToneBank(soundfont or None, sample_rate)
-
-
-def plan(pieces: Sequence[Piece], hours: float, settings: BuildSettings) -> list[tuple[Piece, int]]:
+def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piece, int]]:
     """Which renditions make up so many hours: every piece once, shuffled, then every piece again.
 
-    More hours extend the plan; they change nothing of its beginning.
+    More hours extend the plan; they change nothing of its beginning. Only scores that are needed
+    are parsed.
 
     Args:
-        pieces: the scores.
+        shelf: the scores.
         hours: at least this much at the written tempo (fermatas make it a little longer).
         settings: for the seed and the longest excerpt.
+
+    Raises:
+        LmdError: none of the scores can be used.
     """
     chosen: list[tuple[Piece, int]] = []
     seconds, rendition = 0.0, 0
     while seconds < hours * 3600:
-        order = torch.randperm(len(pieces), generator=generator(settings.seed, "plan", rendition))
-        for index in order.tolist():
-            piece = pieces[index]
+        source = generator(settings.seed, "plan", rendition)
+        order = [shelf.ids[i] for i in torch.randperm(len(shelf.ids), generator=source).tolist()]
+        batches = (order[at : at + 32] for at in range(0, len(order), 32))
+        for piece in chain.from_iterable(map(shelf.pieces, batches)):
             how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
             seconds += (how.end_quarter - how.start_quarter) * 60 / how.tempo_bpm
             chosen.append((piece, rendition))
             if seconds >= hours * 3600:
                 break
         rendition += 1
+        if not chosen:
+            reasons = [item.reason for item in shelf.rejected.values()]
+            raise LmdError(f"no usable score: {reasons[:3]}", "at least one", "See --collections.")
     return chosen
 
 
@@ -100,7 +102,7 @@ def build_row(job: tuple[Piece, int, BuildSettings, Path]) -> Row:
     """Render, write and describe one rendition."""
     piece, rendition, settings, out = job
     how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
-    bank = _bank(settings.soundfont, settings.sample_rate)
+    bank = shared_bank(settings.soundfont, settings.sample_rate)
     sound = render(piece, how, bank, settings.channels)
     about = describe(piece, rendition, settings, sound)
     name = row_name(piece, rendition)
@@ -150,35 +152,6 @@ def row_stem_caption(row: Row, voice: int) -> str:
     return stem_caption(about, voice, Draw(row.seed, "caption", row.piece_id, row.rendition))
 
 
-def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
-    """Render a row of a manifest once more; the samples are those of the first time.
-
-    Args:
-        row: the rendition.
-        settings: the corpus's `corpus.json`.
-        cache: where parsed scores are kept.
-
-    Raises:
-        LmdError: the soundfont differs from the one the corpus was built with.
-    """
-    bank = _bank(settings["soundfont"], settings["sample_rate"])
-    if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
-        raise LmdError(
-            f"soundfont {bank.soundfont.name} with other contents",
-            "the one that the corpus was built with",
-            "Restore it, or build the corpus again.",
-        )
-    piece = piece_by_id(row.piece_id, cache)
-    how = draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
-    return render(piece, how, bank, settings["channels"])
-
-
-@lru_cache(maxsize=8)
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def build_corpus(
     out: Path,
     hours: float,
@@ -204,12 +177,11 @@ def build_corpus(
     settings = settings or BuildSettings()
     if not 0 < hours < 10_000:
         raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
-    pieces, rejected = load_scores(settings.collections, cache, workers)
+    shelf = Shelf(settings.collections, cache, workers)
     _check_settings(out, settings)
-    (out / "rejected_scores.json").write_text(
-        json.dumps([asdict(item) for item in rejected], indent=1) + "\n"
-    )
-    jobs = [(piece, rendition, settings, out) for piece, rendition in plan(pieces, hours, settings)]
+    jobs = [(piece, rendition, settings, out) for piece, rendition in plan(shelf, hours, settings)]
+    rejected = [asdict(item) for item in sorted(shelf.rejected.values(), key=lambda r: r.piece_id)]
+    (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
     rows: dict[str, Row] = {}
     with (out / "rows.jsonl").open("a+") as log:
         for row in _finished(log, out):
@@ -231,9 +203,10 @@ def build_corpus(
 
 
 def _in_order(jobs: Sequence[tuple[Piece, int, Any, Any]], rows: dict[str, Row]) -> list[Row]:
-    """The finished rows in the order of the plan."""
-    names = (row_name(job[0], job[1]) for job in jobs)
-    return [rows[name] for name in names if name in rows]
+    """The finished rows in the order of the plan, then those of an earlier, longer build."""
+    planned = [row_name(job[0], job[1]) for job in jobs]
+    extra = sorted(set(rows) - set(planned))
+    return [rows[name] for name in [*planned, *extra] if name in rows]
 
 
 def _finished(log: Any, out: Path) -> Iterator[Row]:

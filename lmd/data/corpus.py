@@ -5,11 +5,14 @@ import wave as riff
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lmd.data.scores import DEFAULT_CACHE, Split, load_scores
+from lmd.data.render import Rendered, draw_rendition, render
+from lmd.data.scores import DEFAULT_CACHE, Split, cached_piece
+from lmd.data.tones import file_sha256, shared_bank
 from lmd.errors import LmdError
 
 MANIFEST = "manifest.csv"
@@ -145,11 +148,9 @@ class Corpus:
         if row.stem_paths:
             paths = row.stem_paths.split("|")
             return np.stack([self._map(p, row).T.astype(np.float32) / 32767 for p in paths])
-        from lmd.data.build import play_again
-
         return play_again(row, self.settings(), cache).stems
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """What the corpus was built with."""
         return json.loads((self.folder / SETTINGS).read_text())
 
@@ -196,14 +197,24 @@ def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
     partial.replace(folder / MANIFEST)
 
 
-def piece_by_id(piece_id: str, cache: Path = DEFAULT_CACHE):
-    """One piece of the score corpus.
+def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
+    """Render a row of a manifest once more; the samples are those of the first time.
+
+    Args:
+        row: the rendition.
+        settings: the corpus's `corpus.json`.
+        cache: where parsed scores are kept.
 
     Raises:
-        LmdError: no such piece.
+        LmdError: the soundfont differs from the one the corpus was built with.
     """
-    pieces, _ = load_scores((piece_id.split("/")[0],), cache)
-    for piece in pieces:
-        if piece.piece_id == piece_id:
-            return piece
-    raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "See load_scores().")
+    bank = shared_bank(settings["soundfont"], settings["sample_rate"])
+    if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
+        raise LmdError(
+            f"soundfont {bank.soundfont.name} with other contents",
+            "the one that the corpus was built with",
+            "Restore it, or build the corpus again.",
+        )
+    piece = cached_piece(row.piece_id, cache)
+    how = draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
+    return render(piece, how, bank, settings["channels"])

@@ -215,9 +215,11 @@ def _fault(notes: list[tuple[float, float, int, int, int]], n_voices: int) -> st
     return None
 
 
-def load_piece(path: Path) -> Piece:
-    """Read one cached note table."""
+def _read_table(path: Path, piece_id: str) -> Piece | Rejected:
+    """One cached note table, or the reason why there is none."""
     values = json.loads(path.read_text())
+    if "rejected" in values:
+        return Rejected(piece_id, values["rejected"])
     values.pop("format")
     for key in ("voices", "measures"):
         values[key] = tuple(values[key])
@@ -225,8 +227,8 @@ def load_piece(path: Path) -> Piece:
     return Piece(**values)
 
 
-def _parse_to_cache(job: tuple[str, Path, Path]) -> tuple[str, str | None]:
-    """Parse one score into its cache file; returns the reason if it was rejected."""
+def _parse_to_cache(job: tuple[str, Path, Path]) -> None:
+    """Parse one score into its cache file, or the reason why it cannot be used."""
     piece_id, source, target = job
     result = parse_piece(piece_id, source)
     if isinstance(result, Rejected):
@@ -236,45 +238,88 @@ def _parse_to_cache(job: tuple[str, Path, Path]) -> tuple[str, str | None]:
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(values, separators=(",", ":"), sort_keys=True))
     partial.replace(target)
-    return piece_id, values.get("rejected")
 
 
-def load_scores(
-    collections: Sequence[str] = COLLECTIONS,
-    cache: Path = DEFAULT_CACHE,
-    workers: int = 1,
-    limit: int | None = None,
-) -> tuple[list[Piece], list[Rejected]]:
-    """Every usable piece of some collections, parsed once and then read from the cache.
+class Shelf:
+    """The scores of some collections, parsed when they are asked for, once.
 
     Args:
         collections: folder names of music21's corpus.
         cache: where the note tables are kept, one JSON file a piece.
         workers: processes that parse what is not cached yet.
-        limit: only the first so many scores (tests and the small run of the notebook).
 
-    Returns:
-        The pieces, sorted by identifier, and what was left out, with reasons.
+    Raises:
+        LmdError: a collection that the installed corpus does not have.
     """
-    import music21
 
-    folder = cache / f"scores-{TABLE_FORMAT}-music21-{music21.__version__}"
+    def __init__(
+        self,
+        collections: Sequence[str] = COLLECTIONS,
+        cache: Path = DEFAULT_CACHE,
+        workers: int = 1,
+    ) -> None:
+        self.files = dict(corpus_files(collections))
+        self.ids = tuple(self.files)
+        self.rejected: dict[str, Rejected] = {}
+        self._cache, self._workers = cache, workers
+        self._pieces: dict[str, Piece] = {}
+
+    def pieces(self, piece_ids: Sequence[str]) -> list[Piece]:
+        """The usable ones among some pieces, in their order; the others join `rejected`."""
+        self._parse([i for i in piece_ids if not _table_path(i, self._cache).is_file()])
+        for piece_id in piece_ids:
+            if piece_id in self._pieces or piece_id in self.rejected:
+                continue
+            found = _read_table(_table_path(piece_id, self._cache), piece_id)
+            if isinstance(found, Rejected):
+                self.rejected[piece_id] = found
+            else:
+                self._pieces[piece_id] = found
+        return [self._pieces[i] for i in piece_ids if i in self._pieces]
+
+    def _parse(self, missing: Sequence[str]) -> None:
+        """Parse what is not in the cache yet."""
+        jobs = [(i, self.files[i], _table_path(i, self._cache)) for i in missing]
+        if jobs:
+            with tqdm(total=len(jobs), desc="parsing scores", mininterval=1) as bar:
+                for _ in _mapped(_parse_to_cache, jobs, self._workers):
+                    bar.update()
+
+
+def load_scores(
+    collections: Sequence[str] = COLLECTIONS, cache: Path = DEFAULT_CACHE, workers: int = 1
+) -> tuple[list[Piece], list[Rejected]]:
+    """Every usable piece of some collections, sorted by identifier, and what was left out."""
+    shelf = Shelf(collections, cache, workers)
+    pieces = shelf.pieces(shelf.ids)
+    return pieces, list(shelf.rejected.values())
+
+
+def _table_path(piece_id: str, cache: Path) -> Path:
+    """Where a piece's note table is kept."""
+    from music21 import __version__
+
+    folder = cache / f"scores-{TABLE_FORMAT}-music21-{__version__}"
     folder.mkdir(parents=True, exist_ok=True)
-    files = corpus_files(collections)[:limit]
-    targets = {piece_id: folder / f"{piece_id.replace('/', '__')}.json" for piece_id, _ in files}
-    missing = [(i, path, targets[i]) for i, path in files if not targets[i].exists()]
-    if missing:
-        with tqdm(total=len(missing), desc="parsing scores", mininterval=1) as bar:
-            for _ in _mapped(_parse_to_cache, missing, workers):
-                bar.update()
-    pieces, rejected = [], []
-    for piece_id, _ in files:
-        values = json.loads(targets[piece_id].read_text())
-        if "rejected" in values:
-            rejected.append(Rejected(piece_id, values["rejected"]))
-        else:
-            pieces.append(load_piece(targets[piece_id]))
-    return pieces, rejected
+    return folder / f"{piece_id.replace('/', '__')}.json"
+
+
+def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
+    """One piece, from the cache or from its score.
+
+    Raises:
+        LmdError: no such piece in the installed corpus, or one that is rejected.
+    """
+    target = _table_path(piece_id, cache)
+    if not target.is_file():
+        files = dict(corpus_files((piece_id.split("/")[0],)))
+        if piece_id not in files:
+            raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "See load_scores.")
+        _parse_to_cache((piece_id, files[piece_id], target))
+    found = _read_table(target, piece_id)
+    if isinstance(found, Rejected):
+        raise LmdError(f"piece {piece_id!r}: {found.reason}", "a usable score", "See load_scores.")
+    return found
 
 
 def _mapped(function: Any, jobs: Sequence[Any], workers: int) -> Iterable[Any]:

@@ -1,5 +1,6 @@
 """Single tones from a soundfont, and the shape that a played note gives them."""
 
+import hashlib
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -156,3 +157,15 @@ def fold(pitch: int, low: int, high: int) -> int:
     while pitch > high:
         pitch -= 12
     return pitch
+
+
+@lru_cache(maxsize=2)
+def shared_bank(soundfont: str, sample_rate: int) -> ToneBank:
+    """One bank of tones per process."""
+    return ToneBank(soundfont or None, sample_rate)
+
+
+@lru_cache(maxsize=8)
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
