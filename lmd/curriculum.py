@@ -8,7 +8,7 @@ Source: Live Music Diffusion Models (arXiv 2605.22717), fine-tuning settings.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -83,8 +83,7 @@ class FinetuneOptions:
             check_block(self.enc_dec_frames, block_frames)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Which rows of which global batch: randomness depends on these and on nothing else."""
 
     seed: int

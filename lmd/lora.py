@@ -1,0 +1,37 @@
+"""LoRA (arXiv 2106.09685) through peft: a few weights learn, so a laptop can fine-tune.
+
+The input-add projection is trained whole: a base has never used it.
+"""
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lmd.dit import LiveModel
+
+TARGETS = ("to_qkv", "to_q", "to_kv", "to_out", "to_gated")
+ADAPTER = "default"
+
+
+def add_lora(model: LiveModel, rank: int) -> LiveModel:
+    """The same model with low-rank updates on every attention and feed-forward layer; only these
+    and the input-add projection learn.
+    """
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+    model = inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    model.dit.to_input_add.requires_grad_(True)
+    return model
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under their ordinary names, low-rank updates added in; the model stays as is."""
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = f"{name}.weight"
+            state[weight] = state[weight] + layer.get_delta_weight(ADAPTER)
+    return state

@@ -1,0 +1,89 @@
+"""A model card out of a run's own records: nothing in it is typed by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lmd.checkpoint import Header, read_header
+
+WHAT = {
+    "base": "The bidirectional base: predicts the velocity of every frame of a window.",
+    "finetuned": "The live model: continues clean context block by block, in all three regimes.",
+}
+
+
+def run_log(out: Path) -> pd.DataFrame:
+    """Losses and timings of all of a run's steps; a step that was run twice counts once."""
+    files = sorted((out / "logs").glob("from-*/metrics.csv"))
+    parts = [pd.read_csv(path) for path in files]
+    seconds = 0.0
+    for part in parts:
+        part["seconds"] += seconds
+        seconds = part["seconds"].max()
+    log = pd.concat(parts, ignore_index=True)
+    return log.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def model_card(out: Path, weights: Path) -> str:
+    """Markdown about the weights that the run in `out` made.
+
+    Raises:
+        LmdError: `weights` is not a checkpoint of this project.
+    """
+    header, log = read_header(weights), run_log(out)
+    notes, preset = header.notes, header.config
+    machine = notes["hardware"]
+    dit = preset.dit
+    return "\n".join(
+        [
+            f"# {weights.stem}",
+            "",
+            WHAT[header.kind],
+            "",
+            "| | |",
+            "|---|---|",
+            *_rows(header, weights),
+            f"| sizes | preset `{preset.name}`: width {dit.width}, depth {dit.depth}, "
+            f"{dit.n_heads} heads, {dit.latent_dim} latent channels |",
+            f"| steps | {notes['steps']} |",
+            f"| seed | {notes['seed']} |",
+            f"| wall time | {log['seconds'].max() / 60:.1f} min |",
+            f"| hardware | {machine['cpu']}, {machine['n_cores']} cores, "
+            f"{machine['gpu'] or 'no GPU'}, torch {machine['torch']} |",
+            f"| data | {notes['data']['renditions']} renditions, {notes['data']['hours']} h |",
+            f"| command | `{notes['command']}` |",
+            "",
+            "Mean training loss (mean squared error of the velocity) along the run:",
+            "",
+            *_losses(log),
+            "",
+            *NOTICE,
+        ]
+    )
+
+
+NOTICE = (
+    "Data: scores from music21's corpus, rendered with the General MIDI soundfont that ships in "
+    "pretty_midi (see data/README.md). Weights: same licence as this repository. They know what "
+    "those scores sound like and nothing else.",
+    "",
+)
+
+
+def _rows(header: Header, weights: Path) -> list[str]:
+    return [
+        f"| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored} |",
+        f"| SHA-256 of the tensors | `{header.sha256}` |",
+    ]
+
+
+def _losses(log: pd.DataFrame) -> list[str]:
+    """A table of the mean loss over eighths of the run."""
+    lines = ["| steps | minutes | loss |", "|---|---|---|"]
+    parts: list[Any] = [p for _, p in log.groupby(log.index * 8 // max(1, len(log)))]
+    for part in parts:
+        first, last = int(part["step"].min()), int(part["step"].max())
+        minutes = part["seconds"].max() / 60
+        lines.append(f"| {first} – {last} | {minutes:.1f} | {part['loss'].mean():.4f} |")
+    return lines
