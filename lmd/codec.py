@@ -18,7 +18,6 @@ Seam = Literal["exact", "fade"]
 
 
 @runtime_checkable
-@runtime_checkable
 class Codec(Protocol):
     """Waves to latents and back.
 

@@ -131,7 +131,7 @@ class OobleckCodec:
         Raises:
             LmdError: another number of latent channels, or no frames.
         """
-        state, waves = StreamDecodeState(), []
+        state, waves = self.stream_start(), []
         for begin in range(0, max(1, latents.shape[-1]), CHUNK_FRAMES):
             last = begin + CHUNK_FRAMES >= latents.shape[-1]
             chunk = latents[..., begin : begin + CHUNK_FRAMES]
@@ -153,7 +153,7 @@ class OobleckCodec:
         frames late, so the first calls return less than they are given; `last` returns the rest.
 
         Args:
-            state: what the previous call returned; `StreamDecodeState()` to begin.
+            state: what the previous call returned; `stream_start()` to begin.
             latents: `[batch, latent, frame]`, at least one frame.
             last: the stream ends here.
 

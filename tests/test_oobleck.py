@@ -1,0 +1,229 @@
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmd.codec import Codec, DecodeState, StreamingCodec, decode_block
+from lmd.config import OobleckConfig
+from lmd.errors import LmdError
+from lmd.oobleck import (
+    OobleckCodec,
+    build_reference,
+    decoder_flops_per_frame,
+    decoder_reach_frames,
+    from_stable_audio,
+    random_codec,
+)
+
+CONFIGS = {
+    "fixture-like": OobleckConfig(latent_dim=8, channels=8, c_mults=(1, 2, 4), strides=(2, 4, 4)),
+    "mono": OobleckConfig(
+        audio_channels=1, latent_dim=2, channels=6, c_mults=(1, 3), strides=(6, 2)
+    ),
+    "real strides": OobleckConfig(latent_dim=4, channels=4, c_mults=(1, 1, 2, 2, 4)),
+}
+
+
+def lively(config: OobleckConfig) -> torch.nn.Module:
+    """A reference network whose every parameter matters and whose output is of audio's size."""
+    torch.manual_seed(0)
+    network = build_reference(config)
+    for name, parameter in network.named_parameters():
+        if name.endswith((".alpha", ".beta")):
+            parameter.normal_(std=0.3)
+    return network
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request) -> tuple[torch.nn.Module, OobleckCodec]:
+    config = CONFIGS[request.param]
+    network = lively(config)
+    return network, OobleckCodec(network, config)
+
+
+def latents_for(codec: OobleckCodec, n_frames: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, codec.latent_dim, n_frames, generator=torch.manual_seed(1))
+
+
+def test_it_is_a_codec_that_streams(pair):
+    assert isinstance(pair[1], Codec)
+    assert isinstance(pair[1], StreamingCodec)
+
+
+@torch.no_grad()
+def test_decoding_equals_diffusers(pair):
+    network, codec = pair
+    latents = latents_for(codec, 150)  # longer than one internal chunk
+    expected = network.decoder(latents)
+    wave = codec.decode(latents)
+    assert wave.shape == (2, codec.channels, 150 * codec.samples_per_frame)
+    assert expected.abs().max() > 0.1
+    assert (wave - expected).abs().max() < 1e-5  # measured: at most 8e-7
+
+
+@torch.no_grad()
+def test_encoding_equals_diffusers(pair):
+    network, codec = pair
+    wave = torch.randn(2, codec.channels, 150 * codec.samples_per_frame)
+    expected = network.encoder(wave)
+    latents = codec.encode(wave)
+    assert latents.shape == (2, codec.latent_dim, 150)
+    assert expected.abs().max() > 0.1
+    assert (latents - expected.chunk(2, dim=1)[0]).abs().max() < 1e-5  # measured: at most 8e-7
+    assert (codec.encode_parameters(wave) - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_sampled_encoding_has_the_bottlenecks_mean_and_spread(pair):
+    _, codec = pair
+    wave = torch.randn(1, codec.channels, 2 * codec.samples_per_frame).expand(400, -1, -1)
+    mean, scale = codec.encode_parameters(wave[:1]).chunk(2, dim=1)
+    spread = torch.nn.functional.softplus(scale) + 1e-4
+    sampled = codec.encode(wave, torch.Generator().manual_seed(3))
+    again = codec.encode(wave, torch.Generator().manual_seed(3))
+    assert torch.equal(sampled, again)
+    # 400 draws: the mean's standard error is 0.05 spreads (x 4 here), the deviation's 0.035 (x 4)
+    assert ((sampled.mean(0) - mean[0]).abs() < 0.2 * spread[0]).all()
+    assert ((sampled.std(0) / spread[0] - 1).abs() < 0.15).all()
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8))
+@settings(max_examples=15, deadline=None)
+def test_a_streamed_decode_equals_the_whole_however_it_is_cut(lengths):
+    config = CONFIGS["fixture-like"]
+    codec = random_codec(config)
+    latents = latents_for(codec, sum(lengths))
+    state, waves = codec.stream_start(), []
+    for index, chunk in enumerate(latents.split(lengths, dim=-1)):
+        wave, state = codec.stream_decode(state, chunk, last=index == len(lengths) - 1)
+        waves.append(wave)
+    given_so_far = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    certain = [max(0, n - codec.lookahead_frames) for n in given_so_far[:-1]] + given_so_far[-1:]
+    hop = codec.samples_per_frame
+    assert [wave.shape[-1] for wave in waves] == [
+        (b - a) * hop for a, b in pairwise([0, *certain])
+    ]  # never later than the look-ahead
+    whole = codec.decode(latents)
+    assert (torch.cat(waves, dim=-1) - whole).abs().max() < 1e-5  # measured: 1e-7, of about 0.1
+
+
+@torch.no_grad()
+def test_decode_block_streams_exactly_and_computes_nothing_twice(pair, monkeypatch):
+    network, codec = pair
+    latents = latents_for(codec, 60)
+    monkeypatch.setattr(codec, "decode", lambda latents: pytest.fail("decoded as a whole"))
+    state, waves = DecodeState(), []
+    for block in latents.split(6, dim=-1):
+        wave, state = decode_block(codec, state, block, "exact")
+        waves.append(wave)
+    streamed, expected = torch.cat(waves, dim=-1), network.decoder(latents)
+    n = (60 - codec.lookahead_frames) * codec.samples_per_frame
+    assert streamed.shape[-1] == n
+    assert (streamed - expected[..., :n]).abs().max() < 1e-5  # measured: at most 8e-7
+
+
+def test_a_stream_state_is_a_value(pair):
+    _, codec = pair
+    latents = latents_for(codec, 50)
+    _, state = codec.stream_decode(codec.stream_start(), latents[..., :30])
+    first, _ = codec.stream_decode(state, latents[..., 30:])
+    codec.stream_decode(state, -3 * latents)  # must not disturb it
+    second, _ = codec.stream_decode(state, latents[..., 30:])
+    assert torch.equal(first, second)
+
+
+def test_samples_depend_on_exactly_the_stated_reach(pair):
+    network, codec = pair
+    back, ahead, hop = codec.lookback_frames, codec.lookahead_frames, codec.samples_per_frame
+    latents = latents_for(codec, 60, batch=1).double().requires_grad_()
+    network = deepcopy(network).double()
+    network.decoder(latents)[..., 28 * hop : 30 * hop].sum().backward()
+    touched = latents.grad[0].abs().sum(0).nonzero().flatten()
+    assert (touched.min(), touched.max()) == (28 - back, 29 + ahead)
+
+
+def test_the_real_decoder_reaches_ten_frames_and_costs_2_46_mflop_a_sample():
+    assert decoder_reach_frames(OobleckConfig()) == (10, 10)
+    flops = decoder_flops_per_frame(OobleckConfig()) / OobleckConfig().samples_per_frame
+    assert abs(flops / 1e6 - 2.46) < 0.01
+
+
+def test_the_flop_count_is_that_of_the_convolutions():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = CONFIGS["mono"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_reference(config).decoder(torch.zeros(1, config.latent_dim, 5))
+    assert counter.get_total_flops() == 5 * decoder_flops_per_frame(config)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.008)])
+def test_half_precision_stays_near_single(pair, dtype, tolerance):
+    network, codec = pair
+    latents = latents_for(codec, 40)
+    wave = codec.decode(latents)
+    rough = OobleckCodec(network, codec.config, dtype).decode(latents)
+    assert rough.dtype == torch.float32
+    error = (rough - wave).square().mean().sqrt() / wave.square().mean().sqrt()
+    assert 0 < error < tolerance  # measured: at most 0.022 and 0.0022
+
+
+def test_names_of_stable_audio_tools_become_diffusers_names(pair):
+    network, codec = pair
+    unit = ["layers.0.alpha", "layers.1.bias", "layers.2.beta", "layers.3.weight_v"]
+    expected = ["snake1.alpha", "conv1.bias", "snake2.beta", "conv2.weight_v"]
+    for theirs, ours in zip(unit, expected, strict=True):
+        name = from_stable_audio(f"decoder.layers.2.layers.3.{theirs}", codec.config)
+        assert name == f"decoder.block.1.res_unit2.{ours}"
+        assert name in network.state_dict()
+        name = from_stable_audio(f"encoder.layers.1.layers.2.{theirs}", codec.config)
+        assert name == f"encoder.block.0.res_unit3.{ours}"
+    last = len(codec.config.strides) + 2
+    assert from_stable_audio(f"decoder.layers.{last}.weight_g", codec.config) == (
+        "decoder.conv2.weight_g"
+    )
+    for wrong in ("decoder.layers.9.bias", "decoder.layers.1.layers.7.bias", "quantizer.bias"):
+        assert from_stable_audio(wrong, codec.config) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 2, 33), "33 samples"),
+        ((1, 3, 32), "3 channels"),
+        ((1, 2, 0), "0 samples"),
+    ],
+)
+def test_waves_that_do_not_fit_are_refused(shape, message):
+    codec = random_codec(CONFIGS["fixture-like"])
+    with pytest.raises(LmdError, match=message):
+        codec.encode(torch.zeros(shape))
+
+
+def test_audio_with_nan_and_latents_that_do_not_fit_are_refused():
+    codec = random_codec(CONFIGS["fixture-like"])
+    with pytest.raises(LmdError, match="NaN"):
+        codec.encode(torch.full((1, 2, 64), float("nan")))
+    for shape in ((1, 9, 4), (1, 8, 0)):
+        with pytest.raises(LmdError, match=f"{shape[1]} channels and {shape[2]} frames"):
+            codec.decode(torch.zeros(shape))
+    _, state = codec.stream_decode(codec.stream_start(), torch.zeros(2, 8, 4))
+    with pytest.raises(LmdError, match="a batch of 1 in a stream of 2"):
+        codec.stream_decode(state, torch.zeros(1, 8, 4))
+
+
+def test_odd_strides_are_refused():
+    with pytest.raises(LmdError, match="all strides even"):
+        random_codec(OobleckConfig(latent_dim=2, channels=4, c_mults=(1, 2), strides=(3, 2)))
+
+
+def test_weights_that_do_not_fit_are_listed():
+    config = CONFIGS["fixture-like"]
+    tensors = dict(build_reference(config).state_dict())
+    del tensors["decoder.conv2.weight_g"]
+    tensors["decoder.conv3.weight_g"] = torch.zeros(1)
+    with pytest.raises(LmdError, match=r"missing: decoder\.conv2.*unknown: decoder\.conv3"):
+        OobleckCodec.from_tensors(config, tensors)
