@@ -53,6 +53,7 @@ class Denoiser(Protocol):
     """What the streamer asks of a model; a closed form will do."""
 
     latent_dim: int
+    device: torch.device
 
     def condition(self, prompt_tokens: Tensor, seconds: float) -> Condition:
         """Prompt embeddings and window length to a condition."""
@@ -75,6 +76,7 @@ class LiveDenoiser:
     def __init__(self, model: LiveModel) -> None:
         self.model = model
         self.latent_dim = model.config.latent_dim
+        self.device = model.dit.project_in.weight.device
 
     def condition(self, prompt_tokens: Tensor, seconds: float) -> Condition:
         """See `LiveModel.condition`."""

@@ -88,14 +88,15 @@ class Streamer:
         """
         n_frames = self.window.context_frames
         if context is None:
-            return StreamState(torch.zeros(batch, self.denoiser.latent_dim, n_frames))
+            silence = torch.zeros(batch, self.denoiser.latent_dim, n_frames)
+            return StreamState(silence.to(self.denoiser.device))
         self._check_audio(context)
         hop = self.codec.samples_per_frame
         margin = self.codec.lookback_frames  # so that the encoder's edge stays outside
         n_whole = min(context.shape[-1] // hop, n_frames + margin) * hop
         with torch.no_grad():
             latents = self.codec.encode(context[..., context.shape[-1] - n_whole :])
-        latents = latents[..., -n_frames:].float()
+        latents = latents[..., -n_frames:].float().to(self.denoiser.device)
         blank = latents.new_zeros(*latents.shape[:-1], n_frames - latents.shape[-1])
         decode = DecodeState(latents[..., -self.codec.lookback_frames :].clone())
         return StreamState(torch.cat([blank, latents], dim=-1), decode=decode)
@@ -131,7 +132,7 @@ class Streamer:
         block = Block(
             index=state.index,
             latents=latents,
-            wave=wave,
+            wave=wave.cpu(),
             start_sample=state.n_samples,
             controls=controls,
             n_evaluations=controls.n_steps,

@@ -1,0 +1,283 @@
+"""`python -m lmd bench`: what a block costs here, beside the naive baseline and the bound.
+
+The three regimes are streamed in turn, block by block, in one run, so that whatever else the
+machine does falls on all of them. The bound says what the machine's own matrix products and memory
+reading, measured in the same run, would allow for the same passes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from lmd.checkpoint import load_codec, load_model
+from lmd.codec import Codec
+from lmd.config import REGIMES, Preset, SpectralCodecConfig, WindowConfig, preset
+from lmd.controls import Controls
+from lmd.dit import LiveModel
+from lmd.errors import LmdError
+from lmd.machine import machine_dict, pick_device, tune_allocator
+from lmd.oobleck import random_codec
+from lmd.packed import is_packed, pack
+from lmd.spectral import SpectralCodec
+from lmd.stream import Block, Streamer
+from lmd.text import HashTextEncoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = ("regime", "n_steps", "tokens_per_block", "dit_ms_p50", "dit_ms_p95", "decode_ms_p50")
+COLUMNS += ("ttff_ms", "rtf", "peak_mb", "cache_mb", "speedup_vs_naive", "bound_speedup")
+COLUMNS += ("of_bound", "rebuild_ms_p50")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do: matrix products and reading."""
+
+    product_flops: float  # floating-point operations per second in the model's precision
+    read_bytes: float  # bytes per second
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--preset", default="small", help="tiny, small or paper")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8], help="model calls per block")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto")
+    parser.add_argument("--blocks", type=int, default=8, help="timed blocks per regime")
+    parser.add_argument("--block-frames", type=int, default=48)
+    parser.add_argument("--model", type=Path, help="a checkpoint; random weights otherwise")
+    parser.add_argument("--codec", type=Path, help="a codec checkpoint; random weights otherwise")
+    parser.add_argument("--no-pack", action="store_true", help="keep plain linear layers")
+    parser.add_argument("--json", help="write the figures to this file, - for standard output")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the JSON."""
+    if args.blocks < 2 or args.threads < 1:
+        raise LmdError(
+            f"--blocks {args.blocks} --threads {args.threads}",
+            "at least 2 blocks and 1 thread",
+            "Raise them.",
+        )
+    torch.set_num_threads(args.threads)
+    tune_allocator()
+    report = measure(args)
+    text = json.dumps(report, indent=2)
+    if args.json == "-":
+        print(text)
+    else:
+        print(table(report))
+        if args.json:
+            Path(args.json).write_text(text + "\n")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Everything that the table shows, as plain values."""
+    chosen, device = preset(args.preset), pick_device(args.device)
+    dtype = DTYPES[args.dtype]
+    model = (load_model(args.model) if args.model else random_model(chosen)).to(device, dtype)
+    n_weights = sum(parameter.numel() for parameter in model.dit.blocks.parameters())
+    if not args.no_pack:
+        pack(model.eval(), args.block_frames + 1)
+    codec = load_codec(args.codec) if args.codec else build_random_codec(chosen, dtype)
+    text = HashTextEncoder(chosen.text.n_tokens, chosen.dit.text_dim)
+    streamer = Streamer(model, codec, text, chosen.window)
+    rates, rows = machine_rates(chosen, dtype, device), []
+    block_s = args.block_frames / chosen.frame_rate_hz
+    for n_steps in args.steps:
+        base = Controls(prompt="organ", n_steps=n_steps, block_frames=args.block_frames)
+        timings = interleaved(streamer, base, args.blocks)
+        bounds_ms = {
+            regime: bound_ms(regime, chosen.window, base, rates, n_weights, dtype.itemsize)
+            for regime in REGIMES
+        }
+        rows += [
+            row_of(regime, base, chosen.window, timings, bounds_ms, block_s) for regime in REGIMES
+        ]
+    return {
+        "preset": args.preset,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "device": str(device),
+        "packed": is_packed(model),
+        "weights": str(args.model or "random"),
+        "block_s": block_s,
+        "product_gflops": rates.product_flops / 1e9,
+        "read_gbytes_s": rates.read_bytes / 1e9,
+        "machine": machine_dict(),
+        "rows": rows,
+    }
+
+
+@dataclass
+class Timings:
+    """What was measured of one regime."""
+
+    blocks: list[Block] = field(default_factory=list)
+    ttff_ms: float = 0.0
+    rebuild_ms: list[float] = field(default_factory=list)
+    cache_bytes: int = 0
+
+
+def interleaved(streamer: Streamer, base: Controls, n_blocks: int) -> dict[str, Timings]:
+    """Stream the regimes in turn, after one unheard round; then rebuilds and first blocks."""
+    states, timings = {}, {regime: Timings() for regime in REGIMES}
+    for round_index in tqdm(range(n_blocks + 1), desc="blocks", mininterval=1, file=sys.stderr):
+        for regime, measured in timings.items():
+            state = states.get(regime) or streamer.start()
+            block, states[regime] = streamer.step(state, replace(base, regime=regime))
+            if round_index:
+                measured.blocks.append(block)
+    for regime, measured in timings.items():
+        memory = states[regime].memory
+        measured.cache_bytes = memory.n_bytes if memory else 0
+        for prompt in ("harp", "flute"):
+            changed = replace(base, regime=regime, prompt=prompt)
+            measured.rebuild_ms.append(streamer.step(states[regime], changed)[0].dit_ms)
+        began = time.perf_counter()
+        streamer.step(streamer.start(), replace(base, regime=regime))
+        measured.ttff_ms = 1e3 * (time.perf_counter() - began)
+    return timings
+
+
+def bound_ms(
+    regime: str, window: WindowConfig, base: Controls, rates: Rates, n_weights: int, n_bytes: int
+) -> float:
+    """What the passes of a block would take if nothing but products or reading held them up."""
+    passes = tokens_of_passes(regime, window.context_frames, base.block_frames, base.n_steps)
+    reading_s = n_weights * n_bytes / rates.read_bytes
+    return 1e3 * sum(max(2 * n_weights * n / rates.product_flops, reading_s) for n in passes)
+
+
+def row_of(
+    regime: str,
+    base: Controls,
+    window: WindowConfig,
+    timings: dict[str, Timings],
+    bounds_ms: dict[str, float],
+    block_s: float,
+) -> dict:
+    """One line of the table."""
+    measured, naive = timings[regime], timings["full"]
+    dit = [block.dit_ms for block in measured.blocks]
+    dit_ms = statistics.median(dit)
+    decode_ms = statistics.median(block.decode_ms for block in measured.blocks)
+    passes = tokens_of_passes(regime, window.context_frames, base.block_frames, base.n_steps)
+    return {
+        "regime": regime,
+        "n_steps": base.n_steps,
+        "tokens_per_block": sum(passes),
+        "dit_ms_p50": dit_ms,
+        "dit_ms_p95": percentile(dit, 95),
+        "decode_ms_p50": decode_ms,
+        "ttff_ms": measured.ttff_ms,
+        "rtf": 1e3 * block_s / (dit_ms + decode_ms),
+        "peak_mb": peak_mb(),
+        "cache_mb": measured.cache_bytes / 2**20,
+        "speedup_vs_naive": statistics.median(block.dit_ms for block in naive.blocks) / dit_ms,
+        "bound_speedup": bounds_ms["full"] / bounds_ms[regime],
+        "of_bound": bounds_ms[regime] / dit_ms,
+        "rebuild_ms_p50": statistics.median(measured.rebuild_ms),
+    }
+
+
+def tokens_of_passes(regime: str, context: int, block: int, n_steps: int) -> list[int]:
+    """How many tokens each transformer pass of a block computes, once a stream is under way."""
+    if regime == "full":
+        return [context + block + 1] * n_steps
+    if regime == "enc-dec":
+        return [context] + [block + 1] * n_steps
+    return [2 * block + 1] + [block + 1] * (n_steps - 1)
+
+
+def machine_rates(chosen: Preset, dtype: torch.dtype, device: torch.device) -> Rates:
+    """This machine's best matrix product of the model's widths, and its reading speed."""
+    width, wide = chosen.dit.width, 2 * chosen.dit.ff_mult * chosen.dit.width
+    best = 0.0
+    for n_rows in (chosen.window.window_frames + 1, 1024):
+        a = torch.randn(n_rows, width, device=device).to(dtype)
+        b = torch.randn(wide, width, device=device).to(dtype)
+        seconds = fastest(lambda a=a, b=b: torch.nn.functional.linear(a, b), device)
+        best = max(best, 2 * n_rows * width * wide / seconds)
+    buffer = torch.zeros(2**26, device=device)
+    seconds = fastest(lambda: buffer.sum(), device)
+    return Rates(best, buffer.nbytes / seconds)
+
+
+def fastest(work: Callable[[], object], device: torch.device, n: int = 7) -> float:
+    """The shortest of a few timings, in seconds."""
+    seconds = []
+    for _ in range(n + 2):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[2:])
+
+
+def random_model(chosen: Preset) -> LiveModel:
+    """Random weights of the preset's shape."""
+    model = LiveModel(chosen.dit)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    return model.requires_grad_(False)
+
+
+def build_random_codec(chosen: Preset, dtype: torch.dtype) -> Codec:
+    """A codec of the preset's shape with random weights."""
+    if isinstance(chosen.codec, SpectralCodecConfig):
+        return SpectralCodec(chosen.codec).eval().requires_grad_(False)
+    return random_codec(chosen.codec, dtype=dtype)
+
+
+def peak_mb() -> float:
+    """The most memory this process has held, in MiB (GPU memory where there is a GPU)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", None)  # Windows
+    if peak is None:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak / 2**20
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The nearest-rank percentile."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
+
+
+def table(report: dict) -> str:
+    """The rows for reading."""
+    head = (
+        f"preset {report['preset']}, {report['dtype']}, {report['threads']} threads, "
+        f"{report['device']}; products {report['product_gflops']:.0f} GFLOP/s, "
+        f"reading {report['read_gbytes_s']:.1f} GB/s; block {report['block_s']:.2f} s"
+    )
+    cells = [list(COLUMNS)] + [[_show(row[name]) for name in COLUMNS] for row in report["rows"]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([head, *lines])
+
+
+def _show(value: object) -> str:
+    """A number with three significant digits, a name as it is."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return str(value)
