@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lmd.cache import Memory
@@ -27,7 +27,7 @@ from lmd.errors import LmdError
 from lmd.flow import Guidance, noised, pingpong, schedule
 from lmd.outpaint import BlockPlan, BlockSession, Denoiser
 from lmd.rng import normal
-from lmd.shapes import Latents, NoiseLevel
+from lmd.shapes import Latents, NoiseLevel, Tokens
 
 Rolled = Float[Tensor, "batch latent context_and_rollout"]
 
@@ -40,13 +40,14 @@ class RolloutPlan:
         block: regime and block length.
         n_steps: length of the noise schedule that is walked.
         n_calls: per block, how many calls are made, 1 ... n_steps; the last one jumps to clean.
-        seed: of the noise; block and step numbers do the rest, as in a stream.
+        seeds: one per item, of its noise; block and step numbers do the rest. Item i hears the
+            noise that a stream of its own with seed `seeds[i]` would.
     """
 
     block: BlockPlan
     n_steps: int
     n_calls: tuple[int, ...]
-    seed: int
+    seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if not self.n_calls or not all(1 <= n <= self.n_steps for n in self.n_calls):
@@ -55,6 +56,11 @@ class RolloutPlan:
                 f"one or more numbers from 1 to n_steps = {self.n_steps}",
                 "Draw them with draw_calls.",
             )
+
+    def noise(self, latent_dim: int, purpose: str, *step: int) -> Latents:
+        """Noise for a block, one stream of numbers per item."""
+        shape = (latent_dim, self.block.block_frames)
+        return torch.stack([normal(shape, seed, purpose, *step) for seed in self.seeds])
 
 
 def draw_calls(n_blocks: int, n_steps: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -89,17 +95,17 @@ def rollout(
         `[batch, latent, context + rollout]`; the context in front is the given one.
     """
     times, pieces, window = schedule(plan.n_steps), [context], context
-    shape = (*context.shape[:-1], plan.block.block_frames)
+    latent_dim = context.shape[1]
     for index, n_calls in enumerate(plan.n_calls):
         with torch.no_grad():
             session = denoiser.open_block(window, condition, plan.block, memory)
 
         def draw(step: int, index: int = index) -> Latents:
-            return normal(shape, plan.seed, "renoise", index, step).to(context)
+            return plan.noise(latent_dim, "renoise", index, step).to(context)
 
         block = pingpong(
             LastCallOnly(session, n_calls, with_grad),
-            normal(shape, plan.seed, "noise", index).to(context),
+            plan.noise(latent_dim, "noise", index).to(context),
             (*times[:n_calls], 0.0),
             draw,
         )
@@ -143,7 +149,8 @@ def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
 def contrastive_loss(right: Scores, wrong: Scores, different: Tensor) -> Tensor:
     """The same music under its own prompt must score above itself under another's.
 
-    `mean softplus(wrong - right)` over the items whose two prompts differ; 0 where none does.
+    `mean softplus(wrong - right)`; an item whose two conditions are equal counts as 0, so that the
+    mean does not depend on how a batch is split.
 
     Args:
         right: `[batch, patch]`, real music under its own condition.
@@ -151,7 +158,7 @@ def contrastive_loss(right: Scores, wrong: Scores, different: Tensor) -> Tensor:
         different: `[batch]` bool, False for an item that was dealt a condition equal to its own.
     """
     per_item = F.softplus(wrong - right).mean(dim=1)
-    return (per_item * different).sum() / different.sum().clamp(min=1)
+    return (per_item * different).mean()
 
 
 def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
@@ -163,8 +170,8 @@ def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
     if n < 2:
         raise LmdError(
             f"a contrastive loss over a batch of {n}",
-            "at least 2 items per process and chunk",
-            "Use a larger batch, less accumulation, or contrastive_weight = 0.",
+            "at least 2 items",
+            "Use a larger batch, or a contrastive weight of 0.",
         )
     stays = torch.arange(n)
     while True:  # about e = 2.7 draws
@@ -174,23 +181,21 @@ def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
 
 
 class Asked(NamedTuple):
-    """What a rollout was asked for: prompt embeddings `[batch, token, dim]`, seconds `[batch]`."""
+    """What items were asked for."""
 
-    prompt: Tensor
-    seconds: Tensor
-    dropped: Tensor  # [batch] bool: played without the condition
+    prompt: Tokens  # prompt embeddings
+    dropped: Bool[Tensor, " batch"]  # played and judged without the condition
 
-    def for_model(self, model: LiveModel) -> Condition:
+    def for_model(self, model: LiveModel, seconds: float) -> Condition:
         """As a condition of `model`; items that were dropped get zeroed tokens."""
-        condition = model.condition(self.prompt, self.seconds)
+        condition = model.condition(self.prompt, seconds)
         keep = (~self.dropped).to(condition.tokens)[:, None, None]
         return Condition(condition.tokens * keep, condition.global_cond)
 
-    def deranged(self, order: Int[Tensor, " batch"]) -> tuple["Asked", Tensor]:
-        """Everybody with another's prompt, and `[batch]` bool: does that change the condition?"""
-        other = self._replace(prompt=self.prompt[order])
-        differs = (other.prompt != self.prompt).flatten(1).any(dim=1)
-        return other, differs & ~self.dropped
+    def differs(self, other: "Asked") -> Bool[Tensor, " batch"]:
+        """Which items' conditions are not those of `other`."""
+        prompts = (other.prompt != self.prompt).flatten(1).any(dim=1)
+        return torch.where(self.dropped | other.dropped, self.dropped != other.dropped, prompts)
 
 
 @dataclass(frozen=True)
@@ -201,23 +206,29 @@ class Trial:
         real: `[batch, latent, context + rollout]`.
         fake: the same shape; its context is the real one's.
         asked: prompts of both.
+        wrong: prompts of other items, see `derangement`.
         t: noise level of both, `[batch]`.
         noise: noise of both.
+        nudge: standard normal; where R1 and R2 look for smoothness.
         first_frame: where the rollout starts.
+        seconds: length of the whole.
     """
 
     real: Latents
     fake: Latents
     asked: Asked
+    wrong: Asked
     t: NoiseLevel
     noise: Latents
+    nudge: Latents
     first_frame: int
+    seconds: float
 
     def scores(
         self, discriminator: Discriminator, clean: Latents, asked: Asked | None = None
     ) -> Scores:
         """Scores of `clean` at this trial's noise, under its prompts or others."""
-        condition = (asked or self.asked).for_model(discriminator.base)
+        condition = (asked or self.asked).for_model(discriminator.base, self.seconds)
         return discriminator(noised(clean, self.noise, self.t), self.t, condition, self.first_frame)
 
 
@@ -232,7 +243,7 @@ class LossWeights:
 
 
 class Verdict(NamedTuple):
-    """A loss and what to log: mean scores, and how often the real one of a pair is above."""
+    """A loss to go backward from, its parts, and the scores."""
 
     loss: Tensor
     pair: Tensor
@@ -255,19 +266,10 @@ def generator_loss(discriminator: Discriminator, trial: Trial) -> Verdict:
     return Verdict(pair, pair.detach(), pair.new_zeros(()), real, fake.detach())
 
 
-def discriminator_loss(
-    discriminator: Discriminator,
-    trial: Trial,
-    weights: LossWeights,
-    generator: torch.Generator,
-) -> Verdict:
+def discriminator_loss(discriminator: Discriminator, trial: Trial, weights: LossWeights) -> Verdict:
     """Pair loss, contrastive loss and smoothness; `trial.fake` is taken as it is (detached).
 
-    Args:
-        discriminator: gets gradient in all its weights.
-        trial: what is compared.
-        weights: of the terms; a term of weight 0 is not computed.
-        generator: draws the derangement and the perturbations.
+    A term of weight 0 is not computed.
     """
     fake_latents = trial.fake.detach()
     real = trial.scores(discriminator, trial.real)
@@ -275,15 +277,12 @@ def discriminator_loss(
     pair = relativistic_loss(real, fake)
     loss, contrast = pair, pair.new_zeros(())
     if weights.contrastive:
-        order = derangement(len(trial.real), generator).to(trial.real.device)
-        other, different = trial.asked.deranged(order)
-        wrong = trial.scores(discriminator, trial.real, other)
-        contrast = contrastive_loss(real, wrong, different)
+        wrong = trial.scores(discriminator, trial.real, trial.wrong)
+        contrast = contrastive_loss(real, wrong, trial.asked.differs(trial.wrong))
         loss = loss + weights.contrastive * contrast
     for weight, clean, scores in ((weights.r1, trial.real, real), (weights.r2, fake_latents, fake)):
         if weight:
-            step = weights.perturbation * torch.randn(clean.shape, generator=generator).to(clean)
-            moved = trial.scores(discriminator, clean + step)
+            moved = trial.scores(discriminator, clean + weights.perturbation * trial.nudge)
             loss = loss + weight * smoothness(scores, moved, weights.perturbation)
     return Verdict(loss, pair.detach(), contrast.detach(), real.detach(), fake.detach())
 
