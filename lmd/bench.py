@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, load_model
@@ -57,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint; random weights otherwise")
     parser.add_argument("--codec", type=Path, help="a codec checkpoint; random weights otherwise")
     parser.add_argument("--no-pack", action="store_true", help="keep plain linear layers")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks; warm-up shown")
     parser.add_argument("--json", help="write the figures to this file, - for standard output")
 
 
@@ -87,11 +89,13 @@ def measure(args: argparse.Namespace) -> dict:
     dtype = DTYPES[args.dtype]
     model = (load_model(args.model) if args.model else random_model(chosen)).to(device, dtype)
     n_weights = sum(parameter.numel() for parameter in model.dit.blocks.parameters())
-    if not args.no_pack:
-        pack(model.eval(), args.block_frames + 1)
+    model.eval()
+    if not args.no_pack and not args.compile:
+        pack(model, args.block_frames + 1)
     codec = load_codec(args.codec) if args.codec else build_random_codec(chosen, dtype)
     text = HashTextEncoder(chosen.text.n_tokens, chosen.dit.text_dim)
     streamer = Streamer(model, codec, text, chosen.window)
+    compiled = compile_blocks(streamer, args.block_frames) if args.compile else {}
     rates, rows = machine_rates(chosen, dtype, device), []
     block_s = args.block_frames / chosen.frame_rate_hz
     for n_steps in args.steps:
@@ -110,12 +114,31 @@ def measure(args: argparse.Namespace) -> dict:
         "threads": args.threads,
         "device": str(device),
         "packed": is_packed(model),
+        **compiled,
         "weights": str(args.model or "random"),
         "block_s": block_s,
         "product_gflops": rates.product_flops / 1e9,
         "read_gbytes_s": rates.read_bytes / 1e9,
         "machine": machine_dict(),
         "rows": rows,
+    }
+
+
+def compile_blocks(streamer: Streamer, block_frames: int) -> dict[str, float]:
+    """Compile every transformer block (CUDA graphs on a GPU): warm-up time, distance from eager."""
+    plans = [Controls("organ", regime=r, n_steps=2, block_frames=block_frames) for r in REGIMES]
+
+    def latents() -> Tensor:
+        return torch.cat([block.latents for block in streamer.stream([*plans, *plans])], dim=-1)
+
+    eager, began = latents(), time.perf_counter()
+    device = streamer.denoiser.device.type
+    for block in streamer.denoiser.model.dit.blocks:
+        block.compile(dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
+    difference = (latents() - eager).abs().max() / eager.abs().max()
+    return {
+        "compile_s": time.perf_counter() - began,
+        "compile_max_difference": difference.item(),
     }
 
 

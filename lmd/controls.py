@@ -111,3 +111,17 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
     """Refuse a number outside low ... high."""
     if not low <= value <= high:
         raise LmdError(f"{name} = {value!r}", f"{low} to {high}", f"Set {name} in that range.")
+
+
+def crossfade(first: str, second: str, n_blocks: int) -> list[Prompt]:
+    """Prompts that ease from one text to another: block by block, ending on the second.
+
+    Every step is a new prompt, so the context's keys are rebuilt at every block of the fade.
+
+    Args:
+        first: where to come from.
+        second: where to arrive, with weight 1, at the last block.
+        n_blocks: how many blocks the way takes, at least 1.
+    """
+    weights = [(i + 1) / n_blocks for i in range(n_blocks)]
+    return [((first, 1 - weight), (second, weight)) for weight in weights[:-1]] + [second]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmd.codec import DecodeState, StreamingCodec, decode_block, equal_power_fade
 from lmd.config import OobleckConfig, WindowConfig
-from lmd.controls import Controls
+from lmd.controls import Controls, crossfade
 from lmd.dit import Condition
 from lmd.errors import LmdError
 from lmd.flow import SAMPLERS
@@ -150,6 +150,20 @@ def test_a_prompt_change_is_heard_in_the_next_block():
     same, _ = stream.step(state, BASE)
     changed, _ = stream.step(state, replace(BASE, prompt="harp"))
     assert not torch.allclose(same.latents, changed.latents)
+
+
+def test_a_crossfade_of_prompts_moves_every_block_and_arrives():
+    stream = streamer()
+    fade = crossfade("organ", "harp", 4)
+    assert [prompt[1][1] for prompt in fade[:-1]] == [0.25, 0.5, 0.75]
+    assert fade[-1] == "harp"
+    blocks, _ = play(stream, [replace(BASE, prompt=prompt) for prompt in fade])
+    arrived, _ = play(stream, [replace(BASE, prompt="harp")] * 4)
+    left, _ = play(stream, [BASE] * 4)
+    assert not torch.allclose(blocks[0].latents, left[0].latents)
+    assert not torch.allclose(blocks[0].latents, arrived[0].latents)
+    weights = {block.controls.prompt for block in blocks}
+    assert len(weights) == 4
 
 
 def test_forgetting_everything_is_starting_from_silence():
