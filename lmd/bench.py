@@ -59,11 +59,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", type=Path, help="a codec checkpoint; random weights otherwise")
     parser.add_argument("--no-pack", action="store_true", help="keep plain linear layers")
     parser.add_argument("--compile", action="store_true", help="compile the blocks; warm-up shown")
+    parser.add_argument("--long", type=int, default=0, help="also stream this many blocks on end")
     parser.add_argument("--json", help="write the figures to this file, - for standard output")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON."""
+    if args.long and args.long < 110:
+        raise LmdError(f"--long {args.long}", "at least 110 blocks", "Raise it.")
     if args.blocks < 2 or args.threads < 1:
         raise LmdError(
             f"--blocks {args.blocks} --threads {args.threads}",
@@ -120,6 +123,7 @@ def measure(args: argparse.Namespace) -> dict:
         "product_gflops": rates.product_flops / 1e9,
         "read_gbytes_s": rates.read_bytes / 1e9,
         "machine": machine_dict(),
+        **(long_stream(streamer, args.block_frames, args.steps[0], args.long) if args.long else {}),
         "rows": rows,
     }
 
@@ -171,6 +175,22 @@ def interleaved(streamer: Streamer, base: Controls, n_blocks: int) -> dict[str, 
         streamer.step(streamer.start(), replace(base, regime=regime))
         measured.ttff_ms = 1e3 * (time.perf_counter() - began)
     return timings
+
+
+def long_stream(streamer: Streamer, block_frames: int, n_steps: int, n_blocks: int) -> dict:
+    """Whether late blocks cost what early ones do: medians of 50 blocks and the cache's size."""
+    state, dit_ms, sizes = streamer.start(), [], set()
+    controls = Controls(prompt="organ", n_steps=n_steps, block_frames=block_frames)
+    for _ in tqdm(range(n_blocks), desc="long stream", mininterval=1, file=sys.stderr):
+        block, state = streamer.step(state, controls)
+        dit_ms.append(block.dit_ms)
+        sizes.add(state.memory.n_bytes)
+    early, late = statistics.median(dit_ms[10:60]), statistics.median(dit_ms[-50:])
+    return {
+        "long_blocks": n_blocks,
+        "long_cost_ratio": late / early,
+        "long_cache_sizes": len(sizes),
+    }
 
 
 def bound_ms(
@@ -296,6 +316,11 @@ def table(report: dict) -> str:
     cells = [list(COLUMNS)] + [[_show(row[name]) for name in COLUMNS] for row in report["rows"]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    if "long_blocks" in report:
+        lines.append(
+            f"after {report['long_blocks']} blocks a block costs {report['long_cost_ratio']:.3f} "
+            f"of what an early one does; {report['long_cache_sizes']} cache size(s) seen"
+        )
     return "\n".join([head, *lines])
 
 
