@@ -1,8 +1,7 @@
 """The orchestra: General MIDI programs with names, envelopes and the families they form.
 
-The renderer behind symusic plays samples without velocity, decay, release or filter (measured: the
-same peak for velocities 10 to 127, a harpsichord that never fades), so those are stated here and
-applied per note by `lmd.data.tones`.
+Soundfonts state envelopes and filters too, each in its own way; here they are few, named and the
+same whatever the soundfont, so that a caption's words keep their sound.
 """
 
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -41,6 +42,8 @@ COLLECTIONS: tuple[str, ...] = (
     "weber",
 )
 _SUFFIXES = (".mxl", ".xml", ".musicxml")
+# What music21's readers raise on files that are torn or not what their name says.
+_UNREADABLE = (ValueError, LookupError, AttributeError, SyntaxError, OSError, BadZipFile)
 _RESERVED = ("all rights reserved", "ut orpheus", "orpheus ediz")
 
 
@@ -132,7 +135,7 @@ def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
                 return Rejected(piece_id, f"not a single score but a {type(score).__name__}")
             if score.parts and any(n.transposition for n in score.recurse().getInstruments()):
                 score = score.toSoundingPitch()
-    except (Music21Exception, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (*_UNREADABLE, Music21Exception) as error:
         return Rejected(piece_id, f"music21 cannot read it: {type(error).__name__}: {error}"[:160])
     rights = " ".join(str(value) for _, value in score.metadata.all()).lower()
     if any(word in rights for word in _RESERVED):

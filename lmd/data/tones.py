@@ -9,6 +9,7 @@ import numpy as np
 from scipy.signal import butter, lfilter, sosfilt
 
 from lmd.data.instruments import Instrument
+from lmd.data.soundfont import Soundfont
 from lmd.errors import LmdError
 
 _MIDDLE_C = 60
@@ -27,7 +28,7 @@ def default_soundfont() -> Path:
 
 
 class ToneBank:
-    """Held tones of a soundfont, mono, played by symusic at constant level.
+    """Held tones of a soundfont, mono, at constant strength, kept for the next time.
 
     Args:
         soundfont: an `.sf2` or `.sf3` file; None = the one inside pretty_midi.
@@ -44,21 +45,9 @@ class ToneBank:
         sample_rate: int = 22_050,
         max_bytes: int = 200 << 20,
     ) -> None:
-        import symusic
-
         self.soundfont = Path(soundfont) if soundfont else default_soundfont()
-        if not self.soundfont.is_file() or self.soundfont.suffix.lower() not in (".sf2", ".sf3"):
-            raise LmdError(
-                f"soundfont {str(self.soundfont)!r}",
-                "an existing .sf2 or .sf3 file",
-                "Give its path, or leave the option out for the built-in one.",
-            )
-        with self.soundfont.open("rb") as file:
-            head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:12] != b"sfbk":
-            raise LmdError(f"{self.soundfont.name} without a soundfont header", "RIFF … sfbk", "")
         self.sample_rate, self.max_bytes = sample_rate, max_bytes
-        self._synthesizer = symusic.Synthesizer(str(self.soundfont), sample_rate, 3)
+        self._font = Soundfont(self.soundfont)
         self._tones: OrderedDict[tuple[int, int, int, int, float], np.ndarray] = OrderedDict()
         self._n_bytes = 0
 
@@ -81,7 +70,7 @@ class ToneBank:
         if key in self._tones:
             self._tones.move_to_end(key)
             return self._tones[key]
-        wave = self._hold(program, pitch, seconds)
+        wave = self._font.hold(program, pitch, seconds * self.sample_rate, self.sample_rate)
         if 0 < cutoff_hz < 0.45 * self.sample_rate:
             low_pass = butter(2, cutoff_hz, fs=self.sample_rate, output="sos")
             wave = sosfilt(low_pass, wave.astype(np.float64)).astype(np.float32)
@@ -92,17 +81,6 @@ class ToneBank:
         while self._n_bytes > self.max_bytes and len(self._tones) > 1:
             self._n_bytes -= self._tones.popitem(last=False)[1].nbytes
         return wave
-
-    def _hold(self, program: int, pitch: int, seconds: int) -> np.ndarray:
-        """The soundfont's own sound of one key, held."""
-        import symusic
-
-        score, track = symusic.Score(1000), symusic.Track(program=program, is_drum=False)
-        track.notes.append(symusic.Note(0, (seconds + 1) * 1000, pitch, 100))
-        score.tracks.append(track)
-        score.tempos.append(symusic.Tempo(0, qpm=60))  # 1000 ticks a quarter: a tick is 1 ms
-        wave = self._synthesizer.render(score, stereo=False)[0, : seconds * self.sample_rate]
-        return np.ascontiguousarray(wave, dtype=np.float32)
 
 
 def darkened(wave: np.ndarray, amount: float, sample_rate: int) -> np.ndarray:
@@ -143,7 +121,7 @@ def played_note(
     wave = wave[: n_gate + n_release].copy()
     if instrument.fade_s:
         fall = instrument.fade_s * 2.0 ** ((_MIDDLE_C - pitch) / 24) * rate
-        wave *= _decay(32 * rate, fall)[: len(wave)]
+        wave *= _decay(1 << (len(wave) - 1).bit_length(), fall)[: len(wave)]
     wave[:n_attack] *= np.linspace(0, 1, n_attack, endpoint=False, dtype=np.float32)
     ramp = np.linspace(1, 0, n_release, dtype=np.float32)
     wave[n_gate:] *= _decay(n_release, float(n_release)) * ramp

@@ -1,0 +1,124 @@
+"""Scores: parsed into note tables, rejected with reasons, split by piece."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from music21 import note, stream, tie
+
+from lmd.data.analysis import find_key, onset_density
+from lmd.data.scores import Piece, Rejected, Shelf, cached_piece, corpus_files, parse_piece
+from lmd.errors import LmdError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def written(tmp_path: Path, *parts: stream.Part) -> Path:
+    score = stream.Score()
+    for part in parts:
+        score.append(part)
+    path = tmp_path / "piece.musicxml"
+    score.write("musicxml", path)
+    return path
+
+
+def part_of(*notes: note.Note) -> stream.Part:
+    part = stream.Part()
+    part.append(list(notes))
+    return part
+
+
+def test_a_bach_chorale_has_four_voices_and_its_known_first_notes(cache: Path) -> None:
+    piece = cached_piece("bach/bwv66.6", cache)
+    assert piece.voices == ("Soprano", "Alto", "Tenor", "Bass")
+    assert piece.metre == "4/4"
+    soprano = piece.table[piece.table[:, 3] == 0]
+    assert soprano[:4, 2].tolist() == [73, 71, 69, 71]  # C♯5 B4 A4 B4, as printed
+    assert find_key(piece.table[:, 2], piece.table[:, 1]) == ("F♯", "minor")
+
+
+def test_parsing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Shelf(("corelli",), tmp_path / name).pieces(["corelli/opus3no1/1grave"])
+    files = [sorted((tmp_path / name).rglob("*.json"))[0].read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_tied_notes_sound_once(tmp_path: Path) -> None:
+    first, second = note.Note("C4", quarterLength=4), note.Note("C4", quarterLength=2)
+    first.tie, second.tie = tie.Tie("start"), tie.Tie("stop")
+    rest = [note.Note("D4", quarterLength=1) for _ in range(10)]
+    piece = parse_piece("x/tied", written(tmp_path, part_of(first, second, *rest)))
+    assert isinstance(piece, Piece)
+    assert piece.table[0].tolist() == [0.0, 6.0, 60.0, 0.0, 0.0]
+    assert len(piece.notes) == 11
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([[("C4", 1)] * 4], "quarter notes long"),
+        ([[("C4", 1)] * 20, [("C4", 1)] * 4], "parts out of step"),
+        ([[("C4", 1)] * 16] * 9, "9 parts"),
+        ([[("C0", 1)] * 16], "piano's range"),
+    ],
+)
+def test_a_broken_score_is_rejected_with_its_reason(
+    tmp_path: Path, parts: list[list[tuple[str, int]]], words: str
+) -> None:
+    streams = [part_of(*[note.Note(n, quarterLength=q) for n, q in part]) for part in parts]
+    result = parse_piece("x/broken", written(tmp_path, *streams))
+    assert isinstance(result, Rejected)
+    assert words in result.reason
+
+
+def test_a_torn_file_is_rejected_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "torn.musicxml"
+    path.write_text("<score-partwise><part-list>")
+    result = parse_piece("x/torn", path)
+    assert isinstance(result, Rejected)
+    assert "music21 cannot read it" in result.reason
+
+
+def test_pieces_that_begin_with_the_same_tune_are_in_the_same_split() -> None:
+    def tune(name: str, shift: int) -> Piece:
+        steps = [60, 62, 64, 65, 67, 69, 71, 72, 74, 76]
+        notes = tuple((float(i), 1.0, p + shift, 0, 0) for i, p in enumerate(steps))
+        return Piece(name, "x", name, ("v",), "4/4", (0.0,), notes)
+
+    a, b = tune("x/a", 0), tune("x/b", 5)
+    assert a.group == b.group
+    assert a.split == b.split
+
+
+def test_files_that_reserve_all_rights_are_left_out(cache: Path) -> None:
+    shelf = Shelf(("monteverdi",), cache)
+    wanted = [name for name in shelf.ids if "madrigal.5.2" in name]
+    assert wanted
+    assert shelf.pieces(wanted) == []
+    assert "reserve all rights" in shelf.rejected[wanted[0]].reason
+
+
+def test_unknown_names_are_refused_by_name(cache: Path) -> None:
+    with pytest.raises(LmdError, match="nobody"):
+        corpus_files(("nobody",))
+    with pytest.raises(LmdError, match="bach/none"):
+        cached_piece("bach/none", cache)
+
+
+@pytest.mark.parametrize("tonic", range(12))
+@pytest.mark.parametrize("mode", ["major", "minor"])
+def test_a_scale_with_its_triad_is_heard_in_its_key(tonic: int, mode: str) -> None:
+    scale = [0, 2, 4, 5, 7, 9, 11] if mode == "major" else [0, 2, 3, 5, 7, 8, 11]
+    pitches = np.array([60 + tonic + step for step in scale])
+    weights = np.array([4, 1, 3, 1, 3, 1, 1.0])
+    name, found = find_key(pitches, weights)
+    names = ("C", "D♭", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B")
+    assert (name, found) == (names[tonic], mode)
+
+
+def test_density_counts_a_chord_once() -> None:
+    assert onset_density(np.array([0.0, 0.01, 0.02, 1.0, 2.0, 2.03]), 4.0) == pytest.approx(3 / 4)
