@@ -33,7 +33,7 @@ class Piece:
     """What is played for one block.
 
     Attributes:
-        wave: `[1, channel, sample]`.
+        wave: `[1, channel, sample]`, float32 on the CPU.
         block: the block as made, or None if it could not be used.
         fault: why not, in one line; None for a good block.
     """
@@ -67,8 +67,9 @@ def guarded_step(
             fault = str(error)
         else:
             if bool(torch.isfinite(block.latents).all() and torch.isfinite(block.wave).all()):
-                wave = _faded_in(block.wave, streamer) if guarded.n_faults else block.wave
-                return Piece(wave, block), Guarded(state, block.wave)
+                heard = block.wave.detach().float().cpu()
+                wave = _faded_in(heard, streamer) if guarded.n_faults else heard
+                return Piece(wave, block), Guarded(state, heard)
             fault = f"block {block.index} holds numbers that are not finite"
     return _replaced(streamer, guarded, controls, fault)
 

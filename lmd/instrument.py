@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lmd.checkpoint import MODEL_KINDS, build_model, load_bundle, load_codec, read_header
 from lmd.codec import Codec
@@ -119,9 +120,17 @@ def _random(source: str) -> Instrument:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(int(parts[2]), "weights"))
         model = build_model(chosen).eval()
+        _leave_no_zeros(model)
         own = load_codec(SHIPPED / "codec.safetensors") if parts[3:] else _random_codec(chosen)
     streamer = Streamer(model, own, build_text_encoder(chosen.text), chosen.window)
     return Instrument(streamer, chosen, source, is_trained=False)
+
+
+def _leave_no_zeros(model: nn.Module) -> None:
+    """Draw the matrices that begin as zeros, so that every control can be heard."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not bool(parameter.any()):
+            parameter.data = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
 
 
 def _random_codec(chosen: Preset) -> Codec:

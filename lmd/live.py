@@ -147,6 +147,8 @@ class LiveEngine:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end (see `limit_s`); whether it has come."""
+        if self._thread is threading.current_thread():
+            return False  # asked by a listener: the stream is still going
         if self._thread is not None:
             self._thread.join(timeout_s)
             return not self._thread.is_alive()

@@ -46,7 +46,7 @@ class LivePlayer(anywidget.AnyWidget):
     Args:
         instrument: from `open_instrument`.
         controls: to begin with; a prompt of two parts sets both texts and the mix.
-        sink: `browser`, `null` (heard by nobody, waits skipped: for papermill) or `soundcard`.
+        sink: `browser`, `null` (heard by nobody: for papermill) or `soundcard`.
         take_folder: where takes and recordings are written; made if missing.
         prompts: suggestions for the two text fields.
 
@@ -175,6 +175,9 @@ class LivePlayer(anywidget.AnyWidget):
     def play_for(self, seconds: float) -> Meters:
         """Play so much music and wait for its end, behind a progress bar (not for `browser`).
 
+        With `null` the waiting is skipped: it takes as long as the model computes, with the queue
+        levels and underruns that real time would have had.
+
         Raises:
             LmdError: with the browser as sink, which a waiting kernel could not serve.
             RuntimeError: the engine failed.
@@ -270,6 +273,12 @@ class LivePlayer(anywidget.AnyWidget):
             raise traitlets.TraitError(str(error)) from error
         return value
 
+    @traitlets.validate("queue_blocks", "volume")
+    def _check_number(self, proposal: Any) -> float:
+        if not math.isfinite(proposal["value"]):  # NaN passes min and max
+            raise traitlets.TraitError(f"{proposal['trait'].name} = {proposal['value']}: no number")
+        return proposal["value"]
+
     def _on_control(self, change: Any) -> None:
         name = change["name"]
         if name in ("prompt_a", "prompt_b", "mix"):
@@ -313,7 +322,7 @@ class LivePlayer(anywidget.AnyWidget):
         take = TakeWriter(self.take_folder / name, self._header)
         engine = LiveEngine(
             self._streamer,
-            self._make_sink(),
+            self._make_sink(skip_waits=limit_s is not None),
             self.controls(),
             EngineOptions(limit_s=limit_s, **self._pacing()),
             take=take,
@@ -325,9 +334,9 @@ class LivePlayer(anywidget.AnyWidget):
         threading.Thread(target=self._follow, args=(engine,), daemon=True).start()
         return engine
 
-    def _make_sink(self) -> Sink:
+    def _make_sink(self, skip_waits: bool) -> Sink:
         if self.sink == "null":
-            return NullSink(SkippingClock())
+            return NullSink(SkippingClock() if skip_waits else None)
         if self.sink == "soundcard":
             return SoundCardSink()
         epoch = self._page_sink.epoch if self._page_sink is not None else 0

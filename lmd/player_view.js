@@ -174,7 +174,7 @@ class Picture {
       pen.setLineDash(strong ? [4 * scale, 3 * scale] : []);
       pen.strokeStyle = pen.fillStyle = strong ? this.colors.accent : this.colors.text;
       pen.globalAlpha = strong ? 1 : 0.35;
-      pen.lineWidth = scale;
+      pen.lineWidth = strong ? 2 * scale : scale;
       pen.beginPath();
       pen.moveTo(at, top);
       pen.lineTo(at, top + tall);

@@ -1,0 +1,295 @@
+"""The player as a person meets it: a real JupyterLab, a real Chromium, real time.
+
+Browser, server and kernel share the machine's cores, so the notebook runs on the `tiny` preset
+(random weights: noise, but every control moves it), which leaves them room.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lab import CHROMIUM, FLAGS, Lab, jupyterlab
+
+from lmd.instrument import open_instrument
+from lmd.takes import play_again, read_take
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "outputs" / "published"
+HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
+LISTEN_S = 60
+
+pytestmark = pytest.mark.browser
+
+
+def _missing() -> str | None:
+    if not CHROMIUM.exists():
+        return f"no {CHROMIUM} (Debian: apt-get install chromium)"
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError:
+        return "no playwright (pip install playwright)"
+    return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def browser_is_there() -> None:
+    reason = _missing()
+    if reason is None:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"in CI this may not be skipped: {reason}")
+    pytest.skip(reason)
+
+
+def _prepared(folder: Path) -> Path:
+    """The notebook as it is committed, set to the small preset and a folder of its own."""
+    source = json.loads((ROOT / "notebooks" / "04_play.ipynb").read_text(encoding="utf-8"))
+    cell = next(c for c in source["cells"] if "parameters" in c["metadata"].get("tags", []))
+    text = "".join(cell["source"])
+    for name, old, new in (
+        ("preset", '"small"', '"tiny"'),
+        ("output_dir", '"../outputs/04_play"', repr(str(folder / "outputs"))),
+    ):
+        assert f"{name} = {old}" in text
+        text = text.replace(f"{name} = {old}", f"{name} = {new}")
+    cell["source"] = text
+    (folder / "04_play.ipynb").write_text(json.dumps(source), encoding="utf-8")
+    shutil.copytree(ROOT / "outputs" / "published", folder / "published", dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with jupyterlab(_prepared(tmp_path_factory.mktemp("lab"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(lab: Lab, chromium: Any) -> Iterator[Any]:
+    """The notebook, opened and run to its end; the errors of its scripts are kept in `errors`."""
+    page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(lab.notebook("04_play.ipynb"))
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=90_000)
+    page.click("text=Run")
+    page.click("text=Run All Cells")
+    page.wait_for_selector(".lmd", timeout=240_000, state="attached")
+    wait_until(lambda: (lab.folder / "outputs" / "metrics.json").exists(), 240)
+    page.locator(".lmd").first.scroll_into_view_if_needed()
+    yield page
+    page.close()
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def shown(page: Any) -> dict[str, str]:
+    """What the player shows and counts."""
+    return page.eval_on_selector(".lmd", "element => ({...element.dataset})")
+
+
+def set_range(page: Any, name: str, value: float) -> None:
+    """Move a slider as a hand does: the input's value, then its event."""
+    page.eval_on_selector(
+        f".lmd input[data-name={name}]",
+        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); }",
+        value,
+    )
+
+
+def in_kernel(page: Any, code: str) -> str:
+    """Run a line in the notebook's kernel, through a new cell, as a user would."""
+    n = page.locator(".jp-Notebook .jp-CodeCell").count()
+    page.keyboard.press("Escape")
+    page.click(".jp-Notebook-footer")
+    wait_until(lambda: page.locator(".jp-Notebook .jp-CodeCell").count() > n, 20)
+    page.keyboard.insert_text(code)
+    page.keyboard.press("Control+Enter")
+    output = page.locator(".jp-Notebook .jp-CodeCell").last.locator(".jp-OutputArea-output")
+    output.first.wait_for(timeout=60_000)
+    return output.first.inner_text().strip()
+
+
+def test_pressing_play_gives_sound_without_underruns_for_a_minute(page: Any) -> None:
+    page.click(".lmd button:has-text('Play')")
+    wait_until(lambda: int(shown(page).get("heard", 0)) > 0, 60)
+    first, levels = shown(page), []
+    began = time.monotonic()
+    while time.monotonic() - began < LISTEN_S:
+        time.sleep(1)
+        now = shown(page)
+        assert int(now["underruns"]) == 0, now
+        levels.append(float(now["levelDb"]))
+    now = shown(page)
+    heard_s = (int(now["heard"]) - int(first["heard"])) / 22_050
+    # A minute of the page's own clock, within the time that a look at it takes.
+    assert LISTEN_S - 2 < heard_s < LISTEN_S + 5
+    assert (now["silent"], now["lost"], now["epoch"]) == ("0", "0", first["epoch"])
+    assert min(levels) > -40
+    assert page.errors == []
+
+
+def test_the_mix_slider_moves_the_kernel_and_the_block_it_was_promised_for(
+    page: Any, lab: Lab
+) -> None:
+    set_range(page, "mix", 0.5)
+    wait_until(lambda: "promisedBlock" in shown(page), 30)
+    block, sample = (int(shown(page)[k]) for k in ("promisedBlock", "promisedSample"))
+    wait_until(lambda: int(shown(page)["heard"]) > sample, 30)
+    wait_until(lambda: shown(page)["latencyP50"] != "", 10)
+    assert float(shown(page)["latencyP50"]) < 10_000
+    page.click(".lmd button:has-text('Stop')")
+    wait_until(lambda: shown(page)["state"] == "stopped", 30)
+    takes = (lab.folder / "outputs" / "takes").glob("*.jsonl")
+    take = read_take(max(takes, key=lambda path: path.stat().st_mtime))
+    assert take.changes[block].prompt[0][1] == 0.5
+    assert take.starts[block] == sample
+    # In the samples: identical to the stream without the change up to there, different from there.
+    streamer = open_instrument(take.header.source).streamer
+    played = np.concatenate([p.wave[0, 0].numpy() for p in play_again(take, streamer)])
+    blocks = streamer.stream(take.changes[0], n_blocks=block + 1)
+    unchanged = np.concatenate([b.wave[0, 0].numpy() for b in blocks])
+    n = unchanged.size
+    assert np.array_equal(played[:sample], unchanged[:sample])
+    differing = np.flatnonzero(played[:n] != unchanged)
+    assert differing[0] - sample < 2 * streamer.codec.samples_per_frame
+
+
+def test_the_kernel_moves_the_slider_and_a_wrong_value_is_refused_in_the_panel(page: Any) -> None:
+    assert (
+        in_kernel(page, "player.cfg_scale = 3.5; print(player.mix, player.state)") == "0.5 stopped"
+    )
+    slider = page.locator(".lmd input[data-name=cfg_scale]")
+    wait_until(lambda: slider.input_value() == "3.5", 20)
+    page.select_option(".lmd select[data-name=sampler]", "euler++")
+    wait_until(lambda: "expected a number in (0, 1]" in page.inner_text(".lmd-message"), 20)
+    wait_until(lambda: page.input_value(".lmd select[data-name=sampler]") == "pingpong", 20)
+    in_kernel(page, "player.cfg_scale = 1.0; print(1)")
+
+
+def test_a_hostile_prompt_stays_text(page: Any) -> None:
+    page.click(".lmd button:has-text('Play')")
+    wait_until(lambda: shown(page)["state"] == "playing", 60)
+    promised = shown(page).get("promisedBlock")
+    page.fill(".lmd input[data-name=prompt_a]", HOSTILE)
+    page.press(".lmd input[data-name=prompt_a]", "Enter")
+    wait_until(lambda: shown(page).get("promisedBlock") != promised, 30)
+    assert in_kernel(page, "print(player.prompt_a)") == HOSTILE
+    time.sleep(2)  # for the picture to write its label
+    assert page.evaluate("window.pwned") is None
+    assert page.locator(".lmd img, .lmd script").count() == 0
+    assert page.input_value(".lmd input[data-name=prompt_a]") == HOSTILE
+    page.fill(".lmd input[data-name=prompt_a]", "church organ, slow, minor")
+    page.press(".lmd input[data-name=prompt_a]", "Enter")
+
+
+def test_every_control_has_a_name_and_takes_the_keyboard(page: Any) -> None:
+    unnamed = page.eval_on_selector(
+        ".lmd",
+        """root => [...root.querySelectorAll('button, input, select, canvas, meter')]
+        .filter(e => !(e.labels?.length || e.ariaLabel || e.textContent.trim()))
+        .map(e => e.outerHTML)""",
+    )
+    assert unnamed == []
+    page.focus(".lmd input[data-name=n_steps]")
+    before = int(page.input_value(".lmd input[data-name=n_steps]"))
+    n_cells = page.locator(".jp-Notebook .jp-Cell").count()
+    page.keyboard.press("ArrowLeft")
+    wait_until(lambda: int(page.input_value(".lmd input[data-name=n_steps]")) == before - 1, 10)
+    for key in ("a", "d", "d", "x"):  # notebook commands: add, delete, cut a cell
+        page.keyboard.press(key)
+    assert page.locator(".jp-Notebook .jp-Cell").count() == n_cells
+    page.focus(".lmd button:has-text('Pause')")
+    page.keyboard.press("Space")
+    wait_until(lambda: shown(page)["state"] == "paused", 20)
+    page.keyboard.press("Enter")
+    wait_until(lambda: shown(page)["state"] == "playing", 20)
+
+
+def test_a_midi_controller_is_learnt(page: Any) -> None:
+    page.evaluate(
+        """() => { window.port = {}; const inputs = new Map([['one', window.port]]);
+        navigator.requestMIDIAccess = async () => ({ inputs }); }"""
+    )
+    page.click(".lmd button:has-text('MIDI learn')")
+    page.focus(".lmd input[data-name=volume]")
+    page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 64] })")
+    page.click(".lmd button:has-text('MIDI learn')")
+    page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 0] })")
+    wait_until(lambda: page.input_value(".lmd input[data-name=volume]") == "0", 10)
+    page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 127] })")
+    wait_until(lambda: page.input_value(".lmd input[data-name=volume]") == "1", 10)
+    assert in_kernel(page, "print(player.midi_map, player.volume)") == "{'0:21': 'volume'} 1.0"
+
+
+def test_a_picture_of_it_is_published(page: Any) -> None:
+    PUBLISHED.mkdir(parents=True, exist_ok=True)
+    page.locator(".lmd").first.scroll_into_view_if_needed()
+    set_range(page, "mix", 0.3)
+    time.sleep(7)
+    path = PUBLISHED / "player.png"
+    page.locator(".lmd").first.screenshot(path=str(path))
+    assert path.stat().st_size > 20_000
+
+
+def test_a_second_player_on_the_page_plays_beside_the_first(page: Any) -> None:
+    in_kernel(page, "second = LivePlayer(instrument, take_folder=output / 'takes'); second")
+    page.locator(".lmd").nth(1).scroll_into_view_if_needed()
+    page.locator(".lmd button:has-text('Play')").last.click()
+    read = "elements => elements.map(e => [Number(e.dataset.heard || 0), e.dataset.state])"
+    wait_until(lambda: page.eval_on_selector_all(".lmd", read)[1][0] > 0, 60)
+    before = page.eval_on_selector_all(".lmd", read)
+    time.sleep(3)
+    after = page.eval_on_selector_all(".lmd", read)
+    assert all(b[0] > a[0] for a, b in zip(before, after, strict=True))
+    page.locator(".lmd button:has-text('Stop')").nth(1).click()
+    wait_until(lambda: page.eval_on_selector_all(".lmd", read)[1][1] == "stopped", 20)
+    assert page.eval_on_selector_all(".lmd", read)[0][1] == "playing"
+
+
+def test_a_closed_page_does_not_stop_the_kernel_and_a_new_one_takes_over(
+    page: Any, lab: Lab, chromium: Any
+) -> None:
+    in_kernel(page, "player.stop(); print(player.state)")
+    page.keyboard.press("Control+s")
+    again = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    again.goto(lab.notebook("04_play.ipynb"))
+    again.wait_for_selector(".lmd", timeout=90_000, state="attached")
+    again.locator(".lmd").first.scroll_into_view_if_needed()
+    again.locator(".lmd button:has-text('Play')").first.click()
+    wait_until(lambda: int(shown(again).get("heard", 0)) > 22_050, 60)
+    again.close()
+
+
+def test_a_restarted_kernel_is_noticed_and_the_sound_fades(page: Any) -> None:
+    page.locator(".lmd button:has-text('Play')").first.click()
+    wait_until(lambda: shown(page)["state"] == "playing", 60)
+    page.click("text=Kernel")
+    page.click("text=Restart Kernel…")
+    page.click(".jp-Dialog button:has-text('Restart')")
+    wait_until(lambda: "no word from the kernel" in page.inner_text(".lmd-state"), 60)
+    assert page.errors == []

@@ -1,0 +1,374 @@
+"""The player without a browser: traits, messages, refusals; and its scripts under node."""
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import traitlets
+from fake_streamer import SAMPLE_RATE, FakeStreamer
+
+from lmd.config import preset
+from lmd.controls import Controls
+from lmd.desk import check_live
+from lmd.errors import LmdError
+from lmd.instrument import Instrument
+from lmd.play_queue import PlayQueue
+from lmd.player import HERE, SCRIPTS, LivePlayer
+from lmd.takes import read_take
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+NODE = shutil.which("node")
+SOURCES = {name: (HERE / name).read_text(encoding="utf-8") for name in SCRIPTS}
+
+
+class Front:
+    """A player and what it sends; `say` is what the page says."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.streamer = FakeStreamer()
+        instrument = Instrument(self.streamer, preset("tiny"), "fake", is_trained=False)
+        self.player = LivePlayer(instrument, take_folder=folder / "takes", **options)
+        self.sent: list[dict[str, Any]] = []
+        self.arrived = threading.Condition()
+        self.player.send = self.receive  # type: ignore[method-assign]
+
+    def receive(self, message: dict[str, Any], buffers: list[bytes] | None = None) -> None:
+        with self.arrived:
+            self.sent.append(message | {"n_buffers": len(buffers or [])})
+            self.arrived.notify_all()
+
+    def say(self, view: str = "page", **message: Any) -> None:
+        self.player._on_message(self.player, message | {"view": view}, [])
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], after: int = 0) -> dict[str, Any]:
+        deadline = time.monotonic() + 20
+        with self.arrived:
+            while time.monotonic() < deadline:
+                for message in self.sent[after:]:
+                    if wanted(message):
+                        return message
+                self.arrived.wait(0.1)
+        raise AssertionError(f"never sent; got {[m['kind'] for m in self.sent[after:]]}")
+
+    def wait_kind(self, kind: str, after: int = 0) -> dict[str, Any]:
+        return self.wait_for(lambda message: message["kind"] == kind, after)
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Iterator[Front]:
+    front = Front(tmp_path, controls=Controls(prompt="organ", block_frames=4))
+    yield front
+    front.player.stop()
+
+
+def test_play_opens_the_page_primes_it_and_runs_it(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_for(lambda m: m["kind"] == "run" and m["running"])
+    kinds = [m["kind"] for m in front.sent]
+    assert kinds[0] == "open"
+    assert kinds.index("audio") < kinds.index("run")
+    audio = front.wait_kind("audio")
+    assert audio["n_buffers"] == 1
+    assert {m["to"] for m in front.sent} == {"page"}
+    assert front.player.state == "playing"
+
+
+def test_a_slider_moves_trait_and_stream_and_is_promised_its_block(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.say(kind="set", id=41, name="mix", value=0.25)
+    promise = front.wait_kind("promise")
+    assert front.player.mix == 0.25
+    assert promise["ids"] == [41]
+    assert promise["text"] == "mix 0.25"
+    engine = front.player.engine
+    assert engine is not None
+    made = engine.ledger.history
+    first = next(m for m in made if m.controls.prompt != "organ")
+    assert first.controls.prompt == (("organ", 0.75), (front.player.prompt_b, 0.25))
+    assert (promise["block"], promise["sample"]) == (first.number, first.first_sample)
+
+
+def test_a_trait_set_in_a_notebook_is_the_same_as_a_slider(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.player.n_steps = 3
+    promise = front.wait_kind("promise")
+    assert promise["text"] == "Steps 3"
+    assert promise["ids"] == []
+    assert front.player.controls().n_steps == 3
+    with pytest.raises(traitlets.TraitError, match="1 to 64"):
+        front.player.n_steps = 65
+    assert front.player.n_steps == 3
+
+
+def test_commands_pause_resume_forget_roll_restart_stop(front: Front) -> None:
+    player = front.player
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.say(kind="command", command="pause")
+    assert player.state == "paused"
+    assert front.sent[-1]["running"] is False
+    front.say(kind="command", command="play")
+    assert player.state == "playing"
+    front.say(kind="command", command="forget")
+    assert front.wait_kind("promise")["text"] == "forget 96"
+    front.say(kind="command", command="roll")
+    assert player.seed != 0
+    first_take, n_sent = player.take_path, len(front.sent)
+    front.say(kind="command", command="restart")
+    assert front.wait_kind("open", n_sent)["epoch"] == 2
+    assert player.take_path != first_take
+    assert read_take(first_take).sha256 is not None
+    front.say(kind="command", command="stop")
+    assert player.state == "stopped"
+    forgotten = [c.forget_frames for c in read_take(first_take).controls()]
+    assert forgotten.count(96) == 1
+
+
+def test_another_page_takes_over_and_the_first_falls_silent(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.say("other", kind="command", command="play")
+    opened = front.wait_for(lambda m: m["kind"] == "open" and m["to"] == "other")
+    assert opened["epoch"] == 2
+    counters = {"silent": 0, "underruns": 9, "lowest": 0}
+    front.say("page", kind="report", epoch=2, heard=10**6, **counters)
+    sink = front.player._page_sink
+    assert sink is not None
+    assert sink.report().underruns == 0
+
+
+def test_two_players_do_not_disturb_each_other(tmp_path: Path) -> None:
+    fronts = [Front(tmp_path / str(i), controls=Controls(block_frames=4)) for i in range(2)]
+    for front in fronts:
+        front.say(kind="command", command="play")
+    for front in fronts:
+        front.wait_kind("run")
+    fronts[0].player.stop()
+    assert [front.player.state for front in fronts] == ["stopped", "playing"]
+    fronts[1].player.stop()
+
+
+def test_ten_thousand_messages_of_nonsense_are_refused_in_the_panel(front: Front) -> None:
+    rng = random.Random(5)
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    player, refused = front.player, 0
+    names = [*[f["name"] for f in player.fields], "engine", "_esm", "state", "take_folder", None, 7]
+    values = [None, True, False, -1, 0, 1, 0.5, 8, 10**12, math.inf, math.nan, "", "euler", "x" * 600,
+              HOSTILE, [], {}, [["a", 0.5]], "block-causal", 12, 48]  # fmt: skip
+    kinds = ["set"] * 20 + ["command", "report", "hello", "", None, 3]
+    state_before = player.state
+    for _ in range(10_000):
+        kind, name, value = rng.choice(kinds), rng.choice(names), rng.choice(values)
+        player.message = ""
+        n_sent = len(front.sent)
+        command = rng.choice(["explode", "__init__", None])
+        front.say(kind=kind, name=name, value=value, id=rng.choice(values), command=command,
+                  epoch=rng.choice(values), heard=value)  # fmt: skip
+        if kind == "set" and any(m["kind"] == "refused" for m in front.sent[n_sent:]):
+            refused += 1
+            assert "Refused: " in player.message
+        check_live(player.controls(), front.streamer.window)
+    player._on_message(player, "not even a dict", [])
+    assert refused > 3000
+    assert player.state == state_before
+    assert player.engine is not None
+    assert player.engine.failure is None
+    n_blocks = player.engine.meters().n_blocks
+    player.block_frames, player.queue_blocks = 4, 2.0
+    front.say(kind="command", command="restart")
+    front.wait_for(lambda m: m["kind"] == "made", len(front.sent))
+    assert n_blocks > 0
+
+
+def test_a_wrong_value_is_told_to_the_page_with_the_right_one(front: Front) -> None:
+    front.say(kind="set", id=1, name="sampler", value="magic")
+    assert front.sent[-1] == {
+        "kind": "refused",
+        "name": "sampler",
+        "value": "pingpong",
+        "n_buffers": 0,
+    }
+    assert "one of euler" in front.player.message
+    front.say(kind="set", id=2, name="sampler", value="euler")
+    assert front.player.message == ""
+
+
+def test_a_hostile_prompt_is_text_all_the_way(front: Front) -> None:
+    front.say(kind="set", id=1, name="prompt_a", value=HOSTILE)
+    assert front.player.prompt == HOSTILE
+    everything = "\n".join(SOURCES.values())
+    for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
+                   "new Function", "DOMParser", "createContextualFragment"):  # fmt: skip
+        assert danger not in everything
+
+
+def test_the_scripts_fetch_nothing() -> None:
+    everything = "\n".join(SOURCES.values()) + (HERE / "player.css").read_text(encoding="utf-8")
+    code = re.sub(r"^\s*//.*$", "", everything, flags=re.MULTILINE)
+    for word in ("http:", "https:", "//cdn", "fetch(", "import ", "importScripts", "@import",
+                 "url(", "XMLHttpRequest", "WebSocket"):  # fmt: skip
+        assert word not in code, word
+
+
+def test_a_failure_is_said_and_the_next_play_works(front: Front) -> None:
+    player, step = front.player, front.streamer.step
+
+    def broken(*args: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    front.streamer.step = broken  # type: ignore[method-assign]
+    front.say(kind="command", command="play")
+    assert player.engine is not None
+    assert player.engine.wait(20)
+    assert (player.state, player.message) == ("failed", "ZeroDivisionError: a bug")
+    front.streamer.step = step  # type: ignore[method-assign]
+    front.say(kind="command", command="restart")
+    front.wait_kind("run")
+    assert player.state == "playing"
+
+
+def test_recording_writes_what_is_played(front: Front) -> None:
+    player = front.player
+    front.say(kind="command", command="record")
+    assert player.message == "Play first, then record."
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.say(kind="command", command="record")
+    path, n_sent = Path(player.recording), len(front.sent)
+    front.wait_kind("audio", n_sent)
+    front.say(kind="command", command="record")
+    assert player.recording == ""
+    samples, rate = soundfile.read(path)
+    assert rate == SAMPLE_RATE
+    assert samples.size >= 4 * 400
+
+
+def test_headless_playing_writes_a_take_and_meters(tmp_path: Path) -> None:
+    front = Front(tmp_path, sink="null", controls=Controls(prompt=(("a", 0.5), ("b", 0.5))))
+    meters = front.player.play_for(30)
+    assert meters.played_s >= 30
+    assert meters.underruns == 0
+    assert json.loads(json.dumps(front.player.meters))["state"] == "stopped"
+    take = read_take(front.player.take_path)
+    assert take.changes[0].prompt == (("a", 0.5), ("b", 0.5))
+    assert (front.player.prompt_a, front.player.prompt_b, front.player.mix) == ("a", "b", 0.5)
+
+
+def test_an_observer_may_move_a_control_from_the_stream_itself(tmp_path: Path) -> None:
+    front = Front(tmp_path, sink="null", controls=Controls(prompt="organ"))
+    front.player.observe(lambda change: setattr(front.player, "n_steps", 2), "state")
+    front.player.play_for(20)
+    assert front.player.engine is not None
+    assert front.player.engine.ledger.history[-1].controls.n_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sink": "radio"}, "sink 'radio'"),
+        ({"controls": Controls(prompt=(("a", 0.2), ("b", 0.3), ("c", 0.5)))}, "one or two"),
+        ({"controls": Controls(block_frames=7)}, "a block of 7 frames"),
+    ],
+)
+def test_a_wrong_beginning_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LmdError, match=said):
+        Front(tmp_path, **options)
+    with pytest.raises(LmdError, match="'null' or 'soundcard'"):
+        Front(tmp_path).player.play_for(1)
+
+
+def test_play_before_a_click_explains_itself(front: Front) -> None:
+    front.player.play()
+    assert "Press Play in the page" in front.player.message
+
+
+def node(script: str, values: Any = None) -> Any:
+    """Run JavaScript with the audio script in scope; it returns JSON on its last line."""
+    if NODE is None:
+        pytest.skip("no node to run the player's scripts outside a browser")
+    text = SOURCES["player_audio.js"] + f"\nconst input = {json.dumps(values)};\n" + script
+    done = subprocess.run(
+        [NODE, "-e", text], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+WORKLET_RUN = """
+let made;
+globalThis.sampleRate = 8000; globalThis.currentTime = 0;
+globalThis.AudioWorkletProcessor = class { constructor() { this.port = { postMessage() {} }; } };
+globalThis.registerProcessor = (_, processor) => { made = processor; };
+new Function(WORKLET)();
+const ring = new made({ processorOptions: { channels: 1, seconds: 2 } });
+const out = [];
+ring.take({ kind: "open", epoch: 1 });
+ring.take({ kind: "run", epoch: 1, running: true });
+ring.take({ kind: "push", epoch: 0, samples: new Float32Array(99) }); // an old epoch: ignored
+for (const n of input) {
+  if (n > 0) {
+    ring.take({ kind: "push", epoch: 1, samples: new Float32Array(n).fill(1) });
+  } else for (let i = 0; i < -n; i++) {
+    const block = new Float32Array(128);
+    ring.process([], [[block]]);
+    out.push(...block);
+  }
+}
+const { heard, silent, underruns, level, lost } = ring;
+console.log(JSON.stringify({ out, heard, silent, underruns, level, lost }));
+"""
+
+
+def test_the_worklet_plays_exactly_what_the_python_queue_plays() -> None:
+    plan = [1000, -5, 500, -20, 3000, -10, 700, -40, 64, -1, 4000, -7]
+    played = node(WORKLET_RUN, plan)
+    queue, out = PlayQueue(1, 160), []
+    for n in plan:
+        if n > 0:
+            queue.push(np.ones((1, n), np.float32))
+        else:
+            out += [queue.pull(128) for _ in range(-n)]
+    expected = np.concatenate(out, axis=-1)[0]
+    # float32 against float64 gains: measured 6e-8.
+    assert np.abs(np.array(played["out"]) - expected).max() < 1e-6
+    counted = (played["heard"], played["silent"], played["underruns"], played["level"])
+    assert counted == (queue.heard, queue.silent, queue.underruns, queue.level)
+    assert played["lost"] == 0
+
+
+def test_the_worklet_never_holds_more_than_its_ring() -> None:
+    played = node(WORKLET_RUN, [10_000, 10_000, -1])
+    assert played["lost"] == 20_000 - 2 * 8000
+    assert played["level"] == 2 * 8000 - 128
+
+
+def test_the_picture_shows_a_tone_where_it_sounds() -> None:
+    script = """
+    const spectrum = new Spectrum(input.rate);
+    const wave = Float32Array.from({ length: input.rate }, (_, i) =>
+      Math.sin((2 * Math.PI * input.hz * i) / input.rate));
+    const columns = spectrum.push(wave);
+    const column = Array.from(spectrum.columns.slice(5 * N_BANDS, 6 * N_BANDS));
+    const edges = spectrum.edges.map((k) => (k * input.rate) / N_FFT);
+    console.log(JSON.stringify({ columns, column, edges }));
+    """
+    for hz in (440, 1760, 7040):
+        seen = node(script, {"rate": 22_050, "hz": hz})
+        assert seen["columns"] == [0, (22_050 - 1024) // 512 + 1]
+        loudest = int(np.argmax(seen["column"]))
+        assert seen["edges"][loudest] - 22 <= hz <= seen["edges"][loudest + 1] + 22  # a bin is 21.5
+        assert max(seen["column"]) > 240
