@@ -133,7 +133,7 @@ class CodecTraining(L.LightningModule):
         nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
         optimizer.step()
         self.step += 1
-        self.log_dict({k: v.detach() for k, v in losses.items()})
+        self.log_dict({"at_step": float(step), **{k: v.detach() for k, v in losses.items()}})
 
     def _encoder_losses(self, wave: Tensor) -> dict[str, Tensor]:
         """Encoder and levels; latents normalised by the batch, whose statistics are followed."""

@@ -28,8 +28,10 @@ LAST = "last.ckpt"
 class Keep(Callback):
     """Progress, checkpoints and exported weights; stops the run at its last step."""
 
-    def __init__(self, out: Path, every: int, notes: dict[str, Any]) -> None:
-        self.out, self.every, self.notes = out, every, notes
+    def __init__(
+        self, out: Path, every: int, notes: dict[str, Any], stop_at: int | None = None
+    ) -> None:
+        self.out, self.every, self.notes, self.stop_at = out, every, notes, stop_at
         self.bar: tqdm | None = None
         self.began_s = time.monotonic()
 
@@ -45,7 +47,9 @@ class Keep(Callback):
         losses = {k: f"{float(v):.3g}" for k, v in trainer.callback_metrics.items()}
         self.bar.update()
         self.bar.set_postfix(losses, refresh=False)
-        if step % self.every == 0 or step >= module.plan.steps:
+        last = step in (module.plan.steps, self.stop_at)
+        trainer.should_stop = last
+        if step % self.every == 0 or last:
             trainer.save_checkpoint(self.out / LAST)
             self.export(module)
 
@@ -146,10 +150,16 @@ def build(args: argparse.Namespace) -> CodecTraining:
     return CodecTraining(codec, plan, windows)
 
 
-def build_trainer(args: argparse.Namespace) -> L.Trainer:
-    """Lightning's Trainer: logs, precision, atomic checkpoints."""
+def build_trainer(args: argparse.Namespace, stop_at: int | None = None) -> L.Trainer:
+    """Lightning's Trainer: logs, precision, atomic checkpoints.
+
+    Args:
+        args: the command's.
+        stop_at: stop after this step, as an interrupted run would, its plan unchanged.
+    """
     device = pick_device(args.device)
-    logs = {"save_dir": args.out, "name": "logs", "version": ""}
+    n_runs = len(list((args.out / "logs").glob("run-*")))
+    logs = {"save_dir": args.out, "name": "logs", "version": f"run-{n_runs:03d}"}
     notes = {"data": args.data.name, "machine": machine_dict()}
     return L.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -158,7 +168,7 @@ def build_trainer(args: argparse.Namespace) -> L.Trainer:
         max_epochs=1,
         logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
         log_every_n_steps=1,
-        callbacks=[Keep(args.out, args.checkpoint_every, notes)],
+        callbacks=[Keep(args.out, args.checkpoint_every, notes, stop_at)],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -1,0 +1,270 @@
+"""Training the codec: what a step depends on, restarts, losses, and the measures' zero points."""
+
+import argparse
+import csv
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lmd import codec_metrics, phase
+from lmd.checkpoint import load_codec, read_header
+from lmd.codec_losses import (
+    Discriminator,
+    advance_loss,
+    discriminator_loss,
+    generator_loss,
+    level_loss,
+    mel_matrix,
+    multi_resolution_loss,
+)
+from lmd.codec_training import CodecPlan, CodecWindows, check_finite, learning_rate
+from lmd.config import preset
+from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.errors import LmdError
+from lmd.rng import normal
+from lmd.spectral import SpectralCodec, stft
+from lmd.train_codec import LAST, build, configure, main
+
+RATE = 22_050
+pytestmark = [
+    # raised inside Lightning and the TensorBoard writer, not by this project
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def notes(seed: int, n_samples: int = 1024 * 60) -> np.ndarray:
+    """Decaying tones, a new one every third of a second."""
+    time = np.arange(n_samples) / RATE
+    wave = np.zeros(n_samples)
+    for i in range(int(time[-1] * 3)):
+        since = np.clip(time - i / 3, 0, None)
+        hz = 220 * 2 ** ((seed * 3 + i * 5) % 12 / 12)
+        wave += 0.2 * np.sin(2 * np.pi * hz * since) * np.exp(-6 * since) * (since > 0)
+    return wave[None].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    fields = {f.name: "" if f.type in (str, "str") else 0 for f in dataclasses.fields(Row)}
+    rows = []
+    for i, split in enumerate(("train", "train", "test", "test", "test")):
+        wave = notes(i)
+        write_wav(folder / "audio" / f"{i}.wav", wave, RATE)
+        known = {
+            "name": f"row {i}",
+            "piece_id": str(i),
+            "split": split,
+            "family": "piano" if i % 2 else "strings",
+            "n_samples": wave.shape[1],
+            "duration_s": wave.shape[1] / RATE,
+            "sample_rate": RATE,
+            "channels": 1,
+            "path": f"audio/{i}.wav",
+        }
+        rows.append(Row(**{**fields, **known}))
+    write_manifest(folder, rows)
+    return folder
+
+
+def arguments(corpus_folder, out, **changed) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    words = {
+        "preset": "tiny",
+        "data": corpus_folder,
+        "out": out,
+        "steps": 6,
+        "encoder-steps": 2,
+        "adversarial-from": 4,
+        "batch": 2,
+        "frames": 6,
+        "threads": 1,
+        "device": "cpu",
+        **changed,
+    }
+    return parser.parse_args([part for k, v in words.items() for part in (f"--{k}", str(v))])
+
+
+def logged(out) -> dict[int, dict[str, float]]:
+    """Losses by step, from every CSV log of a run."""
+    found = {}
+    for path in sorted((out / "logs").rglob("metrics.csv")):
+        with open(path, encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                found[int(row["at_step"].split(".")[0])] = {
+                    k: float(v) for k, v in row.items() if v and k not in ("step", "epoch")
+                }
+    return found
+
+
+def test_six_steps_equal_three_and_a_restart_and_three(corpus_folder, tmp_path):
+    """All three stages lie in these steps: encoder 0-1, decoder 2-3, discriminator 4-5."""
+    assert main(arguments(corpus_folder, tmp_path / "whole")) == 0
+    module = build(arguments(corpus_folder, tmp_path / "parts"))
+    from lmd.train_codec import build_trainer
+
+    trainer = build_trainer(arguments(corpus_folder, tmp_path / "parts"), stop_at=3)
+    trainer.fit(module)
+    assert int(module.step) == 3
+    assert (tmp_path / "parts" / LAST).exists()
+    assert main(arguments(corpus_folder, tmp_path / "parts")) == 0
+    whole, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
+    assert sorted(whole) == sorted(parts) == list(range(6))
+    assert whole == parts
+    assert "judge" in whole[5]
+    assert "judge" not in whole[3]
+    a, b = (load_codec(tmp_path / run / "codec.safetensors") for run in ("whole", "parts"))
+    for (name, one), (_, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+    assert read_header(tmp_path / "parts" / "codec.safetensors").notes["steps"] == 6
+
+
+def test_a_run_from_a_given_encoder_leaves_it_alone(corpus_folder, tmp_path):
+    first = arguments(corpus_folder, tmp_path / "a", steps=2, **{"adversarial-from": 9})
+    assert main(first) == 0
+    given = tmp_path / "a" / "codec.safetensors"
+    second = arguments(corpus_folder, tmp_path / "b", steps=2, encoder=given)
+    assert main(second) == 0
+    before, after = load_codec(given), load_codec(tmp_path / "b" / "codec.safetensors")
+    wave = torch.from_numpy(notes(3))[None]
+    assert torch.equal(before.encode(wave), after.encode(wave))
+    latents = before.encode(wave)
+    assert not torch.equal(before.decode(latents), after.decode(latents))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(corpus_folder):
+    config, plan = preset("tiny").codec, CodecPlan(steps=9, batch=2, frames=4)
+    first, second = (CodecWindows(Corpus(corpus_folder, "train"), config, plan) for _ in range(2))
+    first.batch(0)
+    assert torch.equal(first.batch(7), second.batch(7))
+    assert not torch.equal(first.batch(7), first.batch(8))
+    assert first.batch(7).shape == (2, 1, 4096)
+
+
+def test_training_reads_no_held_out_piece(corpus_folder, tmp_path):
+    module = build(arguments(corpus_folder, tmp_path))
+    assert {row.name for row in module.windows.corpus.rows} == {"row 0", "row 1"}
+
+
+def test_a_corpus_of_another_rate_is_refused(corpus_folder):
+    config = dataclasses.replace(preset("tiny").codec, sample_rate=44_100)
+    with pytest.raises(LmdError, match="22050 Hz"):
+        CodecWindows(Corpus(corpus_folder), config, CodecPlan(steps=1))
+
+
+def test_the_paper_preset_has_no_spectral_codec_to_train(corpus_folder, tmp_path):
+    with pytest.raises(LmdError, match="tiny or small"):
+        build(arguments(corpus_folder, tmp_path, preset="paper"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
+    check_finite({"loss": torch.tensor(1.0)}, 7)
+    with pytest.raises(LmdError, match="mel_db not finite at step 7"):
+        check_finite({"loss": torch.tensor(1.0), "mel_db": torch.tensor(math.nan)}, 7)
+
+
+def test_learning_rate_warms_up_and_ends_at_a_twentieth():
+    plan = CodecPlan(steps=1000, learning_rate=1.0)
+    assert learning_rate(plan, 0) == pytest.approx(0.01)
+    assert learning_rate(plan, 200) > 0.9
+    assert learning_rate(plan, 1000) == pytest.approx(0.05)
+
+
+def test_losses_are_zero_for_the_truth_and_not_for_another():
+    wave = 0.1 * normal((2, 1024 * 6), 0, "test wave")
+    spectrum = stft(wave, 1024, 256)
+    power = spectrum.abs().square()
+    mel, weights = mel_matrix(513, RATE), torch.ones(513)
+    level = 10 * torch.log10(power + 1e-8)
+    # float32 logarithms; measured 2e-6 and 1e-6
+    assert all(float(part) < 1e-4 for part in level_loss(level, power, mel, weights, -80.0))
+    bins, bands = level_loss(level + 3, power, mel, weights, -80.0)
+    assert float(bins) == pytest.approx(3, abs=1e-3)
+    assert float(bands) == pytest.approx(3, abs=1e-3)
+    in_time, _ = phase.advances(spectrum, 1024, 256)
+    assert float(advance_loss(in_time, in_time, spectrum.abs())) == 0
+    assert float(advance_loss(0 * in_time, in_time, spectrum.abs())) == pytest.approx(1, abs=0.1)
+    assert float(multi_resolution_loss(wave, wave, RATE)) == 0
+    assert float(multi_resolution_loss(wave / 2, wave, RATE)) == pytest.approx(6, abs=0.1)
+
+
+def test_discriminator_losses_have_their_stated_targets():
+    torch.manual_seed(0)
+    judge = Discriminator(width=4)
+    real = judge(0.1 * normal((2, 8192), 0, "test wave"))
+    assert len(real) == 3
+    ones, zeros = ([[torch.full((1,), v)]] for v in (1.0, 0.0))
+    assert float(discriminator_loss(ones, zeros)) == 0
+    assert float(discriminator_loss(zeros, ones)) == 2
+    assert float(generator_loss(real, real)[1]) == 0
+    assert float(generator_loss(real, judge(torch.zeros(2, 8192)))[1]) > 0.1
+
+
+def test_every_trained_part_gets_a_gradient(corpus_folder, tmp_path):
+    """In the last stage, decoder heads and blocks all learn; the encoder does not."""
+    args = arguments(corpus_folder, tmp_path, **{"encoder-steps": 0, "adversarial-from": 9})
+    module = build(args)
+    wave = module.windows.batch(0)
+    module._decoder_losses(wave)["loss"].backward()
+    for name, parameter in module.codec.named_parameters():
+        learns = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert learns == name.startswith("decoder."), name
+
+
+def test_scores_of_a_wave_against_itself_are_perfect():
+    wave = torch.from_numpy(notes(0))[0]
+    scores = codec_metrics.compare(wave, wave, RATE)
+    assert scores.log_mel_db == 0
+    assert scores.stft_distance == 0
+    assert scores.chroma == pytest.approx(1, abs=1e-5)
+    assert scores.onset_f1 == 1
+    assert scores.si_sdr_db > 60
+
+
+def test_scores_tell_what_is_wrong():
+    wave = torch.from_numpy(notes(0))[0]
+    louder = codec_metrics.compare(2 * wave, wave, RATE)
+    assert 0.5 < louder.log_mel_db <= 6.1  # 6.02 dB except where both lie under the floor
+    assert louder.si_sdr_db > 60  # scale-invariant
+    time = torch.arange(wave.shape[0]) / RATE
+    other = codec_metrics.compare(0.2 * torch.sin(2 * math.pi * 233.08 * time), wave, RATE)
+    assert other.chroma < 0.6
+    assert other.onset_f1 < 0.3
+    assert other.si_sdr_db < 0
+
+
+def test_onsets_are_found_where_notes_begin():
+    found = codec_metrics.onsets_s(torch.from_numpy(notes(0))[0], RATE)
+    expected = torch.arange(1, 8) / 3
+    nearest = (found[None] - expected[:, None]).abs().amin(1)
+    assert nearest.max() < 0.03  # a hop is 12 ms, the difference spans three
+    assert len(found) <= 9
+
+
+def test_next_frame_r2_is_one_for_a_recurrence_and_none_for_noise():
+    time = torch.arange(200) / 10
+    waves = [torch.stack([torch.sin(time + i), torch.cos(1.3 * time + i)]) for i in range(6)]
+    assert codec_metrics.next_frame_r2(waves) > 0.98
+    noise = [normal((2, 200), i, "test noise") for i in range(6)]
+    assert abs(codec_metrics.next_frame_r2(noise)) < 0.1
+
+
+def test_evaluate_reports_every_family_and_the_seam(corpus_folder):
+    torch.manual_seed(0)
+    codec = SpectralCodec(preset("tiny").codec).eval()
+    with torch.no_grad():
+        codec.decoder.level.bias.fill_(-2.5)
+    result = codec_metrics.evaluate(codec, Corpus(corpus_folder, "test"), hours=1.0)
+    assert set(result["families"]) == {"piano", "strings"}
+    assert result["all"]["n"] == 3
+    assert result["stream_difference"] < 1e-3
+    assert result["lookahead_frames"] <= 4
+    table = codec_metrics.markdown_table(result)
+    assert table.count("\n") == 4
+    assert "| piano | 1 |" in table
