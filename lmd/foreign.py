@@ -7,6 +7,7 @@ conventions become ours here and nowhere else.
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +97,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # an unusual pickle protocol: whatever it holds is checked
+            warnings.simplefilter("ignore", UserWarning)
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LmdError(
             f"{path}, a pickle with more in it than tensors, which could run code",
@@ -104,8 +107,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "Do not load it; ask its author for a .safetensors file.",
         ) from error
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise LmdError(
-            f"{path}, which cannot be read ({str(error).splitlines()[0]})",
+            f"{path}, which cannot be read ({reason})",
             "a whole .safetensors or .ckpt file",
             "It was cut off or is something else: fetch it again.",
         ) from error

@@ -132,9 +132,7 @@ def table(rows: list[Row]) -> str:
 
 def report(foreign: Foreign, rows: list[Row], folder: Path) -> str:
     """The rows and what was left out, as JSON; a difference that is no number becomes null."""
-    told = [asdict(row) for row in rows]
-    for row in told:
-        row["max_abs_diff"] = row["max_abs_diff"] if math.isfinite(row["max_abs_diff"]) else None
+    told = [{k: _finite(v) for k, v in asdict(row).items()} for row in rows]
     content = {
         "folder": folder.name,
         "tolerance": TOLERANCE,
@@ -144,6 +142,11 @@ def report(foreign: Foreign, rows: list[Row], folder: Path) -> str:
         "ok": all(row.ok for row in rows),
     }
     return json.dumps(content, indent=1, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    """None for a number that JSON cannot say."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

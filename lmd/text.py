@@ -207,7 +207,7 @@ def _load_t5(model: str, dim: int) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = T5EncoderModel.from_pretrained(model)
     except (ImportError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise LmdError(
             f"no T5 called {model!r} ({reason})",
             "its tokenizer and weights in a folder or in the local cache",

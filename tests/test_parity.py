@@ -1,0 +1,391 @@
+import json
+import pickle
+import shutil
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmd.__main__ import main
+from lmd.dit import Condition
+from lmd.errors import LmdError
+from lmd.foreign import joined_projections, load_foreign, transformer_name
+from lmd.foreign_config import parse_config
+from lmd.oobleck import build_reference
+
+OUTPUTS = {"velocity", "velocity_cfg4", "seconds_embed", "encoder_out", "decoder_out"}
+LAYER = "model.model.transformer.layers.0."
+
+
+@pytest.fixture
+def folder(fixtures, tmp_path):
+    """A copy of the reference folder that a test may change."""
+    return shutil.copytree(fixtures / "parity", tmp_path / "parity")
+
+
+def edit_config(folder, change):
+    raw = json.loads((folder / "model_config.json").read_text())
+    change(raw)
+    (folder / "model_config.json").write_text(json.dumps(raw))
+
+
+def edit_weights(folder, change, file="model.safetensors"):
+    tensors = load_file(folder / file)
+    tensors = change(tensors) or tensors
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / file)
+
+
+def run(folder, *options):
+    return main(["parity", str(folder), *options])
+
+
+def test_every_reference_output_is_met(fixtures, tmp_path):
+    path = tmp_path / "parity.json"
+    assert run(fixtures / "parity", "--json", str(path)) == 0
+    told = json.loads(path.read_text())
+    assert {row["name"] for row in told["rows"]} == OUTPUTS
+    for row in told["rows"]:
+        assert row["max_abs_expected"] > 0.3
+        assert row["max_abs_diff"] < 1e-5  # measured: at most 1.3e-6 (the command asks for 1e-4)
+    assert told["ok"] is True
+
+
+def test_the_table_names_every_output_and_json_can_go_to_standard_output(folder, capsys):
+    run(folder)
+    table = capsys.readouterr().out
+    assert all(name in table for name in OUTPUTS)
+    run(folder, "--json", "-")
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+CORRUPTIBLE = {
+    "velocity": LAYER + "self_attn.to_qkv.weight",
+    "velocity_cfg4": LAYER + "cross_attn.to_kv.weight",
+    "seconds_embed": "conditioner.conditioners.seconds_total.embedder.embedding.1.bias",
+    "encoder_out": "pretransform.model.encoder.layers.1.layers.0.layers.1.weight_g",
+    "decoder_out": "pretransform.model.decoder.layers.2.layers.0.beta",
+}
+
+
+@pytest.mark.parametrize("output", CORRUPTIBLE)
+def test_a_corrupted_weight_makes_the_command_exit_1(folder, output, capsys):
+    def corrupt(tensors):
+        tensors[CORRUPTIBLE[output]][0] += 0.5
+
+    edit_weights(folder, corrupt)
+    assert run(folder) == 1
+    assert output in capsys.readouterr().err
+
+
+def test_inv_freq_is_taken_from_the_file(folder, capsys):
+    name = "model.model.transformer.rotary_pos_emb.inv_freq"
+    frequencies = 1e6 ** (-torch.arange(16) / 16)
+    edit_weights(folder, lambda tensors: tensors.update({name: frequencies}))
+    assert run(folder) == 1  # the expected outputs were made with base 10,000
+    assert "velocity" in capsys.readouterr().err
+    loaded = load_foreign(folder)
+    assert torch.equal(loaded.model.dit.rope.inv_freq, frequencies)
+    assert abs(loaded.config.dit.rope_base - 1e6) < 1e2
+
+
+def test_a_lightning_checkpoint_with_split_projections_gives_the_same(folder):
+    def dress(tensors):
+        dressed = {}
+        for name, tensor in tensors.items():
+            if name.endswith("self_attn.to_qkv.weight"):
+                stem = "diffusion." + name.removesuffix("to_qkv.weight")
+                dressed[stem + "to_q.weight"] = tensor[:64].clone()
+                dressed[stem + "to_kv.weight"] = tensor[64:].clone()
+            else:
+                dressed["diffusion." + name] = tensor
+        return dressed
+
+    dressed = dress(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": dressed, "epoch": 3}, folder / "model.ckpt")
+    assert run(folder) == 0
+
+
+def test_an_input_add_projection_and_further_controls_are_loaded(folder):
+    weight = torch.randn(64, 1 + 8 + 9)  # mask, latents, and nine further channels
+    name = "model.model.to_input_add_embed.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: weight}))
+    loaded = load_foreign(folder)
+    assert loaded.fresh == ()
+    assert torch.equal(loaded.model.dit.to_input_add.weight, weight)
+    assert sum(control.channels for control in loaded.config.dit.controls) == 9
+    assert run(folder) == 0
+
+
+def test_a_stock_model_gets_an_input_add_of_zeros(fixtures):
+    loaded = load_foreign(fixtures / "parity")
+    assert loaded.fresh == ("model.dit.to_input_add.weight",)
+    assert not loaded.model.dit.to_input_add.weight.any()
+
+
+def test_unmatched_keys_are_all_listed_and_refused_unless_lenient(folder, capsys):
+    extra = {"losses.0.weight": torch.zeros(1), LAYER + "novel.weight": torch.zeros(1)}
+    extra["pretransform.model.quantizer.weight"] = torch.zeros(2)
+    edit_weights(folder, lambda tensors: tensors.update(extra))
+    assert run(folder) == 2
+    told = capsys.readouterr().err
+    assert all(name in told for name in extra)
+    assert run(folder, "--lenient") == 0
+    assert load_foreign(folder, strict=False).unmatched == tuple(sorted(extra))
+
+
+def test_missing_and_misshapen_weights_are_all_listed(folder):
+    def spoil(tensors):
+        del tensors[LAYER + "ff.ff.2.bias"]
+        del tensors["pretransform.model.decoder.layers.0.bias"]
+        tensors["model.model.to_cond_embed.0.weight"] = torch.zeros(64, 25)
+
+    edit_weights(folder, spoil)
+    with pytest.raises(LmdError) as refusal:
+        load_foreign(folder, strict=False)
+    for part in (
+        "dit.blocks.0.ff.to_out.bias",
+        "codec.decoder.conv1.bias",
+        "to_cond_embed.0.weight (64, 25) instead of (64, 24)",
+    ):
+        assert part in str(refusal.value)
+
+
+def test_a_layer_norm_with_a_shift_is_refused(folder):
+    edit_weights(folder, lambda tensors: {**tensors, LAYER + "pre_norm.beta": torch.ones(64)})
+    with pytest.raises(LmdError, match=r"layers\.0\.pre_norm\.beta"):
+        load_foreign(folder)
+
+
+UNSUPPORTED = {
+    "another kind": lambda raw: raw.update(model_type="autoencoder"),
+    "v objective": lambda raw: raw["model"]["diffusion"].update(diffusion_objective="v"),
+    "adaLN": lambda raw: raw["model"]["diffusion"]["config"].update(global_cond_type="adaLN"),
+    "no qk norm": lambda raw: raw["model"]["diffusion"]["config"].pop("attn_kwargs"),
+    "misspelt": lambda raw: raw["model"]["diffusion"]["config"].update(dpeth=3),
+    "tanh by default": lambda raw: _decoder(raw).pop("final_tanh"),
+    "no snake": lambda raw: _decoder(raw).update(use_snake=False),
+    "quantizer": lambda raw: raw["model"]["pretransform"]["config"].update(
+        bottleneck={"type": "rvq"}
+    ),
+    "scaled latents": lambda raw: raw["model"]["pretransform"].update(scale=0.5),
+    "two numbers": lambda raw: raw["model"]["conditioning"]["configs"].append(
+        {"id": "seconds_start", "type": "number", "config": {"min_val": 0, "max_val": 5}}
+    ),
+    "no strides": lambda raw: _decoder(raw).pop("strides"),
+    "other mirror": lambda raw: _decoder(raw).update(strides=[4, 4, 2]),
+    "other latents": lambda raw: raw["model"].update(io_channels=9),
+    "other condition": lambda raw: raw["model"]["conditioning"].update(cond_dim=25),
+}
+
+
+def _decoder(raw):
+    return raw["model"]["pretransform"]["config"]["decoder"]["config"]
+
+
+@pytest.mark.parametrize("change", UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_what_is_not_built_is_refused(folder, change, capsys):
+    edit_config(folder, change)
+    assert run(folder) == 2
+    assert "found" in capsys.readouterr().err
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+    def __init__(self, path):
+        self.path = path
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(folder):
+    (folder / "model.safetensors").unlink()
+    trap = RunsCode(folder / "ran")
+    (folder / "model.ckpt").write_bytes(pickle.dumps({"state_dict": trap}))
+    with pytest.raises(LmdError, match="could run code"):
+        load_foreign(folder)
+    assert not trap.path.exists()
+    pickle.loads((folder / "model.ckpt").read_bytes())["state_dict"].close()
+    assert trap.path.exists()  # the trap works
+
+
+@pytest.mark.parametrize("n_bytes", [0, 9, 5000])
+@pytest.mark.parametrize("file", ["model.safetensors", "expected.safetensors", "model.ckpt"])
+def test_a_truncated_file_is_refused(folder, file, n_bytes):
+    if file == "model.ckpt":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes((folder / file).read_bytes()[:n_bytes])
+    assert run(folder) == 2
+
+
+def test_a_folder_without_what_is_needed_is_refused(folder, tmp_path, capsys):
+    assert run(tmp_path / "nowhere") == 2
+    (folder / "expected.safetensors").unlink()
+    assert run(folder) == 2
+    (folder / "model_config.json").write_text("{")
+    assert run(folder) == 2
+    assert "not JSON" in capsys.readouterr().err
+
+
+def test_an_unknown_output_or_a_missing_input_is_refused(folder, capsys):
+    def add(tensors):
+        tensors["spectrogram"] = torch.zeros(1)
+
+    edit_weights(folder, add, "expected.safetensors")
+    assert run(folder) == 2
+    assert "spectrogram" in capsys.readouterr().err
+
+    def take(tensors):
+        del tensors["spectrogram"], tensors["wave"]
+
+    edit_weights(folder, take, "expected.safetensors")
+    assert run(folder) == 2
+    assert "wave" in capsys.readouterr().err
+
+
+def test_outputs_of_another_shape_or_with_nan_do_not_pass(folder):
+    def cut(tensors):
+        tensors["velocity"] = tensors["velocity"][..., :-1].contiguous()
+        tensors["decoder_out"][..., 5] = float("nan")
+
+    edit_weights(folder, cut, "expected.safetensors")
+    assert run(folder) == 1
+
+
+@torch.no_grad()
+def make_folder(folder, raw, seconds):
+    """A folder of other sizes: random weights under foreign names, outputs of other code paths.
+
+    The autoencoder's outputs are diffusers'. The transformer's are this project's own, so this
+    checks that sizes and names are read, not the arithmetic, which the reference folder does.
+    """
+    config = parse_config(raw)
+    from lmd.dit import LiveModel
+
+    model = LiveModel(config.dit, config.max_seconds)
+    codec = build_reference(config.codec)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    model.dit.to_input_add.weight.zero_()
+    ours = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors = foreign_names(config, ours, codec.state_dict())
+    folder.mkdir()
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "model_config.json").write_text(json.dumps(raw))
+    c, hop = config.dit.latent_dim, config.codec.samples_per_frame
+    given = {
+        "latents": torch.randn(1, c, 10),
+        "t": torch.rand(1),
+        "cross_attn_cond": torch.randn(1, 4, config.dit.text_dim),
+        "global_cond": torch.randn(1, config.dit.global_dim),
+        "seconds": seconds,
+        "wave": torch.randn(1, config.codec.audio_channels, 12 * hop),
+        "vae_latents": torch.randn(1, c, 12),
+    }
+    condition = Condition(given["cross_attn_cond"], given["global_cond"])
+    expected = {
+        "velocity": model(given["latents"], given["t"], condition),
+        "seconds_embed": model.seconds(seconds),
+        "encoder_out": codec.encoder(given["wave"]),
+        "decoder_out": codec.decoder(given["vae_latents"]),
+    }
+    both = {name: tensor.contiguous() for name, tensor in (given | expected).items()}
+    save_file(both, folder / "expected.safetensors")
+
+
+def foreign_names(config, ours, codec):
+    """Invert the loader's naming by trying every name that the sizes allow."""
+    from lmd import foreign
+    from lmd.oobleck import from_stable_audio
+
+    layers = [
+        f"transformer.layers.{i}.{name}" for i in range(config.dit.depth) for name in foreign.LAYER
+    ]
+    tensors = {}
+    for name in (*foreign.OUTSIDE, *layers):
+        own = transformer_name(name)
+        if own in ours:
+            tensors[f"model.model.{name}"] = ours[own]
+    for name, own in foreign.SECONDS.items():
+        tensors[f"conditioner.conditioners.{config.seconds_id}.{name}"] = ours[own]
+    n = len(config.codec.strides)
+    inner = ["", *(f".layers.{i}" for i in range(5))]
+    inner += [f".layers.{i}.layers.{j}" for i in range(5) for j in range(4)]
+    for side in ("encoder", "decoder"):
+        for outer in range(n + 3):
+            for deep in inner:
+                for last in ("weight_g", "weight_v", "bias", "alpha", "beta"):
+                    name = f"{side}.layers.{outer}{deep}.{last}"
+                    own = from_stable_audio(name, config.codec)
+                    if own in codec:
+                        flat = codec[own].flatten() if last in ("alpha", "beta") else codec[own]
+                        tensors[f"pretransform.model.{name}"] = flat
+    return tensors
+
+
+def test_folders_of_other_sizes_work(fixtures, tmp_path):
+    raw = json.loads((fixtures / "parity" / "model_config.json").read_text())
+    other = deepcopy(raw)
+    other["model"]["io_channels"] = 4
+    other["model"]["conditioning"]["cond_dim"] = 12
+    other["model"]["conditioning"]["configs"][1] = {
+        "id": "length",
+        "type": "number",
+        "config": {"min_val": 0, "max_val": 90},
+    }
+    diffusion = other["model"]["diffusion"]
+    diffusion.update(cross_attention_cond_ids=["prompt", "length"], global_cond_ids=["length"])
+    diffusion["config"].update(
+        io_channels=4, embed_dim=128, depth=2, num_heads=1, cond_token_dim=12, global_cond_dim=12
+    )
+    diffusion["config"]["ff_kwargs"] = {"mult": 2}
+    autoencoder = other["model"]["pretransform"]["config"]
+    autoencoder.update(latent_dim=4, downsampling_ratio=16, io_channels=1)
+    for half, key, latent in (("encoder", "in_channels", 8), ("decoder", "out_channels", 4)):
+        autoencoder[half]["config"].update(
+            {"channels": 6, "c_mults": [1, 3], "strides": [8, 2], "latent_dim": latent, key: 1}
+        )
+    seconds = torch.tensor([0.0, 45.0, 90.0, 200.0])  # the last one is clamped
+    make_folder(tmp_path / "other", other, seconds)
+    assert run(tmp_path / "other") == 0
+    loaded = load_foreign(tmp_path / "other")
+    assert loaded.config.dit.head_dim == 128
+    assert loaded.config.max_seconds == 90
+    assert torch.equal(*loaded.model.seconds(seconds)[2:])
+
+
+def test_projections_that_are_not_split_stay_as_they_are():
+    tensors = {
+        "a.self_attn.to_qkv.weight": torch.zeros(3, 1),
+        "a.cross_attn.to_q.weight": torch.ones(1),
+    }
+    assert joined_projections(tensors).keys() == tensors.keys()
+
+
+def test_a_stock_config_of_stable_audio_open_small_gives_the_paper_preset(fixtures):
+    from lmd.config import preset
+
+    raw = json.loads((fixtures / "parity" / "model_config.json").read_text())
+    raw["model"]["io_channels"] = 64
+    raw["model"]["conditioning"]["cond_dim"] = 768
+    raw["model"]["diffusion"]["config"].update(
+        io_channels=64,
+        embed_dim=1024,
+        depth=16,
+        num_heads=8,
+        cond_token_dim=768,
+        global_cond_dim=768,
+    )
+    autoencoder = raw["model"]["pretransform"]["config"]
+    autoencoder.update(latent_dim=64, downsampling_ratio=2048)
+    for half, latent in (("encoder", 128), ("decoder", 64)):
+        autoencoder[half]["config"].update(
+            channels=128, c_mults=[1, 2, 4, 8, 16], strides=[2, 4, 4, 8, 8], latent_dim=latent
+        )
+    config = parse_config(raw)
+    assert config.dit == preset("paper").dit
+    assert config.codec == preset("paper").codec
+    assert config.n_text_tokens == preset("paper").text.n_tokens
+    assert config.max_seconds == preset("paper").text.max_seconds
