@@ -28,6 +28,12 @@ class HeadConfig:
     strides: tuple[int, ...] = (1, 2, 2)
     n_blocks: int = 2  # ConvNeXt blocks before each strided convolution
 
+    @classmethod
+    def of(cls, width: int) -> "HeadConfig":
+        """The paper's head for models at least 256 wide, a narrower one for smaller models."""
+        c = min(128, width // 2)
+        return cls((c, c, 2 * c, 4 * c))
+
 
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution over time, then a per-frame MLP, added to its input; starts as zero."""

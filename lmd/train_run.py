@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +141,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     )
 
 
-def remember_options(out: Path, options: TrainOptions, args: argparse.Namespace) -> None:
+def remember_options(out: Path, options: Any, args: argparse.Namespace) -> None:
     """Write the run's options, or compare them with those it was begun with.
 
     Raises:
@@ -163,11 +162,22 @@ def remember_options(out: Path, options: TrainOptions, args: argparse.Namespace)
     write_atomic(path, json.dumps(present, indent=1).encode())
 
 
-def notes_of(stage: Stage, args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
+def command_of(stage: Stage, args: argparse.Namespace) -> str:
+    """The command that gives these arguments, defaults left out."""
+    parser = argparse.ArgumentParser()
+    configure(parser, stage)
+    words = ["python", "-m", "lmd", "train", stage]
+    for name, value in vars(args).items():
+        if value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def notes_of(stage: str, args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
     """What a weights file says about its making."""
     hours = sum(e.duration_s for e in data.entries if e.split == "train" and e.voice < 0) / 3600
     return {
-        "command": f"python -m lmd train {stage} {shlex.join(sys.argv[3:])}",
+        "command": command_of(stage, args),
         "seed": args.seed,
         "data": {
             "hours": round(hours, 2),

@@ -1,6 +1,7 @@
 """The machine around a run: precision, throughput, checkpoints, logs, and Lightning's Trainer."""
 
 import io
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -52,17 +53,20 @@ class RunOptions:
     progress: bool = True
 
 
-def product_rate(dtype: torch.dtype, width: int, seconds: float = 0.2) -> float:
-    """Multiply-adds × 2 per second of a product of the transformer's feed-forward shape."""
+def product_rate(dtype: torch.dtype, width: int, seconds: float = 0.3) -> float:
+    """Floating-point operations per second of the transformer's feed-forward product.
+
+    The best of many, so that other programs on the machine do not flatter a run's utilisation.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(1920, width, device=device, dtype=dtype)
     b = torch.randn(width, 8 * width, device=device, dtype=dtype)
-    a @ b
-    n, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
         float((a @ b)[0, 0])
-        n += 1
-    return n * 2 * a.numel() * b.shape[1] / (time.perf_counter() - start)
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.numel() * b.shape[1] / best
 
 
 def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
@@ -196,10 +200,11 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step=*.ckpt"))
 
 
-class _Remember(ModelCheckpoint):
+class Remember(ModelCheckpoint):
     """Tells the module where its last good checkpoint is."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """A run that goes on has one from the start."""
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
             pl_module.last_checkpoint = str(trainer.ckpt_path)
@@ -222,7 +227,7 @@ def build_trainer(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(run.out)) else 0
     logs = {"save_dir": run.out, "name": "logs", "version": f"from-{start:07d}"}
-    keep = _Remember(
+    keep = Remember(
         run.out / "checkpoints",
         filename="{step:07d}",
         monitor="step",
@@ -236,7 +241,7 @@ def build_trainer(
         accelerator=run.accelerator,
         devices=run.devices,
         num_nodes=run.num_nodes,
-        strategy=_strategy(run, n_processes),
+        strategy=choose_strategy(run, n_processes),
         precision=PRECISIONS[precision],
         max_steps=options.n_steps,
         max_epochs=-1,
@@ -252,7 +257,7 @@ def build_trainer(
     )
 
 
-def _strategy(run: RunOptions, n_processes: int) -> Any:
+def choose_strategy(run: RunOptions, n_processes: int) -> Any:
     """How processes share the work; a single one needs nothing."""
     if run.strategy == "fsdp":
         raise LmdError("strategy fsdp", "ddp", "Not built yet.")

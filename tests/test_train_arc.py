@@ -1,0 +1,312 @@
+"""`lmd train arc`: whose weights move, exact resume, processes, warnings, what a run leaves."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latents_fake import write_latents
+
+from lmd.__main__ import main
+from lmd.arc import LossWeights
+from lmd.arc_card import arc_log, costs
+from lmd.arc_plan import ArcOptions, draw_dropped, plan_update
+from lmd.arc_training import ArcRun, ArcTraining, make_part
+from lmd.checkpoint import load_model, read_header, save_checkpoint
+from lmd.config import preset
+from lmd.curriculum import Rows
+from lmd.discriminator import Discriminator, HeadConfig
+from lmd.dit import LiveModel
+from lmd.errors import LmdError
+from lmd.text import HashTextEncoder
+from lmd.train_arc import RunOptions, fit
+from lmd.train_run import LatentSource
+
+HERE = Path(__file__).parent
+TINY = preset("tiny")
+WORDS = (
+    *("--preset", "tiny", "--batch", "4", "--blocks", "1,2", "--steps", "2,3", "--warmup", "4"),
+    *("--last-block", "blocks.1", "--r1", "0.1", "--r2", "0.1", "--precision", "32"),
+    *("--lr-generator", "1e-3", "--lr-discriminator", "1e-3"),
+    *("--accelerator", "cpu", "--no-progress"),
+)
+OPTIONS = ArcOptions(
+    n_blocks=((1, 1.0),),
+    n_steps=((2, 1.0),),
+    n_warmup=2,
+    last_block="blocks.1",
+    head=HeadConfig((8, 8, 12, 16), n_blocks=1),
+    weights=LossWeights(1.0, 0.1, 0.1),
+)
+RUN = ArcRun(n_updates=6, batch=2, lr_generator=1e-3, lr_discriminator=1e-3, arc=OPTIONS)
+
+
+def lively_model(seed: int) -> LiveModel:
+    """A tiny model with nothing left at its zero initialisation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LiveModel(TINY.dit)
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Latents, a base and a fine-tuned model."""
+    folder = write_latents(tmp_path_factory.mktemp("arc"), n_sounds=6)
+    for seed, kind in enumerate(("base", "finetuned")):
+        weights = lively_model(seed).state_dict()
+        save_checkpoint(folder / f"{kind}.safetensors", weights, kind=kind, config=TINY)
+    return folder
+
+
+def words(data: Path, out: Path, n_updates: int, *more: object) -> list[str]:
+    files = ["--data", data, "--init", data / "finetuned.safetensors"]
+    files += ["--base", data / "base.safetensors", "--out", out, "--updates", n_updates]
+    return [*WORDS, *map(str, files), *map(str, more)]
+
+
+def start(*arguments: object, kill_at: int | None = None) -> subprocess.Popen:
+    """A training process, killed after an update if told so."""
+    head = ["-m", "lmd", "train", "arc"] if kill_at is None else [HERE / "arc_worker.py", kill_at]
+    return subprocess.Popen(
+        [sys.executable, *map(str, [*head, *arguments])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        cwd=HERE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    text, _ = process.communicate(timeout=180)
+    assert process.returncode == code, text
+    return text
+
+
+NUMBERS = ["discriminator/pair", "discriminator/contrastive", "generator/pair", "accuracy"]
+
+
+def curves(out: Path) -> np.ndarray:
+    return arc_log(out)[NUMBERS].to_numpy()
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """Twenty updates in one go."""
+    out = tmp_path_factory.mktemp("straight")
+    assert main(["train", "arc", *words(data, out, 20, "--checkpoint-every", 10)]) == 0
+    return out
+
+
+# Whose weights move
+
+
+def module_of(data: Path, run: ArcRun = RUN) -> ArcTraining:
+    text = HashTextEncoder(TINY.text.n_tokens, TINY.text.dim)
+    judge = Discriminator(lively_model(0), run.arc.last_block, run.arc.head)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for parameter in judge.head.parameters():
+            parameter.data = torch.randn(parameter.shape) * 0.2
+    return ArcTraining(lively_model(1), judge, text, LatentSource(data, 0), run)
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(before: dict[str, torch.Tensor], module: torch.nn.Module) -> bool:
+    return all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+class Watch:
+    """Remembers both networks before every update and compares them after it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool, bool, bool]] = []
+
+    def callback(self):
+        from lightning.pytorch.callbacks import LambdaCallback
+
+        def before(trainer, module, batch, index):
+            self.kept = [state(n) for n in (module.generator, module.discriminator, module.ema)]
+
+        def after(trainer, module, outputs, batch, index):
+            plan = plan_update(module.run.arc, module.run.seed, batch[0].rows.step)
+            nets = (module.generator, module.discriminator, module.ema)
+            still = [same(kept, net) for kept, net in zip(self.kept, nets, strict=True)]
+            self.seen.append((plan.trains, *still))
+            assert all(p.grad is None for net in nets for p in net.parameters())
+
+        return LambdaCallback(on_train_batch_start=before, on_train_batch_end=after)
+
+
+def here(out: Path) -> RunOptions:
+    return RunOptions(out, precision="32", accelerator="cpu", progress=False)
+
+
+def test_each_update_moves_its_own_network_and_leaves_the_other_to_the_bit(data, tmp_path):
+    watch = Watch()
+    fit(module_of(data), here(tmp_path), (watch.callback(),))
+    for trains, generator_still, discriminator_still, average_still in watch.seen:
+        assert generator_still == (trains == "discriminator")
+        assert average_still == (trains == "discriminator")
+        assert discriminator_still == (trains == "generator")
+    turns = [seen[0][0] for seen in watch.seen]
+    assert turns == list("dddgdg")  # two of warm-up, then in turn
+
+
+def test_checkpointed_layers_give_the_same_curves(data, tmp_path):
+    for name in ("plain", "checkpointed"):
+        run = replace(RUN, checkpointing=name == "checkpointed")
+        fit(module_of(data, run), here(tmp_path / name))
+    assert np.array_equal(
+        curves(tmp_path / "plain"), curves(tmp_path / "checkpointed"), equal_nan=True
+    )
+
+
+# What an update draws
+
+
+def test_an_update_is_a_function_of_its_number():
+    plans = [plan_update(OPTIONS, 5, k) for k in range(40)]
+    assert plans == [plan_update(OPTIONS, 5, k) for k in range(40)]
+    assert {plan.block.regime for plan in plans} == {"block-causal", "enc-dec"}
+    assert {plan.n_calls for plan in plans} == {(1,), (2,)}
+
+
+def test_rows_are_dealt_other_rows_prompts_however_the_batch_is_split(data):
+    run, source = replace(RUN, batch=4), LatentSource(data, 0)
+    whole = make_part(run, source, 3, 0, 1)
+    parts = [make_part(run, source, 3, shard, 2) for shard in range(2)]
+    assert whole.wrong_prompts == [prompt for part in parts for prompt in part.wrong_prompts]
+    assert sorted(whole.wrong_prompts) == sorted(whole.prompts)
+    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+
+
+def test_text_is_dropped_at_the_given_rate_once_per_update():
+    options = replace(OPTIONS, text_dropout=0.3)
+    rows = [Rows(0, step, tuple(range(8)), 8) for step in range(100)]
+    drawn = torch.stack([draw_dropped(options, row) for row in rows]).float()
+    assert torch.equal(drawn[0], draw_dropped(options, rows[0]).float())
+    assert drawn.mean().item() == pytest.approx(0.3, abs=0.08)  # five standard deviations: 0.08
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_blocks": ((0, 1.0),)}, "positive multiple of 4"),
+        ({"block_lengths": ((6, 1.0),), "n_blocks": ((1, 1.0),)}, "1 blocks of 6 frames"),
+        ({"block_lengths": ((50, 1.0),)}, "a block of 50 frames"),
+    ],
+)
+def test_rollouts_that_cannot_be_scored_are_refused(change, message):
+    with pytest.raises(LmdError, match=message):
+        replace(OPTIONS, **change)
+
+
+# Runs
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(data, straight, tmp_path):
+    """20 updates = checkpoint at 10, kill -9 at 13, and the rest."""
+    arguments = words(data, tmp_path, 20, "--checkpoint-every", 10)
+    finish(start(*arguments, kill_at=13), -9)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step=0000010.ckpt"]
+    assert main(["train", "arc", *arguments]) == 0
+    assert arc_log(tmp_path)["step"].tolist() == list(range(20))
+    assert np.array_equal(curves(tmp_path), curves(straight), equal_nan=True)
+    ours, theirs = (read_header(p / "arc.safetensors").sha256 for p in (tmp_path, straight))
+    assert ours == theirs
+    kept = [
+        torch.load(p / "checkpoints/step=0000020.ckpt", weights_only=False)
+        for p in (tmp_path, straight)
+    ]
+    assert {name.split(".")[0] for name in kept[0]["state_dict"]} == {
+        "generator",
+        "discriminator",
+        "ema",
+        "n_winning",
+    }
+    assert len(kept[0]["optimizer_states"]) == 2
+    for name, tensor in kept[0]["state_dict"].items():
+        assert torch.equal(tensor, kept[1]["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("how", ["--devices", "--accumulate"])
+def test_a_split_batch_has_the_curves_of_a_whole_one(data, straight, tmp_path, how):
+    """Two processes, or two parts one after the other: equal but for the order of sums."""
+    if how == "--devices":
+        finish(start(*words(data, tmp_path, 8, how, 2)))
+    else:
+        assert main(["train", "arc", *words(data, tmp_path, 8, how, 2)]) == 0
+    one, both = curves(straight)[:8], curves(tmp_path)
+    assert np.array_equal(np.isnan(one), np.isnan(both))
+    assert np.nanmax(np.abs(both - one)) < 1e-4
+
+
+def test_a_run_leaves_weights_logs_and_a_card(data, straight):
+    header = read_header(straight / "arc.safetensors")
+    assert (header.kind, header.notes["steps"], header.stored) == ("arc", 20, "float16")
+    model = load_model(straight / "arc.safetensors")
+    before = load_model(data / "finetuned.safetensors")
+    moved = [
+        not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    ]
+    assert any(moved)
+    card = (straight / "arc.md").read_text(encoding="utf-8")
+    assert header.sha256 in card
+    assert "| generator | 96 |" in card
+    table = costs(straight)
+    assert set(table["rollout_frames"]) == {48, 96}
+    assert (table["seconds"] > 0).all()
+    assert (table["memory_gb"] > 0.1).all()
+    assert table["updates"].sum() == 20
+
+
+# What stops or warns
+
+
+def test_a_discriminator_that_has_won_is_reported_with_advice(data, tmp_path):
+    run = replace(RUN, n_updates=3, winning_accuracy=-1.0, winning_updates=2)
+    with pytest.warns(UserWarning, match=r"2 of its updates.*Lower --lr-discriminator"):
+        fit(module_of(data, run), here(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_names_update_rows_and_checkpoint(data):
+    module = module_of(data)
+    module.last_checkpoint = "step=3.ckpt"
+    part = make_part(RUN, module.source, 4, 0, 1)
+    part.latents[0, 0, 0] = float("nan")
+    with pytest.raises(LmdError, match=r"loss of nan at update 4 on \['sound.*step=3.ckpt"):
+        module.backward_part(part, plan_update(RUN.arc, RUN.seed, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--steps", "8,x"], "--steps '8,x'"),
+        (["--regimes", "sideways"], "--regimes 'sideways'"),
+        (["--batch", "0"], "--batch 0"),
+        (["--block-frames", "50"], "a block of 50 frames"),
+        (["--last-block", "blocks.9"], "blocks.9"),
+        (["--init", "nowhere.safetensors"], "no file nowhere.safetensors"),
+        (["--preset", "small"], "latents of 8 channels"),
+    ],
+)
+def test_bad_words_are_refused(data, tmp_path, capsys, change, message):
+    assert main(["train", "arc", *words(data, tmp_path, 2), *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_row_cannot_be_contrasted(data):
+    with pytest.raises(LmdError, match="at least 2 items"):
+        make_part(replace(RUN, batch=1), LatentSource(data, 0), 0, 0, 1)
