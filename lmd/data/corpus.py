@@ -70,6 +70,7 @@ class Row:
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
+TEXT_COLUMNS: dict[str, type] = {field.name: str for field in fields(Row) if field.type is str}
 
 
 def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
@@ -180,7 +181,7 @@ def read_manifest(folder: Path) -> pd.DataFrame:
     path = folder / MANIFEST
     if not path.is_file():
         raise LmdError(f"no {path}", "a built corpus", "Run: python -m lmd data build.")
-    table = pd.read_csv(path, keep_default_na=False)
+    table = pd.read_csv(path, keep_default_na=False, dtype=TEXT_COLUMNS)
     if tuple(table.columns) != COLUMNS:
         odd = sorted(set(table.columns) ^ set(COLUMNS))
         raise LmdError(f"columns {odd} in {path}", "the manifest of this version", "Build again.")

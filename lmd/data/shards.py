@@ -52,11 +52,10 @@ class Entry:
 
 
 ENTRY_COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Entry))
+TEXT_COLUMNS: dict[str, type] = {field.name: str for field in fields(Entry) if field.type is str}
 
 
-def write_shard(
-    path: Path, latents: list[Float[Tensor, "frame latent"]], entries: list[Entry]
-) -> None:
+def write_shard(path: Path, latents: list[Tensor], entries: list[Entry]) -> None:
     """Write a shard and, after it, the side file with its entries and checksum.
 
     Args:
@@ -148,7 +147,7 @@ class LatentShards:
         path = self.folder / INDEX
         if not path.is_file():
             raise LmdError(f"no {path}", "encoded latents", "Run: python -m lmd data encode.")
-        self.table = pd.read_csv(path, keep_default_na=False)
+        self.table = pd.read_csv(path, keep_default_na=False, dtype=TEXT_COLUMNS)
         self.entries = [Entry(*row) for row in self.table.itertuples(index=False, name=None)]
         self.settings: dict[str, Any] = json.loads((self.folder / SETTINGS).read_text())
         self.latent_dim: int = self.settings["latent_dim"]

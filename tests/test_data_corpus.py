@@ -1,0 +1,175 @@
+"""A built corpus: the same bytes every time, resumable, split by piece, stems played again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lmd.__main__ import main
+from lmd.data.build import BuildSettings, build_corpus, plan
+from lmd.data.corpus import COLUMNS, Corpus, read_manifest, write_wav
+from lmd.data.levels import limit
+from lmd.data.render import sum_stems
+from lmd.data.scores import Shelf
+from lmd.errors import LmdError
+
+SETTINGS = BuildSettings(collections=("corelli", "ciconia", "luca"), max_seconds=6.0)
+HOURS = 18 / 3600
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("corpus")
+    build_corpus(out, HOURS, SETTINGS, cache=cache)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_two_builds_are_equal_to_the_byte(built: Path, cache: Path, tmp_path: Path) -> None:
+    build_corpus(tmp_path, HOURS, SETTINGS, cache=cache)
+    assert contents(tmp_path) == contents(built)
+
+
+@pytest.mark.slow
+def test_two_processes_build_what_one_builds(built: Path, cache: Path, tmp_path: Path) -> None:
+    build_corpus(tmp_path, HOURS, SETTINGS, workers=2, cache=cache)
+    assert contents(tmp_path) == contents(built)
+
+
+def test_an_interrupted_build_goes_on_and_ends_the_same(
+    built: Path, cache: Path, tmp_path: Path
+) -> None:
+    build_corpus(tmp_path, HOURS / 2, SETTINGS, cache=cache)
+    rows = Corpus(tmp_path).rows
+    assert 0 < len(rows) < len(Corpus(built))
+    torn = tmp_path / rows[0].path
+    torn.write_bytes(torn.read_bytes()[:-100])
+    untouched = tmp_path / rows[1].path
+    before = untouched.stat().st_mtime_ns
+    with (tmp_path / "rows.jsonl").open("a") as log:
+        log.write('{"name": "cut of')  # the kill came in the middle of a line
+    build_corpus(tmp_path, HOURS, SETTINGS, cache=cache)
+    assert untouched.stat().st_mtime_ns == before
+    new, old = contents(tmp_path), contents(built)
+    new.pop("rows.jsonl"), old.pop("rows.jsonl")  # a log: it also remembers the torn line
+    assert new == old
+
+
+def test_more_hours_extend_the_plan_and_change_nothing_of_it(cache: Path) -> None:
+    shelf = Shelf(SETTINGS.collections, cache)
+    names = [
+        [(piece.piece_id, n) for piece, n in plan(shelf, hours, SETTINGS)]
+        for hours in (HOURS, 3 * HOURS)
+    ]
+    assert names[1][: len(names[0])] == names[0]
+    assert len(set(names[1])) == len(names[1]) > len(names[0])
+    assert {n for _, n in names[1][:3]} == {0}  # every piece once before any comes again
+
+
+def test_no_piece_is_in_two_splits(cache: Path) -> None:
+    shelf = Shelf(("corelli", "ciconia", "luca", "lusitano"), cache)
+    found: dict[str, set[str]] = {}
+    for seed in range(3):
+        for piece, _ in plan(shelf, 4 * HOURS, BuildSettings(seed=seed, max_seconds=6.0)):
+            found.setdefault(piece.piece_id, set()).add(piece.split)
+    assert len(found) == 4
+    assert all(len(splits) == 1 for splits in found.values())
+
+
+def test_pandas_opens_the_manifest_and_every_row_is_true(built: Path) -> None:
+    table = pd.read_csv(built / "manifest.csv")
+    assert tuple(table.columns) == COLUMNS
+    corpus = Corpus(built)
+    for index, row in enumerate(corpus.rows):
+        wave = corpus.wave(index)
+        assert wave.shape == (1, row.n_samples)
+        assert row.duration_s == pytest.approx(row.n_samples / row.sample_rate, abs=1e-4)
+        assert 0.02 < np.abs(wave).max() <= 0.951
+        assert row.caption
+        assert len(row.instruments.split("|")) >= 1
+
+
+def test_stems_played_again_give_the_stored_mix_to_the_bit(built: Path, cache: Path) -> None:
+    corpus = Corpus(built)
+    for index in range(len(corpus)):
+        stems = corpus.stems(index, cache)
+        wave = limit(sum_stems(stems), corpus.sample_rate)
+        assert np.array_equal(np.round(wave * 32767).astype(np.int16).T, corpus.pcm(index))
+
+
+def test_stored_stems_are_those_played_again_in_16_bits(cache: Path, tmp_path: Path) -> None:
+    settings = BuildSettings(collections=("corelli",), max_seconds=4.0, stems=True)
+    build_corpus(tmp_path, 3 / 3600, settings, cache=cache)
+    corpus = Corpus(tmp_path)
+    stored = corpus.stems(0, cache)
+    assert stored.shape[0] == 3
+    row = corpus.rows[0]
+    object.__setattr__(row, "stem_paths", "")
+    # Half a step of 16 bits, and 1/32767 of it for the clipping that loud stems may meet.
+    assert np.abs(stored - np.clip(corpus.stems(0, cache), -1, 1)).max() < 0.51 / 32767
+
+
+def test_a_window_costs_no_more_than_its_samples_and_ends_in_silence(built: Path) -> None:
+    corpus = Corpus(built)
+    whole = corpus.wave(0)
+    assert np.array_equal(corpus.wave(0, 1000, 500), whole[:, 1000:1500])
+    tail = corpus.wave(0, whole.shape[1] - 10, 30)
+    assert np.array_equal(tail[:, :10], whole[:, -10:])
+    assert not tail[:, 10:].any()
+
+
+def test_another_seed_in_the_same_folder_is_refused(built: Path, cache: Path) -> None:
+    with pytest.raises(LmdError, match="other seed"):
+        build_corpus(built, HOURS, BuildSettings(**{**vars(SETTINGS), "seed": 1}), cache=cache)
+
+
+def test_a_torn_wave_is_named(built: Path, tmp_path: Path) -> None:
+    for name, data in contents(built).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    row = Corpus(tmp_path).rows[0]
+    (tmp_path / row.path).write_bytes(b"")
+    with pytest.raises(LmdError, match=row.path):
+        Corpus(tmp_path).wave(0)
+
+
+def test_missing_things_are_said(tmp_path: Path) -> None:
+    with pytest.raises(LmdError, match="data build"):
+        Corpus(tmp_path)
+    (tmp_path / "manifest.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(LmdError, match="columns"):
+        read_manifest(tmp_path)
+    with pytest.raises(LmdError, match="hours"):
+        build_corpus(tmp_path / "x", 0, SETTINGS)
+
+
+def test_16_bit_files_hold_what_was_given(tmp_path: Path) -> None:
+    import soundfile
+
+    wave = np.random.default_rng(0).uniform(-1, 1, (2, 500)).astype(np.float32)
+    write_wav(tmp_path / "a.wav", wave, 8000)
+    read, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert rate == 8000
+    assert np.array_equal(read.T, np.round(wave * 32767))
+
+
+def test_the_command_builds_and_counts(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "build", "--out", str(tmp_path), "--hours", str(3 / 3600)]
+    words += ["--collections", "ciconia", "--max-seconds", "4", "--cache", str(cache)]
+    assert main(words) == 0
+    assert "1 renditions of 1 pieces" in capsys.readouterr().out
+    assert json.loads((tmp_path / "corpus.json").read_text())["seed"] == 0
+    assert main([*words, "--soundfont", "missing.sf2"]) == 2
+    assert "missing.sf2" in capsys.readouterr().err

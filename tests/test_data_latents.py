@@ -1,0 +1,310 @@
+"""Latents: encoded, checked and repaired; windows that are arithmetic."""
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.data.encode import EncodeSettings, encode_corpus, encode_wave
+from lmd.data.latents import LatentDataModule, LatentWindows
+from lmd.data.shards import LatentShards, map_shard, shard_fault
+from lmd.errors import LmdError
+
+RATE, HOP, DIM = 22_050, 1024, 64
+
+
+class MeanCodec(nn.Module):
+    """A codec with a known answer: latent c of a frame is the mean of its c-th 16 samples."""
+
+    sample_rate, channels, latent_dim, samples_per_frame = RATE, 1, DIM, HOP
+    lookback_frames = lookahead_frames = 0
+    offset = 0.25  # what silence is encoded as
+
+    def encode(self, wave: torch.Tensor) -> torch.Tensor:
+        """Means of 16 samples."""
+        parts = wave.reshape(wave.shape[0], -1, DIM, HOP // DIM).mean(-1)
+        return parts.transpose(1, 2) + self.offset
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Not needed here."""
+        raise NotImplementedError
+
+
+def make_corpus(folder: Path, n_rows: int = 6, n_frames: int = 30) -> Corpus:
+    """Noise instead of music: rows with all splits and one stem layout."""
+    rows = []
+    for number in range(n_rows):
+        n_samples = HOP * (n_frames + 5 * number) - 100  # not a whole number of frames
+        wave = np.random.default_rng(number).uniform(-0.9, 0.9, (1, n_samples))
+        write_wav(folder / f"audio/{number}.wav", wave, RATE)
+        stem_paths = [f"stems/{number}_{voice}.wav" for voice in range(2)]
+        for voice, path in enumerate(stem_paths):
+            write_wav(folder / path, (0.5 - voice) * wave, RATE)
+        rows.append(
+            Row(
+                name=f"r{number}", piece_id=f"x/{number}", composer="bach", title="", rendition=0,
+                split=("train", "validation", "test")[number % 3], seed=0, family="mixed",
+                instruments="flute|tuba", tempo_bpm=60.0, key="C", mode="major", metre="4/4",
+                transposition=0, articulation="legato", dynamics="loud", density_hz=1.0,
+                brightness_hz=900.0, duration_s=round(n_samples / RATE, 4), n_samples=n_samples,
+                sample_rate=RATE, channels=1, caption=f"caption, number {number}",
+                path=f"audio/{number}.wav", stem_paths="|".join(stem_paths), sha256=str(number),
+            )
+        )  # fmt: skip
+    write_manifest(folder, rows)
+    return Corpus(folder)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def encode(corpus: Corpus, out: Path, **changes: object) -> list[str]:
+    how = EncodeSettings(**{"stems": True, "rows_per_shard": 2, **changes})
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    return encode_corpus(corpus, MeanCodec(), out, how, trainer, "mean")
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*treespec, LeafSpec.*",  # inside Lightning
+    "ignore:.*does not have many workers.*",  # Lightning's advice; here there is no need
+)
+
+
+@pytest.fixture(scope="module")
+def latents(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents")
+    encode(corpus, out)
+    return out
+
+
+def test_a_shard_holds_the_latents_of_mixes_and_stems(corpus: Corpus, latents: Path) -> None:
+    shards = LatentShards(latents)
+    assert len(shards.entries) == len(corpus) * 3
+    assert {entry.voice for entry in shards.entries} == {-1, 0, 1}
+    for entry in shards.entries:
+        row = next(i for i, r in enumerate(corpus.rows) if r.name == entry.name)
+        wave = corpus.wave(row) if entry.voice < 0 else corpus.stems(row)[entry.voice]
+        wanted = encode_wave(MeanCodec(), torch.from_numpy(wave)[None])[0].T
+        found = torch.from_numpy(np.array(shards.frames(entry))).float()
+        assert found.shape == (-(-wave.shape[-1] // HOP), DIM)
+        assert (found - wanted).abs().max() < 6e-4  # float16 of numbers up to 1.2; measured 4.9e-4
+
+
+def test_index_and_captions_say_what_each_entry_is(latents: Path) -> None:
+    entries = LatentShards(latents).entries
+    assert entries[0].caption == "caption, number 0"
+    assert "flute" in entries[1].caption
+    assert entries[1].instruments == "flute"
+    assert "tuba" in entries[2].caption
+    assert entries[2].instruments == "tuba"
+
+
+def test_encoding_again_touches_nothing(corpus: Corpus, latents: Path) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in latents.glob("shard-*")}
+    assert encode(corpus, latents) == []
+    assert {p.name: p.stat().st_mtime_ns for p in latents.glob("shard-*")} == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "side"])
+def test_a_torn_shard_is_named_and_made_again(corpus: Corpus, tmp_path: Path, damage: str) -> None:
+    encode(corpus, tmp_path)
+    shard = tmp_path / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    if damage == "cut":
+        shard.write_bytes(whole[:-7])
+        with pytest.raises(LmdError, match="shard-00001"):
+            map_shard(shard)
+    elif damage == "flipped":
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        shard.with_suffix(".json").write_text('{"sha')
+    assert set(LatentShards(tmp_path).faults()) == {shard.name}
+    messages = encode(corpus, tmp_path)
+    assert len(messages) == 1
+    assert shard.name in messages[0]
+    assert shard.read_bytes() == whole
+    assert shard_fault(shard) is None
+
+
+def test_an_interrupted_encoding_goes_on(corpus: Corpus, latents: Path, tmp_path: Path) -> None:
+    encode(corpus, tmp_path)
+    for path in tmp_path.glob("shard-0000[12].*"):
+        path.unlink()
+    assert encode(corpus, tmp_path) == []
+    for path in latents.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_other_settings_in_the_same_folder_are_refused(corpus: Corpus, latents: Path) -> None:
+    with pytest.raises(LmdError, match="another stems"):
+        encode(corpus, latents, stems=False)
+
+
+def test_a_codec_for_another_rate_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    codec = MeanCodec()
+    codec.sample_rate = 44_100
+    with pytest.raises(LmdError, match="44100"):
+        encode_corpus(corpus, codec, tmp_path)
+
+
+def test_latents_that_overflow_float16_stop_the_encoding(corpus: Corpus, tmp_path: Path) -> None:
+    codec = MeanCodec()
+    codec.offset = 1e6
+    with pytest.raises(LmdError, match="not finite"):
+        encode_corpus(corpus, codec, tmp_path, EncodeSettings(rows_per_shard=2))
+
+
+def test_long_waves_are_encoded_in_chunks_with_the_same_result(monkeypatch) -> None:
+    wave = torch.randn(1, 1, HOP * 50 - 3)
+    whole = encode_wave(MeanCodec(), wave)
+    monkeypatch.setattr("lmd.data.encode.MAX_CHUNK_FRAMES", 16)
+    monkeypatch.setattr("lmd.data.encode.MARGIN_FRAMES", 2)
+    assert torch.equal(encode_wave(MeanCodec(), wave), whole)
+
+
+def test_a_window_is_a_function_of_seed_step_and_position(latents: Path) -> None:
+    windows = LatentWindows(latents, window_frames=12)
+    batch = windows.batch(7, range(4))
+    again = LatentWindows(latents, window_frames=12).batch(7, range(2, 4))
+    assert torch.equal(again["latents"], batch["latents"][2:])
+    assert again["identity"] == batch["identity"][2:]
+    assert batch["latents"].shape == (4, DIM, 12)
+    assert batch["latents"].dtype == torch.float32
+    other = LatentWindows(latents, window_frames=12, seed=1).batch(7, range(4))
+    assert other["identity"] != batch["identity"]
+
+
+def test_windows_are_drawn_evenly_over_all_frames(latents: Path) -> None:
+    windows = LatentWindows(latents, window_frames=12)
+    picks = [windows.pick(step, 0) for step in range(4000)]
+    counts = np.bincount([windows._first[entry] + start for entry, start in picks])
+    assert len(counts) == len(windows)
+    expected = 4000 / len(windows)
+    # Chi-square over n windows: mean n − 1, deviation sqrt(2 n); five deviations are allowed.
+    chi = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi - len(windows)) < 5 * np.sqrt(2 * len(windows))
+
+
+def test_only_the_asked_split_and_kind_come(latents: Path) -> None:
+    for split in ("train", "validation", "test"):
+        windows = LatentWindows(latents, split, 12, kinds=("stem",))
+        assert {entry.split for entry in windows.entries} == {split}
+        assert all(entry.voice >= 0 for entry in windows.entries)
+    with pytest.raises(LmdError, match="stems"):
+        LatentWindows(latents, kinds=("nothing",))
+
+
+def test_short_sounds_and_leads_are_filled_with_silence(latents: Path) -> None:
+    windows = LatentWindows(latents, window_frames=80, lead_frames=6)
+    first = windows.gather([(0, -6)])["latents"][0]
+    n_frames = windows.entries[0].n_frames
+    quiet = torch.full((DIM, 6), MeanCodec.offset)
+    assert torch.equal(first[:, :6], quiet)
+    assert torch.equal(first[:, 6 + n_frames :], quiet[:, :1].expand(-1, 74 - n_frames))
+    assert not torch.equal(first[:, 6:12], quiet)
+    starts = {windows.pick(step, 0)[1] for step in range(200)}
+    assert min(starts) == -6
+
+
+@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_workers_and_a_later_start_change_nothing(latents: Path, n_workers: int) -> None:
+    def stream(n_workers: int, first_step: int, n: int) -> list[list[str]]:
+        module = LatentDataModule(
+            latents, 12, global_batch=3, n_workers=n_workers, first_step=first_step
+        )
+        batches = iter(module.train_dataloader())
+        return [next(batches)["identity"] for _ in range(n)]
+
+    reference = stream(0, 0, 7)
+    assert len({name for batch in reference for name in batch}) > 15
+    assert stream(n_workers, 0, 7) == reference
+    assert stream(n_workers, 4, 3) == reference[4:]
+
+
+class _Ranked:
+    """What the module asks of a trainer."""
+
+    accumulate_grad_batches = 1
+
+    def __init__(self, rank: int, n_processes: int, global_step: int) -> None:
+        self.global_rank, self.world_size, self.global_step = rank, n_processes, global_step
+
+
+def test_two_processes_share_the_batch_of_one(latents: Path) -> None:
+    def batch(rank: int, n_processes: int, step: int) -> list[str]:
+        module = LatentDataModule(latents, 12, global_batch=4)
+        module.trainer = _Ranked(rank, n_processes, step)
+        return next(iter(module.train_dataloader()))["identity"]
+
+    for step in (0, 5):
+        assert batch(0, 2, step) + batch(1, 2, step) == batch(0, 1, step)
+    assert batch(0, 1, 0) != batch(0, 1, 5)
+    with pytest.raises(LmdError, match="3 processes"):
+        batch(0, 3, 0)
+
+
+def test_validation_batches_are_the_same_every_time(latents: Path) -> None:
+    module = LatentDataModule(latents, 12, global_batch=2, n_validation_batches=3)
+    runs = [[b["identity"] for b in module.val_dataloader()] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 3
+
+
+def test_latents_are_mapped_not_loaded(latents: Path) -> None:
+    shards = LatentShards(latents)
+    frames = shards.frames(shards.entries[0], 2, 5)
+    base = frames
+    while not isinstance(base, np.memmap):
+        base = base.base
+    assert frames.dtype == np.float16
+    assert np.shares_memory(frames, base)
+
+
+class _TwoSteps(L.LightningModule):
+    """Trains nothing; remembers which windows it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[str] = []
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        self.seen += batch["identity"]
+        return self.weight * batch["latents"].mean()
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_lightning_run_sees_the_windows_that_come_next(
+    latents: Path, tmp_path: Path
+) -> None:
+    def trainer(n_steps: int) -> L.Trainer:
+        return L.Trainer(
+            accelerator="cpu", devices=1, max_steps=n_steps, limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+
+    def module() -> LatentDataModule:
+        return LatentDataModule(latents, 12, global_batch=2)
+
+    whole, first, second = _TwoSteps(), _TwoSteps(), _TwoSteps()
+    trainer(6).fit(whole, module())
+    half = trainer(3)
+    half.fit(first, module())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(6).fit(second, module(), ckpt_path=tmp_path / "half.ckpt")
+    assert first.seen + second.seen == whole.seen
+    assert len(whole.seen) == 12
