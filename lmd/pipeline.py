@@ -17,7 +17,7 @@ from typing import Any
 
 from lmd.errors import LmdError
 from lmd.notebook import NotebookFailed, execute
-from lmd.plan import PACKAGE, RunOptions, Task, plan, relative
+from lmd.plan import PACKAGE, RunOptions, Task, plan
 from lmd.report import read_metrics, write_report
 
 SOURCES = ("*.py", "*.js", "*.css")  # what of the package can change a result
@@ -199,4 +199,6 @@ def _attempt(current: Run, task: Task) -> str:
 
 
 def _shown(path: Path) -> str:
-    return relative(path, Path.cwd())
+    """Short, if it lies under the current folder."""
+    full = path.resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)

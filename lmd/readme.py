@@ -46,15 +46,15 @@ def fill(text: str, root: Path) -> str:
 
 
 def notebook_map(root: Path, _: str) -> str:
-    """A row for each notebook: its title and its first sentence, read from the notebook."""
+    """A row for each notebook: its link and its first sentence, read from it."""
     rows = []
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         first = next(cell for cell in cells if cell["cell_type"] == "markdown")
         lines = [line.strip() for line in "".join(first["source"]).splitlines() if line.strip()]
         sentence = next((line for line in lines[1:] if line[0].isalnum()), "")
-        rows.append([f"[`{path.stem}`](notebooks/{path.name})", lines[0].lstrip("# "), sentence])
-    return _table(["notebook", "title", "what it is"], rows)
+        rows.append([f"[`{path.stem}`](notebooks/{path.name})", sentence])
+    return _table(["notebook", "what it is"], rows)
 
 
 def bench(root: Path, _: str) -> str:
