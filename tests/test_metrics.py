@@ -88,7 +88,7 @@ def test_a_covariance_with_a_negative_eigenvalue_is_refused() -> None:
 
 
 def test_extrapolation_removes_the_bias_of_a_small_sample() -> None:
-    """Samples of the reference itself: the truth is 0. At n = 200: 0.43 plain, -0.005 extrapolated."""
+    """Samples of the reference itself: truth 0. At n = 200: 0.43 plain, -0.005 extrapolated."""
     size, truth = 16, Gaussian(np.zeros(16), np.eye(16))
     plain, extrapolated = [], []
     for seed in range(20):
@@ -221,7 +221,7 @@ def smooth_noise(seed: int) -> torch.Tensor:
     """20 s of noise under 1 kHz: it moves all the time and has no joins."""
     noise = torch.randn(20 * RATE, generator=torch.Generator().manual_seed(seed))
     spectrum = torch.fft.rfft(noise)
-    spectrum[round(1000 * 20) :] = 0
+    spectrum[20 * 1000 :] = 0
     return 0.1 * torch.fft.irfft(spectrum, len(noise))
 
 
