@@ -224,12 +224,14 @@ class Trial:
     first_frame: int
     seconds: float
 
-    def scores(
-        self, discriminator: Discriminator, clean: Latents, asked: Asked | None = None
-    ) -> Scores:
-        """Scores of `clean` at this trial's noise, under its prompts or others."""
-        condition = (asked or self.asked).for_model(discriminator.base, self.seconds)
-        return discriminator(noised(clean, self.noise, self.t), self.t, condition, self.first_frame)
+    def scores(self, discriminator: Discriminator, *pairs: tuple[Latents, Asked]) -> list[Scores]:
+        """Scores of latents under prompts, all at this trial's noise, in one pass."""
+        n, t = len(pairs), self.t.repeat(len(pairs))
+        clean = torch.cat([clean for clean, _ in pairs])
+        asked = Asked(*(torch.cat(parts) for parts in zip(*(a for _, a in pairs), strict=True)))
+        condition = asked.for_model(discriminator.base, self.seconds)
+        noisy = noised(clean, self.noise.repeat(n, 1, 1), t)
+        return list(discriminator(noisy, t, condition, self.first_frame).chunk(n))
 
 
 @dataclass(frozen=True)
@@ -260,8 +262,8 @@ class Verdict(NamedTuple):
 def generator_loss(discriminator: Discriminator, trial: Trial) -> Verdict:
     """`mean softplus(score(real) - score(fake))`; call it, and go backward, inside `frozen`."""
     with torch.no_grad():
-        real = trial.scores(discriminator, trial.real)
-    fake = trial.scores(discriminator, trial.fake)
+        (real,) = trial.scores(discriminator, (trial.real, trial.asked))
+    (fake,) = trial.scores(discriminator, (trial.fake, trial.asked))
     pair = relativistic_loss(fake, real)
     return Verdict(pair, pair.detach(), pair.new_zeros(()), real, fake.detach())
 
@@ -271,19 +273,26 @@ def discriminator_loss(discriminator: Discriminator, trial: Trial, weights: Loss
 
     A term of weight 0 is not computed.
     """
-    fake_latents = trial.fake.detach()
-    real = trial.scores(discriminator, trial.real)
-    fake = trial.scores(discriminator, fake_latents)
+    asked, fake_latents = trial.asked, trial.fake.detach()
+    step = weights.perturbation * trial.nudge
+    judged = {"real": (trial.real, asked), "fake": (fake_latents, asked)}
+    if weights.contrastive:
+        judged["wrong"] = (trial.real, trial.wrong)
+    if weights.r1:
+        judged["near real"] = (trial.real + step, asked)
+    if weights.r2:
+        judged["near fake"] = (fake_latents + step, asked)
+    scores = dict(zip(judged, trial.scores(discriminator, *judged.values()), strict=True))
+    real, fake = scores["real"], scores["fake"]
     pair = relativistic_loss(real, fake)
     loss, contrast = pair, pair.new_zeros(())
     if weights.contrastive:
-        wrong = trial.scores(discriminator, trial.real, trial.wrong)
-        contrast = contrastive_loss(real, wrong, trial.asked.differs(trial.wrong))
+        contrast = contrastive_loss(real, scores["wrong"], asked.differs(trial.wrong))
         loss = loss + weights.contrastive * contrast
-    for weight, clean, scores in ((weights.r1, trial.real, real), (weights.r2, fake_latents, fake)):
+    for weight, name in ((weights.r1, "real"), (weights.r2, "fake")):
         if weight:
-            moved = trial.scores(discriminator, clean + weights.perturbation * trial.nudge)
-            loss = loss + weight * smoothness(scores, moved, weights.perturbation)
+            near = scores[f"near {name}"]
+            loss = loss + weight * smoothness(scores[name], near, weights.perturbation)
     return Verdict(loss, pair.detach(), contrast.detach(), real.detach(), fake.detach())
 
 

@@ -73,6 +73,11 @@ def discriminator(last_block: str = "blocks.1") -> Discriminator:
     return net
 
 
+def scores_of(judge, question, clean, asked=None) -> Tensor:
+    (scores,) = question.scores(judge, (clean, asked or question.asked))
+    return scores
+
+
 # Losses
 
 
@@ -195,10 +200,10 @@ def test_a_marked_frame_moves_only_its_own_score(frame):
     judge = Discriminator(LiveModel(CONFIG), "blocks.1", HEAD)
     own_taps_only(judge.head)
     question = trial()
-    scores = question.scores(judge, question.real)
+    scores = scores_of(judge, question, question.real)
     marked = question.real.clone()
     marked[..., frame] += 3
-    moved = (question.scores(judge, marked) != scores).any(dim=0)
+    moved = (scores_of(judge, question, marked) != scores).any(dim=0)
     assert moved.nonzero().flatten().tolist() == [(frame - CONTEXT) // PATCH_FRAMES]
 
 
@@ -208,9 +213,9 @@ def test_context_frames_have_no_score(frame):
     question = trial()
     marked = question.real.clone()
     marked[..., frame] += 3
-    before = question.scores(judge, question.real)
+    before = scores_of(judge, question, question.real)
     assert before.shape == (3, 2 * BLOCK // PATCH_FRAMES)
-    assert torch.equal(question.scores(judge, marked), before)
+    assert torch.equal(scores_of(judge, question, marked), before)
 
 
 def test_the_full_head_looks_equally_far_to_both_sides_of_its_patch():
@@ -224,19 +229,19 @@ def test_the_full_head_looks_equally_far_to_both_sides_of_its_patch():
 
 def test_the_discriminator_sees_the_whole_sequence_in_both_directions():
     judge, question = discriminator(), trial()
-    before = question.scores(judge, question.real)
+    before = scores_of(judge, question, question.real)
     for frame in (0, CONTEXT + 2 * BLOCK - 1):
         marked = question.real.clone()
         marked[..., frame] += 3
-        assert (question.scores(judge, marked) != before).all()
+        assert (scores_of(judge, question, marked) != before).all()
 
 
 def test_the_discriminator_hears_the_prompt_and_the_noise_level():
     judge, question = discriminator(), trial()
-    before = question.scores(judge, question.real)
-    assert (question.scores(judge, question.real, question.wrong) != before).all()
+    before = scores_of(judge, question, question.real)
+    assert (scores_of(judge, question, question.real, question.wrong) != before).all()
     later = replace(question, t=question.t + 0.05)
-    assert (later.scores(judge, question.real) != before).all()
+    assert (scores_of(judge, later, question.real) != before).all()
 
 
 def test_the_discriminator_is_a_copy_that_ends_at_the_named_block():
