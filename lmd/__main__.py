@@ -21,6 +21,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train", "base"): ("lmd.train_base", "train the bidirectional base model"),
     ("train", "finetune"): ("lmd.train_finetune", "turn a base into a live model"),
     ("train", "arc"): ("lmd.train_arc", "adversarial post-training on rollouts"),
+    ("train", "recogniser"): ("lmd.train_recogniser", "fit the listener that measures music"),
     ("run",): ("lmd.pipeline", "execute the notebooks and write a report"),
     ("stream",): ("lmd.stream_command", "stream music to a file"),
     ("replay",): ("lmd.replay", "play a recorded take again"),

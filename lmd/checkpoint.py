@@ -23,6 +23,7 @@ from lmd.config import (
     DiTConfig,
     OobleckConfig,
     Preset,
+    RecogniserConfig,
     SpectralCodecConfig,
     from_dict,
     to_dict,
@@ -32,8 +33,8 @@ from lmd.errors import LmdError
 from lmd.text import TextEncoder, build_text_encoder
 from lmd.weights import load_strict
 
-KINDS = ("codec", "base", "finetuned", "arc")
-Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig
+KINDS = ("codec", "base", "finetuned", "arc", "recogniser")
+Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | RecogniserConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
 CONFIG_TYPES = {cls.__name__: cls for cls in get_args(Config)}
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
@@ -45,7 +46,7 @@ class Header:
     """What a checkpoint says about itself.
 
     Attributes:
-        kind: what it is for: "codec", "base", "finetuned" or "arc".
+        kind: what it is for: one of `KINDS`.
         config: sizes; a whole `Preset` for models, so that codec and text encoder are known too.
         notes: free JSON values: steps, data, scores, seeds.
         sha256: digest of the tensors as stored.
@@ -100,8 +101,8 @@ def save_checkpoint(
     Args:
         path: where to; parent folders are made.
         tensors: a state dict.
-        kind: "codec", "base", "finetuned" or "arc".
-        config: a `Preset` for models, the codec's own config for codecs.
+        kind: one of `KINDS`.
+        config: a `Preset` for models, their own config for codecs and the recogniser.
         notes: anything JSON can hold that a reader should know.
         stored: "float16" halves the file: tensors with two or more dimensions are rounded.
 

@@ -106,6 +106,17 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class RecogniserConfig:
+    """The small listener that distances are measured with (see `lmd.recogniser`)."""
+
+    families: tuple[str, ...]  # instrument families, in the order of the output
+    sample_rate: int = 22_050
+    window_steps: int = 108  # feature frames of 1024 samples: 5 s
+    width: int = 128
+    embedding: int = 64
+
+
+@dataclass(frozen=True)
 class SpectralCodecConfig:
     """The default codec: magnitudes in, latents, inverse STFT out (see `lmd.spectral`)."""
 
