@@ -209,6 +209,8 @@ def caption(about: Described, draw: Draw) -> str:
 def stem_caption(about: Described, voice: int, draw: Draw) -> str:
     """A caption for one voice heard alone."""
     name = about.instruments[voice]
+    if name not in SYNONYMS:  # a stem of someone's own music
+        return draw.choice(f"stem form {voice}", (f"{name} alone", f"solo {name}", f"{name} stem"))
     last = len(about.instruments) - 1
     place = "bass line" if voice == last else "melody" if voice == 0 else "inner voice"
     word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])

@@ -149,7 +149,10 @@ class Corpus:
         if row.stem_paths:
             paths = row.stem_paths.split("|")
             return np.stack([self._map(p, row).T.astype(np.float32) / 32767 for p in paths])
-        return play_again(row, self.settings(), cache).stems
+        settings = self.settings()
+        if "soundfont" not in settings:
+            raise LmdError(f"no stems of {row.name}", "stems stored by --stems", "Build with it.")
+        return play_again(row, settings, cache).stems
 
     def settings(self) -> dict[str, Any]:
         """What the corpus was built with."""

@@ -1,0 +1,307 @@
+"""A person's own music: a folder of audio becomes a corpus like the rendered one."""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio.functional as audio
+from tqdm import tqdm
+
+from lmd.data.analysis import brightness_hz
+from lmd.data.check import MAX_REJECTED, Reject, Report, check_folder
+from lmd.data.corpus import SETTINGS, Row, write_manifest, write_wav
+from lmd.data.layouts import Track, find_tracks
+from lmd.data.levels import limit, loudness_gain
+from lmd.data.render import MAX_SECONDS
+from lmd.errors import LmdError
+from lmd.rng import derive_seed
+
+AUDIO_FORMAT = 1
+SEGMENT_S = 600.0  # longer files are taken in so many seconds at a time
+QUIET_DB = -55.0  # below the segment's peak level: silence
+KEEP_QUIET_S = 0.5  # of a silence, so much stays
+MIN_WINDOW_S = 4.0  # shorter remains are left out
+_FRAME_S = 0.05  # silence is looked for in steps of this
+
+
+@dataclass(frozen=True)
+class AudioSettings:
+    """What a corpus of own music depends on, beside the files.
+
+    Attributes:
+        sample_rate: Hz.
+        channels: 1 or 2; stereo is averaged to mono, mono is doubled to stereo.
+        window_s: longest stretch in one file of the corpus.
+        stems: keep stems where a data set brings them.
+    """
+
+    sample_rate: int = 22_050
+    channels: int = 1
+    window_s: float = MAX_SECONDS
+    stems: bool = False
+
+
+def load_segment(path: Path, start_s: float, settings: AudioSettings) -> np.ndarray:
+    """A stretch of at most `SEGMENT_S` seconds, resampled, in the wanted channels.
+
+    Returns:
+        float32 `[channel, sample]`; no samples if the file ends before `start_s`.
+    """
+    with soundfile.SoundFile(path) as sound:
+        first = round(start_s * sound.samplerate)
+        if first >= sound.frames:
+            return np.zeros((settings.channels, 0), np.float32)
+        sound.seek(first)
+        data = sound.read(round(SEGMENT_S * sound.samplerate), dtype="float32", always_2d=True)
+        rate = sound.samplerate
+    wave = torch.from_numpy(data.T.copy())
+    if wave.shape[0] != settings.channels:
+        wave = wave.mean(0, keepdim=True).repeat(settings.channels, 1)
+    if rate != settings.sample_rate:
+        wave = audio.resample(wave, rate, settings.sample_rate)
+    return wave.numpy()
+
+
+def sounding(wave: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Which samples to keep: silences are cut down to half a second, at the edges to none.
+
+    Args:
+        wave: `[channel, sample]`.
+        sample_rate: Hz.
+
+    Returns:
+        bool `[sample]`.
+    """
+    step = max(1, round(_FRAME_S * sample_rate))
+    n_steps = math.ceil(wave.shape[-1] / step)
+    padded = np.pad(np.abs(wave).max(axis=0), (0, n_steps * step - wave.shape[-1]))
+    peaks = padded.reshape(n_steps, step).max(axis=1)
+    loud = np.flatnonzero(peaks > peaks.max(initial=0) * 10 ** (QUIET_DB / 20))
+    keep = np.zeros(n_steps, bool)
+    if len(loud) and peaks.max() > 0:
+        keep[loud] = True
+        stay = round(KEEP_QUIET_S / _FRAME_S)
+        for before, after in pairwise(loud):
+            keep[before : min(before + stay, after) + 1] = True
+    return np.repeat(keep, step)[: wave.shape[-1]]
+
+
+def windows_of(n_samples: int, settings: AudioSettings) -> list[tuple[int, int]]:
+    """Equal stretches, none longer than the window; none at all if it is too short for one."""
+    if n_samples < MIN_WINDOW_S * settings.sample_rate:
+        return []
+    n_windows = math.ceil(n_samples / (settings.window_s * settings.sample_rate))
+    edges = [round(i * n_samples / n_windows) for i in range(n_windows + 1)]
+    return list(pairwise(edges))
+
+
+def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row]:
+    """Read, level, trim, cut and write one track."""
+    track, folder, out, settings = job
+    piece_id = track.mix.relative_to(folder).as_posix()
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
+    digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
+    rows: list[Row] = []
+    start_s = 0.0
+    while (wave := load_segment(track.mix, start_s, settings)).shape[-1]:
+        stems = []
+        if settings.stems:
+            stems = [load_segment(path, start_s, settings) for _, path in track.stems]
+        for part, stem_parts in _prepared(wave, stems, settings):
+            name = f"{slug}-{digest[:10]}__w{len(rows)}"
+            rows.append(_write(track, piece_id, name, part, stem_parts, out, settings))
+        start_s += SEGMENT_S
+    return rows
+
+
+def _prepared(
+    wave: np.ndarray, stems: Sequence[np.ndarray], settings: AudioSettings
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """One segment at the corpus's loudness, without its silences, in windows; stems alike."""
+    keep = sounding(wave, settings.sample_rate)
+    wave = wave[:, keep]
+    if not wave.shape[-1]:
+        return
+    gain = np.float32(loudness_gain(wave, settings.sample_rate))
+    aligned = []
+    for stem in stems:
+        padded = np.pad(stem, ((0, 0), (0, max(0, len(keep) - stem.shape[-1]))))
+        aligned.append(gain * padded[:, : len(keep)][:, keep])
+    level = limit(gain * wave, settings.sample_rate)
+    for start, end in windows_of(wave.shape[-1], settings):
+        yield level[:, start:end], [stem[:, start:end] for stem in aligned]
+
+
+def _write(
+    track: Track,
+    piece_id: str,
+    name: str,
+    wave: np.ndarray,
+    stems: list[np.ndarray],
+    out: Path,
+    settings: AudioSettings,
+) -> Row:
+    """Write one window and say what it is."""
+    path = f"audio/{name}.wav"
+    write_wav(out / path, wave, settings.sample_rate)
+    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
+    for stem_path, stem in zip(stem_paths, stems, strict=True):
+        write_wav(out / stem_path, stem, settings.sample_rate)
+    instruments = [stem_name for stem_name, _ in track.stems] if stems else []
+    return Row(
+        name=name, piece_id=piece_id, composer="", title=track.mix.stem, split=track.split,
+        rendition=0, seed=0, family="own music", instruments="|".join(instruments), tempo_bpm=0.0,
+        key="", mode="", metre="", transposition=0, articulation="", dynamics="",
+        density_hz=0.0, brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
+        duration_s=round(wave.shape[-1] / settings.sample_rate, 4), n_samples=wave.shape[-1],
+        sample_rate=settings.sample_rate, channels=settings.channels, caption=track.caption,
+        path=path, stem_paths="|".join(stem_paths),
+        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
+    )  # fmt: skip
+
+
+def with_splits(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a split each: the data set's own, else 1 in 16 validation and 1 in 16 test.
+
+    If chance leaves no piece for validation and there are two or more, one is taken.
+    """
+    drawn = {row.piece_id: derive_seed(0, "split", row.piece_id) for row in rows if not row.split}
+    names = {0: "validation", 1: "test"}
+    splits = {piece: names.get(value % 16, "train") for piece, value in drawn.items()}
+    has_validation = "validation" in {*splits.values(), *(row.split for row in rows)}
+    if len(splits) > 1 and not has_validation:
+        splits[min(drawn, key=lambda piece: drawn[piece])] = "validation"
+    return [row if row.split else replace(row, split=splits[row.piece_id]) for row in rows]
+
+
+def build_audio(
+    folder: Path,
+    out: Path,
+    settings: AudioSettings | None = None,
+    keep_going: bool = False,
+    workers: int = 1,
+) -> tuple[list[Row], Report]:
+    """Take in a folder of audio; tracks that are there already are kept.
+
+    Args:
+        folder: where to look.
+        out: the corpus to fill.
+        settings: format of the corpus.
+        keep_going: go on when more than 5 % of the files are rejected.
+        workers: processes.
+
+    Returns:
+        The manifest's rows and the report on what was rejected.
+
+    Raises:
+        LmdError: too many rejects, nothing usable, or a corpus made with other settings.
+    """
+    settings = settings or AudioSettings()
+    report = check_folder(folder)
+    tracks: list[Track] = []
+    for item in find_tracks(folder, report.accepted):
+        if isinstance(item, Reject):
+            report.rejected.append(item)
+            report.accepted.remove(item.path)
+        else:
+            tracks.append(item)
+    _refuse_too_many(report, keep_going)
+    _check_settings(out, settings)
+    (out / "rejected.json").write_text(report.as_json() + "\n")
+    rows = with_splits(_taken_in(tracks, folder, out, settings, workers))
+    if not rows:
+        raise LmdError(f"nothing usable in {folder}", f"over {MIN_WINDOW_S:g} s of sound", "")
+    write_manifest(out, rows)
+    return rows, report
+
+
+def _refuse_too_many(report: Report, keep_going: bool) -> None:
+    """Stop when more than 5 % are rejected, with the list."""
+    if report.share_rejected > MAX_REJECTED and not keep_going:
+        listed = "".join(f"\n  {item.path}: {item.reason}" for item in report.rejected)
+        raise LmdError(
+            f"{len(report.rejected)} of {len(report.accepted) + len(report.rejected)} files "
+            f"rejected:{listed}\n",
+            f"at most {MAX_REJECTED:.0%}",
+            "Repair or remove them, or use --keep-going.",
+        )
+
+
+def _taken_in(
+    tracks: Sequence[Track], folder: Path, out: Path, settings: AudioSettings, workers: int
+) -> list[Row]:
+    """The rows of every track, those of an earlier run first read from its log."""
+    done: dict[str, list[Row]] = {}
+    with (out / "tracks.jsonl").open("a+") as log:
+        log.seek(0)
+        for line in log.read().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by an interruption
+            rows = [Row(**row) for row in entry["rows"]]
+            if all((out / row.path).is_file() for row in rows):
+                done[entry["key"]] = rows
+        keys = [_key(track, folder) for track in tracks]
+        missing = [i for i, key in enumerate(keys) if key not in done]
+        jobs = [(tracks[i], folder, out, settings) for i in missing]
+        results = tqdm(_run(jobs, workers), total=len(jobs), desc="taking in", mininterval=1)
+        for i, rows in zip(missing, results, strict=True):
+            done[keys[i]] = rows
+            entry = {"key": keys[i], "rows": [asdict(row) for row in rows]}
+            log.write(json.dumps(entry, sort_keys=True) + "\n")
+            log.flush()
+    return [row for key in keys for row in done[key]]
+
+
+def _key(track: Track, folder: Path) -> str:
+    """What a track was when it was taken in: its place, size and words."""
+    size = track.mix.stat().st_size
+    return f"{track.mix.relative_to(folder).as_posix()}|{size}|{track.caption}|{track.split}"
+
+
+def _run(jobs: list[Any], workers: int) -> Iterator[list[Row]]:
+    """Rows per track, from one process or several."""
+    if workers <= 1 or len(jobs) < 2:
+        yield from map(take_in, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(take_in, jobs)
+
+
+def _check_settings(out: Path, settings: AudioSettings) -> None:
+    """Write the corpus's settings, or hold them against those of an earlier run."""
+    values = {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)}
+    path = out / SETTINGS
+    out.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and json.loads(path.read_text()) != values:
+        raise LmdError(
+            f"{out} holding a corpus made in another way",
+            "the same settings, to go on with it",
+            "Choose another --out, or remove that folder.",
+        )
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def build_from_folder(args: argparse.Namespace) -> int:
+    """`python -m lmd data build --audio FOLDER`."""
+    settings = AudioSettings(args.sample_rate, args.channels, args.max_seconds, args.stems)
+    rows, report = build_audio(args.audio, args.out, settings, args.keep_going, args.workers)
+    for item in report.rejected:
+        print(f"rejected  {item.path}: {item.reason}")
+    hours = sum(row.duration_s for row in rows) / 3600
+    n_pieces = len({row.piece_id for row in rows})
+    print(f"{len(rows)} windows of {n_pieces} files, {hours:.2f} h, in {args.out}")
+    return 0

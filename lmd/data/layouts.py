@@ -1,0 +1,124 @@
+"""How music lies in a folder: plain files, Slakh2100, MUSDB18; and what it is called."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import yaml
+
+from lmd.data.check import AUDIO_SUFFIXES, MUSDB_STEMS, Reject, is_stem
+
+_CAPTION_KEYS = ("caption", "prompt", "description", "text", "title")
+_SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}
+
+
+@dataclass(frozen=True)
+class Track:
+    """One piece of a person's music.
+
+    Attributes:
+        mix: the file with everything in it.
+        stems: names and files of its voices; empty = none are known.
+        split: as the data set's own folders say; empty = to be drawn.
+        caption: what it says about itself.
+    """
+
+    mix: Path
+    stems: tuple[tuple[str, Path], ...]
+    split: str
+    caption: str
+
+
+def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
+    """Gather accepted files into tracks; a track that lacks an announced stem is rejected.
+
+    Args:
+        folder: the root that was walked.
+        accepted: usable audio files below it.
+    """
+    usable = set(accepted)
+    for path in accepted:
+        if is_stem(path):
+            continue
+        track = _slakh(folder, path) or _musdb(folder, path)
+        track = track or Track(path, (), _own_split(folder, path), caption_of(path))
+        lost = [stem.name for _, stem in track.stems if stem not in usable]
+        yield Reject(path, f"stems missing or unusable: {', '.join(lost)}") if lost else track
+
+
+def _slakh(folder: Path, mix: Path) -> Track | None:
+    """Slakh2100, BabySlakh: `Track00001/mix.flac`, `stems/S00.flac` …, `metadata.yaml`."""
+    stems_folder, about = mix.parent / "stems", mix.parent / "metadata.yaml"
+    if mix.stem != "mix" or not stems_folder.is_dir():
+        return None
+    values: dict[str, Any] = yaml.safe_load(about.read_text()) if about.is_file() else {}
+    listed: dict[str, Any] = values.get("stems") or {}
+    files = {p.stem: p for p in sorted(stems_folder.iterdir()) if p.suffix in AUDIO_SUFFIXES}
+    stems = []
+    for key in sorted(set(files) | set(listed)):
+        entry = listed.get(key) or {}
+        if entry.get("audio_rendered", True):
+            path = files.get(key, stems_folder / f"{key}{mix.suffix}")
+            stems.append((str(entry.get("inst_class") or key).lower(), path))
+    named = sorted({name for name, _ in stems})
+    return Track(mix, tuple(stems), _own_split(folder, mix), caption_of(mix, ", ".join(named)))
+
+
+def _musdb(folder: Path, mix: Path) -> Track | None:
+    """MUSDB18-HQ: `train/Artist - Title/mixture.wav` beside drums, bass, other, vocals."""
+    if mix.stem != "mixture":
+        return None
+    stems = [(name, mix.with_name(name + mix.suffix)) for name in MUSDB_STEMS]
+    if not any(path.exists() for _, path in stems):
+        return None
+    return Track(mix, tuple(stems), _own_split(folder, mix), caption_of(mix))
+
+
+def _own_split(folder: Path, path: Path) -> str:
+    """The split that a data set's own folders name; empty if they name none."""
+    parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
+    return next((_SPLIT_FOLDERS[part] for part in parts if part in _SPLIT_FOLDERS), "")
+
+
+def caption_of(path: Path, otherwise: str = "") -> str:
+    """A file's caption: from its `.txt`, its `.json`, its tags, else the folder's name.
+
+    Args:
+        path: the audio file; sidecars have its name with another ending.
+        otherwise: to be preferred to the folder's name.
+    """
+    text = path.with_suffix(".txt")
+    if text.is_file():
+        said = " ".join(text.read_text(errors="replace").split())
+        if said:
+            return said
+    named = _json_caption(path.with_suffix(".json")) or _tag_caption(path)
+    return named or otherwise or _plain(path)
+
+
+def _json_caption(path: Path) -> str:
+    """The caption in a JSON sidecar; empty if there is none."""
+    if not path.is_file():
+        return ""
+    try:
+        values = json.loads(path.read_text(errors="replace"))
+    except json.JSONDecodeError:
+        return ""
+    found = [values.get(key) for key in _CAPTION_KEYS] if isinstance(values, dict) else [values]
+    return next((" ".join(v.split()) for v in found if isinstance(v, str) and v.strip()), "")
+
+
+def _tag_caption(path: Path) -> str:
+    """Genre, title and comment from a file's tags."""
+    with soundfile.SoundFile(path) as sound:
+        tags = sound.copy_metadata()
+    said = [tags.get(key, "").strip() for key in ("genre", "title", "comment")]
+    return ", ".join(text for text in said if text)
+
+
+def _plain(path: Path) -> str:
+    """The name of the folder that a file lies in, as words."""
+    return " ".join(path.parent.name.replace("_", " ").replace("-", " ").split())
