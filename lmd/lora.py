@@ -3,8 +3,6 @@
 The input-add projection is trained whole: a base has never used it.
 """
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lmd.dit import LiveModel
@@ -17,6 +15,8 @@ def add_lora(model: LiveModel, rank: int) -> LiveModel:
     """The same model with low-rank updates on every attention and feed-forward layer; only these
     and the input-add projection learn.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, seldom needed
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
     model = inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     model.dit.to_input_add.requires_grad_(True)
@@ -31,7 +31,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         if ".lora_" not in name
     }
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if hasattr(layer, "get_delta_weight"):  # peft's LoraLayer
             weight = f"{name}.weight"
             state[weight] = state[weight] + layer.get_delta_weight(ADAPTER)
     return state

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from lmd.checkpoint import build_model, load_strict, load_tensors, write_atomic
 from lmd.config import Preset, preset, to_dict
 from lmd.curriculum import BaseOptions, FinetuneOptions, NoiseOptions
-from lmd.data.latents import LatentWindows
 from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
@@ -24,27 +22,9 @@ from lmd.model_card import model_card
 from lmd.rng import derive_seed
 from lmd.text import build_text_encoder
 from lmd.trainer import Export, RunOptions, export_weights, fit
-from lmd.training import LiveTraining, Stage, TrainOptions, Windows
+from lmd.training import LiveTraining, Stage, TrainOptions
 from lmd.training_samples import Samples
-
-LEAD_FRAMES = 24  # windows may begin a second before the sound, so that beginnings are learned
-
-
-class LatentSource:
-    """Encoded latents as a `WindowSource`, for any window length."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.shards, self.seed = LatentShards(folder), seed
-        self._by_length: dict[int, LatentWindows] = {}
-
-    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
-        """See `WindowSource`."""
-        if n_frames not in self._by_length:
-            self._by_length[n_frames] = LatentWindows(
-                self.shards, window_frames=n_frames, seed=self.seed, lead_frames=LEAD_FRAMES
-            )
-        batch = self._by_length[n_frames].batch(step, positions)
-        return Windows(batch["latents"], batch["caption"], batch["identity"])
+from lmd.windows import LatentSource
 
 
 def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:

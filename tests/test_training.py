@@ -1,0 +1,251 @@
+"""Runs: exact resume, processes that share a batch, refusals, LoRA, what a run leaves behind."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latents_fake import write_latents
+
+from lmd.__main__ import main
+from lmd.checkpoint import load_model, read_header
+from lmd.config import preset
+from lmd.curriculum import StepPlan
+from lmd.dit import LiveModel
+from lmd.errors import LmdError
+from lmd.lora import add_lora, merged_state
+from lmd.model_card import run_log
+from lmd.text import HashTextEncoder
+from lmd.trainer import AtomicCheckpointIO, choose_precision, step_flops
+from lmd.training import LiveTraining, TrainOptions, Windows, shard_rows
+from lmd.windows import LatentSource
+
+HERE = Path(__file__).parent
+WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32"]
+WORDS += ["--accelerator", "cpu", "--no-progress", "--warmup", "1", "--lr", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+def start(*words: object, worker: bool = False, **environment: str) -> subprocess.Popen:
+    """A training process; `worker` takes a kill step as its first word."""
+    head = [HERE / "training_worker.py"] if worker else ["-m", "lmd", "train"]
+    return subprocess.Popen(
+        [sys.executable, *map(str, [*head, *words])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=HERE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def losses(out: Path) -> np.ndarray:
+    return run_log(out)["loss"].to_numpy()
+
+
+def train_here(stage: str, *words: object) -> None:
+    """A run in this process; Lightning's own warnings are not ours to fail on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["train", stage, *WORDS, *map(str, words)]) == 0
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """Twenty base steps in one go."""
+    out = tmp_path_factory.mktemp("straight")
+    train_here("base", "--steps", 20, "--data", data, "--out", out)
+    return out
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(data, straight, tmp_path):
+    """20 steps = checkpoint at 10, kill -9 at 13, and the rest: equal losses, equal weights."""
+    words = [*WORDS, "--steps", 20, "--checkpoint-every", 10, "--data", data, "--out", tmp_path]
+    killed = start(13, "base", *words, worker=True)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -9
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step=0000010.ckpt"]
+    train_here("base", *words[len(WORDS) :])
+    assert run_log(tmp_path)["step"].tolist() == list(range(20))
+    assert np.array_equal(losses(tmp_path), losses(straight))  # bit for bit
+    ours, theirs = (read_header(p / "base.safetensors").sha256 for p in (tmp_path, straight))
+    assert ours == theirs
+
+
+def two_nodes(data: Path, out: Path) -> list[subprocess.Popen]:
+    """The same command on two nodes, told apart as torchrun does, each on a loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    words = [*WORDS, "--steps", 4, "--num-nodes", 2, "--data", data, "--out", out]
+    return [
+        start(
+            "base",
+            *words,
+            MASTER_ADDR="127.0.0.2",
+            MASTER_PORT=str(port),
+            WORLD_SIZE="2",
+            RANK=str(node),
+            NODE_RANK=str(node),
+            GROUP_RANK=str(node),
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            TORCHELASTIC_RUN_ID="lmd",
+        )
+        for node in range(2)
+    ]
+
+
+def test_two_nodes_lose_what_one_process_loses(data, straight, tmp_path):
+    """Two processes, two nodes by address, the same global batch: the same losses but rounding."""
+    processes = two_nodes(data, tmp_path)
+    texts = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    both, one = losses(tmp_path), losses(straight)[:4]
+    assert np.abs(both - one).max() < 1e-5  # measured 2e-7: sums in another order
+
+
+def test_a_run_leaves_weights_logs_and_a_card(straight):
+    model = load_model(straight / "base.safetensors")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    header = read_header(straight / "base.safetensors")
+    assert (header.kind, header.notes["steps"]) == ("base", 20)
+    card = (straight / "base.md").read_text(encoding="utf-8")
+    assert header.sha256 in card
+    assert "python -m lmd train base" in card
+    log = run_log(straight)
+    assert {"loss", "frames/s", "mfu", "GiB", "ETA min", "lr"} <= set(log.columns)
+    assert log["loss"].iloc[-5:].mean() < log["loss"].iloc[:5].mean()
+    assert list((straight / "logs").glob("*/events.out.tfevents*"))
+
+
+def test_accumulated_parts_lose_what_one_batch_loses(data, straight, tmp_path):
+    train_here("base", "--steps", 4, "--accumulate", 2, "--data", data, "--out", tmp_path)
+    assert np.abs(losses(tmp_path) - losses(straight)[:4]).max() < 1e-5  # measured 2e-7
+
+
+def test_a_finetune_starts_from_a_base_and_plays_every_regime(data, straight, tmp_path):
+    init = straight / "base.safetensors"
+    train_here("finetune", "--steps", 6, "--data", data, "--out", tmp_path, "--init", init)
+    header = read_header(tmp_path / "finetuned.safetensors")
+    assert header.kind == "finetuned"
+    assert np.isfinite(losses(tmp_path)).all()
+
+
+def test_other_options_in_the_same_folder_are_refused(data, straight, capsys):
+    words = [*WORDS, "--data", str(data), "--out", str(straight)]
+    assert main(["train", "base", *words, "--steps", "30", "--lr", "0.5"]) == 2
+    assert "lr 0.003 → 0.5" in capsys.readouterr().err
+
+
+def test_latents_of_another_codec_are_refused(data, tmp_path, capsys):
+    words = ["--preset", "small", "--data", str(data), "--out", str(tmp_path)]
+    assert main(["train", "base", *words]) == 2
+    assert "latents of 8 channels" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(data):
+    options = TrainOptions("base", n_steps=5, batch=2)
+    sizes = preset("tiny")
+    source = LatentSource(data, 0)
+    text = HashTextEncoder(sizes.text.n_tokens, sizes.text.dim)
+    module = LiveTraining(LiveModel(sizes.dit), text, source, sizes, options)
+    module.last_checkpoint = "step=3.ckpt"
+    rows = shard_rows(options, 4, 0, 1)
+    windows = source.windows(4, rows.positions, options.plan(4).n_frames)
+    windows.latents[0, 0, 0] = float("nan")
+    with pytest.raises(LmdError, match=r"nan at step 4 on \['sound.*step=3.ckpt"):
+        module.training_step({"rows": rows, **windows._asdict()}, 0)
+
+
+def test_a_checkpoint_survives_a_death_during_the_next_write(tmp_path, monkeypatch):
+    path, disk = tmp_path / "a.ckpt", AtomicCheckpointIO()
+    disk.save_checkpoint({"step": 1}, path)
+
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        disk.save_checkpoint({"step": 2}, path)
+    assert disk.load_checkpoint(path, weights_only=True) == {"step": 1}
+
+
+def test_lora_changes_nothing_at_first_and_merges_into_ordinary_weights():
+    torch.manual_seed(0)
+    plain = LiveModel(preset("tiny").dit)
+    before = {k: v.clone() for k, v in plain.state_dict().items()}
+    model = add_lora(plain, rank=2)
+    merged = merged_state(model)
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(merged[k], before[k]) for k in before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "to_input_add" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    noisy, t = torch.randn(1, 8, 12), torch.tensor([0.5])
+    condition = model.condition(torch.randn(1, 3, 16), 5.0)
+    fresh = LiveModel(preset("tiny").dit)
+    fresh.load_state_dict(merged_state(model))
+    error = (fresh(noisy, t, condition) - model(noisy, t, condition)).abs().max()
+    assert error < 1e-5  # measured 1e-7: one product instead of two
+
+
+def test_rows_of_parts_make_up_the_global_batch():
+    options = TrainOptions("base", n_steps=50, batch=8)
+    for step in range(50):
+        whole = shard_rows(options, step, 0, 1)
+        parts = [shard_rows(options, step, shard, 2) for shard in range(2)]
+        assert whole.positions == sum((part.positions for part in parts), ())
+        assert {part.n_global for part in parts} == {whole.n_global}
+    with pytest.raises(LmdError, match="for 3 parts"):
+        shard_rows(options, 0, 0, 3)
+
+
+def test_flops_are_those_of_the_products():
+    """Against torch's own counter, on the forward pass of the base."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = dataclasses.replace(preset("tiny").dit, width=64)
+    model = LiveModel(sizes)
+    condition = model.condition(torch.zeros(2, 1, 16), 5.0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 8, 240), torch.rand(2), condition)
+    ours = step_flops(sizes, StepPlan(None, 240), 2, 192) / 3
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)  # we leave out the text
+
+
+def test_precision_is_chosen_by_measurement_only_where_one_process_decides():
+    assert choose_precision("bf16", 32) == "bf16"
+    assert choose_precision("auto", 32) in ("32", "bf16")
+
+
+def test_a_source_of_ones_own_will_do(data):
+    """Anything with `windows` trains: here, silence."""
+
+    class Silence:
+        def windows(self, step, positions, n_frames):
+            n = len(positions)
+            return Windows(torch.zeros(n, 8, n_frames), [""] * n, ["silence"] * n)
+
+    options, sizes = TrainOptions("finetune", n_steps=5, batch=2), preset("tiny")
+    text = HashTextEncoder(sizes.text.n_tokens, sizes.text.dim)
+    module = LiveTraining(LiveModel(sizes.dit), text, Silence(), sizes, options)
+    rows = shard_rows(options, 0, 0, 1)
+    windows = Silence().windows(0, rows.positions, options.plan(0).n_frames)
+    module.log = lambda *args, **kwargs: None
+    loss = module.training_step({"rows": rows, **windows._asdict()}, 0)
+    assert loss.item() == pytest.approx(1.0, abs=0.1)  # a fresh model is silent: the noise's power
