@@ -174,7 +174,7 @@ class StreamResidual:
         joined = join_activated(before, x, self.snake, self.conv.reach // 2 if last else 0)
         inner = self.conv(joined)
         n = inner.shape[-1]
-        y = self.conv_out(self.snake_out(inner))
+        y = self.conv_out(self.snake_out(inner, out=inner))
         n_old = min(n, waiting.shape[-1])
         y[..., :n_old] += waiting[..., :n_old]
         y[..., n_old:] += x[..., : n - n_old]
