@@ -143,3 +143,35 @@ def _label(value: object, longest: int = 28) -> str:
         value = " + ".join(f"{weight:.2f} {text}" for text, weight in value)
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def piano_roll(notes: np.ndarray, voices: Sequence[str] = (), ax: Axes | None = None) -> Axes:
+    """Draw notes as bars over seconds and MIDI pitch, one colour per voice.
+
+    Args:
+        notes: rows (onset_s, gate_s, pitch, voice, …), as `lmd.data.render.note_times` gives them.
+        voices: their names, for the legend.
+        ax: where to draw; None = a new figure.
+    """
+    ax = plt.subplots(figsize=(9, 3), layout="constrained")[1] if ax is None else ax
+    for voice in sorted({int(v) for v in notes[:, 3]}):
+        rows = notes[notes[:, 3] == voice]
+        name = voices[voice] if voice < len(voices) else f"voice {voice + 1}"
+        ax.barh(rows[:, 2], rows[:, 1], 0.8, rows[:, 0], color=f"C{voice}", label=name)
+    ax.set(xlabel="seconds", ylabel="MIDI pitch")
+    ax.legend(frameon=False, ncols=4, fontsize="small")
+    return ax
+
+
+def latentplot(latents: Samples, frame_rate_hz: float, ax: Axes | None = None) -> Axes:
+    """Draw latents `[latent, frame]` or `[1, latent, frame]` as an image over seconds."""
+    ax = plt.subplots(figsize=(9, 2.6), layout="constrained")[1] if ax is None else ax
+    array = latents.detach().cpu().float().numpy() if isinstance(latents, Tensor) else latents
+    array = array[0] if array.ndim == 3 else array
+    span = (0, array.shape[-1] / frame_rate_hz, 0, array.shape[0])
+    ax.imshow(
+        array, aspect="auto", origin="lower", extent=span, cmap="RdBu_r", vmin=-3, vmax=3,
+        interpolation="nearest",
+    )  # fmt: skip
+    ax.set(xlabel="seconds", ylabel="latent")
+    return ax
