@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmd.codec import DecodeState, decode_block
-from lmd.config import check_block
+from lmd.errors import LmdError
 
 
 def fake_codec() -> SimpleNamespace:
@@ -16,9 +16,9 @@ def fake_codec() -> SimpleNamespace:
     return SimpleNamespace(**geometry, **reach, encode=lambda wave: wave, decode=lambda wave: wave)
 
 
-def test_a_wrong_argument_type_is_caught():
-    with pytest.raises(Exception, match="check_block"):
-        check_block("192", 48)
+def test_a_wrong_name_reaches_the_packages_own_refusal():
+    with pytest.raises(LmdError, match="sideways"):
+        decode_block(fake_codec(), DecodeState(), torch.zeros(1, 1, 3), "sideways")
 
 
 def test_a_wrong_shape_is_caught():
