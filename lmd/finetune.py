@@ -184,3 +184,17 @@ def packed_loss(
     noisy = (1 - level) * targets + level * noise
     velocity = packed_velocity(model, clean, noisy, t, condition, packing)
     return (velocity - (noise - targets)).square().mean(dim=(2, 3))
+
+
+def open_context_door(model: LiveModel) -> LiveModel:
+    """Let clean context enter as noisy frames do: `B [mask, x] = A x`, instead of at random.
+
+    A base has never used B. With A's weights it understands clean frames from the first step, and
+    only has to learn that they are clean. Ours; the paper starts B at random.
+    """
+    dit, channels = model.dit, model.config.latent_dim
+    with torch.no_grad():
+        entering = torch.eye(channels) + dit.preprocess_conv.weight[..., 0]
+        dit.to_input_add.weight.zero_()
+        dit.to_input_add.weight[:, 1 : 1 + channels] = dit.project_in.weight @ entering
+    return model

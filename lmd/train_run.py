@@ -16,6 +16,8 @@ from lmd.curriculum import BaseOptions, FinetuneOptions, NoiseOptions
 from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
+from lmd.finetune import open_context_door
+from lmd.foreign import load_foreign
 from lmd.lora import add_lora
 from lmd.machine import machine_dict, tune_allocator
 from lmd.model_card import model_card
@@ -50,7 +52,11 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--checkpoint-every", type=int, default=200, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sounds and pictures; 0 = none")
     add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
-    add("--init", type=Path, help="start from these weights")
+    add(
+        "--init",
+        type=Path,
+        help="weights to start from, or a Stable Audio folder",
+    )
     add("--noise", default="uniform", help="distribution of noise levels")
     add("--text-dropout", type=float, default=0.1)
     add("--no-progress", action="store_true")
@@ -87,24 +93,27 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
     )
 
 
-def start_model(sizes: Preset, init: Path | None, seed: int) -> LiveModel:
-    """Fresh weights from the seed, or those of a file of the same sizes.
+def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> LiveModel:
+    """Fresh weights from the seed, or those of a file or of a foreign folder of the same sizes.
+
+    A base that is to be fine-tuned gets its context door opened, see `open_context_door`.
 
     Raises:
         LmdError: weights of another size.
     """
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build_model(sizes)
-    if init is not None and init.is_dir():
-        raise LmdError(f"a folder {init}", "a weights file", "Name the file inside it.")
-    if init is not None and init.suffix == ".safetensors":
-        tensors, _ = load_tensors(init, "base", "finetuned", "arc")
+    if init is None:
+        return model
+    if init.is_dir():
+        foreign = load_foreign(init)
+        load_strict(model, foreign.model.state_dict(), str(init))
+        opens = bool(foreign.fresh)
+    else:
+        tensors, header = load_tensors(init, "base", "finetuned", "arc")
         load_strict(model, tensors, str(init))
-    elif init is not None:
-        from lmd.foreign import load_foreign
-
-        model.load_state_dict(load_foreign(init).state_dict())
-    return model
+        opens = header.kind == "base"
+    return open_context_door(model) if opens and stage == "finetune" else model
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
@@ -131,7 +140,7 @@ def remember_options(out: Path, options: Any, args: argparse.Namespace) -> None:
     present = json.loads(json.dumps({"preset": args.preset, **to_dict(options)}))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        other = {k for k in present if present[k] != before.get(k)} - {"n_steps"}
+        other = {k for k in present if present[k] != before.get(k)} - {"n_steps", "n_updates"}
         if other:
             told = ", ".join(f"{k} {before.get(k)} → {present[k]}" for k in sorted(other))
             raise LmdError(
@@ -184,7 +193,7 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
             "Encode with that preset's codec, or choose the other preset.",
         )
     remember_options(run.out, options, args)
-    model = start_model(sizes, args.init, args.seed)
+    model = start_model(stage, sizes, args.init, args.seed)
     if getattr(args, "lora", 0):
         model = add_lora(model, args.lora)
     text = build_text_encoder(sizes.text)

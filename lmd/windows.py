@@ -12,6 +12,7 @@ from lmd.data.latents import LatentWindows
 from lmd.data.scores import Split
 from lmd.data.shards import INDEX, LatentShards
 from lmd.dit import LiveModel
+from lmd.finetune import open_context_door
 from lmd.rng import derive_seed, normal
 from lmd.training import Windows, WindowSource
 
@@ -69,14 +70,15 @@ def open_windows(
 
 
 def open_start(folder: Path | str, sizes: Preset, seed: int) -> tuple[LiveModel, str]:
-    """The shipped base of that preset if there is one, else fresh weights; and which.
+    """The shipped base of that preset with its context door open, else fresh weights; and which.
 
     Returns:
         The model, and one line that says what it is.
     """
     path = Path(folder) / "base.safetensors"
     if path.is_file() and read_header(path).config == sizes:
-        return load_model(path), f"the shipped base, {read_header(path).notes['steps']} steps"
+        about = f"the shipped base, {read_header(path).notes['steps']} steps"
+        return open_context_door(load_model(path)), about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         return build_model(sizes).eval(), f"fresh weights (no base of preset {sizes.name})"
