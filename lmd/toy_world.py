@@ -38,7 +38,7 @@ from lmd.arc import (
     generator_loss,
     rollout,
 )
-from lmd.arc_plan import ArcBatch, ArcOptions, plan_update, play_trial
+from lmd.arc_plan import ArcBatch, ArcOptions, Player, plan_update, play_trial
 from lmd.config import DiTConfig, to_dict
 from lmd.curriculum import Rows, StepPlan
 from lmd.discriminator import Discriminator, HeadConfig
@@ -62,9 +62,9 @@ SIZES = DiTConfig(
 class ToySettings:
     """One experiment: three trainings, each in seconds."""
 
-    n_base: int = 400  # steps of the bidirectional base, at the rollout's length
-    n_finetune: int = 300  # steps of the live model
-    n_updates: int = 460  # of ARC-Forcing, both networks
+    n_base: int = 300  # steps of the bidirectional base, at the rollout's length
+    n_finetune: int = 1200  # steps of the live model
+    n_updates: int = 400  # of ARC-Forcing, both networks
     n_warmup: int = 60  # of these, first, for the discriminator alone
     batch: int = 16
     n_blocks: int = 6  # of a rollout
@@ -97,6 +97,9 @@ class ToySettings:
             last_block="blocks.1",
             head=HeadConfig((32, 32, 48, 64), n_blocks=0),
         )
+
+
+SHORT = ToySettings(n_base=200, n_finetune=600, n_updates=240)  # for a test
 
 
 @dataclass(frozen=True)
@@ -222,10 +225,18 @@ def prepare(settings: ToySettings, seed: int) -> tuple[LiveModel, LiveModel]:
 
 
 def arc_updates(
-    live: LiveModel, judge: Discriminator, settings: ToySettings, seed: int
-) -> Iterator[tuple[int, str, Verdict, LiveModel]]:
-    """ARC-Forcing in this world; yields update, whose turn, verdict, averaged model."""
-    options, average = settings.arc, copy.deepcopy(live)
+    live: LiveModel, average: LiveModel, judge: Discriminator, settings: ToySettings, seed: int
+) -> Iterator[tuple[int, Player, Verdict]]:
+    """ARC-Forcing in this world; yields update, whose turn it was, verdict.
+
+    Args:
+        live: learns.
+        average: a copy of it, which follows slowly; the one to play afterwards.
+        judge: learns.
+        settings: of the experiment.
+        seed: of everything random.
+    """
+    options = settings.arc
     betas = (0.0, 0.95)  # without momentum the two chase each other less
     adams = {
         "generator": torch.optim.AdamW(live.parameters(), settings.lr_generator, betas),
@@ -248,7 +259,7 @@ def arc_updates(
         else:
             verdict = discriminator_loss(judge, trial, options.weights)
             descend(adams["discriminator"], verdict.loss, judge)
-        yield update, plan.trains, verdict, average
+        yield update, plan.trains, verdict
 
 
 def make_judge(base: LiveModel, settings: ToySettings, seed: int) -> Discriminator:
@@ -268,11 +279,10 @@ def experiment(seed: int, settings: ToySettings, progress: bool = False) -> dict
     before = drift(play(live, settings, seed))
     prepared = time.perf_counter()
     curves: dict[str, list[float]] = {"accuracy": [], "generator": [], "discriminator": []}
-    average = live
-    updates = arc_updates(live, make_judge(base, settings, seed), settings, seed)
+    average = copy.deepcopy(live)
+    updates = arc_updates(live, average, make_judge(base, settings, seed), settings, seed)
     bar = tqdm(updates, f"seed {seed}", settings.n_updates, disable=not progress)
-    for _, trains, verdict, model in bar:
-        average = model
+    for _, trains, verdict in bar:
         curves["accuracy"].append(verdict.accuracy.item())
         curves[trains].append(verdict.pair.item())
     after = drift(play(average, settings, seed))

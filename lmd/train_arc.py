@@ -7,6 +7,7 @@ The base becomes the discriminator; train it at the rollout's length first (`tra
 """
 
 import argparse
+import shlex
 import time
 import warnings
 from pathlib import Path
@@ -21,14 +22,16 @@ from lmd.arc import LossWeights
 from lmd.arc_card import arc_card, cost_table
 from lmd.arc_plan import ArcOptions
 from lmd.arc_training import ArcRun, ArcTraining
-from lmd.checkpoint import read_header, save_checkpoint, write_atomic
+from lmd.checkpoint import build_model, load_tensors, read_header, save_checkpoint, write_atomic
 from lmd.config import REGIMES, Preset, check_block, preset
+from lmd.data.shards import LatentShards
 from lmd.discriminator import Discriminator, HeadConfig
+from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.machine import tune_allocator
+from lmd.machine import machine_dict, tune_allocator
 from lmd.rng import derive_seed
 from lmd.text import build_text_encoder
-from lmd.train_run import LatentSource, notes_of, remember_options, run_options, start_model
+from lmd.train_run import remember_options, run_options
 from lmd.trainer import (
     PRECISIONS,
     AtomicCheckpointIO,
@@ -38,6 +41,8 @@ from lmd.trainer import (
     choose_precision,
     choose_strategy,
 )
+from lmd.weights import load_strict
+from lmd.windows import LatentSource
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +212,39 @@ def fit(module: ArcTraining, where: RunOptions, callbacks: tuple[Callback, ...] 
     return trainer
 
 
+def load_start(path: Path, sizes: Preset) -> LiveModel:
+    """A model to start from, of exactly these sizes."""
+    tensors, _ = load_tensors(path, "base", "finetuned", "arc")
+    model = build_model(sizes)
+    load_strict(model, tensors, str(path))
+    return model
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command that gives these arguments, defaults left out."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    words = ["python", "-m", "lmd", "train", "arc"]
+    for name, value in vars(args).items():
+        if value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def notes_of(args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
+    """What the weights file says about its making."""
+    mixes = [e.duration_s for e in data.entries if e.split == "train" and e.voice < 0]
+    notes: dict[str, Any] = {
+        "command": command_of(args),
+        "seed": args.seed,
+        "data": {"hours": round(sum(mixes) / 3600, 2), "renditions": len(mixes)},
+        "hardware": machine_dict(),
+    }
+    for name, path in (("init", args.init), ("base", args.base)):
+        notes[name] = {"file": path.name, "sha256": read_header(path).sha256}
+    return notes
+
+
 def build_module(args: argparse.Namespace, run: ArcRun, sizes: Preset) -> ArcTraining:
     """Both networks from their files.
 
@@ -220,11 +258,12 @@ def build_module(args: argparse.Namespace, run: ArcRun, sizes: Preset) -> ArcTra
             f"{sizes.dit.latent_dim}, as preset {args.preset} has",
             "Encode with that preset's codec, or choose the other preset.",
         )
-    base = start_model(sizes, args.base, args.seed)
+    base = load_start(args.base, sizes)
     torch.manual_seed(derive_seed(args.seed, "score head"))
     judge = Discriminator(base, run.arc.last_block, run.arc.head)
-    player = start_model(sizes, args.init, args.seed)
-    return ArcTraining(player, judge, build_text_encoder(sizes.text), source, run)
+    return ArcTraining(
+        load_start(args.init, sizes), judge, build_text_encoder(sizes.text), source, run
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -234,9 +273,7 @@ def main(args: argparse.Namespace) -> int:
     run, where = arc_run(args, sizes), run_options(args)
     remember_options(where.out, run, args)
     module = build_module(args, run, sizes)
-    notes = notes_of("arc", args, module.source.shards)
-    for name, path in (("init", args.init), ("base", args.base)):
-        notes[name] = {"file": path.name, "sha256": read_header(path).sha256}
+    notes = notes_of(args, module.source.shards)
     export = ExportArc(where.out, where.checkpoint_every, sizes, notes)
     start = time.time()
     trainer = fit(module, where, (export,))

@@ -24,7 +24,7 @@ from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.text import HashTextEncoder
 from lmd.train_arc import RunOptions, fit
-from lmd.train_run import LatentSource
+from lmd.windows import LatentSource
 
 HERE = Path(__file__).parent
 TINY = preset("tiny")
