@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from music21 import note, stream, tie
 
+from lmd.data.about import counts_table, filled
 from lmd.data.analysis import find_key, onset_density
-from lmd.data.scores import Piece, Rejected, Shelf, cached_piece, corpus_files, parse_piece
+from lmd.data.scores import (
+    COLLECTIONS,
+    Piece,
+    Rejected,
+    Shelf,
+    cached_piece,
+    corpus_files,
+    parse_piece,
+)
 from lmd.errors import LmdError
 
 
@@ -122,3 +131,22 @@ def test_a_scale_with_its_triad_is_heard_in_its_key(tonic: int, mode: str) -> No
 
 def test_density_counts_a_chord_once() -> None:
     assert onset_density(np.array([0.0, 0.01, 0.02, 1.0, 2.0, 2.03]), 4.0) == pytest.approx(3 / 4)
+
+
+def test_the_readme_counts_every_score_there_is() -> None:
+    text = (Path(__file__).parents[1] / "data/README.md").read_text()
+    counted = {
+        cells[1]: int(cells[2].replace(",", "")) + int(cells[3].replace(",", ""))
+        for line in text.splitlines()
+        if line.count("|") == 8 and (cells := [cell.strip() for cell in line.split("|")])
+        if cells[2].replace(",", "").isdigit()
+    }
+    for name in COLLECTIONS:
+        assert counted[name] == len(corpus_files((name,))), name
+    assert counted["all"] == len(corpus_files(COLLECTIONS))
+
+
+@pytest.mark.slow
+def test_the_readme_table_is_what_the_scores_give(cache: Path) -> None:
+    text = (Path(__file__).parents[1] / "data/README.md").read_text()
+    assert filled(text, counts_table(cache, workers=2)) == text
