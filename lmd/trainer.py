@@ -260,7 +260,11 @@ def build_trainer(
 def choose_strategy(run: RunOptions, n_processes: int) -> Any:
     """How processes share the work; a single one needs nothing."""
     if run.strategy == "fsdp":
-        raise LmdError("strategy fsdp", "ddp", "Not built yet.")
+        raise LmdError(
+            "--strategy fsdp",
+            "ddp",
+            "Sharding is not built: even the `paper` preset fits one GPU. Use ddp.",
+        )
     if n_processes == 1:
         return "auto"
     backend = "nccl" if torch.cuda.is_available() and run.accelerator != "cpu" else "gloo"

@@ -1,5 +1,6 @@
 """Sounds and pictures of a run, every so often: what the averaged weights play at that step."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def sample_window(
 
 def play_module(module: LiveTraining, codec: Codec, prompt: str, seed: int) -> Wave:
     """What a run's averaged weights play now: a window of the base, or a stream from silence."""
-    model, preset = module.ema.eval().cpu(), module.preset
+    model, preset = copy.deepcopy(module.ema).eval().cpu(), module.preset
     if module.options.stage == "base":
         n_frames = module.options.base.window_frames
         tokens = module.text.encode([prompt])

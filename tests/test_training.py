@@ -19,11 +19,13 @@ from lmd.config import preset
 from lmd.curriculum import StepPlan
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
+from lmd.instrument import open_instrument
 from lmd.lora import add_lora, merged_state
 from lmd.model_card import run_log
 from lmd.text import HashTextEncoder
 from lmd.trainer import AtomicCheckpointIO, choose_precision, step_flops
 from lmd.training import LiveTraining, TrainOptions, Windows, shard_rows
+from lmd.training_samples import picture, play_module
 from lmd.windows import LatentSource
 
 HERE = Path(__file__).parent
@@ -201,6 +203,28 @@ def test_lora_changes_nothing_at_first_and_merges_into_ordinary_weights():
     fresh.load_state_dict(merged_state(model))
     error = (fresh(noisy, t, condition) - model(noisy, t, condition)).abs().max()
     assert error < 1e-5  # measured 1e-7: one product instead of two
+
+
+@pytest.mark.parametrize("stage", ["base", "finetune"])
+def test_a_run_can_be_heard_on_the_way(data, stage, tmp_path):
+    """Sound and picture of the averaged weights; the weights stay where they are."""
+    options, sizes = TrainOptions(stage, n_steps=5, batch=2), preset("tiny")
+    text = HashTextEncoder(sizes.text.n_tokens, sizes.text.dim)
+    source = LatentSource(data, 0)
+    module = LiveTraining(LiveModel(sizes.dit), text, source, sizes, options)
+    codec = open_instrument(preset_name="tiny").streamer.codec
+    wave = play_module(module, codec, "organ", seed=0)
+    window_s = 240 / sizes.frame_rate_hz
+    assert wave.shape[-1] / codec.sample_rate == pytest.approx(window_s, rel=0.05)
+    assert torch.equal(wave, play_module(module, codec, "organ", seed=0))
+    picture(wave, codec.sample_rate, tmp_path / "a.png", "organ")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_sharding_is_refused_until_it_is_built(data, tmp_path, capsys):
+    words = [*WORDS, "--data", str(data), "--out", str(tmp_path), "--strategy", "fsdp"]
+    assert main(["train", "base", *words]) == 2
+    assert "Use ddp" in capsys.readouterr().err
 
 
 def test_rows_of_parts_make_up_the_global_batch():
