@@ -166,7 +166,7 @@ def test_16_bit_files_hold_what_was_given(tmp_path: Path) -> None:
 def test_the_command_builds_and_counts(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["data", "build", "--out", str(tmp_path), "--hours", str(3 / 3600)]
+    words = ["data", "build", "--out", str(tmp_path), "--hours", str(1 / 3600)]
     words += ["--collections", "ciconia", "--max-seconds", "4", "--cache", str(cache)]
     assert main(words) == 0
     assert "1 renditions of 1 pieces" in capsys.readouterr().out
