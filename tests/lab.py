@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from jupyter_client import BlockingKernelClient
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -30,15 +33,36 @@ FLAGS = [
 
 @dataclass(frozen=True)
 class Lab:
-    """A running server: `url` with its token, `folder` it serves, `log` it writes."""
+    """A running server: `url`, `token`, the `folder` it serves, its `log` and `runtime` files."""
 
     url: str
     folder: Path
     token: str
     log: Path
+    runtime: Path
 
     def notebook(self, name: str) -> str:
         return f"{self.url}/lab/tree/{name}?token={self.token}"
+
+
+def in_kernel(lab: Lab, code: str) -> str:
+    """Run code in the newest kernel of a server, beside the page; what it printed."""
+    client = BlockingKernelClient()
+    files = lab.runtime.glob("kernel-*.json")
+    client.load_connection_file(str(max(files, key=lambda path: path.stat().st_mtime)))
+    client.start_channels()
+    try:
+        printed: list[str] = []
+
+        def collect(message: dict[str, Any]) -> None:
+            if message["msg_type"] == "stream":
+                printed.append(message["content"]["text"])
+
+        reply = client.execute_interactive(code, timeout=60, output_hook=collect)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return "".join(printed).strip()
+    finally:
+        client.stop_channels()
 
 
 def _free_port() -> int:
@@ -75,7 +99,7 @@ def jupyterlab(folder: Path, dark: bool = False) -> Iterator[Lab]:
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         try:
-            lab = Lab(f"http://127.0.0.1:{port}", folder, token, log)
+            lab = Lab(f"http://127.0.0.1:{port}", folder, token, log, home / "runtime")
             _wait_for(lab, server)
             yield lab
         finally:

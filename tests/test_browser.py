@@ -6,7 +6,6 @@ Browser, server and kernel share the machine's cores, so the notebook runs on th
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import CHROMIUM, FLAGS, Lab, jupyterlab
+from lab import CHROMIUM, FLAGS, Lab, in_kernel, jupyterlab
 
 from lmd.instrument import open_instrument
 from lmd.takes import play_again, read_take
@@ -54,13 +53,17 @@ def _prepared(folder: Path) -> Path:
     text = "".join(cell["source"])
     for name, old, new in (
         ("preset", '"small"', '"tiny"'),
+        ("stream_s", "30.0", "10.0"),
+        ("latency_changes", "8", "2"),
         ("output_dir", '"../outputs/04_play"', repr(str(folder / "outputs"))),
     ):
         assert f"{name} = {old}" in text
         text = text.replace(f"{name} = {old}", f"{name} = {new}")
     cell["source"] = text
+    code = "second = LivePlayer(instrument, take_folder=output / 'takes')\nsecond"
+    last = {"cell_type": "code", "id": "second", "metadata": {}, "outputs": []}
+    source["cells"].append(last | {"execution_count": None, "source": code})
     (folder / "04_play.ipynb").write_text(json.dumps(source), encoding="utf-8")
-    shutil.copytree(ROOT / "outputs" / "published", folder / "published", dirs_exist_ok=True)
     return folder
 
 
@@ -88,7 +91,7 @@ def page(lab: Lab, chromium: Any) -> Iterator[Any]:
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(lab.notebook("04_play.ipynb"))
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=90_000)
+    page.wait_for_selector("text=Python 3 (ipykernel) | Idle", timeout=90_000)
     page.click("text=Run")
     page.click("text=Run All Cells")
     page.wait_for_selector(".lmd", timeout=240_000, state="attached")
@@ -96,6 +99,19 @@ def page(lab: Lab, chromium: Any) -> Iterator[Any]:
     page.locator(".lmd").first.scroll_into_view_if_needed()
     yield page
     page.close()
+
+
+def scroll_to(page: Any, number: int) -> None:
+    """Bring a player into view; the page draws cells only when they come near it."""
+    panel = page.locator(".lmd").nth(number)
+    page.hover(".jp-WindowedPanel-outer")
+
+    def there() -> bool:
+        page.mouse.wheel(0, 400 if number else -400)
+        return panel.count() > 0
+
+    wait_until(there, 60)
+    panel.scroll_into_view_if_needed()
 
 
 def wait_until(condition: Any, seconds: float) -> None:
@@ -107,37 +123,29 @@ def wait_until(condition: Any, seconds: float) -> None:
     raise AssertionError(f"not within {seconds} s")
 
 
+def first(page: Any, css: str | None = None) -> Any:
+    """The first player on a page, or something in it."""
+    panel = page.locator(".lmd").first
+    return panel if css is None else panel.locator(css)
+
+
 def shown(page: Any) -> dict[str, str]:
     """What the player shows and counts."""
-    return page.eval_on_selector(".lmd", "element => ({...element.dataset})")
+    return first(page).evaluate("element => ({...element.dataset})")
 
 
 def set_range(page: Any, name: str, value: float) -> None:
     """Move a slider as a hand does: the input's value, then its event."""
-    page.eval_on_selector(
-        f".lmd input[data-name={name}]",
+    first(page, f"input[data-name={name}]").evaluate(
         "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); }",
         value,
     )
 
 
-def in_kernel(page: Any, code: str) -> str:
-    """Run a line in the notebook's kernel, through a new cell, as a user would."""
-    n = page.locator(".jp-Notebook .jp-CodeCell").count()
-    page.keyboard.press("Escape")
-    page.click(".jp-Notebook-footer")
-    wait_until(lambda: page.locator(".jp-Notebook .jp-CodeCell").count() > n, 20)
-    page.keyboard.insert_text(code)
-    page.keyboard.press("Control+Enter")
-    output = page.locator(".jp-Notebook .jp-CodeCell").last.locator(".jp-OutputArea-output")
-    output.first.wait_for(timeout=60_000)
-    return output.first.inner_text().strip()
-
-
 def test_pressing_play_gives_sound_without_underruns_for_a_minute(page: Any) -> None:
-    page.click(".lmd button:has-text('Play')")
+    first(page, "button:has-text('Play')").click()
     wait_until(lambda: int(shown(page).get("heard", 0)) > 0, 60)
-    first, levels = shown(page), []
+    start, levels = shown(page), []
     began = time.monotonic()
     while time.monotonic() - began < LISTEN_S:
         time.sleep(1)
@@ -145,10 +153,10 @@ def test_pressing_play_gives_sound_without_underruns_for_a_minute(page: Any) -> 
         assert int(now["underruns"]) == 0, now
         levels.append(float(now["levelDb"]))
     now = shown(page)
-    heard_s = (int(now["heard"]) - int(first["heard"])) / 22_050
+    heard_s = (int(now["heard"]) - int(start["heard"])) / 22_050
     # A minute of the page's own clock, within the time that a look at it takes.
     assert LISTEN_S - 2 < heard_s < LISTEN_S + 5
-    assert (now["silent"], now["lost"], now["epoch"]) == ("0", "0", first["epoch"])
+    assert (now["silent"], now["lost"], now["epoch"]) == ("0", "0", start["epoch"])
     assert min(levels) > -40
     assert page.errors == []
 
@@ -162,7 +170,7 @@ def test_the_mix_slider_moves_the_kernel_and_the_block_it_was_promised_for(
     wait_until(lambda: int(shown(page)["heard"]) > sample, 30)
     wait_until(lambda: shown(page)["latencyP50"] != "", 10)
     assert float(shown(page)["latencyP50"]) < 10_000
-    page.click(".lmd button:has-text('Stop')")
+    first(page, "button:has-text('Stop')").click()
     wait_until(lambda: shown(page)["state"] == "stopped", 30)
     takes = (lab.folder / "outputs" / "takes").glob("*.jsonl")
     take = read_take(max(takes, key=lambda path: path.stat().st_mtime))
@@ -179,86 +187,88 @@ def test_the_mix_slider_moves_the_kernel_and_the_block_it_was_promised_for(
     assert differing[0] - sample < 2 * streamer.codec.samples_per_frame
 
 
-def test_the_kernel_moves_the_slider_and_a_wrong_value_is_refused_in_the_panel(page: Any) -> None:
+def test_the_kernel_moves_the_slider_and_a_wrong_value_is_refused_in_the_panel(
+    page: Any, lab: Lab
+) -> None:
     assert (
-        in_kernel(page, "player.cfg_scale = 3.5; print(player.mix, player.state)") == "0.5 stopped"
+        in_kernel(lab, "player.cfg_scale = 3.5; print(player.mix, player.state)") == "0.5 stopped"
     )
-    slider = page.locator(".lmd input[data-name=cfg_scale]")
+    slider = first(page, "input[data-name=cfg_scale]")
     wait_until(lambda: slider.input_value() == "3.5", 20)
-    page.select_option(".lmd select[data-name=sampler]", "euler++")
-    wait_until(lambda: "expected a number in (0, 1]" in page.inner_text(".lmd-message"), 20)
-    wait_until(lambda: page.input_value(".lmd select[data-name=sampler]") == "pingpong", 20)
-    in_kernel(page, "player.cfg_scale = 1.0; print(1)")
+    first(page, "select[data-name=sampler]").select_option("euler++")
+    wait_until(
+        lambda: "expected a number in (0, 1]" in first(page, ".lmd-message").inner_text(), 20
+    )
+    wait_until(lambda: first(page, "select[data-name=sampler]").input_value() == "pingpong", 20)
+    in_kernel(lab, "player.cfg_scale = 1.0; print(1)")
 
 
-def test_a_hostile_prompt_stays_text(page: Any) -> None:
-    page.click(".lmd button:has-text('Play')")
+def test_a_hostile_prompt_stays_text(page: Any, lab: Lab) -> None:
+    first(page, "button:has-text('Play')").click()
     wait_until(lambda: shown(page)["state"] == "playing", 60)
-    promised = shown(page).get("promisedBlock")
-    page.fill(".lmd input[data-name=prompt_a]", HOSTILE)
-    page.press(".lmd input[data-name=prompt_a]", "Enter")
-    wait_until(lambda: shown(page).get("promisedBlock") != promised, 30)
-    assert in_kernel(page, "print(player.prompt_a)") == HOSTILE
+    first(page).evaluate("element => delete element.dataset.promisedBlock")
+    first(page, "input[data-name=prompt_a]").fill(HOSTILE)
+    first(page, "input[data-name=prompt_a]").press("Enter")
+    wait_until(lambda: "promisedBlock" in shown(page), 30)
+    assert in_kernel(lab, "print(player.prompt_a)") == HOSTILE
     time.sleep(2)  # for the picture to write its label
     assert page.evaluate("window.pwned") is None
-    assert page.locator(".lmd img, .lmd script").count() == 0
-    assert page.input_value(".lmd input[data-name=prompt_a]") == HOSTILE
-    page.fill(".lmd input[data-name=prompt_a]", "church organ, slow, minor")
-    page.press(".lmd input[data-name=prompt_a]", "Enter")
+    assert first(page, "img, script").count() == 0
+    assert first(page, "input[data-name=prompt_a]").input_value() == HOSTILE
+    first(page, "input[data-name=prompt_a]").fill("church organ, slow, minor")
+    first(page, "input[data-name=prompt_a]").press("Enter")
 
 
 def test_every_control_has_a_name_and_takes_the_keyboard(page: Any) -> None:
-    unnamed = page.eval_on_selector(
-        ".lmd",
+    unnamed = first(page).evaluate(
         """root => [...root.querySelectorAll('button, input, select, canvas, meter')]
         .filter(e => !(e.labels?.length || e.ariaLabel || e.textContent.trim()))
         .map(e => e.outerHTML)""",
     )
     assert unnamed == []
-    page.focus(".lmd input[data-name=n_steps]")
-    before = int(page.input_value(".lmd input[data-name=n_steps]"))
+    first(page, "input[data-name=n_steps]").focus()
+    before = int(first(page, "input[data-name=n_steps]").input_value())
     n_cells = page.locator(".jp-Notebook .jp-Cell").count()
     page.keyboard.press("ArrowLeft")
-    wait_until(lambda: int(page.input_value(".lmd input[data-name=n_steps]")) == before - 1, 10)
+    wait_until(lambda: int(first(page, "input[data-name=n_steps]").input_value()) == before - 1, 10)
     for key in ("a", "d", "d", "x"):  # notebook commands: add, delete, cut a cell
         page.keyboard.press(key)
     assert page.locator(".jp-Notebook .jp-Cell").count() == n_cells
-    page.focus(".lmd button:has-text('Pause')")
+    first(page, "button:has-text('Pause')").focus()
     page.keyboard.press("Space")
     wait_until(lambda: shown(page)["state"] == "paused", 20)
     page.keyboard.press("Enter")
     wait_until(lambda: shown(page)["state"] == "playing", 20)
 
 
-def test_a_midi_controller_is_learnt(page: Any) -> None:
+def test_a_midi_controller_is_learnt(page: Any, lab: Lab) -> None:
     page.evaluate(
         """() => { window.port = {}; const inputs = new Map([['one', window.port]]);
         navigator.requestMIDIAccess = async () => ({ inputs }); }"""
     )
-    page.click(".lmd button:has-text('MIDI learn')")
-    page.focus(".lmd input[data-name=volume]")
+    first(page, "button:has-text('MIDI learn')").click()
+    first(page, "input[data-name=volume]").focus()
     page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 64] })")
-    page.click(".lmd button:has-text('MIDI learn')")
+    first(page, "button:has-text('MIDI learn')").click()
     page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 0] })")
-    wait_until(lambda: page.input_value(".lmd input[data-name=volume]") == "0", 10)
+    wait_until(lambda: first(page, "input[data-name=volume]").input_value() == "0", 10)
     page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 127] })")
-    wait_until(lambda: page.input_value(".lmd input[data-name=volume]") == "1", 10)
-    assert in_kernel(page, "print(player.midi_map, player.volume)") == "{'0:21': 'volume'} 1.0"
+    wait_until(lambda: first(page, "input[data-name=volume]").input_value() == "1", 10)
+    assert in_kernel(lab, "print(player.midi_map, player.volume)") == "{'0:21': 'volume'} 1.0"
 
 
 def test_a_picture_of_it_is_published(page: Any) -> None:
     PUBLISHED.mkdir(parents=True, exist_ok=True)
-    page.locator(".lmd").first.scroll_into_view_if_needed()
+    first(page).scroll_into_view_if_needed()
     set_range(page, "mix", 0.3)
     time.sleep(7)
     path = PUBLISHED / "player.png"
-    page.locator(".lmd").first.screenshot(path=str(path))
+    first(page).screenshot(path=str(path))
     assert path.stat().st_size > 20_000
 
 
 def test_a_second_player_on_the_page_plays_beside_the_first(page: Any) -> None:
-    in_kernel(page, "second = LivePlayer(instrument, take_folder=output / 'takes'); second")
-    page.locator(".lmd").nth(1).scroll_into_view_if_needed()
+    scroll_to(page, 1)
     page.locator(".lmd button:has-text('Play')").last.click()
     read = "elements => elements.map(e => [Number(e.dataset.heard || 0), e.dataset.state])"
     wait_until(lambda: page.eval_on_selector_all(".lmd", read)[1][0] > 0, 60)
@@ -272,24 +282,26 @@ def test_a_second_player_on_the_page_plays_beside_the_first(page: Any) -> None:
 
 
 def test_a_closed_page_does_not_stop_the_kernel_and_a_new_one_takes_over(
-    page: Any, lab: Lab, chromium: Any
+    page: Any, lab: Lab
 ) -> None:
-    in_kernel(page, "player.stop(); print(player.state)")
-    page.keyboard.press("Control+s")
-    again = chromium.new_page(viewport={"width": 1280, "height": 1000})
-    again.goto(lab.notebook("04_play.ipynb"))
-    again.wait_for_selector(".lmd", timeout=90_000, state="attached")
-    again.locator(".lmd").first.scroll_into_view_if_needed()
-    again.locator(".lmd button:has-text('Play')").first.click()
-    wait_until(lambda: int(shown(again).get("heard", 0)) > 22_050, 60)
-    again.close()
+    in_kernel(lab, "player.stop(); print(player.state)")
+    page.click("text=File")
+    page.click("text=Save Notebook")
+    saved = lab.folder / "04_play.ipynb"
+    wait_until(lambda: "widget-view+json" in saved.read_text(encoding="utf-8"), 30)
+    page.goto("about:blank")
+    assert in_kernel(lab, "print(player.state)") == "stopped"
+    page.goto(lab.notebook("04_play.ipynb"))
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
+    scroll_to(page, 0)
+    first(page, "button:has-text('Play')").click()
+    wait_until(lambda: int(shown(page).get("heard", 0)) > 22_050, 60)
 
 
 def test_a_restarted_kernel_is_noticed_and_the_sound_fades(page: Any) -> None:
-    page.locator(".lmd button:has-text('Play')").first.click()
     wait_until(lambda: shown(page)["state"] == "playing", 60)
     page.click("text=Kernel")
     page.click("text=Restart Kernel…")
     page.click(".jp-Dialog button:has-text('Restart')")
-    wait_until(lambda: "no word from the kernel" in page.inner_text(".lmd-state"), 60)
+    wait_until(lambda: "no word from the kernel" in first(page, ".lmd-state").inner_text(), 60)
     assert page.errors == []
