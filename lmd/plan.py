@@ -98,7 +98,10 @@ def _find(word: str, sources: Sequence[Path]) -> Path:
 
 def _profile(path: Path, name: str, sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """One profile from the file, with every section's name checked."""
-    profiles = tomllib.loads(path.read_text(encoding="utf-8"))
+    try:
+        profiles = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise LmdError(f"{path} that cannot be read: {error}", "TOML", "Correct it.") from error
     if name not in profiles:
         raise LmdError(f"profile {name!r}", f"one of {', '.join(profiles)}", "Pick one of these.")
     unknown = set(profiles[name]) - {"all", *(source.stem for source in sources)}

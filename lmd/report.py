@@ -7,7 +7,7 @@ notebooks are escaped.
 import base64
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,27 +79,32 @@ def versions() -> dict[str, str]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """A notebook's figures; empty when it wrote none.
+    """A notebook's figures; empty when it wrote none. `{"a": {"b": 1}}` becomes `{"a.b": 1}`.
 
     Raises:
-        LmdError: the file is not a dictionary of numbers and texts.
+        LmdError: the file is not a JSON object.
     """
     if not path.exists():
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LmdError(f"{path} that is not JSON ({error})", "a flat object", "Fix it.") from error
-    flat = isinstance(values, dict) and not any(
-        isinstance(value, dict | list) for value in values.values()
-    )
-    if not flat:
+        raise LmdError(f"{path} that is not JSON ({error})", "an object", "Fix it.") from error
+    if not isinstance(values, dict):
         raise LmdError(
-            f"nested values in {path}",
-            "a flat dictionary of numbers and texts",
+            f"a {type(values).__name__} in {path}",
+            "an object of numbers and texts",
             "Give every figure its own name, with its unit as suffix.",
         )
-    return values
+    return dict(_flat(values))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _metrics_or_nothing(path: Path) -> dict[str, Any]:

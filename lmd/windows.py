@@ -1,5 +1,6 @@
 """Where training windows come from, and what a short run begins with, whatever there is."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,14 +58,20 @@ def open_windows(
 ) -> tuple[WindowSource, str]:
     """Encoded music if the folder has some of the preset's width, else stand-ins; and which.
 
+    A corpus too small to have that split gives what it has, and the line says so.
+
     Returns:
         The source, and one line that says what it is.
     """
     if (Path(folder) / INDEX).is_file():
         source = LatentSource(folder, seed, split)
         if source.shards.latent_dim == sizes.dit.latent_dim:
-            n = sum(entry.split == split for entry in source.shards.entries)
-            return source, f"{n} {split} sounds in {Path(folder).name}"
+            counts = Counter(entry.split for entry in source.shards.entries)
+            line = f"{counts[split]} {split} sounds in {Path(folder).name}"
+            if not counts[split]:  # a corpus of minutes has pieces of one split only
+                (used, n), *_ = counts.most_common()
+                source, line = LatentSource(folder, seed, used), f"{line}, so {n} of {used}"
+            return source, line
     line = f"smooth random curves, not music (no latents of preset {sizes.name} in {folder})"
     return StandInSource(sizes.dit.latent_dim, derive_seed(seed, split)), line
 
