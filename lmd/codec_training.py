@@ -32,6 +32,7 @@ from lmd.rng import generator, normal
 from lmd.spectral import DB_SCALE, SpectralCodec, stft
 
 STATISTICS_BATCHES = 100  # that the latents' mean and scale are measured on
+ADVERSARIAL_ROWS = 4  # windows of a batch that are synthesised and judged; it is the dear part
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class CodecPlan:
         adversarial_from: step from which the discriminator joins in; `steps` = never.
         batch: windows a step.
         frames: latent frames a window.
-        learning_rate: peak; warm-up over 100 steps, cosine to a twentieth at `steps`.
+        learning_rate: peak; warm-up over 100 steps, cosine to a twentieth at `steps`. The
+            discriminator has a third of the peak throughout.
         slowness: weight of the mean squared change of a latent from frame to frame.
         noise: standard deviation added to latents of unit scale before decoding.
         seed: of windows, noise and initial weights.
@@ -98,6 +100,7 @@ class CodecTraining(L.LightningModule):
         self.automatic_optimization = False
         self.codec, self.plan, self.windows = codec, plan, windows
         self.discriminator = Discriminator()
+        self.latest: dict[str, float] = {}  # losses of the last step
         config = codec.config
         n_bins = config.n_fft // 2 + 1
         self.register_buffer("step", torch.tensor(0))
@@ -121,9 +124,10 @@ class CodecTraining(L.LightningModule):
         step = int(self.step)
         if step == self.plan.encoder_steps and step:
             measure_statistics(self.codec, self.windows)
-        for optimizer in self.optimizers():
+        rates = (learning_rate(self.plan, step), self.plan.learning_rate / 3)
+        for optimizer, rate in zip(self.optimizers(), rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.plan, step)
+                group["lr"] = rate
         losses = self._encoder_losses(wave) if step < self.plan.encoder_steps else {}
         losses = losses or self._decoder_losses(wave)
         check_finite(losses, step)
@@ -133,7 +137,9 @@ class CodecTraining(L.LightningModule):
         nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
         optimizer.step()
         self.step += 1
-        self.log_dict({"at_step": float(step), **{k: v.detach() for k, v in losses.items()}})
+        self.latest = {name: float(value.detach()) for name, value in losses.items()}
+        for logger in self.loggers:
+            logger.log_metrics(self.latest, step=step)
 
     def _encoder_losses(self, wave: Tensor) -> dict[str, Tensor]:
         """Encoder and levels; latents normalised by the batch, whose statistics are followed."""
@@ -166,9 +172,10 @@ class CodecTraining(L.LightningModule):
         losses = {"bin_db": bins, "mel_db": mel, "in_time": in_time, "in_frequency": in_frequency}
         loss = (bins + mel) / 10 + in_time + in_frequency
         if int(self.step) >= self.plan.adversarial_from:
-            heard = self.codec.synthesize(level, *predicted)
+            some = slice(0, ADVERSARIAL_ROWS)
+            heard = self.codec.synthesize(level[some], *(p[some] for p in predicted))
             edge = config.n_fft // 2
-            extra = self._adversarial_losses(heard[:, edge:-edge], wave[:, 0, edge:-edge])
+            extra = self._adversarial_losses(heard[:, edge:-edge], wave[some, 0, edge:-edge])
             losses |= extra
             loss = loss + extra["wave_db"] / 10 + extra["fooled"] / 10 + extra["features"]
         return {"loss": loss, **losses}

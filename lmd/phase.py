@@ -20,7 +20,7 @@ from torch import Tensor
 
 Spectrum = Complex[Tensor, "batch bin step"]
 Magnitude = Float[Tensor, "batch bin step"]
-N_SWEEPS = 2  # how often evidence passes to the two neighbours
+N_SWEEPS = 1  # how often evidence passes to the two neighbours; more changes nothing measured
 NO_EVIDENCE = np.complex64(1e-15)  # where nothing is known the phase is 0
 
 
@@ -64,7 +64,7 @@ def integrate(
 
     A step turns the phases of the step before; then, in `N_SWEEPS` sweeps, loud and sure bins lead
     their neighbours. A step without a past sums the advances to the next bin up from bin 0. NumPy
-    on the CPU, because the recursion is many tiny operations.
+    on the CPU, because the recursion is many small operations.
 
     Args:
         magnitude: linear.
@@ -84,42 +84,58 @@ def integrate(
         t.detach().resolve_conj().cpu().transpose(1, 2).contiguous().numpy()
         for t in (first, turned, magnitude, up, down)
     ]
-    same = bool((start == start[:1]).all())
-    rows = [slice(None)] if same else [slice(i, i + 1) for i in range(len(start))]
-    parts = [_integrate_rows(*(a[row] for a in arrays), start[row][0].tolist()) for row in rows]
-    return torch.from_numpy(np.concatenate(parts)).to(magnitude.device).transpose(1, 2)
+    made = _integrate_runs(*arrays, _runs(start.cpu().numpy()))
+    return torch.from_numpy(made).to(magnitude.device).transpose(1, 2)
 
 
-def _integrate_rows(
+def _runs(start: np.ndarray) -> np.ndarray:
+    """Runs of steps that count from the same step, longest way first.
+
+    Args:
+        start: `[row, step]`, as `restarts` gives it.
+
+    Returns:
+        Rows (row, start, first step, length counted from the start).
+    """
+    runs = []
+    for row, starts in enumerate(start):
+        firsts = np.flatnonzero(np.diff(starts, prepend=-1))
+        ends = np.append(firsts[1:], len(starts))
+        begins = starts[firsts]
+        runs.append(np.stack([np.full_like(firsts, row), begins, firsts, ends - begins], axis=1))
+    joined = np.concatenate(runs)
+    return joined[np.argsort(-joined[:, 3], kind="stable")]
+
+
+def _integrate_runs(
     first: np.ndarray,
     turned: np.ndarray,
     magnitude: np.ndarray,
     up: np.ndarray,
     down: np.ndarray,
-    start: list[int],
+    runs: np.ndarray,
 ) -> np.ndarray:
-    """`integrate` for rows `[row, step, bin]` that restart together.
+    """`integrate` for arrays `[row, step, bin]`: all runs go on together, one step at a time.
 
-    A step whose start is not the last step's, but an earlier one, is integrated again from there.
+    A run that starts before its first step only passes through the steps between.
     """
     out = np.empty_like(turned)
-    current = first[:, 0]
-    for step, begin in enumerate(start):
-        again = begin if step == 0 or begin != start[step - 1] else step
-        for s in range(again, step + 1):
-            if s == begin:
-                unit = first[:, s]
-            else:
-                unit = _next_unit(current, turned[:, s], up[:, s], down[:, s])
-            current = unit * magnitude[:, s]
-        out[:, step] = current
+    current = first[:0, 0]
+    for age in range(runs[0, 3]):
+        n = int(np.searchsorted(-runs[:, 3], -age))  # runs still going
+        row, step = runs[:n, 0], runs[:n, 1] + age
+        at = (row, step)
+        unit = first[at] if age == 0 else _next_unit(current[:n], turned[at], up[at], down[at])
+        current = unit * magnitude[at]
+        heard = step >= runs[:n, 2]
+        out[row[heard], step[heard]] = current[heard]
     return out
 
 
 def _next_unit(
     previous: np.ndarray, turned: np.ndarray, up: np.ndarray, down: np.ndarray
 ) -> np.ndarray:
-    """Unit phases `[row, bin]` one step after the spectrum `previous`."""
+    """Unit phases `[run, bin]` one step after the spectrum `previous`."""
     evidence = previous * turned
     evidence += NO_EVIDENCE
     unit = evidence * _inverse_size(evidence)

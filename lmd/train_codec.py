@@ -44,7 +44,7 @@ class Keep(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: CodecTraining, *args: Any) -> None:
         """Count; save now and then."""
         step = int(module.step)
-        losses = {k: f"{float(v):.3g}" for k, v in trainer.callback_metrics.items()}
+        losses = {name: f"{value:.3g}" for name, value in module.latest.items()}
         self.bar.update()
         self.bar.set_postfix(losses, refresh=False)
         last = step in (module.plan.steps, self.stop_at)
@@ -87,6 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=12, help="windows a step")
     add("--frames", type=int, default=32, help="latent frames a window")
     add("--learning-rate", type=float, default=1e-3)
+    add("--noise", type=float, default=0.25, help="added to latents of unit scale")
     add("--seed", type=int, default=0)
     add("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
     add("--device", default="auto")
@@ -133,6 +134,7 @@ def build(args: argparse.Namespace) -> CodecTraining:
         batch=args.batch,
         frames=args.frames,
         learning_rate=args.learning_rate,
+        noise=args.noise,
         seed=args.seed,
     )
     windows = CodecWindows(Corpus(args.data, "train"), config, plan)
