@@ -22,6 +22,7 @@ Embeddings = Float[np.ndarray, "sample size"]
 Probabilities = Float[np.ndarray, "clip label"]
 TOLERANCE = 1e-6  # of negative eigenvalues, relative to the largest
 LEVEL = 0.95  # of every interval
+FEWEST = 12  # embeddings to extrapolate from
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,13 @@ def frechet_extrapolated(
     the embedding has dimensions the law holds only roughly.
 
     Raises:
-        LmdError: fewer than 12 embeddings.
+        LmdError: fewer than `FEWEST` embeddings.
 
     Source: Chong & Forsyth, Effectively Unbiased FID, CVPR 2020.
     """
     n = len(embeddings)
-    if n < 12:
-        raise LmdError(f"{n} embeddings", "at least 12", "Generate more.")
+    if n < FEWEST:
+        raise LmdError(f"{n} embeddings", f"at least {FEWEST}", "Generate more.")
     sizes = np.unique((1 / np.linspace(1 / n, 3 / n, n_sizes)).round().astype(int))
     inverse, distances = [], []
     for size in sizes:

@@ -35,7 +35,7 @@ LAGS = (12, 100)  # half-frames (23 ms at 22,050 Hz) over which a rhythm may rep
 LOW_BPM, HIGH_BPM, N_TEMPI = 40.0, 160.0, 32
 
 Levels = Float[Tensor, "band step"]  # decibels
-Windows = Float[Tensor, "window band step"]  # decibels
+Windows = Float[Tensor, "window band frame"]  # decibels
 
 
 @dataclass(frozen=True)

@@ -175,3 +175,55 @@ def latentplot(latents: Samples, frame_rate_hz: float, ax: Axes | None = None) -
     )  # fmt: skip
     ax.set(xlabel="seconds", ylabel="latent")
     return ax
+
+
+def plot_bands(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[Mapping[str, float]]]],
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw named curves with their intervals as bands.
+
+    Args:
+        curves: name -> (x, one mapping with `mean`, `low`, `high` for each x).
+        ax: where to draw.
+    """
+    ax = plt.subplots(figsize=(7, 2.8), layout="constrained")[1] if ax is None else ax
+    for name, (x, intervals) in curves.items():
+        mean, low, high = (
+            np.array([each[key] for each in intervals], dtype=float)
+            for key in ("mean", "low", "high")
+        )
+        known = np.isfinite(low) & np.isfinite(high)
+        (line,) = ax.plot(x, mean, label=name)
+        ax.fill_between(x, low, high, where=known, color=line.get_color(), alpha=0.15, lw=0)
+    if len(curves) > 1:
+        ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def plot_intervals(
+    estimates: Mapping[str, Mapping[str, float]],
+    levels: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw estimates with their intervals, one line each, and levels to read them against.
+
+    Args:
+        estimates: name -> mapping with `mean`, `low`, `high`.
+        levels: name -> value, drawn as dashed lines.
+        ax: where to draw.
+    """
+    if ax is None:
+        height = 0.7 + 0.24 * len(estimates)
+        ax = plt.subplots(figsize=(7, height), layout="constrained")[1]
+    for place, each in enumerate(estimates.values()):
+        if np.isfinite(each["low"]) and np.isfinite(each["high"]):
+            ax.plot([each["low"], each["high"]], [place, place], color="C0", alpha=0.4, lw=3)
+        ax.plot(each["mean"], place, "o", color="C0", markersize=4)
+    for number, (name, value) in enumerate((levels or {}).items(), start=1):
+        ax.axvline(value, color=f"C{number}", ls="--", lw=1, label=name)
+    ax.set_yticks(range(len(estimates)), list(estimates), fontsize=8)
+    ax.invert_yaxis()
+    if levels:
+        ax.legend(frameon=False, fontsize=8)
+    return ax

@@ -35,7 +35,7 @@ from lmd.recogniser import (
     band_levels,
     load_recogniser,
 )
-from lmd.recogniser_card import card
+from lmd.recogniser_card import card, hearing, pieces
 from lmd.rng import derive_seed, generator, normal
 
 VERSION = 1  # of the features on disk
@@ -226,15 +226,25 @@ def main(args: argparse.Namespace) -> int:
         notes = dict(header.notes)
     else:
         model, notes = fit_command(args)
+        save(model, notes, args.out)
     notes["scores"] = measure(model, args)
-    tensors = model.state_dict()
-    save_checkpoint(
-        args.out, tensors, kind="recogniser", config=model.config, notes=notes, stored="float16"
-    )
+    save(model, notes, args.out)
     text = card(args.out)
     write_atomic(args.out.with_suffix(".md"), text.encode())
     print(text)
     return 0
+
+
+def save(model: Recogniser, notes: dict[str, Any], path: Path) -> None:
+    """Write the weights in float16 with what is known about them."""
+    save_checkpoint(
+        path,
+        model.state_dict(),
+        kind="recogniser",
+        config=model.config,
+        notes=notes,
+        stored="float16",
+    )
 
 
 def fit_command(args: argparse.Namespace) -> tuple[Recogniser, dict[str, Any]]:

@@ -1,0 +1,407 @@
+"""The evaluation from end to end on a corpus of tones, and the parts it is put together from."""
+
+import argparse
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lmd.checkpoint import save_checkpoint
+from lmd.config import RecogniserConfig
+from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.data.instruments import FAMILIES
+from lmd.errors import LmdError
+from lmd.evaluate import configure, main
+from lmd.evaluation import (
+    METHODS,
+    Budget,
+    Clip,
+    choose_rows,
+    controls_for,
+    cut_clips,
+    decoded,
+    fade_prompts,
+    generate,
+    measure_speed,
+    side_by_side,
+)
+from lmd.evaluation_report import told
+from lmd.evaluation_rows import Truths, aims, drift_rows, rolled, row_of, tempo_share
+from lmd.instrument import open_instrument
+from lmd.judge import Judge, Measured
+from lmd.metrics import gaussian
+from lmd.recogniser import HOP, TEMPI_BPM, Recogniser, band_levels, cut, load_recogniser, tempo_bpm
+from lmd.train_recogniser import tempo_labels
+
+RATE = 22_050
+FAMILY_NAMES = ("strings", "brass", "choir", "piano")
+
+
+def melody(seed: int, seconds: float) -> np.ndarray:
+    """Notes of C major with a few overtones, two a second."""
+    rng, t = np.random.default_rng(seed), np.arange(round(RATE / 2)) / RATE
+    notes = []
+    for _ in range(round(2 * seconds)):
+        hz = 440 * 2 ** ((rng.choice([60, 62, 64, 65, 67, 69, 71]) - 69) / 12)
+        note = sum(np.sin(2 * np.pi * k * hz * t) / k**2 for k in range(1, 2 + seed % 4))
+        notes.append(0.2 * note * np.exp(-3 * t))
+    return np.concatenate(notes).astype(np.float32)
+
+
+def a_row(name: str, split: str, family: str, n_samples: int, bpm: float = 120.0) -> Row:
+    """A line of a manifest."""
+    return Row(
+        name=name,
+        piece_id=name,
+        composer="nobody",
+        title=name,
+        split=split,
+        rendition=0,
+        seed=0,
+        family=family,
+        instruments=family,
+        tempo_bpm=bpm,
+        key="C",
+        mode="major",
+        metre="4/4",
+        transposition=0,
+        articulation="legato",
+        dynamics="soft",
+        density_hz=2.0,
+        brightness_hz=1000.0,
+        duration_s=n_samples / RATE,
+        n_samples=n_samples,
+        sample_rate=RATE,
+        channels=1,
+        caption=f"{family}, {bpm:.0f} BPM",
+        path=f"audio/{name}.wav",
+        stem_paths="",
+        sha256="",
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+    """A corpus of melodies and a recogniser with random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = []
+    for number in range(7):
+        wave = melody(number, 17)
+        split = "test" if number < 4 else "validation"
+        row = a_row(f"p{number}", split, FAMILY_NAMES[number % 4], len(wave))
+        write_wav(folder / "corpus" / row.path, wave[None], RATE)
+        rows.append(row)
+    write_manifest(folder / "corpus", rows)
+    torch.manual_seed(0)
+    model = Recogniser(RecogniserConfig(tuple(FAMILIES), width=16, embedding=8))
+    path = folder / "recogniser.safetensors"
+    save_checkpoint(path, model.state_dict(), kind="recogniser", config=model.config)
+    return argparse.Namespace(folder=folder, corpus=folder / "corpus", recogniser=path)
+
+
+def run(world: argparse.Namespace, out: Path, *more: str) -> int:
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    given = ["--data", world.corpus, "--recogniser", world.recogniser, "--out", out]
+    given += ["--parts", world.folder / "parts", "--budget", "smoke", "--threads", "1", *more]
+    return main(parser.parse_args([str(word) for word in given]))
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(world: argparse.Namespace) -> Path:
+    """One smoke run with random weights."""
+    out = world.folder / "out"
+    assert run(world, out, "--random", "tiny") == 0
+    return out
+
+
+def test_an_evaluation_writes_a_row_per_method_with_finite_intervals(report: Path) -> None:
+    result = json.loads((report / "evaluation.json").read_text())
+    assert [row["method"] for row in result["rows"]] == [m.name for m in METHODS]
+    for row in result["rows"]:
+        for name in ("fd", "kl", "joins", "clicks"):
+            assert row[name]["low"] <= row[name]["mean"] <= row[name]["high"], name
+            assert row[name]["n"] == 2
+        assert row["speed"]["evaluations"] == row["n_steps"]
+        assert row["speed"]["rtf"] > 0
+    assert set(result["anchors"]) == {"real", "codec", "shuffled", "other prompts"}
+    assert len(result["drift"]) == len(result["fades"]) == 4  # all but the naive one
+    assert result["random_weights"]
+
+
+def test_the_tables_and_figures_come_from_the_json(report: Path) -> None:
+    text = (report / "evaluation.md").read_text()
+    result = json.loads((report / "evaluation.json").read_text())
+    assert text.count("**BC+AF**") == 1
+    assert told(result["anchors"]["codec"]["fd"]) in text
+    assert "Random weights" in text
+    for name in ("distance", "drift", "fade"):
+        assert (report / f"evaluation_{name}.png").stat().st_size > 5_000
+
+
+def test_a_second_run_makes_nothing_again_and_says_the_same(
+    world: argparse.Namespace, report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("generated although it was there")
+
+    for name in ("generate", "measure_speed", "long_stream", "fade_prompts", "decoded"):
+        monkeypatch.setattr(f"lmd.evaluation_run.{name}", refuse)
+    again = report.parent / "again"
+    assert run(world, again, "--random", "tiny") == 0
+    assert (again / "evaluation.json").read_bytes() == (report / "evaluation.json").read_bytes()
+
+
+def test_weights_that_are_missing_are_named_not_invented(
+    world: argparse.Namespace, tmp_path: Path
+) -> None:
+    instrument = open_instrument("random:tiny:0")
+    codec = instrument.streamer.codec.model
+    config = instrument.preset.codec
+    save_checkpoint(tmp_path / "codec.safetensors", codec.state_dict(), kind="codec", config=config)
+    assert run(world, tmp_path / "out", "--weights", str(tmp_path)) == 0
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["rows"] == []
+    assert result["not_measured"] == [f"{k}: no such weights" for k in ("arc", "base", "finetuned")]
+    assert all(aim["met"] is None for aim in result["aims"])
+
+
+def test_a_recogniser_of_another_rate_is_refused(world: argparse.Namespace) -> None:
+    model, _ = load_recogniser(world.recogniser)
+    with pytest.raises(LmdError, match="44100"):
+        Judge(model, 44_100)
+    with pytest.raises(LmdError, match="at least 4096"):
+        band_levels(torch.zeros(1000), RATE)
+
+
+# --- what is generated --------------------------------------------------------------------------
+
+BUDGET = Budget(n_clips=2, n_blocks=3)
+
+
+def clips_of(world: argparse.Namespace, seed: int = 0) -> list[Clip]:
+    corpus = Corpus(world.corpus, "test")
+    chosen = choose_rows(corpus.rows, 2, 15.0)
+    return cut_clips(corpus, chosen, 192 * 1024, 3 * 48 * 1024, seed)
+
+
+def test_prompts_take_turns_between_families_and_leave_out_mixed_and_short_pieces() -> None:
+    long, short = 20 * RATE, 5 * RATE
+    rows = [
+        a_row("a", "test", "strings", long),
+        a_row("b", "test", "strings", long),
+        a_row("c", "test", "mixed", long),
+        a_row("d", "test", "brass", short),
+        a_row("e", "test", "piano", long),
+    ]
+    assert choose_rows(rows, 3, 15.0) == [4, 0, 1]
+    with pytest.raises(LmdError, match="Build more hours"):
+        choose_rows(rows, 3, 60.0)
+
+
+def test_an_excerpt_goes_on_where_its_context_ends(world: argparse.Namespace) -> None:
+    corpus = Corpus(world.corpus, "test")
+    for clip in clips_of(world):
+        index = [row.name for row in corpus.rows].index(clip.row.name)
+        whole = torch.from_numpy(corpus.wave(index))[0]
+        both = torch.cat([clip.context, clip.real])
+        assert any(
+            torch.equal(whole[start : start + len(both)], both)
+            for start in (whole == both[0]).nonzero()[:, 0].tolist()
+        )
+    other = clips_of(world, seed=1)
+    assert not torch.equal(clips_of(world)[0].real, other[0].real)
+
+
+def test_streams_side_by_side_sound_as_each_alone(world: argparse.Namespace) -> None:
+    """Each with its own prompt; the noise of a batch is drawn together, so one seed per stream."""
+    streamer = open_instrument("random:tiny:0").streamer
+    controls = controls_for(METHODS[4], 1, BUDGET, 0, 1.0)
+    prompts = ["church organ", "music box, fast"]
+    many = side_by_side(streamer, prompts)
+    together = next(many.stream(controls, n_blocks=1, state=many.start(batch=2)))
+    swapped = side_by_side(streamer, prompts[::-1])
+    exchanged = next(swapped.stream(controls, n_blocks=1, state=swapped.start(batch=2)))
+    assert not torch.allclose(together.latents, exchanged.latents, atol=1e-3)
+    alone = side_by_side(streamer, prompts[:1] * 2)
+    first = next(alone.stream(controls, n_blocks=1, state=alone.start(batch=2)))
+    assert torch.allclose(together.latents[0], first.latents[0], atol=1e-5)  # measured 0.0
+
+
+@pytest.mark.parametrize("primed", [False, True])
+def test_generated_clips_are_repeatable_and_primed_ones_differ(
+    world: argparse.Namespace, primed: bool
+) -> None:
+    streamer, clips = open_instrument("random:tiny:0").streamer, clips_of(world)
+    controls = controls_for(METHODS[4], 1, BUDGET, 0, 1.0)
+    waves = generate(streamer, clips, controls, 3, primed)
+    n_frames = 3 * 48 - streamer.codec.lookahead_frames
+    assert waves.shape == (2, n_frames * streamer.codec.samples_per_frame)
+    assert torch.equal(waves, generate(streamer, clips, controls, 3, primed))
+    assert not torch.allclose(waves, generate(streamer, clips, controls, 3, not primed), atol=1e-4)
+
+
+def test_shuffled_frames_keep_the_codecs_material_but_not_its_order(
+    world: argparse.Namespace,
+) -> None:
+    codec = open_instrument("random:tiny:0").streamer.codec
+    waves = torch.stack([clip.real for clip in clips_of(world)])
+    plain, shuffled = decoded(codec, waves), decoded(codec, waves, shuffle_seed=0)
+    assert plain.shape == shuffled.shape == waves.shape
+    assert not torch.allclose(plain, shuffled, atol=1e-3)
+    assert torch.equal(shuffled, decoded(codec, waves, shuffle_seed=0))
+
+
+def test_a_fade_begins_with_one_prompt_and_ends_with_the_other() -> None:
+    streamer = open_instrument("random:tiny:0").streamer
+    controls = controls_for(METHODS[4], 1, BUDGET, 0, 1.0)
+    waves, weights = fade_prompts(streamer, [("organ", "flute"), ("choir", "harp")], controls, 8)
+    assert waves.shape[0] == 2
+    assert weights[0] == 0.0 or weights[1] == 0.25
+    assert weights == sorted(weights)
+    assert weights[-2:] == [1.0, 1.0]
+
+
+def test_speed_counts_the_decoders_calls() -> None:
+    streamer = open_instrument("random:tiny:0").streamer
+    found = measure_speed(streamer, controls_for(METHODS[2], 3, BUDGET, 0, 1.0), 2)
+    assert found["evaluations"] == 3
+    assert found["ttff_ms"] > 0
+    block_ms = 1e3 * 48 * 1024 / RATE
+    assert found["rtf"] == pytest.approx(block_ms / (found["dit_ms"] + found["decode_ms"]))
+
+
+# --- how it is put together ---------------------------------------------------------------------
+
+
+def measured(family: list[list[float]], embedding: np.ndarray, **values: list[float]) -> Measured:
+    names = {each.name for each in fields(Measured)} - {"embedding", "family"}
+    plain = {name: np.full(len(family), 1.0) for name in names}
+    given = {name: np.array(value, dtype=float) for name, value in values.items()}
+    return Measured(embedding=embedding, family=np.array(family), **(plain | given))
+
+
+def test_a_row_counts_families_and_tempi_and_leaves_out_what_is_not_a_number() -> None:
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(3, 8, 2))
+    said = measured(
+        [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]],
+        embedding,
+        tempo_bpm=[61, 150, 100],
+        key_share=[0.8, math.nan, 0.6],
+    )
+    truth = Truths(
+        family=np.array([0, 1, 1]),
+        tempo_bpm=np.array([120.0, 120.0, 100.0]),
+        tells_tempo=np.array([True, True, False]),
+        real=said,
+    )
+    row = row_of([said, said], [truth, truth], gaussian(embedding.reshape(-1, 2)))
+    assert row["family"]["mean"] == pytest.approx(2 / 3)
+    assert row["tempo"]["mean"] == 0.5  # 61 is half of 120, 150 is wrong, the third was not told
+    assert row["key_share"]["mean"] == pytest.approx(0.7)
+    assert row["kl"]["mean"] == pytest.approx(0)
+    assert row["fd"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert (row["windows"], row["clips"]) == (24, 3)
+    turned = rolled(truth)
+    assert turned.family.tolist() == [1, 0, 1]
+    assert tempo_share(said, truth) == 0.5
+
+
+def a_line(method: str, fd: list[float], family: float = 1.0) -> dict:
+    interval = {"mean": float(np.mean(fd)), "low": 0.0, "high": 9.0, "n": len(fd)}
+    return {
+        "method": method,
+        "n_steps": 8,
+        "primed": False,
+        "fd": interval,
+        "fd_infinite": float(np.mean(fd)),
+        "family": interval | {"mean": family},
+        "key_share": interval | {"mean": 0.95},
+        "by_seed": {"fd": fd},
+    }
+
+
+def test_aims_are_judged_seed_by_seed() -> None:
+    slope_up = {"mean": 0.5, "low": 0.1, "high": 0.9}
+    flat = {"mean": 0.1, "low": -0.1, "high": 0.3}
+    drift = [
+        {"method": "ED+AF", "times_s": [5.0, 15.0], "distance": {"slope_per_minute": slope_up}},
+        {"method": "BC+AF", "times_s": [5.0, 15.0], "distance": {"slope_per_minute": flat}},
+    ]
+    rows = [
+        a_line("ED", [5.0, 7.0, 9.0]),
+        a_line("ED+AF", [4.0, 6.1, 8.0]),
+        a_line("BC", [5.0, 7.0, 9.0]),
+        a_line("BC+AF", [4.0, 8.0, 7.0], family=0.8),
+    ]
+    anchor = a_line("real", [1.0, 1.0, 1.0])
+    anchors = {"real": anchor, "codec": a_line("codec", [3.0, 3.5, 4.0])}
+    found = {
+        one["aim"]: one["met"] for one in aims({"rows": rows, "anchors": anchors, "drift": drift})
+    }
+    assert list(found.values()) == [True, False, True, True, True, False, True]
+
+
+def test_drift_rows_find_the_slope_of_each_measure() -> None:
+    rng, bins = np.random.default_rng(0), np.arange(30)
+    seeds = [
+        {
+            "distance": 1 + 0.01 * bins + 0.1 * rng.normal(size=(4, 30)),
+            "key_clarity": 0.7 + 0.02 * rng.normal(size=(4, 30)),
+        }
+        for _ in range(3)
+    ]
+    found = drift_rows(seeds, 10.0)
+    change = found["distance"]["slope_per_minute"]
+    assert change["low"] <= 0.06 <= change["high"]
+    assert change["low"] > 0.05
+    still = found["key_clarity"]["slope_per_minute"]
+    assert still["low"] <= 0 <= still["high"]
+    assert found["streams"] == 12
+    assert found["times_s"][:2] == [5.0, 15.0]
+
+
+# --- the recogniser -----------------------------------------------------------------------------
+
+
+def test_levels_show_a_tone_at_its_pitch_and_a_full_scale_sine_at_nought_db() -> None:
+    wave = torch.sin(2 * math.pi * 440 * torch.arange(2 * RATE) / RATE)
+    levels = band_levels(wave, RATE)
+    assert levels.shape == (188, 2 * RATE // HOP)
+    semitones = levels[128:, 5:-5].mean(1)
+    assert int(semitones.argmax()) == 69 - 36
+    assert float(semitones.max()) == pytest.approx(0, abs=8)  # a band is an average: measured -5
+
+
+def test_loudness_does_not_change_what_is_heard(world: argparse.Namespace) -> None:
+    model, _ = load_recogniser(world.recogniser)
+    wave = torch.from_numpy(melody(1, 8))
+    loud, soft = model.listen(wave, RATE), model.listen(0.1 * wave, RATE)
+    assert torch.allclose(loud.embedding, soft.embedding, atol=0.02)  # floors 1e-12: 0.001
+    silence = model.listen(torch.zeros(8 * RATE), RATE)
+    assert torch.isfinite(silence.embedding).all()
+
+
+def test_windows_overlap_as_asked() -> None:
+    levels = torch.arange(20.0)[None].expand(188, -1)
+    windows = cut(levels, 8, 4)
+    assert windows.shape == (4, 188, 8)
+    assert windows[:, 0, 0].tolist() == [0, 4, 8, 12]
+    with pytest.raises(LmdError, match="at least 30"):
+        cut(levels, 30)
+
+
+def test_a_tempo_label_is_read_back() -> None:
+    tempi = torch.tensor([48.0, 60.0, 93.0, 128.0])
+    for bpm, label in zip(tempi, tempo_labels(tempi), strict=True):
+        assert tempo_bpm(label[None]) == pytest.approx(float(bpm), rel=0.02)  # measured 0.7 %
+    assert TEMPI_BPM[0] > 40
+    assert TEMPI_BPM[-1] < 160
