@@ -92,8 +92,10 @@ class Player {
     for (const name of ["restart", "stop", "record", "forget"]) this.buttons[name].disabled = idle;
     this.message.textContent = this.model.get("message");
     const take = this.model.get("take_path");
-    this.notes.textContent = [this.model.get("instrument"), take && `take: ${take}`,
-      recording && `recording: ${recording}`, ...(this.model.get("meters").advice ?? [])]
+    const name = (path) => path.split(/[\\/]/).pop();
+    this.notes.title = take;
+    this.notes.textContent = [this.model.get("instrument"), take && `take: ${name(take)}`,
+      recording && `recording: ${name(recording)}`, ...(this.model.get("meters").advice ?? [])]
       .filter(Boolean).join(" · ");
   }
 

@@ -254,7 +254,8 @@ def test_a_midi_controller_is_learnt(page: Any, lab: Lab) -> None:
     wait_until(lambda: first(page, "input[data-name=volume]").input_value() == "0", 10)
     page.evaluate("window.port.onmidimessage({ data: [0xb0, 21, 127] })")
     wait_until(lambda: first(page, "input[data-name=volume]").input_value() == "1", 10)
-    assert in_kernel(lab, "print(player.midi_map, player.volume)") == "{'0:21': 'volume'} 1.0"
+    told = "{'0:21': 'volume'} 1.0"
+    wait_until(lambda: in_kernel(lab, "print(player.midi_map, player.volume)") == told, 20)
 
 
 def test_a_picture_of_it_is_published(page: Any) -> None:
