@@ -38,9 +38,10 @@ from lmd.training import WindowSource
 class ArcRun:
     """A whole run.
 
-    Sources: betas, weight decay, clipping and the moving average are those of arXiv 2605.22717's
-    ARC configs. Ours: learning rates, which the paper has at 1e-6 for a model 26 times larger,
-    batches ten times larger and 18,000 updates.
+    Sources: weight decay, clipping and the moving average are those of arXiv 2605.22717's ARC
+    configs. Ours: no momentum (they have 0.9), since in `lmd.toy_world` the two networks then chase
+    each other (see docs/log.md); learning rates, which they have at 1e-6 for a model 26 times
+    larger, batches ten times larger and 18,000 updates.
     """
 
     n_updates: int
@@ -49,7 +50,7 @@ class ArcRun:
     seed: int = 0
     lr_generator: float = 2e-5
     lr_discriminator: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.0, 0.95)
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     ema: float = 0.99

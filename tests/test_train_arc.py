@@ -12,9 +12,16 @@ import torch
 from latents_fake import write_latents
 
 from lmd.__main__ import main
-from lmd.arc import LossWeights
+from lmd.arc import Asked, LossWeights, Trial
 from lmd.arc_card import arc_log, costs
-from lmd.arc_plan import ArcOptions, draw_dropped, plan_update
+from lmd.arc_plan import (
+    ArcBatch,
+    ArcOptions,
+    draw_dropped,
+    draw_judged_levels,
+    plan_update,
+    play_trial,
+)
 from lmd.arc_training import ArcRun, ArcTraining, make_part
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
@@ -198,6 +205,37 @@ def test_text_is_dropped_at_the_given_rate_once_per_update():
     drawn = torch.stack([draw_dropped(options, row) for row in rows]).float()
     assert torch.equal(drawn[0], draw_dropped(options, rows[0]).float())
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.08)  # five standard deviations: 0.08
+
+
+def trial_of(data: Path, options: ArcOptions, update: int = 2) -> Trial:
+    module = module_of(data, replace(RUN, arc=options))
+    part = make_part(module.run, module.source, update, 0, 1)
+    prompts = [module.text.encode(p) for p in (part.prompts, part.wrong_prompts)]
+    asked, wrong = (Asked(prompt, draw_dropped(options, part.rows)) for prompt in prompts)
+    batch = ArcBatch(part.latents, asked, wrong, part.rows)
+    return play_trial(module.generator, batch, plan_update(options, 0, update), options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_a_rollout_continues_the_context_that_the_real_one_has_dropped_or_not(data, dropout):
+    trial = trial_of(data, replace(OPTIONS, context_dropout_all=dropout, context_dropout_part=0))
+    s = OPTIONS.context_frames
+    assert torch.equal(trial.real[..., :s], trial.fake[..., :s])
+    assert bool(trial.real[..., :s].any()) == (dropout == 0)
+    assert trial.real.shape == trial.fake.shape == (2, 8, s + 48)
+    assert not torch.equal(trial.real[..., s:], trial.fake[..., s:])
+    assert not trial.fake.requires_grad  # update 2 is the discriminator's
+    assert trial_of(data, OPTIONS, update=3).fake.requires_grad
+
+
+def test_the_discriminator_looks_at_levels_even_in_log_snr():
+    rows = Rows(0, 3, tuple(range(2000)), 2000)
+    levels = draw_judged_levels(OPTIONS, rows)
+    log_snr = torch.logit(1 - levels.double())
+    assert log_snr.min() > -6.001
+    assert log_snr.max() < 2.001
+    # uniform on -6 ... 2: mean -2, standard error 0.05
+    assert log_snr.mean().item() == pytest.approx(-2, abs=0.25)
 
 
 @pytest.mark.parametrize(
