@@ -48,10 +48,12 @@ def model_card(out: Path, weights: Path) -> str:
             f"{dit.n_heads} heads, {dit.latent_dim} latent channels |",
             f"| steps | {notes['steps']} |",
             f"| seed | {notes['seed']} |",
-            f"| wall time | {log['seconds'].max() / 60:.1f} min |",
+            f"| wall time | {log['seconds'].max() / 60:.1f} min, "
+            f"begun or resumed at steps {_starts(out)} |",
             f"| hardware | {machine['cpu']}, {machine['n_cores']} cores, "
             f"{machine['gpu'] or 'no GPU'}, torch {machine['torch']} |",
-            f"| data | {notes['data']['renditions']} renditions, {notes['data']['hours']} h |",
+            f"| data | {notes['data']['renditions']} renditions, {notes['data']['hours']} h, "
+            f"corpus `{_corpus(notes)}` |",
             f"| command | `{notes['command']}` |",
             "",
             "Mean training loss (mean squared error of the velocity) along the run:",
@@ -64,9 +66,10 @@ def model_card(out: Path, weights: Path) -> str:
 
 
 NOTICE = (
-    "Data: scores from music21's corpus, rendered with the General MIDI soundfont that ships in "
-    "pretty_midi (see data/README.md). Weights: same licence as this repository. They know what "
-    "those scores sound like and nothing else.",
+    "Data: `python -m lmd data build` renders scores of music21's corpus with the General MIDI "
+    "soundfont that ships in pretty_midi, unless another corpus is named; this one's hash stands "
+    "above (see data/README.md). Weights: the licence of this repository. They know what that "
+    "corpus sounds like and nothing else.",
     "",
 )
 
@@ -76,6 +79,17 @@ def _rows(header: Header, weights: Path) -> list[str]:
         f"| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored} |",
         f"| SHA-256 of the tensors | `{header.sha256}` |",
     ]
+
+
+def _corpus(notes: dict[str, Any]) -> str:
+    """The start of the corpus's hash, where the latents tell it."""
+    return str(notes["data"]["latent_settings"].get("corpus", "unknown"))[:12]
+
+
+def _starts(out: Path) -> str:
+    """The steps at which the run was begun or resumed."""
+    folders = sorted((out / "logs").glob("from-*"))
+    return ", ".join(str(int(folder.name.removeprefix("from-"))) for folder in folders)
 
 
 def _losses(log: pd.DataFrame) -> list[str]:
