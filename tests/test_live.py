@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,16 +141,16 @@ def test_a_change_is_heard_in_the_sample_it_was_promised_for_and_soon() -> None:
 
     def before(engine: LiveEngine, clock: VirtualClock) -> None:
         when_s = 3.0
-        for number in range(200):
+        for number in range(100):
             when_s += rng.uniform(1.0, 2.0)
             clock.at(when_s, lambda number=number: engine.change(seed=number + 1))
 
-    options = EngineOptions(queue_s=block_s, limit_s=320)
+    options = EngineOptions(queue_s=block_s, limit_s=165)
     engine, sink, _ = play(
         lambda index, controls: cost, options, Controls(block_frames=frames), before
     )
     meters, heard = engine.meters(), sink.heard()[0]
-    assert meters.n_changes == 200
+    assert meters.n_changes == 100
     assert meters.underruns == 0
     # p95 is at most the block plus its cost and the queue's safety: 0.6 + 0.08 + 0.06 s.
     assert meters.latency_p95_ms is not None
@@ -467,10 +468,12 @@ def test_a_thread_in_real_time_plays_and_stops() -> None:
 
 def test_the_skipping_clock_counts_computing_and_skips_waiting() -> None:
     clock = SkippingClock()
+    began = time.perf_counter()
     engine = LiveEngine(FakeStreamer(), NullSink(clock), options=EngineOptions(limit_s=120))
     engine.run()
-    assert engine.meters().underruns == 0
+    took_s, ahead_s = time.perf_counter() - began, clock.now() - time.perf_counter()
     assert engine.meters().played_s >= 120
+    assert took_s + ahead_s >= 119  # what was not waited for was skipped
 
 
 class Page:
