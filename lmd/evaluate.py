@@ -21,7 +21,6 @@ from lmd.evaluation_report import write_report
 from lmd.evaluation_rows import anchor_rows, drift_rows
 from lmd.evaluation_run import BIN_S, Evaluation, Sources
 from lmd.machine import machine_dict, tune_allocator
-from lmd.other_listeners import find_listeners
 
 BUDGETS = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
@@ -72,7 +71,7 @@ def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
         methods: which methods to measure; those without weights are listed in `not_measured`.
     """
     budget = evaluation.budget
-    reference, n_reference = evaluation.reference
+    reference = evaluation.reference
     anchors = anchor_rows(evaluation.anchors(), evaluation.truths, reference)
     present = [(m, evaluation.source(m.weights)[1]) for m in methods]
     missing = sorted({m.weights for m, sha256 in present if not sha256})
@@ -94,13 +93,13 @@ def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
         },
         "random_weights": bool(evaluation.sources.random),
         "not_measured": [f"{kind}: no such weights" for kind in missing],
-        "reference_windows": n_reference,
+        "reference_windows": reference.windows,
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,
         "rows": rows,
         "drift": drifting,
         "fades": fading,
-        "other_listeners": find_listeners(),
+        "other_listeners": evaluation.listener_words,
     }
 
 

@@ -71,7 +71,7 @@ def _finite(value: Any) -> Any:
 def report(result: Mapping[str, Any]) -> str:
     """Everything as Markdown."""
     missing = result["not_measured"]
-    others = [name for name, there in result["other_listeners"].items() if there]
+    others = "; ".join(f"{name}: {word}" for name, word in result["other_listeners"].items())
     lines = [
         "# Evaluation",
         "",
@@ -80,14 +80,14 @@ def report(result: Mapping[str, Any]) -> str:
         "",
         *quality_table(result),
         "",
+        *_others_table(result),
         *_speed_table(result["rows"]),
         "",
         *_drift_table(result["drift"]),
         "",
         *_aims_table(result["aims"]),
         "",
-        f"Not measured: {'; '.join(missing) or 'nothing was left out'}. Other listeners found on "
-        f"this machine: {', '.join(others) or 'none (OpenL3, PaSST, CLAP)'}.",
+        f"Not measured: {'; '.join(missing) or 'nothing was left out'}. Other listeners: {others}.",
     ]
     return "\n".join(lines)
 
@@ -156,6 +156,22 @@ def _number(value: float) -> str:
         return "–"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{min(digits, 4)}f}"
+
+
+def _others_table(result: Mapping[str, Any]) -> list[str]:
+    """What further listeners say; nothing where there are none."""
+    names = list(result["anchors"]["real"]["others"])
+    if not names:
+        return []
+    lines = [f"| | steps | begins with | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for name, words in ANCHOR_WORDS.items():
+        cells = " | ".join(told(result["anchors"][name]["others"][other]) for other in names)
+        lines.append(f"| *{words}* | | | {cells} |")
+    for row in result["rows"]:
+        begins = "real music" if row["primed"] else "silence"
+        cells = " | ".join(told(row["others"][other]) for other in names)
+        lines.append(f"| **{row['method']}** | {row['n_steps']} | {begins} | {cells} |")
+    return [*lines, ""]
 
 
 def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

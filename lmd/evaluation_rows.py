@@ -1,7 +1,7 @@
 """From the measures of clips to lines of a table: every value with its interval over seeds."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,33 @@ class Truths:
         tempo_bpm: of the real piece `[clip]`.
         tells_tempo: whether the prompt says how fast `[clip]`.
         real: the measures of how the pieces really go on.
+        texts: the prompts' embeddings `[clip, size]`, by listener that reads.
     """
 
     family: np.ndarray
     tempo_bpm: np.ndarray
     tells_tempo: np.ndarray
     real: Measured
+    texts: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Held-out music as a cloud.
+
+    Attributes:
+        gaussian: in the recogniser's embedding.
+        windows: how many went into it.
+        others: in the embeddings of further listeners, by name.
+    """
+
+    gaussian: Gaussian
+    windows: int
+    others: dict[str, Gaussian] = field(default_factory=dict)
 
 
 def row_of(
-    seeds: Sequence[Measured], truths: Sequence[Truths], reference: Gaussian
+    seeds: Sequence[Measured], truths: Sequence[Truths], reference: Reference
 ) -> dict[str, Any]:
     """All measures of one line.
 
@@ -60,7 +77,7 @@ def row_of(
     kl = [kl_divergence(t.real.family, one.family) for one, t in zip(seeds, truths, strict=True)]
     pairs = list(zip(seeds, truths, strict=True))
     values = {
-        "fd": [frechet(gaussian(x), reference) for x in embeddings],
+        "fd": [frechet(gaussian(x), reference.gaussian) for x in embeddings],
         "kl": kl,
         "family": [float((m.family.argmax(1) == t.family).mean()) for m, t in pairs],
         "tempo": [tempo_share(m, t) for m, t in pairs],
@@ -69,10 +86,39 @@ def row_of(
     return {
         "windows": len(embeddings[0]),
         "clips": len(seeds[0].family),
-        "fd_infinite": extrapolated(np.concatenate(embeddings), reference),
+        "fd_infinite": extrapolated(np.concatenate(embeddings), reference.gaussian),
         **{name: asdict(mean_interval(value)) for name, value in values.items()},
+        "others": {
+            name: asdict(mean_interval(value))
+            for name, value in other_values(pairs, reference).items()
+        },
         "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
     }
+
+
+def other_values(
+    pairs: Sequence[tuple[Measured, Truths]], reference: Reference
+) -> dict[str, list[float]]:
+    """What further listeners say, one value per seed.
+
+    An array with three axes is embeddings of windows (Fréchet distance), one of two axes is tags
+    (divergence from the real pieces') or, where the prompts have embeddings too, a match (cosine).
+    """
+    values: dict[str, list[float]] = {}
+    for measured, truth in pairs:
+        for name, heard in measured.others.items():
+            if heard.ndim == 3:
+                cloud = gaussian(heard.reshape(-1, heard.shape[-1]))
+                values.setdefault(f"FD {name}", []).append(frechet(cloud, reference.others[name]))
+            elif name in truth.texts:
+                text = truth.texts[name]
+                lengths = np.linalg.norm(heard, axis=1) * np.linalg.norm(text, axis=1)
+                cosine = ((heard * text).sum(1) / lengths).mean()
+                values.setdefault(f"cosine {name}", []).append(float(cosine))
+            else:
+                divergence = kl_divergence(truth.real.others[name], heard)
+                values.setdefault(f"KL {name}", []).append(divergence)
+    return values
 
 
 def extrapolated(embeddings: np.ndarray, reference: Gaussian) -> float:
@@ -106,7 +152,7 @@ def tempo_share(measured: Measured, truth: Truths) -> float:
 
 
 def anchor_rows(
-    anchors: dict[str, list[Measured]], truths: Sequence[Truths], reference: Gaussian
+    anchors: dict[str, list[Measured]], truths: Sequence[Truths], reference: Reference
 ) -> dict[str, dict[str, Any]]:
     """What every line is read against.
 
@@ -137,7 +183,12 @@ def rolled(truth: Truths) -> Truths:
         np.roll(truth.family, 1),
         np.roll(truth.tempo_bpm, 1),
         np.roll(truth.tells_tempo, 1),
-        replace(real, family=np.roll(real.family, 1, axis=0)),
+        replace(
+            real,
+            family=np.roll(real.family, 1, axis=0),
+            others={name: np.roll(value, 1, axis=0) for name, value in real.others.items()},
+        ),
+        {name: np.roll(text, 1, axis=0) for name, text in truth.texts.items()},
     )
 
 

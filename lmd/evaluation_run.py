@@ -29,10 +29,11 @@ from lmd.evaluation import (
     long_stream,
     measure_speed,
 )
-from lmd.evaluation_rows import Truths, row_of
+from lmd.evaluation_rows import Reference, Truths, row_of
 from lmd.instrument import Instrument, open_instrument
-from lmd.judge import Judge, Measured, Waves, drift
-from lmd.metrics import Gaussian, gaussian
+from lmd.judge import OTHER, Judge, Measured, Waves, drift, others_in
+from lmd.metrics import gaussian
+from lmd.other_listeners import open_listeners
 from lmd.recogniser import load_recogniser
 
 VERSION = 1  # of the parts on disk
@@ -100,7 +101,8 @@ class Evaluation:
         self.listener, self.listener_header = load_recogniser(sources.recogniser)
         self.corpus = Corpus(self.sources.data, "test")
         self.codec = self._codec()
-        self.judge = Judge(self.listener, self.codec.sample_rate)
+        listeners, self.listener_words = open_listeners()
+        self.judge = Judge(self.listener, self.codec.sample_rate, listeners)
         if self.corpus.sample_rate != self.codec.sample_rate:
             raise LmdError(
                 f"a corpus at {self.corpus.sample_rate} Hz",
@@ -136,6 +138,7 @@ class Evaluation:
             "codec": codec,
             "recogniser": self.listener_header.sha256,
             "corpus": manifest,
+            "listeners": sorted(self.judge.listeners),
         }
 
     def source(self, kind: str) -> tuple[str, str]:
@@ -172,22 +175,28 @@ class Evaluation:
                     tempo_bpm=np.array([row.tempo_bpm for row in rows]),
                     tells_tempo=np.array([clip.tells_tempo for clip in clips]),
                     real=real,
+                    texts={
+                        name: listener.read([row.caption for row in rows])
+                        for name, listener in self.judge.listeners.items()
+                        if listener.read is not None
+                    },
                 )
             )
         return found
 
     def measured(self, name: str, make: Callable[[], torch.Tensor]) -> Measured:
         """All measures of the waves that `make` returns; kept on disk."""
-        return Measured(
-            **self.parts.arrays(name, lambda: vars(self.judge.measure(make(), self.joins)))
+        return Measured.from_arrays(
+            self.parts.arrays(name, lambda: self.judge.measure(make(), self.joins).arrays())
         )
 
     @cached_property
-    def reference(self) -> tuple[Gaussian, int]:
-        """Held-out music, test and validation pieces, as a Gaussian; how many windows."""
+    def reference(self) -> Reference:
+        """Held-out music, test and validation pieces."""
 
         def embed() -> dict[str, np.ndarray]:
-            parts = []
+            found: dict[str, list[np.ndarray]] = {"embedding": []}
+            distances = {n: x for n, x in self.judge.listeners.items() if x.kind == "distance"}
             for split in ("test", "validation"):
                 corpus = Corpus(self.sources.data, split)
                 shown = tqdm(corpus.rows, desc=f"{split} music", mininterval=2)
@@ -195,11 +204,15 @@ class Evaluation:
                     n = min(row.n_samples, round(self.budget.reference_s * row.sample_rate))
                     start = (row.n_samples - n) // 2
                     wave = torch.from_numpy(corpus.wave(index, start, n)).mean(0)
-                    parts.append(self.judge.embed(wave)[0])
-            return {"embedding": np.concatenate(parts)}
+                    found["embedding"].append(self.judge.embed(wave)[0])
+                    for name, listener in distances.items():
+                        heard = listener.hear(wave, row.sample_rate)
+                        found.setdefault(f"{OTHER}{name}", []).append(heard)
+            return {name: np.concatenate(parts) for name, parts in found.items()}
 
-        embedding = self.parts.arrays("reference", embed)["embedding"]
-        return gaussian(embedding), len(embedding)
+        kept = self.parts.arrays("reference", embed)
+        others = {name: gaussian(points) for name, points in others_in(kept).items()}
+        return Reference(gaussian(kept["embedding"]), len(kept["embedding"]), others)
 
     def anchors(self) -> dict[str, list[Measured]]:
         """Real music's own context, the codec's floor, and frames in random order; per seed."""
@@ -244,7 +257,7 @@ class Evaluation:
             "sampler": method.sampler,
             "cfg_scale": controls.cfg_scale,
             "primed": primed,
-            **row_of(seeds, self.truths, self.reference[0]),
+            **row_of(seeds, self.truths, self.reference),
             "speed": self.speed(method, n_steps, base),
         }
 
@@ -270,7 +283,7 @@ class Evaluation:
             def follow(controls: Any = controls, prompts: list[str] = prompts) -> dict:
                 streamer = self.instrument(method.weights).streamer
                 waves = long_stream(streamer, prompts, controls, budget.drift_s)
-                return drift(self.judge, waves, self.reference[0], BIN_S)
+                return drift(self.judge, waves, self.reference.gaussian, BIN_S)
 
             name = f"drift-{method.name}-{sha256[:8]}-{controls.n_steps}-cfg{self.cfg_scale:g}"
             size = f"{budget.drift_s:g}s-{len(prompts)}"

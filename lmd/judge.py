@@ -1,7 +1,7 @@
 """Every measure applied to a batch of clips, and to long streams in pieces."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from jaxtyping import Float
@@ -11,11 +11,13 @@ from lmd.data.analysis import brightness_hz
 from lmd.data.levels import loudness_lufs
 from lmd.errors import LmdError
 from lmd.metrics import Gaussian, click_ratio, join_ratio, typicality
+from lmd.other_listeners import Listener
 from lmd.recogniser import HOP, Recogniser, band_levels, cut, tempo_bpm
 from lmd.tonality import peak_chroma, tonality
 
 Waves = Float[Tensor, "clip sample"]
 QUIET_LUFS = -70.0  # silence is given this loudness
+OTHER = "other:"  # before the names of further listeners on disk
 WINDOWS_OVERLAP = 2  # a new window every half window
 
 
@@ -29,6 +31,7 @@ class Measured:
         tempo_bpm, key_share, key_clarity, consonance, classes_at_once: `[clip]`.
         joins, clicks: ratios at block boundaries `[clip]`.
         loudness_lufs, centroid_hz: `[clip]`.
+        others: what further listeners heard, by name, first axis the clip.
     """
 
     embedding: np.ndarray
@@ -42,12 +45,43 @@ class Measured:
     clicks: np.ndarray
     loudness_lufs: np.ndarray
     centroid_hz: np.ndarray
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything in one flat mapping."""
+        own = {name: value for name, value in vars(self).items() if name != "others"}
+        return own | {f"{OTHER}{name}": value for name, value in self.others.items()}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> "Measured":
+        """What `arrays` gave."""
+        own = {name: value for name, value in arrays.items() if not name.startswith(OTHER)}
+        return Measured(**own, others=others_in(arrays))
+
+
+def others_in(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The further listeners' arrays among some."""
+    return {k.removeprefix(OTHER): v for k, v in arrays.items() if k.startswith(OTHER)}
 
 
 class Judge:
-    """Applies all measures to a batch of clips."""
+    """Applies all measures to a batch of clips.
 
-    def __init__(self, recogniser: Recogniser, sample_rate: int) -> None:
+    Args:
+        recogniser: the project's own listener.
+        sample_rate: of the clips.
+        listeners: further ones, by name.
+
+    Raises:
+        LmdError: clips at another rate than the recogniser's.
+    """
+
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        sample_rate: int,
+        listeners: Mapping[str, Listener] | None = None,
+    ) -> None:
         if sample_rate != recogniser.config.sample_rate:
             raise LmdError(
                 f"music at {sample_rate} Hz",
@@ -55,6 +89,7 @@ class Judge:
                 "Fit one: python -m lmd train recogniser.",
             )
         self.recogniser, self.sample_rate = recogniser, sample_rate
+        self.listeners = dict(listeners or {})
         self.window_steps = recogniser.config.window_steps
 
     def embed(self, wave: Float[Tensor, " sample"]) -> tuple[np.ndarray, np.ndarray, float]:
@@ -79,7 +114,7 @@ class Judge:
 
     def measure(self, waves: Waves, joins: Sequence[int]) -> Measured:
         """Everything about some clips that have block boundaries at the same samples."""
-        rows: dict[str, list] = {f.name: [] for f in fields(Measured)}
+        rows: dict[str, list] = {f.name: [] for f in fields(Measured) if f.name != "others"}
         for wave in waves:
             embedding, family, tempo = self.embed(wave)
             found = tonality(peak_chroma(wave, self.sample_rate))
@@ -98,7 +133,11 @@ class Judge:
             }
             for name, value in values.items():
                 rows[name].append(value)
-        return Measured(**{name: np.array(value) for name, value in rows.items()})
+        others = {
+            name: np.array([listener.hear(wave, self.sample_rate) for wave in waves])
+            for name, listener in self.listeners.items()
+        }
+        return Measured(**{name: np.array(value) for name, value in rows.items()}, others=others)
 
     def loudness(self, wave: Float[Tensor, " sample"]) -> float:
         """LUFS, silence at the bottom."""

@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
-from dataclasses import fields
+import socket
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,11 +33,21 @@ from lmd.evaluation import (
     side_by_side,
 )
 from lmd.evaluation_report import told
-from lmd.evaluation_rows import Truths, aims, drift_rows, rolled, row_of, tempo_share
+from lmd.evaluation_rows import (
+    Reference,
+    Truths,
+    aims,
+    drift_rows,
+    other_values,
+    rolled,
+    row_of,
+    tempo_share,
+)
 from lmd.held_out import PIECES
 from lmd.instrument import open_instrument
 from lmd.judge import Judge, Measured
 from lmd.metrics import frechet, gaussian
+from lmd.other_listeners import open_listeners
 from lmd.recogniser import HOP, TEMPI_BPM, Recogniser, band_levels, cut, load_recogniser, tempo_bpm
 from lmd.train_recogniser import tempo_labels
 
@@ -285,7 +297,7 @@ def test_speed_counts_the_decoders_calls() -> None:
 
 
 def measured(family: list[list[float]], embedding: np.ndarray, **values: list[float]) -> Measured:
-    names = {each.name for each in fields(Measured)} - {"embedding", "family"}
+    names = {each.name for each in fields(Measured)} - {"embedding", "family", "others"}
     plain = {name: np.full(len(family), 1.0) for name in names}
     given = {name: np.array(value, dtype=float) for name, value in values.items()}
     return Measured(embedding=embedding, family=np.array(family), **(plain | given))
@@ -306,7 +318,8 @@ def test_a_row_counts_families_and_tempi_and_leaves_out_what_is_not_a_number() -
         tells_tempo=np.array([True, True, False]),
         real=said,
     )
-    row = row_of([said, said], [truth, truth], gaussian(embedding.reshape(-1, 2)))
+    reference = Reference(gaussian(embedding.reshape(-1, 2)), 24)
+    row = row_of([said, said], [truth, truth], reference)
     assert row["family"]["mean"] == pytest.approx(2 / 3)
     assert row["tempo"]["mean"] == 0.5  # 61 is half of 120, 150 is wrong, the third was not told
     assert row["key_share"]["mean"] == pytest.approx(0.7)
@@ -370,6 +383,87 @@ def test_drift_rows_find_the_slope_of_each_measure() -> None:
     assert still["low"] <= 0 <= still["high"]
     assert found["streams"] == 12
     assert found["times_s"][:2] == [5.0, 15.0]
+
+
+# --- other listeners ----------------------------------------------------------------------------
+
+
+def test_listeners_that_are_not_installed_are_named_and_nothing_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lmd.other_listeners.find_spec", lambda package: None)
+    found, words = open_listeners()
+    assert found == {}
+    assert set(words.values()) == {"not installed"}
+
+
+def test_a_listener_without_its_weights_gives_a_reason_instead_of_a_download(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*args: object) -> None:
+        socket.create_connection(("weights.example", 443))
+
+    package = SimpleNamespace(models=SimpleNamespace(load_audio_embedding_model=load))
+    monkeypatch.setattr("lmd.other_listeners.find_spec", lambda name: name == "openl3" or None)
+    monkeypatch.setattr("lmd.other_listeners.import_module", lambda name: package)
+    before = socket.create_connection
+    found, words = open_listeners()
+    assert found == {}
+    assert "no connection is opened" in words["OpenL3"]
+    assert socket.create_connection is before
+
+
+def test_installed_listeners_join_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fakes with the packages' own calls: what is tested is this side of the border."""
+
+    def embedding(wave: np.ndarray, rate: int, **how: object) -> tuple[np.ndarray, None]:
+        assert rate == 48_000
+        return np.random.default_rng(len(wave)).normal(size=(6, 3)), None
+
+    class Clap:
+        def __init__(self, enable_fusion: bool) -> None:
+            assert not enable_fusion
+
+        def load_ckpt(self) -> None: ...
+
+        def get_audio_embedding_from_data(self, x: np.ndarray, use_tensor: bool) -> np.ndarray:
+            return np.array([[3.0, 4.0]])
+
+        def get_text_embedding(self, texts: list[str], use_tensor: bool) -> np.ndarray:
+            return np.array([[1.0, 0.0]] * len(texts))
+
+    class Passt(torch.nn.Module):
+        def forward(self, wave: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[0.0, 1.0, 2.0]])
+
+    packages = {
+        "openl3": SimpleNamespace(
+            models=SimpleNamespace(load_audio_embedding_model=lambda *a: "model"),
+            get_audio_embedding=embedding,
+        ),
+        "hear21passt.base": SimpleNamespace(get_basic_model=lambda mode: Passt()),
+        "laion_clap": SimpleNamespace(CLAP_Module=Clap),
+    }
+    monkeypatch.setattr("lmd.other_listeners.find_spec", lambda name: name)
+    monkeypatch.setattr("lmd.other_listeners.import_module", lambda name: packages[name])
+    listeners, words = open_listeners()
+    assert set(words.values()) == {"used"}
+    wave = torch.randn(RATE)
+    heard = {name: np.array([one.hear(wave, RATE)] * 2) for name, one in listeners.items()}
+    cloud = gaussian(heard["OpenL3"].reshape(-1, 3))
+    truth = Truths(
+        np.zeros(2, int),
+        np.ones(2),
+        np.ones(2, bool),
+        replace(measured([[1.0]] * 2, np.zeros((2, 1, 1))), others=heard),
+        {"CLAP": listeners["CLAP"].read(["a", "b"])},
+    )
+    values = other_values([(truth.real, truth)], Reference(cloud, 1, {"OpenL3": cloud}))
+    assert values["FD OpenL3"] == pytest.approx([0], abs=1e-9)
+    assert values["KL PaSST"] == pytest.approx([0], abs=1e-9)
+    assert values["cosine CLAP"] == pytest.approx([0.6])
+    flat = truth.real.arrays()
+    assert np.array_equal(Measured.from_arrays(flat).others["CLAP"], heard["CLAP"])
 
 
 # --- the recogniser -----------------------------------------------------------------------------
