@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,15 +10,18 @@ from torch import nn
 from lmd.checkpoint import MODEL_KINDS, build_model, load_bundle, load_codec, read_header
 from lmd.codec import Codec
 from lmd.config import OobleckConfig, Preset, preset
+from lmd.controls import Controls
 from lmd.errors import LmdError
+from lmd.oobleck import random_codec
 from lmd.rng import derive_seed, normal
 from lmd.shapes import Latents, Wave
 from lmd.spectral import SpectralCodec
 from lmd.stream import Streamer
-from lmd.text import build_text_encoder
+from lmd.text import Prompt, build_text_encoder
 
 SHIPPED = Path(__file__).parent.parent / "data" / "pretrained"
 BEST_FIRST = ("arc", "finetuned", "base")
+TRAINED_BY_REGRESSION = {"sampler": "dpmpp", "n_steps": 16, "cfg_scale": 2.5}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,21 @@ class Instrument:
     preset: Preset
     source: str
     is_trained: bool
+
+    def controls(self, prompt: Prompt, **changes: Any) -> Controls:
+        """What these weights sound best with; anything may be changed by name.
+
+        Weights without adversarial post-training predict means: a sampler that jumps to the clean
+        end at every step flattens their music to a drone, so they get a deterministic sampler,
+        more steps and guidance.
+        """
+        best = {} if self.kind in (None, "arc") else TRAINED_BY_REGRESSION
+        return Controls(**{"prompt": prompt, **best, **changes})
+
+    @property
+    def kind(self) -> str | None:
+        """`arc`, `finetuned` or `base`; None for random weights."""
+        return self.source.rpartition(":")[2] if self.is_trained else None
 
     @property
     def description(self) -> str:
@@ -135,7 +154,5 @@ def _leave_no_zeros(model: nn.Module) -> None:
 
 def _random_codec(chosen: Preset) -> Codec:
     if isinstance(chosen.codec, OobleckConfig):
-        from lmd.oobleck import OobleckCodec
-
-        return QuietCodec(OobleckCodec(chosen.codec).eval())
+        return QuietCodec(random_codec(chosen.codec))
     return QuietCodec(SpectralCodec(chosen.codec).eval())

@@ -100,7 +100,7 @@ class LivePlayer(anywidget.AnyWidget):
         if sink not in SINKS:
             raise LmdError(f"sink {sink!r}", f"one of {', '.join(SINKS)}", "Pick one of these.")
         self._streamer, self._source = instrument.streamer, instrument.source
-        controls = Controls(prompt=prompts[0]) if controls is None else controls
+        controls = instrument.controls(prompts[0]) if controls is None else controls
         check_live(controls, self._streamer.window)
         self.engine: LiveEngine | None = None
         self.take_folder = Path(take_folder)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from lmd.checkpoint import write_atomic
 from lmd.config import REGIMES
-from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.flow import SAMPLERS
 from lmd.instrument import Instrument, open_instrument
@@ -23,11 +22,11 @@ from lmd.sinks import FileSink, NullSink, SoundCardSink, check_audio_path
 from lmd.takes import TakeWriter, header_of
 
 MAX_SECONDS = 24 * 3600
+SETTABLE = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    c = Controls()
     parser.add_argument("prompt", help='what to play, e.g. "church organ, slow, minor"')
     parser.add_argument("--seconds", type=float, default=60.0, help="of music (default 60)")
     parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
@@ -38,12 +37,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=float, help="seconds to make ahead (default two blocks)")
     parser.add_argument("--source", default="best", help="weights (default: the best there are)")
     parser.add_argument("--preset", default="small", help="tiny, small, paper (for --source best)")
-    parser.add_argument("--cfg-scale", type=float, default=c.cfg_scale, help="guidance, 1 = off")
-    parser.add_argument("--steps", type=int, default=c.n_steps, help="model calls per block")
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default=c.sampler)
-    parser.add_argument("--regime", choices=REGIMES, default=c.regime)
-    parser.add_argument("--block-frames", type=int, default=c.block_frames)
-    parser.add_argument("--seed", type=int, default=c.seed)
+    parser.add_argument("--cfg-scale", type=float, help="guidance, 1 = off")
+    parser.add_argument("--steps", type=int, dest="n_steps", help="model calls per block")
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS))
+    parser.add_argument("--regime", choices=REGIMES)
+    parser.add_argument("--block-frames", type=int)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--auto", action="store_true", help="fewer steps when too slow")
 
 
@@ -78,15 +77,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def engine_of(args: argparse.Namespace, instrument: Instrument) -> LiveEngine:
     """The engine that the arguments ask for."""
-    controls = Controls(
-        prompt=args.prompt,
-        cfg_scale=args.cfg_scale,
-        n_steps=args.steps,
-        sampler=args.sampler,
-        regime=args.regime,
-        block_frames=args.block_frames,
-        seed=args.seed,
-    )
+    asked = {name: value for name in SETTABLE if (value := getattr(args, name)) is not None}
+    controls = instrument.controls(args.prompt, **asked)
     controls.validate(instrument.streamer.window)
     options = EngineOptions(queue_s=args.queue, auto_steps=args.auto, limit_s=args.seconds)
     sink: Sink
