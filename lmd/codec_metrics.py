@@ -1,9 +1,7 @@
 """How much of held-out music a codec keeps, per instrument family, and how learnable it is."""
 
-import json
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lmd.checkpoint import load_codec, read_header, write_atomic
 from lmd.codec import Codec, DecodeState, decode_block
 from lmd.codec_losses import mel_matrix
 from lmd.data.corpus import Corpus
-from lmd.machine import machine_dict
 from lmd.shapes import Latents
 
 Mono = Float[Tensor, " sample"]
@@ -211,10 +207,10 @@ def evaluate(codec: Codec, corpus: Corpus, hours: float) -> dict[str, Any]:
         "families": {k: {"n": len(v), **_mean(v)} for k, v in sorted(per_family.items())},
         "all": {"n": len(everything), **_mean(everything)},
         "next_frame_r2": next_frame_r2(sequences),
-        "encode_times_real_time": heard_s / spent[0, 0],
-        "decode_times_real_time": heard_s / spent[1, 0],
-        "encode_seconds_per_cpu_second": heard_s / spent[0, 1],
-        "decode_seconds_per_cpu_second": heard_s / spent[1, 1],
+        "encode_times_real_time": float(heard_s / spent[0, 0]),
+        "decode_times_real_time": float(heard_s / spent[1, 0]),
+        "encode_seconds_per_cpu_second": float(heard_s / spent[0, 1]),
+        "decode_seconds_per_cpu_second": float(heard_s / spent[1, 1]),
         "stream_difference": stream_difference(codec, sequences[0][None]),
         "lookahead_frames": codec.lookahead_frames,
         "lookback_frames": codec.lookback_frames,
@@ -236,17 +232,6 @@ def _excerpt(corpus: Corpus, index: int, hop: int) -> Float[Tensor, "1 channel s
 
 def _mean(scores: list[Scores]) -> dict[str, float]:
     return {f.name: float(np.mean([getattr(s, f.name) for s in scores])) for f in fields(Scores)}
-
-
-def evaluate_file(path: Path, data: Path, out: Path | None, hours: float) -> int:
-    """Measure a checkpoint, print a table, write the figures."""
-    header = read_header(path)
-    result = evaluate(load_codec(path), Corpus(data, "test"), hours)
-    result |= {"sha256": header.sha256, "data": data.name, "machine": machine_dict()}
-    print(markdown_table(result))
-    if out:
-        write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
-    return 0
 
 
 def markdown_table(result: dict[str, Any]) -> str:

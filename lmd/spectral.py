@@ -19,6 +19,7 @@ from lmd.shapes import Latents, Wave
 Decibels = Float[Tensor, "batch bin step"]
 DB_SCALE = 20.0  # network units per decibel are 1 / DB_SCALE
 KERNEL = 7
+TILE = 64  # rows of a matrix product while decoding
 
 
 def stft(wave: Float[Tensor, "batch sample"], n_fft: int, hop: int) -> phase.Spectrum:
@@ -121,6 +122,37 @@ class SpectralEncoder(nn.Module):
         return ((raw - self.latent_mean) / self.latent_std).transpose(1, 2)
 
 
+def same_linear(
+    layer: nn.Linear, x: Float[Tensor, "*rows inputs"]
+) -> Float[Tensor, "*rows outputs"]:
+    """A linear layer whose rows do not depend, not even in rounding, on how many there are.
+
+    Matrix products of other sizes round otherwise, and phases that are integrated for a second
+    make that audible. So without gradients rows are taken `TILE` at a time.
+    """
+    if torch.is_grad_enabled():
+        return layer(x)
+    rows = x.reshape(-1, x.shape[-1])
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
+    out = x.new_empty(len(padded), layer.out_features)
+    for tile, part in zip(padded.split(TILE), out.split(TILE), strict=True):
+        torch.addmm(layer.bias, tile, layer.weight.T, out=part)
+    return out[: len(rows)].reshape(*x.shape[:-1], -1)
+
+
+def same_depthwise(
+    layer: nn.Conv1d, x: Float[Tensor, "batch padded width"]
+) -> Float[Tensor, "batch frame width"]:
+    """A depthwise convolution over padded frames, tap by tap, for the same reason."""
+    if torch.is_grad_enabled():
+        return layer(x.transpose(1, 2)).transpose(1, 2)
+    n = x.shape[1] - KERNEL + 1
+    out = layer.bias.expand(len(x), n, -1)
+    for tap in range(KERNEL):
+        out = torch.addcmul(out, x[:, tap : tap + n], layer.weight[:, 0, tap])
+    return out
+
+
 class ConvBlock(nn.Module):
     """ConvNeXt in one dimension: depthwise convolution, then a network per frame, added on.
 
@@ -140,8 +172,9 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch frame width"]) -> Float[Tensor, "batch frame width"]:
         """The same shape."""
-        y = self.depthwise(F.pad(x.transpose(1, 2), self.pad)).transpose(1, 2)
-        return x + self.scale * self.contract(F.gelu(self.expand(self.norm(y))))
+        y = same_depthwise(self.depthwise, F.pad(x, (0, 0, *self.pad)))
+        y = F.gelu(same_linear(self.expand, self.norm(y)))
+        return x + self.scale * same_linear(self.contract, y)
 
 
 class SpectralDecoder(nn.Module):
@@ -182,14 +215,24 @@ class SpectralDecoder(nn.Module):
 
     def forward(self, latents: Latents) -> tuple[Decibels, phase.Spectrum, phase.Spectrum]:
         """Levels in decibels, advances in time and to the next bin: all `[batch, bin, step]`."""
-        x = self.blocks(self.enter(latents).transpose(1, 2))
-        x = self.split(x).reshape(len(x), -1, self.config.step_width)
+        x = self.blocks(self._enter(latents))
+        x = same_linear(self.split, x).reshape(len(x), -1, self.config.step_width)
         x = self.norm(self.step_blocks(x))
-        level = self.level(x).transpose(1, 2) * DB_SCALE
+        level = same_linear(self.level, x).transpose(1, 2) * DB_SCALE
         in_time, in_frequency = torch.view_as_complex(
-            self.advance(x).unflatten(-1, (2, -1, 2)).contiguous()
+            same_linear(self.advance, x).unflatten(-1, (2, -1, 2)).contiguous()
         ).unbind(2)
         return level, in_time.transpose(1, 2), in_frequency.transpose(1, 2)
+
+    def _enter(self, latents: Latents) -> Float[Tensor, "batch frame width"]:
+        """The first convolution, as one linear map of three frames."""
+        if torch.is_grad_enabled():
+            return self.enter(latents).transpose(1, 2)
+        x = F.pad(latents, (1, 1)).unfold(-1, 3, 1).transpose(1, 2).flatten(2)
+        weights = nn.Linear(x.shape[-1], self.config.width, device="meta")
+        weights.weight = nn.Parameter(self.enter.weight.flatten(1), requires_grad=False)
+        weights.bias = self.enter.bias
+        return same_linear(weights, x)
 
 
 class SpectralCodec(nn.Module):

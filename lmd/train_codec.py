@@ -1,6 +1,7 @@
 """Train the spectral codec: `python -m lmd train codec`; measure one: `--evaluate FILE`."""
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,10 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tqdm import tqdm
 
-from lmd.checkpoint import load_codec, save_checkpoint
+from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomic
+from lmd.codec_card import codec_card
+from lmd.codec_metrics import evaluate, markdown_table
 from lmd.codec_training import CodecPlan, CodecTraining, CodecWindows, start_from_components
 from lmd.config import SpectralCodecConfig, preset
-from lmd.data.corpus import Corpus
+from lmd.data.corpus import SETTINGS, Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, pick_device, tune_allocator
 from lmd.rng import derive_seed
@@ -33,7 +36,20 @@ class Keep(Callback):
     ) -> None:
         self.out, self.every, self.notes, self.stop_at = out, every, notes, stop_at
         self.bar: tqdm | None = None
-        self.began_s = time.monotonic()
+        self.earlier_s, self.began_s = 0.0, time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds spent, all starts of the run together."""
+        return self.earlier_s + time.monotonic() - self.began_s
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this: the time spent."""
+        return {"wall_s": self.wall_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from there."""
+        self.earlier_s = state_dict["wall_s"]
 
     def on_train_start(self, trainer: L.Trainer, module: CodecTraining) -> None:
         """Open the progress bar where the run stands."""
@@ -68,7 +84,7 @@ class Keep(Callback):
                 **self.notes,
                 "steps": int(module.step),
                 "plan": module.plan.__dict__,
-                "wall_s": round(time.monotonic() - self.began_s),
+                "wall_s": round(self.wall_s),
             },
             stored="float16",
         )
@@ -95,6 +111,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=int, default=200, help="steps")
     add("--evaluate", type=Path, metavar="FILE", help="measure this codec instead of training")
     add("--json", type=Path, help="where the measures go")
+    add("--card", type=Path, help="where a model card with them goes")
     add("--hours", type=float, default=0.5, help="held-out music to measure on")
 
 
@@ -104,14 +121,25 @@ def main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.evaluate:
-        from lmd.codec_metrics import evaluate_file
-
-        return evaluate_file(args.evaluate, args.data, args.json, args.hours)
+        return measure(args)
     module = build(args)
     trainer = build_trainer(args)
     last = args.out / LAST
     trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=False)
     print(f"{int(module.step)} steps; weights in {args.out / 'codec.safetensors'}")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure a codec on held-out pieces; print a table, write figures and model card."""
+    header, corpus = read_header(args.evaluate), Corpus(args.data, "test")
+    result = evaluate(load_codec(args.evaluate), corpus, args.hours)
+    result |= {"sha256": header.sha256, "data": args.data.name, "machine": machine_dict()}
+    print(markdown_table(result))
+    if args.json:
+        write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
+    if args.card:
+        write_atomic(args.card, codec_card(args.evaluate, result).encode())
     return 0
 
 
@@ -162,7 +190,18 @@ def build_trainer(args: argparse.Namespace, stop_at: int | None = None) -> L.Tra
     device = pick_device(args.device)
     n_runs = len(list((args.out / "logs").glob("run-*")))
     logs = {"save_dir": args.out, "name": "logs", "version": f"run-{n_runs:03d}"}
-    notes = {"data": args.data.name, "machine": machine_dict()}
+    corpus = Corpus(args.data, "train")
+    settings = (args.data / SETTINGS).read_text() if (args.data / SETTINGS).exists() else "{}"
+    notes = {
+        "data": {
+            "name": args.data.name,
+            "renditions": len(corpus),
+            "hours": round(corpus.duration_s / 3600, 2),
+            "settings": json.loads(settings),
+        },
+        "encoder_from": args.encoder.name if args.encoder else "",
+        "machine": machine_dict(),
+    }
     return L.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=1,
