@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from lmd import codec_metrics, phase
 from lmd.checkpoint import load_codec, read_header
+from lmd.codec_card import codec_card
 from lmd.codec_losses import (
     Discriminator,
     advance_loss,
@@ -266,3 +268,19 @@ def test_evaluate_reports_every_family_and_the_seam(corpus_folder):
     table = codec_metrics.markdown_table(result)
     assert table.count("\n") == 4
     assert "| piano | 1 |" in table
+
+
+def test_measuring_writes_figures_and_a_card_made_of_them(corpus_folder, tmp_path):
+    (corpus_folder / "corpus.json").write_text('{"seed": 5}')
+    args = arguments(corpus_folder, tmp_path, steps=1, **{"encoder-steps": 0})
+    assert main(args) == 0
+    weights, figures, card = (tmp_path / n for n in ("codec.safetensors", "s.json", "codec.md"))
+    wanted = {"evaluate": weights, "json": figures, "card": card}
+    assert main(arguments(corpus_folder, tmp_path, **wanted)) == 0
+    scores, text = json.loads(figures.read_text()), card.read_text()
+    assert scores["sha256"] == read_header(weights).sha256
+    assert scores["sha256"] in text
+    assert "data build --seed 5" in text
+    assert f"{scores['all']['log_mel_db']:.3f}" in text
+    with pytest.raises(LmdError, match="scores of weights 0000"):
+        codec_card(weights, {**scores, "sha256": "0" * 64})
