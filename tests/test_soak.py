@@ -1,6 +1,7 @@
 """The long measurements, short: they measure what they say."""
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,12 @@ def test_latency_grows_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_leak_and_a_drift_would_be_seen() -> None:
-    kept: list[bytes] = []
+    kept: list[mmap.mmap] = []  # fresh pages, whatever the allocator has kept back for itself
 
     class Leaky(FakeStreamer):
         def step(self, state, controls):  # type: ignore[no-untyped-def]
-            kept.append(bytes(bytearray(2_000_000)))
+            kept.append(mmap.mmap(-1, 2_000_000))
+            kept[-1].write(b"x" * 2_000_000)
             block, following = super().step(state, controls)
             block.wave.mul_(0.98**state.index)
             return block, following
