@@ -167,8 +167,8 @@ def test_ten_thousand_messages_of_nonsense_are_refused_in_the_panel(front: Front
     front.wait_kind("run")
     player, refused = front.player, 0
     names = [*[f["name"] for f in player.fields], "engine", "_esm", "state", "take_folder", None, 7]
-    values = [None, True, False, -1, 0, 1, 0.5, 8, 10**12, math.inf, math.nan, "", "euler", "x" * 600,
-              HOSTILE, [], {}, [["a", 0.5]], "block-causal", 12, 48]  # fmt: skip
+    values = [None, True, False, -1, 0, 1, 0.5, 8, 10**12, math.inf, math.nan, "", "euler",
+              "x" * 600, HOSTILE, [], {}, [["a", 0.5]], "block-causal", 12, 48]  # fmt: skip
     kinds = ["set"] * 20 + ["command", "report", "hello", "", None, 3]
     state_before = player.state
     for _ in range(10_000):
