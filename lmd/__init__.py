@@ -2,6 +2,7 @@
 
 import os
 
-# Threads that wait must not spin: with a second busy program on two cores, spinning made small
-# transformer passes more than ten times slower. Read by OpenMP when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long a waiting OpenMP thread spins before it sleeps; read when torch is first imported. Left
+# alone, a second busy program on two cores makes small passes many times slower; without any
+# spinning, passes on a quiet machine take twice as long. Measurements stand in docs/log.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
