@@ -99,7 +99,7 @@ class ToySettings:
         )
 
 
-SHORT = ToySettings(n_base=200, n_finetune=600, n_updates=240)  # for a test
+SHORT = ToySettings(n_updates=260)  # for a test
 
 
 @dataclass(frozen=True)
