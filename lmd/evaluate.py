@@ -74,7 +74,10 @@ def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
     reference = evaluation.reference
     anchors = anchor_rows(evaluation.anchors(), evaluation.truths, reference)
     present = [(m, evaluation.source(m.weights)[1]) for m in methods]
-    missing = sorted({m.weights for m, sha256 in present if not sha256})
+    absent = [
+        f"{kind}: no such weights" for kind in sorted({m.weights for m, x in present if not x})
+    ]
+    absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
     present = [(m, sha256) for m, sha256 in present if sha256]
     rows = [
         evaluation.row(method, n_steps, primed, sha256)
@@ -89,10 +92,11 @@ def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
         "machine": machine_dict(),
         "recogniser": {
             "sha256": evaluation.listener_header.sha256,
+            "embedding": evaluation.listener.config.embedding,
             "scores": evaluation.listener_header.notes.get("scores", {}),
         },
         "random_weights": bool(evaluation.sources.random),
-        "not_measured": [f"{kind}: no such weights" for kind in missing],
+        "not_measured": absent,
         "reference_windows": reference.windows,
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,

@@ -33,6 +33,7 @@ COLUMNS = {
     "clicks": "clicks",
 }
 PERCENT = ("family", "tempo", "key_share")
+RANGES = {"kl": (0.0,), "family": (0.0, 1.0), "tempo": (0.0, 1.0), "key_share": (0.0, 1.0)}
 DRIFT_WORDS = {
     "distance": "distance from real",
     "loudness_lufs": "loudness, LU",
@@ -110,7 +111,8 @@ def _setting(result: Mapping[str, Any]) -> str:
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
         f"{result['reference_windows']} of held-out music, in the embedding of the recogniser "
         f"{result['recogniser']['sha256'][:8]}, which knows this corpus and nothing else; compare "
-        "it within a column only. FD∞: all seeds together, extrapolated to endless samples. KL: "
+        "it within a column only, for with so few windows most of it is the size of the sample. "
+        "FD∞: all seeds together, extrapolated to endless samples. KL: "
         "families heard in the real piece against those heard in the clip, nats. Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. Machine: {machine['cpu']}, "
         f"{machine['n_threads']} thread(s), torch {machine['torch']}."
@@ -133,16 +135,22 @@ def quality_table(result: Mapping[str, Any]) -> list[str]:
 
 def _cells(row: Mapping[str, Any]) -> str:
     return " | ".join(
-        told(row[name], 100 if name in PERCENT else 1)
+        told(row[name], 100 if name in PERCENT else 1, *RANGES.get(name, ()))
         if isinstance(row[name], Mapping)
         else _number(row[name])
         for name in COLUMNS
     )
 
 
-def told(interval: Mapping[str, Any], scale: float = 1.0) -> str:
-    """An interval in a cell: `1.23 (1.10–1.36)`."""
-    mean, low, high = (interval[key] * scale for key in ("mean", "low", "high"))
+def told(
+    interval: Mapping[str, Any],
+    scale: float = 1.0,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> str:
+    """An interval in a cell, `1.23 (1.10 – 1.36)`, cut to what is possible (before scaling)."""
+    mean = interval["mean"] * scale
+    low, high = max(least, interval["low"]) * scale, min(most, interval["high"]) * scale
     if not math.isfinite(mean):
         return "–"
     if not math.isfinite(low) or low == high:
@@ -186,9 +194,10 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["primed"]:
             continue
         speed = row["speed"]
-        names = ("evaluations", "ttff_ms", "dit_ms", "decode_ms", "rtf", "load")
+        names = ("ttff_ms", "dit_ms", "decode_ms", "rtf", "load")
         cells = " | ".join(_number(speed[name]) for name in names)
-        lines.append(f"| {row['method']} | {row['n_steps']} | {cells} |")
+        calls = f"{speed['evaluations']:.0f}"
+        lines.append(f"| {row['method']} | {row['n_steps']} | {calls} | {cells} |")
     return lines
 
 

@@ -338,6 +338,7 @@ def a_line(method: str, fd: list[float], family: float = 1.0) -> dict:
         "n_steps": 8,
         "primed": False,
         "fd": interval,
+        "windows": 7,
         "fd_infinite": float(np.mean(fd)),
         "family": interval | {"mean": family},
         "key_share": interval | {"mean": 0.95},
@@ -360,10 +361,11 @@ def test_aims_are_judged_seed_by_seed() -> None:
     ]
     anchor = a_line("real", [1.0, 1.0, 1.0])
     anchors = {"real": anchor, "codec": a_line("codec", [3.0, 3.5, 4.0])}
-    found = {
-        one["aim"]: one["met"] for one in aims({"rows": rows, "anchors": anchors, "drift": drift})
-    }
-    assert list(found.values()) == [True, False, True, True, True, False, True]
+    said = {"rows": rows, "anchors": anchors, "drift": drift}
+    found = aims(said | {"recogniser": {"embedding": 10}})
+    assert [one["met"] for one in found] == [True, False, True, True, True, False, True]
+    few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
+    assert few[2]["met"] is None
 
 
 def test_drift_rows_find_the_slope_of_each_measure() -> None:
