@@ -86,7 +86,7 @@ class Budget:
 
 FULL = Budget()
 QUICK = Budget(16, 4, 3, (8, 2), (2,), False, 40.0, 4, 8, 3, 20.0)
-SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 2, 1, 2, 10.0)
+SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 1, 1, 2, 10.0)
 
 
 @dataclass(frozen=True)

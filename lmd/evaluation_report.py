@@ -114,9 +114,18 @@ def _setting(result: Mapping[str, Any]) -> str:
         "it within a column only, for with so few windows most of it is the size of the sample. "
         "FD∞: all seeds together, extrapolated to endless samples. KL: "
         "families heard in the real piece against those heard in the clip, nats. Joins, clicks: "
-        f"at block boundaries over elsewhere, 1 = not heard. Machine: {machine['cpu']}, "
+        f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}Machine: {machine['cpu']}, "
         f"{machine['n_threads']} thread(s), torch {machine['torch']}."
     )
+
+
+def _guidance(result: Mapping[str, Any]) -> str:
+    """Which guidance, and which weights."""
+    used = {
+        f"{row['weights']} {row['sha256'][:8]} with cfg_scale {row['cfg_scale']:g}"
+        for row in result["rows"]
+    }
+    return f"Weights: {'; '.join(sorted(used))} (1 = no guidance). " if used else ""
 
 
 def quality_table(result: Mapping[str, Any]) -> list[str]:
@@ -251,7 +260,7 @@ def _distances(result: Mapping[str, Any]) -> Figure:
     names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
     levels = {words: anchors[name]["fd"]["mean"] for name, words in names.items()}
     ax = plot_intervals(estimates, levels)
-    ax.set(xscale="log", xlabel="Fréchet distance from held-out music (lower is nearer)")
+    ax.set(xlim=(0, None), xlabel="Fréchet distance from held-out music (lower is nearer)")
     return ax.figure
 
 
