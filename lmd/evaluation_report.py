@@ -114,7 +114,8 @@ def _setting(result: Mapping[str, Any]) -> str:
         "it within a column only, for with so few windows most of it is the size of the sample. "
         "FD∞: all seeds together, extrapolated to endless samples. KL: "
         "families heard in the real piece against those heard in the clip, nats. Joins, clicks: "
-        f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}Machine: {machine['cpu']}, "
+        f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}"
+        f"Machine: {machine['cpu']}, "
         f"{machine['n_threads']} thread(s), torch {machine['torch']}."
     )
 

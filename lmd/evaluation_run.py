@@ -270,7 +270,8 @@ class Evaluation:
             found = measure_speed(streamer, controls, self.budget.speed_blocks)
             return {name: np.array(value) for name, value in found.items()}
 
-        kept = self.parts.arrays(f"{base}-speed{self.budget.speed_blocks}", time_it)
+        name = f"{base}-speed{self.budget.speed_blocks}-{torch.get_num_threads()}threads"
+        kept = self.parts.arrays(name, time_it)
         return {name: float(value) for name, value in kept.items()}
 
     def drift(self, method: Method, sha256: str) -> list[dict[str, np.ndarray]]:
