@@ -62,17 +62,17 @@ SIZES = DiTConfig(
 class ToySettings:
     """One experiment: three trainings, each in seconds."""
 
-    n_base: int = 300  # steps of the bidirectional base, at the rollout's length
+    n_base: int = 900  # steps of the bidirectional base, at the rollout's length
     n_finetune: int = 1200  # steps of the live model
-    n_updates: int = 400  # of ARC-Forcing, both networks
-    n_warmup: int = 60  # of these, first, for the discriminator alone
+    n_updates: int = 340  # of ARC-Forcing, both networks
+    n_warmup: int = 80  # of these, first, for the discriminator alone
     batch: int = 16
     n_blocks: int = 6  # of a rollout
     n_steps: int = 4  # calls per block, in training and in play
     lr_generator: float = 2e-4
-    lr_discriminator: float = 1e-3
+    lr_discriminator: float = 2e-3
     contrastive: float = 1.0
-    smoothness: float = 0.05  # weight of R1 and R2
+    smoothness: float = 0.015  # weight of R1 and R2
     ema: float = 0.98
     n_streams: int = 256  # played to measure
     n_played: int = 20  # blocks
@@ -99,7 +99,7 @@ class ToySettings:
         )
 
 
-SHORT = ToySettings(n_updates=260)  # for a test
+SHORT = ToySettings(n_updates=250)  # for a test
 
 
 @dataclass(frozen=True)
@@ -310,6 +310,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         for key, name in (("before", "fine-tuned"), ("after", "after ARC"), ("world", "the world"))
     }
     ax = plot_losses(named)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xlabel="block", ylabel="distance from the exact law", ylim=(0, None))
     ax.figure.savefig(path, dpi=100)
 
