@@ -263,7 +263,7 @@ def test_a_picture_of_it_is_published(page: Any) -> None:
     first(page).scroll_into_view_if_needed()
     set_range(page, "mix", 0.3)
     time.sleep(7)
-    path = PUBLISHED / "player.png"
+    path = PUBLISHED / "player_tiny.png"
     first(page).screenshot(path=str(path))
     assert path.stat().st_size > 20_000
 
