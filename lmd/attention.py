@@ -77,7 +77,6 @@ def all_blocks_visibility(n_blocks: int, block_frames: int, n_context: int) -> V
     follows the window rule among clean blocks. A noised block, and its global token, see the
     `n_context` clean blocks before it, the noised block itself and its global token
     (Block Diffusion, arXiv 2503.09573).
-    Source: Block Diffusion (arXiv 2503.09573).
 
     Returns:
         `[2 n o + n, 2 n o + n]` for n blocks of o frames.
@@ -86,7 +85,7 @@ def all_blocks_visibility(n_blocks: int, block_frames: int, n_context: int) -> V
     block = torch.cat([block, block, torch.arange(n_blocks)])
     is_clean = torch.arange(len(block)) < n_blocks * block_frames
     behind = block[:, None] - block[None, :]
-    within = (behind >= 0) & (behind <= n_context)
+    within = window_rule(block, block, n_context)
     clean_to_clean = is_clean[:, None] & is_clean[None, :] & within
     noised_to_clean = ~is_clean[:, None] & is_clean[None, :] & within & (behind > 0)
     noised_to_noised = ~is_clean[:, None] & ~is_clean[None, :] & (behind == 0)
