@@ -25,7 +25,7 @@ from lmd.config import REGIMES, Preset, SpectralCodecConfig, WindowConfig, prese
 from lmd.controls import Controls
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.machine import machine_dict, pick_device, tune_allocator
+from lmd.machine import machine_dict, pick_device, trim_memory, tune_allocator
 from lmd.oobleck import random_codec
 from lmd.packed import is_packed, pack
 from lmd.spectral import SpectralCodec
@@ -74,7 +74,6 @@ def main(args: argparse.Namespace) -> int:
             "Raise them.",
         )
     torch.set_num_threads(args.threads)
-    tune_allocator()
     report = measure(args)
     text = json.dumps(report, indent=2)
     if args.json == "-":
@@ -90,16 +89,20 @@ def measure(args: argparse.Namespace) -> dict:
     """Everything that the table shows, as plain values."""
     chosen, device = preset(args.preset), pick_device(args.device)
     dtype = DTYPES[args.dtype]
+    rates = machine_rates(chosen, dtype, device)
+    # The codec first: what its making needs for a moment is free again before the model comes.
+    codec = load_codec(args.codec) if args.codec else build_random_codec(chosen, dtype)
+    trim_memory()
     model = (load_model(args.model) if args.model else random_model(chosen)).to(device, dtype)
     n_weights = sum(parameter.numel() for parameter in model.dit.blocks.parameters())
     model.eval()
     if not args.no_pack and not args.compile:
         pack(model, args.block_frames + 1)
-    codec = load_codec(args.codec) if args.codec else build_random_codec(chosen, dtype)
+    tune_allocator()
     text = HashTextEncoder(chosen.text.n_tokens, chosen.dit.text_dim)
     streamer = Streamer(model, codec, text, chosen.window)
     compiled = compile_blocks(streamer, args.block_frames) if args.compile else {}
-    rates, rows = machine_rates(chosen, dtype, device), []
+    rows = []
     block_s = args.block_frames / chosen.frame_rate_hz
     for n_steps in args.steps:
         base = Controls(prompt="organ", n_steps=n_steps, block_frames=args.block_frames)

@@ -1,6 +1,7 @@
 """What the code runs on: device, memory allocator, and a description for reports."""
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -31,6 +32,15 @@ def tune_allocator() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system now: after loading, before playing."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do without
+        if trim is not None:
+            trim(0)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -249,6 +249,9 @@ def build_reference(config: OobleckConfig) -> nn.Module:
             width = config.channels * config.c_mults[-1]
             end = nn.Conv1d(width, 2 * config.latent_dim, kernel_size=3, padding=1)
             network.encoder.conv2 = weight_norm(end)
+    for layer in network.modules():
+        if hasattr(layer, "weight_g"):
+            del layer.weight  # a second copy of all weights, made anew in every forward pass
     return network.eval().requires_grad_(False)
 
 

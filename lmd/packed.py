@@ -56,10 +56,10 @@ def pack(model: LiveModel, n_tokens: int = 49) -> LiveModel:
     """
     if model.dit.project_in.weight.device.type != "cpu" or not can_pack(model.dit.dtype):
         return model
-    for module in list(model.dit.blocks.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child, n_tokens))
+    parents = [m for m in model.dit.blocks.modules() if not isinstance(m, nn.Linear)]
+    for parent in parents:  # hold names, not layers: a held layer keeps its plain weights
+        for name in [n for n, child in parent.named_children() if isinstance(child, nn.Linear)]:
+            setattr(parent, name, PackedLinear(getattr(parent, name), n_tokens))
     return model
 
 

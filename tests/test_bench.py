@@ -1,6 +1,7 @@
 """The bench: its rows, its token counts, packed layers, flat cost."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lmd.bench import tokens_of_passes
 from lmd.config import DiTConfig, WindowConfig
 from lmd.controls import Controls
 from lmd.outpaint import BlockPlan, LiveDenoiser
-from lmd.packed import can_pack, is_packed, pack
+from lmd.packed import PackedLinear, can_pack, is_packed, pack
 from lmd.rng import normal
 from lmd.stream import Streamer
 
@@ -81,6 +82,25 @@ def test_packed_layers_agree_with_plain_ones(dtype):
     # tolerance allows another order of summation (a bfloat16 rounding step near 2 is 0.016).
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     torch.testing.assert_close(results[0], results[1], atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN's packed products are missing here")
+def test_packing_holds_at_most_one_plain_weight_that_is_packed_already(monkeypatch):
+    model = random_model(CONFIG)
+    layers = [m for m in model.dit.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    del layers
+    alive = []
+
+    def count(linear, n_tokens):
+        alive.append(sum(weight() is not None for weight in weights))
+        return PackedLinear(linear, n_tokens)
+
+    monkeypatch.setattr("lmd.packed.PackedLinear", count)
+    pack(model)
+
+    not_yet_packed = range(len(weights), 0, -1)
+    assert all(n <= left + 1 for n, left in zip(alive, not_yet_packed, strict=True))
 
 
 def test_block_one_thousand_costs_the_passes_of_block_ten():

@@ -220,6 +220,13 @@ def test_odd_strides_are_refused():
         random_codec(OobleckConfig(latent_dim=2, channels=4, c_mults=(1, 2), strides=(3, 2)))
 
 
+def test_the_reference_network_holds_every_weight_once():
+    network = build_reference(CONFIGS["mono"])
+
+    assert not [name for name, layer in network.named_modules() if "weight" in vars(layer)]
+
+
+
 def test_weights_that_do_not_fit_are_listed():
     config = CONFIGS["fixture-like"]
     tensors = dict(build_reference(config).state_dict())
