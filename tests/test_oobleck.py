@@ -226,7 +226,6 @@ def test_the_reference_network_holds_every_weight_once():
     assert not [name for name, layer in network.named_modules() if "weight" in vars(layer)]
 
 
-
 def test_weights_that_do_not_fit_are_listed():
     config = CONFIGS["fixture-like"]
     tensors = dict(build_reference(config).state_dict())
