@@ -17,15 +17,18 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
     ("data", "check"): ("lmd.data.check", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
-    ("train", "codec"): ("lmd.train_codec", "train the spectral codec"),
-    ("train", "base"): ("lmd.train_base", "train the bidirectional base model"),
-    ("train", "finetune"): ("lmd.train_finetune", "turn a base into a live model"),
-    ("train", "arc"): ("lmd.train_arc", "adversarial post-training on rollouts"),
-    ("train", "recogniser"): ("lmd.train_recogniser", "fit the listener that measures music"),
-    ("run",): ("lmd.pipeline", "execute the notebooks and write a report"),
-    ("stream",): ("lmd.stream_command", "stream music to a file"),
-    ("replay",): ("lmd.replay", "play a recorded take again"),
-    ("evaluate",): ("lmd.evaluate", "measure generated music"),
+    ("train", "codec"): ("lmd.codec_training.train", "train the spectral codec"),
+    ("train", "base"): ("lmd.training.train_base", "train the bidirectional base model"),
+    ("train", "finetune"): ("lmd.training.train_finetune", "turn a base into a live model"),
+    ("train", "arc"): ("lmd.arc.train", "adversarial post-training on rollouts"),
+    ("train", "recogniser"): (
+        "lmd.evaluation.train_recogniser",
+        "fit the listener that measures music",
+    ),
+    ("run",): ("lmd.pipeline.run", "execute the notebooks and write a report"),
+    ("stream",): ("lmd.play.stream_command", "stream music to a file"),
+    ("replay",): ("lmd.play.replay", "play a recorded take again"),
+    ("evaluate",): ("lmd.evaluation.command", "measure generated music"),
 }
 
 

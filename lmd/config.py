@@ -107,7 +107,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class RecogniserConfig:
-    """The small listener that distances are measured with (see `lmd.recogniser`)."""
+    """The small listener that distances are measured with (see `lmd.evaluation.recogniser`)."""
 
     families: tuple[str, ...]  # instrument families, in the order of the output
     sample_rate: int = 22_050

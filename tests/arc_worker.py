@@ -8,9 +8,9 @@ import sys
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lmd import train_arc
-from lmd.arc_training import ArcTraining
-from lmd.trainer import RunOptions
+from lmd.arc import train as train_arc
+from lmd.arc.module import ArcTraining
+from lmd.training.trainer import RunOptions
 
 
 class KillAt(Callback):

@@ -8,7 +8,8 @@ import torch
 from engine import CONFIG, WINDOW, random_model, streamer
 from torch import Tensor, nn
 
-from lmd.arc import (
+from lmd.arc.discriminator import PATCH_FRAMES, Discriminator, HeadConfig, ScoreHead
+from lmd.arc.forcing import (
     Asked,
     LossWeights,
     RolloutPlan,
@@ -25,7 +26,6 @@ from lmd.arc import (
     text_memory,
 )
 from lmd.controls import Controls
-from lmd.discriminator import PATCH_FRAMES, Discriminator, HeadConfig, ScoreHead
 from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
 from lmd.flow import schedule

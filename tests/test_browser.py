@@ -16,7 +16,7 @@ import pytest
 from lab import CHROMIUM, FLAGS, Lab, in_kernel, jupyterlab
 
 from lmd.instrument import open_instrument
-from lmd.takes import play_again, read_take
+from lmd.play.takes import play_again, read_take
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "outputs" / "published"

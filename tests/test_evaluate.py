@@ -18,8 +18,8 @@ from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.data.instruments import FAMILIES
 from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
-from lmd.evaluate import configure, main
-from lmd.evaluation import (
+from lmd.evaluation.command import configure, main
+from lmd.evaluation.generation import (
     METHODS,
     Budget,
     Clip,
@@ -32,8 +32,21 @@ from lmd.evaluation import (
     measure_speed,
     side_by_side,
 )
-from lmd.evaluation_report import told
-from lmd.evaluation_rows import (
+from lmd.evaluation.held_out import PIECES
+from lmd.evaluation.judge import Judge, Measured
+from lmd.evaluation.metrics import frechet, gaussian
+from lmd.evaluation.other_listeners import open_listeners
+from lmd.evaluation.recogniser import (
+    HOP,
+    TEMPI_BPM,
+    Recogniser,
+    band_levels,
+    cut,
+    load_recogniser,
+    tempo_bpm,
+)
+from lmd.evaluation.report import told
+from lmd.evaluation.rows import (
     Reference,
     Truths,
     aims,
@@ -43,13 +56,8 @@ from lmd.evaluation_rows import (
     row_of,
     tempo_share,
 )
-from lmd.held_out import PIECES
+from lmd.evaluation.train_recogniser import tempo_labels
 from lmd.instrument import open_instrument
-from lmd.judge import Judge, Measured
-from lmd.metrics import frechet, gaussian
-from lmd.other_listeners import open_listeners
-from lmd.recogniser import HOP, TEMPI_BPM, Recogniser, band_levels, cut, load_recogniser, tempo_bpm
-from lmd.train_recogniser import tempo_labels
 
 RATE = 22_050
 MEASURED = ("naive", "BC+AF")
@@ -168,7 +176,7 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
         raise AssertionError("generated although it was there")
 
     for name in ("generate", "measure_speed", "long_stream", "fade_prompts", "decoded"):
-        monkeypatch.setattr(f"lmd.evaluation_run.{name}", refuse)
+        monkeypatch.setattr(f"lmd.evaluation.run.{name}", refuse)
     again = report.parent / "again"
     assert run(world, again, "--random", "tiny", "--methods", *MEASURED) == 0
     assert (again / "evaluation.json").read_bytes() == (report / "evaluation.json").read_bytes()
@@ -393,7 +401,7 @@ def test_drift_rows_find_the_slope_of_each_measure() -> None:
 def test_listeners_that_are_not_installed_are_named_and_nothing_is_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lmd.other_listeners.find_spec", lambda package: None)
+    monkeypatch.setattr("lmd.evaluation.other_listeners.find_spec", lambda package: None)
     found, words = open_listeners()
     assert found == {}
     assert set(words.values()) == {"not installed"}
@@ -406,8 +414,10 @@ def test_a_listener_without_its_weights_gives_a_reason_instead_of_a_download(
         socket.create_connection(("weights.example", 443))
 
     package = SimpleNamespace(models=SimpleNamespace(load_audio_embedding_model=load))
-    monkeypatch.setattr("lmd.other_listeners.find_spec", lambda name: name == "openl3" or None)
-    monkeypatch.setattr("lmd.other_listeners.import_module", lambda name: package)
+    monkeypatch.setattr(
+        "lmd.evaluation.other_listeners.find_spec", lambda name: name == "openl3" or None
+    )
+    monkeypatch.setattr("lmd.evaluation.other_listeners.import_module", lambda name: package)
     before = socket.create_connection
     found, words = open_listeners()
     assert found == {}
@@ -446,8 +456,8 @@ def test_installed_listeners_join_the_row(monkeypatch: pytest.MonkeyPatch) -> No
         "hear21passt.base": SimpleNamespace(get_basic_model=lambda mode: Passt()),
         "laion_clap": SimpleNamespace(CLAP_Module=Clap),
     }
-    monkeypatch.setattr("lmd.other_listeners.find_spec", lambda name: name)
-    monkeypatch.setattr("lmd.other_listeners.import_module", lambda name: packages[name])
+    monkeypatch.setattr("lmd.evaluation.other_listeners.find_spec", lambda name: name)
+    monkeypatch.setattr("lmd.evaluation.other_listeners.import_module", lambda name: packages[name])
     listeners, words = open_listeners()
     assert set(words.values()) == {"used"}
     wave = torch.randn(RATE)

@@ -10,7 +10,11 @@ import torch
 
 from lmd.attention import visibility, window_rule
 from lmd.config import preset
-from lmd.curriculum import (
+from lmd.dit import LiveModel
+from lmd.errors import LmdError
+from lmd.flow import noised
+from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.training.curriculum import (
     BaseOptions,
     FinetuneOptions,
     NoiseOptions,
@@ -24,9 +28,7 @@ from lmd.curriculum import (
     finetune_plan,
     noise_levels,
 )
-from lmd.dit import LiveModel
-from lmd.errors import LmdError
-from lmd.finetune import (
+from lmd.training.finetune import (
     drop_text,
     flow_loss,
     open_context_door,
@@ -36,8 +38,6 @@ from lmd.finetune import (
     packed_loss,
     packed_velocity,
 )
-from lmd.flow import noised
-from lmd.outpaint import BlockPlan, LiveDenoiser
 
 S, L, M, B, C = 16, 4, 5, 2, 8  # context, block, targets, batch, channels
 

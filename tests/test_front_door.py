@@ -22,9 +22,9 @@ from packaging.specifiers import SpecifierSet
 
 from lmd.__main__ import COMMANDS
 from lmd.config import PRESETS
-from lmd.notebook import parameters_of
-from lmd.plan import ROOT, RunOptions, plan
-from lmd.readme import BLOCKS, fill, publish
+from lmd.pipeline.notebook import parameters_of
+from lmd.pipeline.plan import ROOT, RunOptions, plan
+from lmd.pipeline.readme import BLOCKS, fill, publish
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
@@ -178,7 +178,7 @@ def test_data_check_reads_a_folder_of_ones_own_as_the_readme_says(tmp_path: Path
 
 
 def test_the_readme_is_filled_in_from_the_files() -> None:
-    assert fill(README, ROOT) == README, "run `python -m lmd.readme`"
+    assert fill(README, ROOT) == README, "run `python -m lmd.pipeline.readme`"
     used = set(re.findall(r"<!-- begin (\w+)", README))
     assert {"bench", "notebooks", "durations"} <= used <= set(BLOCKS)
 

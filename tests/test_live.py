@@ -14,14 +14,14 @@ import soundfile
 import torch
 from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualClock, tone_hz
 
-from lmd.browser_sink import BrowserSink
 from lmd.controls import Controls
-from lmd.desk import NAMES
 from lmd.errors import LmdError
-from lmd.live import EngineOptions, LiveEngine
-from lmd.pace import Made, Trouble, affordable_steps, percentile
-from lmd.play_queue import FADE_S, PlayQueue, SkippingClock
-from lmd.sinks import AudioFile, FileSink, NullSink, SoundCardSink
+from lmd.play.browser_sink import BrowserSink
+from lmd.play.desk import NAMES
+from lmd.play.live import EngineOptions, LiveEngine
+from lmd.play.pace import Made, Trouble, affordable_steps, percentile
+from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
+from lmd.play.sinks import AudioFile, FileSink, NullSink, SoundCardSink
 
 FRAME_S = SAMPLES_PER_FRAME / SAMPLE_RATE
 BLOCK_S = 48 * FRAME_S  # 2.4 s
@@ -218,7 +218,7 @@ def test_a_block_that_is_not_finite_is_faded_and_the_stream_recovers() -> None:
 
 
 def test_a_poisoned_block_leaves_no_step_in_the_wave() -> None:
-    from lmd.guard import Guarded, guarded_step
+    from lmd.play.guard import Guarded, guarded_step
 
     streamer = FakeStreamer()
     streamer.poison = {1}

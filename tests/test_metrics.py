@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmd.data.analysis import find_key, key_strengths
 from lmd.errors import LmdError
-from lmd.metrics import (
+from lmd.evaluation.metrics import (
     Gaussian,
     click_ratio,
     frechet,
@@ -22,7 +22,7 @@ from lmd.metrics import (
     slope,
     typicality,
 )
-from lmd.tonality import peak_chroma, tonality
+from lmd.evaluation.tonality import peak_chroma, tonality
 
 RATE = 22_050
 A440_CLASS = 9

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lmd.pipeline import run
-from lmd.plan import ROOT, RunOptions
+from lmd.pipeline.plan import ROOT, RunOptions
+from lmd.pipeline.run import run
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 LIMIT_S = 360  # for all of them together, on two cores

@@ -10,10 +10,10 @@ import nbformat
 import pytest
 
 from lmd.errors import LmdError
-from lmd.notebook import Log
-from lmd.pipeline import run
-from lmd.plan import RunOptions, plan
-from lmd.report import read_metrics
+from lmd.pipeline.notebook import Log
+from lmd.pipeline.plan import RunOptions, plan
+from lmd.pipeline.report import read_metrics
+from lmd.pipeline.run import run
 
 PARAMETERS = 'output_dir = "../outputs/lab"\nseed = 0\npreset = "tiny"\nn_steps = 3\nrate = 0.5'
 WRITE = (
@@ -262,7 +262,7 @@ def test_texts_from_notebooks_are_inert_in_the_report(project: RunOptions) -> No
 def test_the_progress_line_shows_what_a_long_cell_said_last(
     project: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmd.pipeline.REDRAW_S", 0.2)
+    monkeypatch.setattr("lmd.pipeline.run.REDRAW_S", 0.2)
     bar = (
         "from tqdm import tqdm\nbar = tqdm(total=8, desc='training')\nbar.update(4)\nbar.refresh()"
     )

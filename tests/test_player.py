@@ -20,12 +20,12 @@ from fake_streamer import SAMPLE_RATE, FakeStreamer
 
 from lmd.config import preset
 from lmd.controls import Controls
-from lmd.desk import check_live
 from lmd.errors import LmdError
 from lmd.instrument import Instrument
-from lmd.play_queue import PlayQueue
-from lmd.player import HERE, SCRIPTS, LivePlayer
-from lmd.takes import read_take
+from lmd.play.desk import check_live
+from lmd.play.play_queue import PlayQueue
+from lmd.play.player import HERE, SCRIPTS, LivePlayer
+from lmd.play.takes import read_take
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 NODE = shutil.which("node")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from fake_streamer import SAMPLE_RATE, FakeStreamer, VirtualClock
 
-from lmd import soak
 from lmd.config import preset
 from lmd.controls import Controls
 from lmd.instrument import Instrument
-from lmd.soak import centroid_hz, flat, latency, main, paced
+from lmd.play import soak
+from lmd.play.soak import centroid_hz, flat, latency, main, paced
 
 BLOCK_S = 2.4
 

@@ -7,7 +7,7 @@ import torch
 
 from lmd import phase
 from lmd.codec import Codec, DecodeState, decode_block
-from lmd.codec_losses import bin_weights, mel_matrix
+from lmd.codec_training.losses import bin_weights, mel_matrix
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.rng import normal

@@ -17,10 +17,10 @@ from lmd.__main__ import main
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.instrument import QuietCodec, open_instrument
-from lmd.live import EngineOptions, LiveEngine
-from lmd.pace import Made
-from lmd.sinks import FileSink, NullSink
-from lmd.takes import (
+from lmd.play.live import EngineOptions, LiveEngine
+from lmd.play.pace import Made
+from lmd.play.sinks import FileSink, NullSink
+from lmd.play.takes import (
     SampleHash,
     TakeHeader,
     TakeWriter,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmd import toy_world as toy
+from lmd.arc import toy_world as toy
 from lmd.rng import generator
 
 
@@ -60,7 +60,7 @@ def test_the_script_writes_its_figures(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_arc_forcing_halves_the_drift():
-    """The short form of `python -m lmd.toy_world`: one seed, fewer updates, 50 s on one core.
+    """The short form of `python -m lmd.arc.toy_world`: one seed, fewer updates, 50 s on one core.
 
     Measured: 6.0 times less with one thread. The full form's three seeds are published in
     outputs/published/toy_world.json.

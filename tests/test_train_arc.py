@@ -12,9 +12,11 @@ import torch
 from latents_fake import write_latents
 
 from lmd.__main__ import main
-from lmd.arc import Asked, LossWeights, Trial
-from lmd.arc_card import arc_log, costs
-from lmd.arc_plan import (
+from lmd.arc.card import arc_log, costs
+from lmd.arc.discriminator import Discriminator, HeadConfig
+from lmd.arc.forcing import Asked, LossWeights, Trial
+from lmd.arc.module import ArcRun, ArcTraining, make_part
+from lmd.arc.plan import (
     ArcBatch,
     ArcOptions,
     draw_dropped,
@@ -22,16 +24,14 @@ from lmd.arc_plan import (
     plan_update,
     play_trial,
 )
-from lmd.arc_training import ArcRun, ArcTraining, make_part
+from lmd.arc.train import RunOptions, fit
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
-from lmd.curriculum import Rows
-from lmd.discriminator import Discriminator, HeadConfig
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.text import HashTextEncoder
-from lmd.train_arc import RunOptions, fit
-from lmd.windows import LatentSource
+from lmd.training.curriculum import Rows
+from lmd.training.windows import LatentSource
 
 HERE = Path(__file__).parent
 TINY = preset("tiny")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from lmd import codec_metrics, phase
+from lmd import phase
 from lmd.checkpoint import load_codec, read_header
-from lmd.codec_card import codec_card
-from lmd.codec_losses import (
+from lmd.codec_training import metrics as codec_metrics
+from lmd.codec_training.card import codec_card
+from lmd.codec_training.losses import (
     Discriminator,
     advance_loss,
     discriminator_loss,
@@ -22,13 +23,13 @@ from lmd.codec_losses import (
     mel_matrix,
     multi_resolution_loss,
 )
-from lmd.codec_training import CodecPlan, CodecWindows, check_finite, learning_rate
+from lmd.codec_training.module import CodecPlan, CodecWindows, check_finite, learning_rate
+from lmd.codec_training.train import LAST, build, configure, main
 from lmd.config import preset
 from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.errors import LmdError
 from lmd.rng import normal
 from lmd.spectral import SpectralCodec, stft
-from lmd.train_codec import LAST, build, configure, main
 
 RATE = 22_050
 pytestmark = [
@@ -107,7 +108,7 @@ def test_six_steps_equal_three_and_a_restart_and_three(corpus_folder, tmp_path):
     """All three stages lie in these steps: encoder 0-1, decoder 2-3, discriminator 4-5."""
     assert main(arguments(corpus_folder, tmp_path / "whole")) == 0
     module = build(arguments(corpus_folder, tmp_path / "parts"))
-    from lmd.train_codec import build_trainer
+    from lmd.codec_training.train import build_trainer
 
     trainer = build_trainer(arguments(corpus_folder, tmp_path / "parts"), stop_at=3)
     trainer.fit(module)

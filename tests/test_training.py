@@ -16,17 +16,17 @@ from latents_fake import write_latents
 from lmd.__main__ import main
 from lmd.checkpoint import load_model, read_header
 from lmd.config import preset
-from lmd.curriculum import StepPlan
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.instrument import open_instrument
-from lmd.lora import add_lora, merged_state
-from lmd.model_card import run_log
 from lmd.text import HashTextEncoder
-from lmd.trainer import AtomicCheckpointIO, choose_precision, step_flops
-from lmd.training import LiveTraining, TrainOptions, Windows, shard_rows
-from lmd.training_samples import picture, play_module
-from lmd.windows import LatentSource
+from lmd.training.card import run_log
+from lmd.training.curriculum import StepPlan
+from lmd.training.lora import add_lora, merged_state
+from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows
+from lmd.training.samples import picture, play_module
+from lmd.training.trainer import AtomicCheckpointIO, choose_precision, step_flops
+from lmd.training.windows import LatentSource
 
 HERE = Path(__file__).parent
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lmd import train_run
-from lmd.trainer import RunOptions, fit
+from lmd.training import run as train_run
+from lmd.training.trainer import RunOptions, fit
 
 
 class KillAt(Callback):

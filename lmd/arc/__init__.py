@@ -1,0 +1,1 @@
+"""Stage 2: ARC-Forcing, adversarial post-training on the model's own rollouts."""

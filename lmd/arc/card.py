@@ -1,0 +1,114 @@
+"""What an ARC run's own logs say: cost by rollout length, curves, a model card."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lmd.checkpoint import read_header
+from lmd.training.card import NOTICE
+
+WHO = {0: "discriminator", 1: "generator"}
+
+
+def arc_log(out: Path) -> pd.DataFrame:
+    """One row per update, in order; an update that was run twice counts once.
+
+    The logger repeats a network's last losses while the other is trained; here they are empty then.
+    """
+    files = sorted((out / "logs").glob("from-*/metrics.csv"))
+    log = pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
+    log = log.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+    for number, who in WHO.items():
+        own = [name for name in log.columns if name.startswith(f"{who}/")]
+        log.loc[log["is_generator"] != number, own] = float("nan")
+    return log
+
+
+def costs(out: Path) -> pd.DataFrame:
+    """Median seconds and highest memory of an update, by network and rollout length."""
+    log = arc_log(out)
+    table = (
+        log.groupby(["is_generator", "rollout_frames"])
+        .agg(
+            updates=("step", "count"),
+            calls=("calls", "mean"),
+            seconds=("update_s", "median"),
+            memory_gb=("memory_gb", "max"),
+        )
+        .reset_index()
+    )
+    table["trains"] = table.pop("is_generator").astype(int).map(WHO)
+    return table
+
+
+def cost_table(out: Path) -> str:
+    """`costs` as Markdown."""
+    lines = [
+        "| trains | rollout frames | updates | calls | median s per update | memory GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in costs(out).itertuples():
+        lines.append(
+            f"| {row.trains} | {row.rollout_frames:.0f} | {row.updates} | {row.calls:.1f} "
+            f"| {row.seconds:.2f} | {row.memory_gb:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def curve_table(out: Path, n_parts: int = 8) -> str:
+    """Mean losses and accuracy over equal parts of the run, as Markdown."""
+    log = arc_log(out)
+    columns = ["discriminator/pair", "discriminator/contrastive", "generator/pair", "accuracy"]
+    lines = [
+        "| updates | minutes | pair loss, D | contrastive, D | pair loss, G | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    log["minutes"] = log["update_s"].cumsum() / 60
+    for _, part in log.groupby(log.index * n_parts // max(1, len(log))):
+        means: list[Any] = [part[name].mean() if name in part else None for name in columns]
+        told = " | ".join("–" if m is None or pd.isna(m) else f"{m:.3f}" for m in means)
+        first, last = int(part["step"].min()), int(part["step"].max())
+        lines.append(f"| {first} – {last} | {part['minutes'].max():.1f} | {told} |")
+    return "\n".join(lines)
+
+
+def arc_card(out: Path, weights: Path) -> str:
+    """Markdown about the weights that the run in `out` made; nothing in it is typed by hand.
+
+    Raises:
+        LmdError: `weights` is not a checkpoint of this project.
+    """
+    header = read_header(weights)
+    notes = header.notes
+    machine, data = notes["hardware"], notes["data"]
+    rows = {
+        "file": f"`{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored}",
+        "SHA-256 of the tensors": f"`{header.sha256}`",
+        "sizes": f"preset `{header.config.name}`",
+        "started from": f"`{notes['init']['file']}` ({notes['init']['sha256'][:12]}…)",
+        "discriminator from": f"`{notes['base']['file']}` ({notes['base']['sha256'][:12]}…)",
+        "updates": f"{notes['steps']}, both networks together",
+        "seed": notes["seed"],
+        "hardware": f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}, "
+        f"torch {machine['torch']}",
+        "data": f"{data['renditions']} renditions, {data['hours']} h",
+        "command": f"`{notes['command']}`",
+    }
+    return "\n".join(
+        [
+            f"# {weights.stem}",
+            "",
+            "The live model after ARC-Forcing: plays in 8, 4 or 2 steps, without guidance.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {told} |" for name, told in rows.items()),
+            "",
+            curve_table(out),
+            "",
+            cost_table(out),
+            "",
+            *NOTICE,
+        ]
+    )

@@ -1,0 +1,99 @@
+"""How a minute of streamed music changes: loudness, brightness, distance from the data.
+
+Taught in notebook 03_arc_forcing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lmd.controls import Controls
+from lmd.data.analysis import brightness_hz
+from lmd.data.latents import LatentWindows
+from lmd.data.shards import LatentShards
+from lmd.evaluation.metrics import Gaussian, frechet, gaussian
+from lmd.shapes import Latents, Wave
+from lmd.stream import Streamer
+
+PIECE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One number per `PIECE_S` of a stream.
+
+    Attributes:
+        times_s: middles of the pieces.
+        level_db: RMS level of all streams together, dB under full scale.
+        brightness_hz: spectral centroid, mean over streams.
+        distance: root of the Fréchet distance of latent frames from the data's.
+    """
+
+    times_s: list[float]
+    level_db: list[float]
+    brightness_hz: list[float]
+    distance: list[float]
+
+    @property
+    def growth(self) -> float:
+        """Distance of the last quarter over that of the first: 1 = no drift."""
+        n = max(1, len(self.distance) // 4)
+        return float(np.mean(self.distance[-n:]) / np.mean(self.distance[:n]))
+
+    @property
+    def mean_distance(self) -> float:
+        """Distance from the data, over the whole stream."""
+        return float(np.mean(self.distance))
+
+
+def frame_statistics(latents: Latents) -> Gaussian:
+    """Mean and covariance of single frames, all items together."""
+    return gaussian(latents.transpose(1, 2).flatten(0, 1).double().numpy())
+
+
+def data_windows(shards: LatentShards, n_windows: int, n_frames: int, seed: int = 0) -> Latents:
+    """Windows of the corpus, the same for a seed."""
+    windows = LatentWindows(shards, window_frames=n_frames, seed=seed)
+    return windows.batch(0, range(n_windows))["latents"]
+
+
+def drift_of(latents: Latents, wave: Wave, sample_rate: int, reference: Gaussian) -> Drift:
+    """Cut streams into pieces of 5 s and measure each.
+
+    Args:
+        latents: `[stream, latent, frame]`.
+        wave: the same, heard.
+        sample_rate: of the wave.
+        reference: `frame_statistics` of the data.
+    """
+    n_pieces = max(1, int(wave.shape[-1] / sample_rate / PIECE_S))
+    frames = latents.shape[-1] // n_pieces
+    samples = wave.shape[-1] // n_pieces
+    rows = []
+    for piece in range(n_pieces):
+        heard = wave[..., piece * samples : (piece + 1) * samples].float()
+        power = max(float(heard.square().mean()), 1e-12)
+        bright = [brightness_hz(item.numpy(), sample_rate) for item in heard]
+        seen = frame_statistics(latents[..., piece * frames : (piece + 1) * frames])
+        middle = (piece + 0.5) * samples / sample_rate
+        distance = math.sqrt(frechet(seen, reference))
+        rows.append((middle, 10 * math.log10(power), float(np.mean(bright)), distance))
+    return Drift(*(list(column) for column in zip(*rows, strict=True)))
+
+
+def play_streams(
+    streamer: Streamer, prompts: Sequence[str], seconds: float, controls: Controls
+) -> tuple[Latents, Wave]:
+    """One stream from silence per prompt, otherwise under the same controls."""
+    rate = streamer.codec.sample_rate / streamer.codec.samples_per_frame
+    n_blocks = math.ceil(seconds * rate / controls.block_frames)
+    played, heard = [], []
+    for number, prompt in enumerate(prompts):
+        asked = Controls(**{**vars(controls), "prompt": prompt, "seed": controls.seed + number})
+        blocks = list(streamer.stream(asked, n_blocks=n_blocks))
+        played.append(torch.cat([block.latents for block in blocks], dim=-1))
+        heard.append(torch.cat([block.wave for block in blocks], dim=-1))
+    return torch.cat(played), torch.cat(heard)

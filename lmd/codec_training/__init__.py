@@ -1,0 +1,1 @@
+"""How the default codec is trained and measured."""

@@ -1,0 +1,119 @@
+"""A codec's model card, made from its header and its measured scores."""
+
+from pathlib import Path
+from typing import Any
+
+from lmd.checkpoint import Header, read_header
+from lmd.codec_training.metrics import markdown_table
+from lmd.errors import LmdError
+
+
+def codec_card(weights: Path, scores: dict[str, Any]) -> str:
+    """Markdown about a spectral codec.
+
+    Args:
+        weights: the checkpoint.
+        scores: what `python -m lmd train codec --evaluate` measured of it.
+
+    Raises:
+        LmdError: the scores are of other weights.
+    """
+    header = read_header(weights)
+    if scores["sha256"] != header.sha256:
+        raise LmdError(
+            f"scores of weights {scores['sha256'][:12]}",
+            f"those of {weights.name}, {header.sha256[:12]}",
+            "Measure again: python -m lmd train codec --evaluate FILE --json FILE.",
+        )
+    return "\n".join(
+        [
+            f"# {weights.stem}",
+            "",
+            "The codec of `small`: magnitudes in, 64 learnable latent channels, an inverse STFT "
+            "that invents the phase. Code: `lmd/spectral.py`, `lmd/phase.py`.",
+            "",
+            "| | |",
+            "|---|---|",
+            *_facts(header, weights),
+            *_speed(scores),
+            "",
+            f"Held-out pieces of `{scores['data']}` (split by piece), "
+            f"{scores['minutes']:.1f} minutes, against the input:",
+            "",
+            markdown_table(scores),
+            "",
+            "SI-SDR is low by design: the phase is made up, not sent.",
+            "",
+            *_commands(header),
+        ]
+    )
+
+
+def _facts(header: Header, weights: Path) -> list[str]:
+    notes, config = header.notes, header.config
+    plan, data, machine = notes["plan"], notes["data"], notes["machine"]
+    frame_hz = config.sample_rate / config.samples_per_frame
+    return [
+        f"| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored} |",
+        f"| SHA-256 of the tensors | `{header.sha256}` |",
+        f"| format | {config.sample_rate} Hz, {config.channels} channel, "
+        f"{config.latent_dim} latents at {frame_hz:.2f} frames/s |",
+        f"| decoder's training | {notes['steps']} steps of {plan['batch']} windows of "
+        f"{plan['frames']} frames, discriminator from step {plan['adversarial_from']}, "
+        f"seed {plan['seed']}, {notes['wall_s'] / 60:.0f} min wall time |",
+        f"| encoder | {_encoder(header)} |",
+        f"| data | {data['renditions']} renditions, {data['hours']} h (training split) |",
+        f"| hardware | {machine['cpu']}, {machine['n_cores']} cores, "
+        f"{machine['gpu'] or 'no GPU'}, torch {machine['torch']} |",
+    ]
+
+
+def _encoder(header: Header) -> str:
+    """Where the encoder came from."""
+    plan = header.notes["plan"]
+    if plan["encoder_steps"]:
+        return f"trained in the first {plan['encoder_steps']} of these steps"
+    return "trained before, then fixed; see docs/log.md for its data and figures"
+
+
+def _speed(scores: dict[str, Any]) -> list[str]:
+    encode, decode = (scores[f"{way}_seconds_per_cpu_second"] for way in ("encode", "decode"))
+    n_threads = scores["machine"]["n_threads"]
+    return [
+        f"| speed | seconds of music per second of processor time ({n_threads} threads): "
+        f"encode {encode:.0f}, decode {decode:.0f} |",
+        f"| streaming | looks {scores['lookahead_frames']} frames ahead, "
+        f"{scores['lookback_frames']} back; largest difference from a whole decode "
+        f"{scores['stream_difference']:.1e} |",
+        f"| predictability | next-frame R² of a ridge regression on four frames: "
+        f"{scores['next_frame_r2']:.3f} |",
+    ]
+
+
+def _commands(header: Header) -> list[str]:
+    plan, settings = header.notes["plan"], header.notes["data"]["settings"]
+    train = (
+        "python -m lmd train codec --preset small --data data/corpus --out outputs/codec"
+        f" --steps {plan['steps']} --adversarial-from {plan['adversarial_from']}"
+        f" --batch {plan['batch']} --frames {plan['frames']} --noise {plan['noise']}"
+        f" --learning-rate {plan['learning_rate']} --seed {plan['seed']}"
+    )
+    if not plan["encoder_steps"]:
+        train += " --encoder data/pretrained/codec.safetensors"
+    return [
+        "Made by (the last start; a run may be stopped and go on):",
+        "",
+        "```",
+        f"python -m lmd data build --seed {settings.get('seed', 0)} --out data/corpus",
+        train,
+        "python -m lmd train codec --evaluate data/pretrained/codec.safetensors"
+        " --json scores.json --card data/pretrained/codec.md",
+        "```",
+        "",
+        "Without `--encoder`, the same command trains encoder and decoder (`--encoder-steps`).",
+        "",
+        "Data: scores of music21's corpus, rendered with the General MIDI soundfont that ships in "
+        "pretty_midi (see data/README.md). Weights: the licence of this repository. They have "
+        "heard that corpus and nothing else.",
+        "",
+    ]

@@ -1,0 +1,1 @@
+"""What music is measured with, and the tables made from it."""

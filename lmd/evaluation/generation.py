@@ -1,0 +1,273 @@
+"""What is generated for an evaluation, and everything that is measured of it.
+
+A unit is one batch of clips: one method, number of steps, primed or not, one seed. Its measures are
+plain arrays that `lmd.evaluation.command` keeps on disk and puts together.
+
+Source of the protocol: Live Music Diffusion Models (arXiv 2605.22717), tables and figures of the
+evaluation, at this project's scale.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lmd.codec import Codec
+from lmd.config import Regime
+from lmd.controls import Controls
+from lmd.data.captions import TEMPO_WORDS
+from lmd.data.corpus import Corpus, Row
+from lmd.dit import Condition
+from lmd.errors import LmdError
+from lmd.evaluation.judge import Waves
+from lmd.flow import SamplerName
+from lmd.outpaint import both_branches
+from lmd.rng import derive_seed, generator
+from lmd.stream import Streamer
+from lmd.stream_state import StreamState
+from lmd.text import Prompt, mix
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make music: which weights, which regime, which sampler."""
+
+    name: str
+    weights: str
+    regime: Regime
+    sampler: SamplerName
+
+
+METHODS = (
+    Method("naive", "base", "full", "euler"),
+    Method("ED", "finetuned", "enc-dec", "euler"),
+    Method("BC", "finetuned", "block-causal", "euler"),
+    Method("ED+AF", "arc", "enc-dec", "pingpong"),
+    Method("BC+AF", "arc", "block-causal", "pingpong"),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is generated.
+
+    Attributes:
+        n_clips: prompts, each from another held-out piece.
+        n_blocks: blocks of a clip.
+        n_seeds: repetitions, each with other noise and other excerpts.
+        steps: model calls per block, most first.
+        naive_steps: those that the naive method is measured at (it costs five times as much).
+        primed: whether clips that go on from real music are made too.
+        drift_s, drift_clips, drift_steps: length, number and steps of the long streams.
+        speed_blocks: blocks that are timed, one stream alone.
+        reference_s: how much of every held-out piece forms the reference.
+        block_frames: of every block.
+    """
+
+    n_clips: int = 32
+    n_blocks: int = 10
+    n_seeds: int = 3
+    steps: tuple[int, ...] = (50, 8, 4, 2)
+    naive_steps: tuple[int, ...] = (50, 8, 4, 2)
+    primed: bool = True
+    drift_s: float = 300.0
+    drift_clips: int = 8
+    drift_steps: int = 8
+    speed_blocks: int = 8
+    reference_s: float = 60.0
+    block_frames: int = 48
+
+
+FULL = Budget()
+QUICK = Budget(16, 4, 3, (8, 2), (2,), False, 40.0, 4, 8, 3, 20.0)
+SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 1, 1, 2, 10.0)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A prompt, the truth behind it, and the music around it.
+
+    Attributes:
+        row: the held-out rendition.
+        context: what a primed stream hears first, `[before]` samples.
+        real: how it really goes on, `[after]` samples.
+    """
+
+    row: Row
+    context: Float[Tensor, " before"]
+    real: Float[Tensor, " after"]
+
+    @property
+    def tells_tempo(self) -> bool:
+        """Whether the caption says how fast."""
+        words = [word for _, words in TEMPO_WORDS for word in words]
+        return "BPM" in self.row.caption or any(word in self.row.caption for word in words)
+
+
+def choose_rows(rows: Sequence[Row], n: int, shortest_s: float) -> list[int]:
+    """Rows of one family each that are long enough, the families taking turns.
+
+    Raises:
+        LmdError: fewer than two such rows.
+    """
+    waiting: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row.family != "mixed" and row.duration_s >= shortest_s:
+            waiting.setdefault(row.family, []).append(index)
+    turns = [
+        (place, family, index)
+        for family, indices in waiting.items()
+        for place, index in enumerate(indices)
+    ]
+    chosen = [index for *_, index in sorted(turns)][:n]
+    if len(chosen) < 2:
+        raise LmdError(
+            f"{len(chosen)} held-out pieces of one family and {shortest_s:.0f} s",
+            "at least 2",
+            "Build more hours: python -m lmd data build --hours H.",
+        )
+    return chosen
+
+
+def cut_clips(
+    corpus: Corpus, chosen: Sequence[int], context_samples: int, n_samples: int, seed: int
+) -> list[Clip]:
+    """Excerpts of some pieces; the place depends on the seed."""
+    clips = []
+    for index in chosen:
+        row = corpus.rows[index]
+        room = row.n_samples - context_samples - n_samples
+        place = torch.rand((), generator=generator(seed, "excerpt", row.name))
+        start = int(place * (room + 1))
+        wave = torch.from_numpy(corpus.wave(index, start, context_samples + n_samples)).mean(0)
+        clips.append(Clip(row, wave[:context_samples], wave[context_samples:]))
+    return clips
+
+
+class PromptedStreamer(Streamer):
+    """Streams side by side, each with a prompt of its own; all other controls are shared."""
+
+    prompts: tuple[Prompt, ...] = ()
+
+    def _condition(self, controls: Controls, batch: int) -> Condition:
+        """One row per stream, the unguided branch behind them where guidance is on."""
+        tokens = torch.cat([mix(self.text, prompt) for prompt in self.prompts])
+        condition = self.denoiser.condition(tokens, self.window_s)
+        if not controls.is_guided:
+            return condition
+        return both_branches(condition, self.denoiser.null_condition(condition))
+
+
+def side_by_side(streamer: Streamer, prompts: Sequence[Prompt]) -> PromptedStreamer:
+    """The same instrument with one stream per prompt."""
+    many = PromptedStreamer(streamer.denoiser, streamer.codec, streamer.text, streamer.window)
+    many.prompts = tuple(prompts)
+    return many
+
+
+def controls_for(method: Method, n_steps: int, budget: Budget, seed: int, cfg: float) -> Controls:
+    """How a method plays. ARC-Forced weights take no guidance; the others take `cfg`."""
+    return Controls(
+        prompt="one per stream",
+        cfg_scale=1.0 if method.weights == "arc" else cfg,
+        n_steps=n_steps,
+        sampler=method.sampler,
+        block_frames=budget.block_frames,
+        regime=method.regime,
+        seed=derive_seed(seed, "evaluation") % 2**31,
+    )
+
+
+def generate(
+    streamer: Streamer, clips: Sequence[Clip], controls: Controls, n_blocks: int, primed: bool
+) -> Waves:
+    """Mono clips, one per prompt, from silence or from each clip's real context."""
+    many = side_by_side(streamer, [clip.row.caption for clip in clips])
+    if primed:
+        context = torch.stack([clip.context for clip in clips])[:, None]
+        state = many.start(context=context.expand(-1, many.codec.channels, -1))
+    else:
+        state = many.start(batch=len(clips))
+    blocks = many.stream(controls, n_blocks=n_blocks, state=state)
+    return torch.cat([block.wave.mean(1) for block in blocks], dim=-1)
+
+
+def decoded(codec: Codec, waves: Waves, shuffle_seed: int | None = None) -> Waves:
+    """Through the codec and back; with a seed, each clip's frames in random order between."""
+    n = waves.shape[1] // codec.samples_per_frame * codec.samples_per_frame
+    out = []
+    with torch.no_grad():
+        for row, wave in enumerate(waves[:, None, :n]):
+            latents = codec.encode(wave[None].expand(-1, codec.channels, -1))
+            if shuffle_seed is not None:
+                source = generator(shuffle_seed, "frames", row)
+                latents = latents[..., torch.randperm(latents.shape[-1], generator=source)]
+            out.append(codec.decode(latents).mean(1)[0])
+    return torch.stack(out)
+
+
+def measure_speed(streamer: Streamer, controls: Controls, n_blocks: int) -> dict[str, float]:
+    """One stream alone: time to its first block from silence, and the pace after that.
+
+    Returns:
+        `ttff_ms` (median of three), `dit_ms`, `decode_ms` (medians), `rtf` (seconds heard over
+        seconds computed), `evaluations` (decoder calls per block), `load` (processes that wanted
+        this machine's cores in the last minute, this one included).
+    """
+    seconds = controls.block_frames * streamer.codec.samples_per_frame / streamer.codec.sample_rate
+    controls = replace(controls, prompt="church organ, slow")
+    list(streamer.stream(controls, n_blocks=1))  # text encoded, caches warm
+    first_ms = []
+    for _ in range(3):
+        began = time.perf_counter()
+        _, state = streamer.step(streamer.start(), controls)
+        first_ms.append(1e3 * (time.perf_counter() - began))
+    blocks = list(streamer.stream(controls, n_blocks=n_blocks, state=state))
+    dit_ms = statistics.median(block.dit_ms for block in blocks)
+    decode_ms = statistics.median(block.decode_ms for block in blocks)
+    return {
+        "ttff_ms": statistics.median(first_ms),
+        "dit_ms": dit_ms,
+        "decode_ms": decode_ms,
+        "rtf": 1e3 * seconds / (dit_ms + decode_ms),
+        "evaluations": float(blocks[0].n_evaluations),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
+    }
+
+
+def long_stream(
+    streamer: Streamer, prompts: Sequence[Prompt], controls: Controls, seconds: float
+) -> Waves:
+    """Streams from silence, that long."""
+    many = side_by_side(streamer, prompts)
+    per_block = controls.block_frames * many.codec.samples_per_frame
+    n_blocks = -(-round(seconds * many.codec.sample_rate) // per_block) + 1
+    state: StreamState = many.start(batch=len(prompts))
+    blocks = many.stream(controls, n_blocks=n_blocks, state=state)
+    shown = tqdm(blocks, total=n_blocks, desc="long stream", mininterval=2, leave=False)
+    waves = torch.cat([block.wave.mean(1) for block in shown], dim=-1)
+    return waves[:, : round(seconds * many.codec.sample_rate)]
+
+
+def fade_prompts(
+    streamer: Streamer, pairs: Sequence[tuple[str, str]], controls: Controls, n_blocks: int
+) -> tuple[Waves, list[float]]:
+    """Streams that go from one prompt to another, and the second one's weight at each block.
+
+    A quarter of the blocks has the first prompt alone, the last quarter the second.
+    """
+    many = side_by_side(streamer, [first for first, _ in pairs])
+    quarter = n_blocks / 4
+    weights = [min(1.0, max(0.0, (k - quarter + 1) / (2 * quarter))) for k in range(n_blocks)]
+    state, parts = many.start(batch=len(pairs)), []
+    for weight in tqdm(weights, desc="fading prompts", mininterval=2, leave=False):
+        many.prompts = tuple(((a, 1 - weight), (b, weight)) for a, b in pairs)
+        block, state = many.step(state, replace(controls, prompt=f"faded by {weight:.3f}"))
+        parts.append(block.wave.mean(1))
+    return torch.cat(parts, dim=-1), weights

@@ -1,0 +1,221 @@
+"""Measures of generated music: how far from the real, how it drifts, what happens at the joins.
+
+Pure functions over embeddings, probabilities and waves; `lmd.evaluation.command` applies them.
+Everything that is estimated comes with an interval. Taught in notebook 05_evaluate.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+
+from lmd.codec_training.losses import mel_matrix
+from lmd.codec_training.metrics import Mono, power
+from lmd.errors import LmdError
+from lmd.rng import derive_seed
+
+Embeddings = Float[np.ndarray, "sample size"]
+Probabilities = Float[np.ndarray, "clip label"]
+TOLERANCE = 1e-6  # of negative eigenvalues, relative to the largest
+LEVEL = 0.95  # of every interval
+FEWEST = 12  # embeddings to extrapolate from
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean `[size]` and covariance `[size, size]` of embeddings, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; `n` independent values went into it."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def gaussian(embeddings: Embeddings) -> Gaussian:
+    """Fit mean and covariance (divided by n − 1) in float64.
+
+    Raises:
+        LmdError: fewer than two embeddings, or any that is not finite.
+    """
+    x = np.asarray(embeddings, dtype=np.float64)
+    if len(x) < 2 or not np.isfinite(x).all():
+        raise LmdError(
+            f"{len(x)} embeddings, {int((~np.isfinite(x)).sum())} values not finite",
+            "at least 2, all finite",
+            "Generate more, or look for NaN in the audio.",
+        )
+    return Gaussian(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
+
+
+def frechet(a: Gaussian, b: Gaussian) -> float:
+    """Fréchet distance of two Gaussians, |μa − μb|² + tr(A + B − 2 (A B)^½).
+
+    The trace of the root is taken from the eigenvalues of A^½ B A^½, which is symmetric, so no
+    imaginary part can arise; eigenvalues that are negative by more than rounding are an error
+    instead of being dropped.
+
+    Returns:
+        A squared distance, as all FD, FID and FAD are.
+
+    Raises:
+        LmdError: covariances that are not symmetric or not positive.
+    """
+    for covariance in (a.covariance, b.covariance):
+        if not np.allclose(covariance, covariance.T, rtol=1e-9, atol=1e-12):
+            raise LmdError("a covariance that is not symmetric", "one that is", "Use gaussian().")
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(_not_negative(values, a))) @ vectors.T
+    inner = root @ b.covariance @ root
+    eigenvalues = _not_negative(np.linalg.eigvalsh((inner + inner.T) / 2), a, b)
+    gap = a.mean - b.mean
+    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(eigenvalues).sum()
+    return float(gap @ gap + max(trace, 0.0))
+
+
+def _not_negative(values: np.ndarray, *of: Gaussian) -> np.ndarray:
+    """Eigenvalues with rounding below zero removed; more than rounding is refused."""
+    scale = float(np.prod([np.trace(g.covariance) for g in of]))
+    if values.min() < -TOLERANCE * max(scale, 1e-300):
+        raise LmdError(
+            f"an eigenvalue of {values.min():.3g} where the trace is {scale:.3g}",
+            "none below zero but for rounding",
+            "The covariance is not one: fit it in float64 with gaussian().",
+        )
+    return values.clip(0)
+
+
+def frechet_extrapolated(
+    embeddings: Embeddings, reference: Gaussian, seed: int = 0, n_sizes: int = 6, n_draws: int = 4
+) -> float:
+    """The distance at infinitely many samples: FD(n) is fitted as a + b/n, and a returned.
+
+    A small sample is always too far away, by about b/n. Sizes are even in 1/n from a third of the
+    sample to all of it; each is drawn `n_draws` times without replacement. With fewer samples than
+    the embedding has dimensions the law holds only roughly.
+
+    Raises:
+        LmdError: fewer than `FEWEST` embeddings.
+
+    Source: Chong & Forsyth, Effectively Unbiased FID, CVPR 2020.
+    """
+    n = len(embeddings)
+    if n < FEWEST:
+        raise LmdError(f"{n} embeddings", f"at least {FEWEST}", "Generate more.")
+    sizes = np.unique((1 / np.linspace(1 / n, 3 / n, n_sizes)).round().astype(int))
+    inverse, distances = [], []
+    for size in sizes:
+        for draw in range(n_draws if size < n else 1):
+            source = np.random.default_rng(derive_seed(seed, "frechet subset", int(size), draw))
+            chosen = source.choice(n, size, replace=False)
+            inverse.append(1 / size)
+            distances.append(frechet(gaussian(embeddings[chosen]), reference))
+    return float(np.polyfit(inverse, distances, 1)[1])
+
+
+def typicality(embeddings: Embeddings, reference: Gaussian) -> Float[np.ndarray, " sample"]:
+    """How far each embedding lies from real music: mean squared Mahalanobis distance per dimension.
+
+    (x − μ)ᵀ (Σ + λI)⁻¹ (x − μ) / size, with λ a thousandth of Σ's mean eigenvalue. Real music has 1
+    on average; unlike the Fréchet distance it is defined for a single window.
+    """
+    size = len(reference.mean)
+    ridge = 1e-3 * np.trace(reference.covariance) / size * np.eye(size)
+    gap = np.asarray(embeddings, np.float64) - reference.mean
+    solved = np.linalg.solve(reference.covariance + ridge, gap.T).T
+    return (gap * solved).sum(1) / size
+
+
+def kl_divergence(true: Probabilities, found: Probabilities) -> float:
+    """Mean over clips of Σ true · log(true / found), nats; both are kept above 1e-6."""
+    p, q = (np.clip(np.asarray(x, np.float64), 1e-6, None) for x in (true, found))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    return float((p * np.log(p / q)).sum(1).mean())
+
+
+def mean_interval(values: np.ndarray | list[float]) -> Interval:
+    """Student's interval of a mean; with one value it is infinite, with none everything is nan."""
+    x = np.asarray([v for v in values if not math.isnan(v)], np.float64)
+    if not len(x):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return Interval(mean, mean - float(half), mean + float(half), len(x))
+
+
+def slope(times_s: np.ndarray, values: Float[np.ndarray, "stream time"]) -> Interval:
+    """Change per second, with its 95 % interval.
+
+    One least-squares line per stream. With several streams the interval is Student's over their
+    slopes, so nothing is assumed about the noise within a stream; a single stream gets the usual
+    interval of a regression, which takes its residuals for independent.
+
+    Raises:
+        LmdError: fewer than three times, or shapes that do not fit.
+    """
+    t, y = np.asarray(times_s, np.float64), np.asarray(values, np.float64)
+    if y.ndim != 2 or y.shape[1] != len(t) or len(t) < 3:
+        raise LmdError(
+            f"values {y.shape} at {len(t)} times", "[stream, time], at least 3 times", "Run longer."
+        )
+    centred = t - t.mean()
+    slopes = (y - y.mean(1, keepdims=True)) @ centred / (centred @ centred)
+    if len(y) > 1:
+        return mean_interval(slopes)
+    residual = y[0] - y[0].mean() - slopes[0] * centred
+    error = math.sqrt(residual @ residual / (len(t) - 2) / (centred @ centred))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(t) - 2)) * error
+    return Interval(float(slopes[0]), float(slopes[0]) - half, float(slopes[0]) + half, 1)
+
+
+def flux(wave: Mono, sample_rate: int) -> Float[Tensor, " step"]:
+    """Mean rise of 40 mel bands in dB from one step of 256 samples to the next, 80 dB deep."""
+    level = 10 * torch.log10(mel_matrix(513, sample_rate, 40).T @ power(wave, 1024, 256) + 1e-12)
+    level = level.clamp_min(float(level.max()) - 80)
+    return torch.nn.functional.pad((level[:, 1:] - level[:, :-1]).clamp_min(0).mean(0), (1, 0))
+
+
+def join_ratio(wave: Mono, joins: list[int], sample_rate: int) -> float:
+    """Spectral flux around block boundaries over that everywhere else; 1 = joins are not heard.
+
+    Around = steps whose window of 1024 samples reaches the boundary. nan where nothing moves.
+    """
+    rise = flux(wave, sample_rate)
+    at = torch.arange(len(rise)) * 256
+    near = torch.zeros(len(rise), dtype=torch.bool)
+    for join in joins:
+        near |= (at - join).abs() <= 512 + 256
+    if not near.any() or near.all() or not float(rise[~near].mean()) > 0:
+        return math.nan
+    return float(rise[near].mean() / rise[~near].mean())
+
+
+def click_ratio(wave: Mono, joins: list[int], reach: int = 64) -> float:
+    """Peak second difference within `reach` samples of a boundary over that of other stretches.
+
+    Medians of both. A click is a jump that lasts a sample: it shows in the second difference long
+    before it shows in the spectrum. nan where nothing moves.
+    """
+    bend = torch.nn.functional.pad((wave[2:] - 2 * wave[1:-1] + wave[:-2]).abs(), (1, 1))
+    stretches = bend[: len(bend) // (2 * reach) * 2 * reach].reshape(-1, 2 * reach).amax(1)
+    peaks = [bend[max(0, join - reach) : join + reach].max() for join in joins]
+    elsewhere = float(stretches.median())
+    return float(torch.stack(peaks).median()) / elsewhere if peaks and elsewhere else math.nan

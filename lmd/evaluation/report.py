@@ -1,0 +1,299 @@
+"""The results of an evaluation as JSON, tables and figures; no number in them is typed by hand."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from lmd.checkpoint import write_atomic
+from lmd.evaluation.rows import aims
+from lmd.show import plot_bands, plot_intervals
+
+ANCHOR_WORDS = {
+    "real": "real music (KL: another excerpt of the piece)",
+    "codec": "real music through the codec: the floor",
+    "shuffled": "its latent frames in random order: the ceiling of FD",
+    "other prompts": "real music, another piece's prompt: the ceiling of KL",
+}
+COLUMNS = {
+    "fd": "FD",
+    "fd_infinite": "FD∞",
+    "kl": "KL",
+    "family": "family %",
+    "tempo": "tempo %",
+    "key_share": "in key %",
+    "key_clarity": "key clarity",
+    "consonance": "consonance",
+    "joins": "joins",
+    "clicks": "clicks",
+}
+PERCENT = ("family", "tempo", "key_share")
+RANGES = {"kl": (0.0,), "family": (0.0, 1.0), "tempo": (0.0, 1.0), "key_share": (0.0, 1.0)}
+DRIFT_WORDS = {
+    "distance": "distance from real",
+    "loudness_lufs": "loudness, LU",
+    "centroid_hz": "centroid, Hz",
+    "key_clarity": "key clarity",
+}
+
+
+def write_report(result: dict[str, Any], out: Path) -> str:
+    """Write `evaluation.json`, `.md` and figures into a folder.
+
+    Returns:
+        The Markdown.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    result = result | {"aims": aims(result)}
+    text = json.dumps(_finite(result), indent=1, allow_nan=False)
+    write_atomic(out / "evaluation.json", (text + "\n").encode())
+    markdown = report(result)
+    write_atomic(out / "evaluation.md", (markdown + "\n").encode())
+    for name, figure in figures(result).items():
+        figure.savefig(out / f"{name}.png", dpi=80)
+        plt.close(figure)
+    return markdown
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON: what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """Everything as Markdown."""
+    missing = result["not_measured"]
+    others = "; ".join(f"{name}: {word}" for name, word in result["other_listeners"].items())
+    lines = [
+        "# Evaluation",
+        "",
+        *_warning(result),
+        _setting(result),
+        "",
+        *quality_table(result),
+        "",
+        *_others_table(result),
+        *_speed_table(result["rows"]),
+        "",
+        *_drift_table(result["drift"]),
+        "",
+        *_aims_table(result["aims"]),
+        "",
+        f"Not measured: {'; '.join(missing) or 'nothing was left out'}. Other listeners: {others}.",
+    ]
+    return "\n".join(lines)
+
+
+def _warning(result: Mapping[str, Any]) -> list[str]:
+    if not result["random_weights"]:
+        return []
+    return ["**Random weights: this run tests the machinery and says nothing about music.**", ""]
+
+
+def _setting(result: Mapping[str, Any]) -> str:
+    """What was done, in words."""
+    budget, machine = result["budget"], result["machine"]
+    real = result["anchors"]["real"]
+    return (
+        f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "
+        f"{budget['n_seeds']} seeds, clips of {result['clip_s']:.1f} s in blocks of "
+        f"{budget['block_frames']} frames. Values are means over seeds with 95 % intervals "
+        f"(Student, {budget['n_seeds'] - 1} degrees of freedom: wide where seeds are few). "
+        f"FD is the Fréchet distance of {real['windows']} windows per seed from "
+        f"{result['reference_windows']} of held-out music, in the embedding of the recogniser "
+        f"{result['recogniser']['sha256'][:8]}, which knows this corpus and nothing else; compare "
+        "it within a column only, for with so few windows most of it is the size of the sample. "
+        "FD∞: all seeds together, extrapolated to endless samples. KL: "
+        "families heard in the real piece against those heard in the clip, nats. Joins, clicks: "
+        f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}"
+        f"Machine: {machine['cpu']}, "
+        f"{machine['n_threads']} thread(s), torch {machine['torch']}."
+    )
+
+
+def _guidance(result: Mapping[str, Any]) -> str:
+    """Which guidance, and which weights."""
+    used = {
+        f"{row['weights']} {row['sha256'][:8]} with cfg_scale {row['cfg_scale']:g}"
+        for row in result["rows"]
+    }
+    return f"Weights: {'; '.join(sorted(used))} (1 = no guidance). " if used else ""
+
+
+def quality_table(result: Mapping[str, Any]) -> list[str]:
+    """The lines of the table of quality: anchors first, then methods."""
+    lines = [
+        f"| | steps | begins with | {' | '.join(COLUMNS.values())} |",
+        "|---" * (3 + len(COLUMNS)) + "|",
+    ]
+    for name, words in ANCHOR_WORDS.items():
+        lines.append(f"| *{words}* | | | {_cells(result['anchors'][name])} |")
+    for row in result["rows"]:
+        begins = "real music" if row["primed"] else "silence"
+        lines.append(f"| **{row['method']}** | {row['n_steps']} | {begins} | {_cells(row)} |")
+    return lines
+
+
+def _cells(row: Mapping[str, Any]) -> str:
+    return " | ".join(
+        told(row[name], 100 if name in PERCENT else 1, *RANGES.get(name, ()))
+        if isinstance(row[name], Mapping)
+        else _number(row[name])
+        for name in COLUMNS
+    )
+
+
+def told(
+    interval: Mapping[str, Any],
+    scale: float = 1.0,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> str:
+    """An interval in a cell, `1.23 (1.10 – 1.36)`, cut to what is possible (before scaling)."""
+    mean = interval["mean"] * scale
+    low, high = max(least, interval["low"]) * scale, min(most, interval["high"]) * scale
+    if not math.isfinite(mean):
+        return "–"
+    if not math.isfinite(low) or low == high:
+        return _number(mean)
+    return f"{_number(mean)} ({_number(low)} – {_number(high)})"
+
+
+def _number(value: float) -> str:
+    """Three significant digits."""
+    if not math.isfinite(value):
+        return "–"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{min(digits, 4)}f}"
+
+
+def _others_table(result: Mapping[str, Any]) -> list[str]:
+    """What further listeners say; nothing where there are none."""
+    names = list(result["anchors"]["real"]["others"])
+    if not names:
+        return []
+    lines = [f"| | steps | begins with | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for name, words in ANCHOR_WORDS.items():
+        cells = " | ".join(told(result["anchors"][name]["others"][other]) for other in names)
+        lines.append(f"| *{words}* | | | {cells} |")
+    for row in result["rows"]:
+        begins = "real music" if row["primed"] else "silence"
+        cells = " | ".join(told(row["others"][other]) for other in names)
+        lines.append(f"| **{row['method']}** | {row['n_steps']} | {begins} | {cells} |")
+    return [*lines, ""]
+
+
+def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "One stream alone; `load`: processes that wanted the machine's cores meanwhile.",
+        "",
+        "| | steps | decoder calls per block | first block ms | block ms | decode ms "
+        "| × real time | load |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["primed"]:
+            continue
+        speed = row["speed"]
+        names = ("ttff_ms", "dit_ms", "decode_ms", "rtf", "load")
+        cells = " | ".join(_number(speed[name]) for name in names)
+        calls = f"{speed['evaluations']:.0f}"
+        lines.append(f"| {row['method']} | {row['n_steps']} | {calls} | {cells} |")
+    return lines
+
+
+def _drift_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return ["No long streams were made."]
+    lines = [
+        "Long streams, change per minute with its 95 % interval over streams "
+        "(**bold**: differs from 0).",
+        "",
+        f"| | steps | seconds | streams | {' | '.join(DRIFT_WORDS.values())} |",
+        "|---" * (4 + len(DRIFT_WORDS)) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for name in DRIFT_WORDS:
+            change = row[name]["slope_per_minute"]
+            mark = "**" if change["low"] > 0 or change["high"] < 0 else ""
+            cells.append(f"{mark}{told(change)}{mark}")
+        seconds = row["times_s"][-1] + row["times_s"][0]
+        lines.append(
+            f"| {row['method']} | {row['n_steps']} | {seconds:.0f} | {row['streams']} "
+            f"| {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _aims_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    words = {True: "yes", False: "no", None: "not measured"}
+    lines = ["| aim | found | met |", "|---|---|---|"]
+    return lines + [f"| {row['aim']} | {row['found']} | {words[row['met']]} |" for row in rows]
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Distances of all methods; drift; belief along a fade of prompts."""
+    drawn = {"evaluation_distance": _distances(result)}
+    if result["drift"]:
+        drawn["evaluation_drift"] = _drifts(result["drift"])
+    if result["fades"]:
+        drawn["evaluation_fade"] = _fades(result["fades"])
+    return drawn
+
+
+def _distances(result: Mapping[str, Any]) -> Figure:
+    anchors = result["anchors"]
+    estimates = {
+        f"{row['method']}, {row['n_steps']} steps{', primed' if row['primed'] else ''}": row["fd"]
+        for row in result["rows"]
+    }
+    estimates = estimates or {"real music": anchors["real"]["fd"]}
+    names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
+    levels = {words: anchors[name]["fd"]["mean"] for name, words in names.items()}
+    ax = plot_intervals(estimates, levels)
+    ax.set(xlim=(0, None), xlabel="Fréchet distance from held-out music (lower is nearer)")
+    return ax.figure
+
+
+def _drifts(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(1, len(DRIFT_WORDS), figsize=(12, 2.8), layout="constrained")
+    for ax, (name, words) in zip(axes, DRIFT_WORDS.items(), strict=True):
+        curves = {
+            f"{row['method']}, {row['n_steps']} steps": (row["times_s"], row[name]["curve"])
+            for row in rows
+        }
+        plot_bands(curves, ax).set(title=words, xlabel="seconds")
+        if ax is not axes[0] and ax.get_legend():
+            ax.get_legend().remove()
+    return figure
+
+
+def _fades(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(4 * len(rows), 2.8), squeeze=False, layout="constrained"
+    )
+    for ax, row in zip(axes[0], rows, strict=True):
+        belief = np.array(row["belief"])  # [pair, window, 2]
+        middles = row["window_s"] / 2 * (1 + np.arange(belief.shape[1]))
+        curves = {}
+        for which, name in enumerate(("first prompt's family", "second prompt's family")):
+            mean, error = belief[:, :, which].mean(0), belief[:, :, which].std(0)
+            bands = [
+                {"mean": m, "low": m - e, "high": m + e} for m, e in zip(mean, error, strict=True)
+            ]
+            curves[name] = (middles, bands)
+        plot_bands(curves, ax).set(title=row["method"], xlabel="seconds", ylim=(0, 1))
+        starts = np.arange(len(row["weights"]) + 1) * row["block_s"]
+        ax.stairs(row["weights"], starts, color="grey", ls=":", label="weight of the second")
+    axes[0][0].set_ylabel("belief (± 1 sd over pairs)")
+    return figure

@@ -1,0 +1,299 @@
+"""From the measures of clips to lines of a table: every value with its interval over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lmd.evaluation.judge import Measured
+from lmd.evaluation.metrics import (
+    FEWEST,
+    Gaussian,
+    Interval,
+    frechet,
+    frechet_extrapolated,
+    gaussian,
+    kl_divergence,
+    mean_interval,
+    slope,
+)
+from lmd.evaluation.recogniser_card import NEAR
+
+PER_CLIP = ("key_share", "key_clarity", "consonance", "classes_at_once", "joins", "clicks")
+LEVELS = ("loudness_lufs", "centroid_hz")
+
+
+@dataclass(frozen=True)
+class Truths:
+    """What is known about the clips of one seed.
+
+    Attributes:
+        family: index of the family that the prompt asks for `[clip]`.
+        tempo_bpm: of the real piece `[clip]`.
+        tells_tempo: whether the prompt says how fast `[clip]`.
+        real: the measures of how the pieces really go on.
+        texts: the prompts' embeddings `[clip, size]`, by listener that reads.
+    """
+
+    family: np.ndarray
+    tempo_bpm: np.ndarray
+    tells_tempo: np.ndarray
+    real: Measured
+    texts: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Held-out music as a cloud.
+
+    Attributes:
+        gaussian: in the recogniser's embedding.
+        windows: how many went into it.
+        others: in the embeddings of further listeners, by name.
+    """
+
+    gaussian: Gaussian
+    windows: int
+    others: dict[str, Gaussian] = field(default_factory=dict)
+
+
+def row_of(
+    seeds: Sequence[Measured], truths: Sequence[Truths], reference: Reference
+) -> dict[str, Any]:
+    """All measures of one line.
+
+    Args:
+        seeds: one `Measured` per seed.
+        truths: of the same clips.
+        reference: held-out music.
+
+    Returns:
+        Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at this sample size), `kl`
+        (nats, real against found), `family` and `tempo` (shares recognised), and the means of the
+        measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed.
+    """
+    embeddings = [flat(one) for one in seeds]
+    kl = [kl_divergence(t.real.family, one.family) for one, t in zip(seeds, truths, strict=True)]
+    pairs = list(zip(seeds, truths, strict=True))
+    values = {
+        "fd": [frechet(gaussian(x), reference.gaussian) for x in embeddings],
+        "kl": kl,
+        "family": [float((m.family.argmax(1) == t.family).mean()) for m, t in pairs],
+        "tempo": [tempo_share(m, t) for m, t in pairs],
+        **{name: [mean(getattr(m, name)) for m in seeds] for name in (*PER_CLIP, *LEVELS)},
+    }
+    return {
+        "windows": len(embeddings[0]),
+        "clips": len(seeds[0].family),
+        "fd_infinite": extrapolated(np.concatenate(embeddings), reference.gaussian),
+        **{name: asdict(mean_interval(value)) for name, value in values.items()},
+        "others": {
+            name: asdict(mean_interval(value))
+            for name, value in other_values(pairs, reference).items()
+        },
+        "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
+    }
+
+
+def other_values(
+    pairs: Sequence[tuple[Measured, Truths]], reference: Reference
+) -> dict[str, list[float]]:
+    """What further listeners say, one value per seed.
+
+    An array with three axes is embeddings of windows (Fréchet distance), one of two axes is tags
+    (divergence from the real pieces') or, where the prompts have embeddings too, a match (cosine).
+    """
+    values: dict[str, list[float]] = {}
+    for measured, truth in pairs:
+        for name, heard in measured.others.items():
+            if heard.ndim == 3:
+                cloud = gaussian(heard.reshape(-1, heard.shape[-1]))
+                values.setdefault(f"FD {name}", []).append(frechet(cloud, reference.others[name]))
+            elif name in truth.texts:
+                text = truth.texts[name]
+                lengths = np.linalg.norm(heard, axis=1) * np.linalg.norm(text, axis=1)
+                cosine = ((heard * text).sum(1) / lengths).mean()
+                values.setdefault(f"cosine {name}", []).append(float(cosine))
+            else:
+                divergence = kl_divergence(truth.real.others[name], heard)
+                values.setdefault(f"KL {name}", []).append(divergence)
+    return values
+
+
+def extrapolated(embeddings: np.ndarray, reference: Gaussian) -> float:
+    """`frechet_extrapolated`; nan for a sample that is too small for it."""
+    enough = len(embeddings) >= FEWEST
+    return frechet_extrapolated(embeddings, reference) if enough else float("nan")
+
+
+def flat(measured: Measured) -> np.ndarray:
+    """All windows of all clips `[window, size]`."""
+    return measured.embedding.reshape(-1, measured.embedding.shape[-1])
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean of what could be measured; nan if nothing could."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def tempo_share(measured: Measured, truth: Truths) -> float:
+    """Share of clips whose recognised tempo is right, among prompts that tell one.
+
+    Right = within 8 % of the piece's tempo, of its half or of its double.
+    """
+    told = truth.tells_tempo
+    if not told.any():
+        return float("nan")
+    octaves = np.abs(np.log2(measured.tempo_bpm[told] / truth.tempo_bpm[told]))
+    limit = np.log2(1 + NEAR)
+    return float(((octaves < limit) | (np.abs(octaves - 1) < limit)).mean())
+
+
+def anchor_rows(
+    anchors: dict[str, list[Measured]], truths: Sequence[Truths], reference: Reference
+) -> dict[str, dict[str, Any]]:
+    """What every line is read against.
+
+    Returns:
+        `real`: how the pieces really go on (its KL is against another excerpt of the same piece);
+        `codec`: the same through the codec, the floor of everything made of latents;
+        `shuffled`: the same with the latent frames in random order, the ceiling of distances;
+        `other prompts`: real music judged by another piece's prompt, the ceiling of KL and the
+        chance level of adherence.
+    """
+    real = [truth.real for truth in truths]
+    rows = {
+        "real": row_of(real, truths, reference),
+        "codec": row_of(anchors["codec"], truths, reference),
+        "shuffled": row_of(anchors["shuffled"], truths, reference),
+        "other prompts": row_of(real, [rolled(truth) for truth in truths], reference),
+    }
+    pairs = zip(anchors["context"], truths, strict=True)
+    own = [kl_divergence(truth.real.family, context.family) for context, truth in pairs]
+    rows["real"]["kl"] = asdict(mean_interval(own))
+    return rows
+
+
+def rolled(truth: Truths) -> Truths:
+    """The truths of other clips: each clip gets the next one's."""
+    real = truth.real
+    return Truths(
+        np.roll(truth.family, 1),
+        np.roll(truth.tempo_bpm, 1),
+        np.roll(truth.tells_tempo, 1),
+        replace(
+            real,
+            family=np.roll(real.family, 1, axis=0),
+            others={name: np.roll(value, 1, axis=0) for name, value in real.others.items()},
+        ),
+        {name: np.roll(text, 1, axis=0) for name, text in truth.texts.items()},
+    )
+
+
+def drift_rows(seeds: Sequence[dict[str, np.ndarray]], bin_s: float) -> dict[str, Any]:
+    """Curves and slopes of long streams.
+
+    Args:
+        seeds: per seed, measures `[stream, bin]`.
+        bin_s: length of a bin.
+
+    Returns:
+        `times_s` (middles of the bins), `streams`, and for each measure `curve` (an interval per
+        bin over all streams) and `slope_per_minute` (an interval over the streams' own slopes).
+    """
+    joined = {name: np.concatenate([seed[name] for seed in seeds]) for name in seeds[0]}
+    n_bins = next(iter(joined.values())).shape[1]
+    times_s = (np.arange(n_bins) + 0.5) * bin_s
+    result: dict[str, Any] = {
+        "times_s": times_s.tolist(),
+        "streams": len(next(iter(joined.values()))),
+    }
+    for name, values in joined.items():
+        result[name] = {
+            "curve": [asdict(mean_interval(column)) for column in values.T],
+            "slope_per_minute": asdict(per_minute(slope(times_s, values))),
+        }
+    return result
+
+
+def per_minute(per_second: Interval) -> Interval:
+    """A slope in other units."""
+    return replace(
+        per_second,
+        mean=60 * per_second.mean,
+        low=60 * per_second.low,
+        high=60 * per_second.high,
+    )
+
+
+def aims(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The project's aims held against what was measured; `met` is None where nothing was.
+
+    Streamed methods are those that start from silence and are not the naive one.
+    """
+    anchors = result["anchors"]
+    streamed = [r for r in result["rows"] if not r["primed"] and r["method"] != "naive"]
+    found = [_forcing_helps(streamed, regime) for regime in ("ED", "BC")]
+    if not streamed:
+        return found
+    best = min(streamed, key=lambda row: row["fd"]["mean"])
+    name = f"{best['method']}, {best['n_steps']} steps"
+    enough = best["windows"] * best["fd"]["n"] >= 2 * result["recogniser"]["embedding"]
+    distance, floor = best["fd_infinite"], anchors["codec"]["fd_infinite"]
+    found.append(
+        {
+            "aim": "FD∞ of the best streamed method within twice the codec floor's",
+            "found": f"{distance:.3g} against {floor:.3g} ({name})"
+            + ("" if enough else ", of too few windows to say"),
+            "met": distance <= 2 * floor if enough else None,
+        }
+    )
+    found.append(
+        {
+            "aim": "its prompts' instrument family recognised in at least 90 %",
+            "found": f"{best['family']['mean']:.0%} (real music: "
+            f"{anchors['real']['family']['mean']:.0%})",
+            "met": best["family"]["mean"] >= 0.9,
+        }
+    )
+    share = best["key_share"]["mean"] / anchors["real"]["key_share"]["mean"]
+    found.append(
+        {
+            "aim": "its share of notes in the key at least 90 % of real music's",
+            "found": f"{share:.0%}",
+            "met": share >= 0.9,
+        }
+    )
+    return found + [_drift_aim(row) for row in result["drift"] if row["method"].endswith("+AF")]
+
+
+def _forcing_helps(streamed: list[dict[str, Any]], regime: str) -> dict[str, Any]:
+    """Whether ARC-Forcing lowers FD at every number of steps up to 8; differences seed by seed."""
+    by_name = {(row["method"], row["n_steps"]): row for row in streamed}
+    told, signs = [], []
+    for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= 8}):
+        pair = [by_name.get((name, n_steps)) for name in (regime, f"{regime}+AF")]
+        if None in pair:
+            continue
+        before, after = (np.array(row["by_seed"]["fd"]) for row in pair)
+        change = mean_interval(after - before)
+        told.append(f"{n_steps} steps {change.mean:+.3g} ({change.low:.3g} – {change.high:.3g})")
+        signs.append(change.high < 0)
+    return {
+        "aim": f"ARC-Forcing lowers FD at up to 8 steps, {regime}",
+        "found": "; ".join(told) or "–",
+        "met": all(signs) if signs else None,
+    }
+
+
+def _drift_aim(row: dict[str, Any]) -> dict[str, Any]:
+    """Whether the distance's slope is compatible with none."""
+    change = row["distance"]["slope_per_minute"]
+    return {
+        "aim": f"{row['method']}: distance from real does not drift",
+        "found": f"{change['mean']:+.3g} ({change['low']:.3g} – {change['high']:.3g}) per minute "
+        f"over {row['times_s'][-1] + row['times_s'][0]:.0f} s",
+        "met": change["low"] <= 0 <= change["high"],
+    }

@@ -1,0 +1,326 @@
+"""Units of an evaluation: each is made once, kept on disk, and put into rows."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lmd.checkpoint import load_codec, read_header
+from lmd.codec import Codec
+from lmd.data.corpus import MANIFEST, Corpus
+from lmd.errors import LmdError
+from lmd.evaluation.generation import (
+    Budget,
+    Clip,
+    Method,
+    choose_rows,
+    controls_for,
+    cut_clips,
+    decoded,
+    fade_prompts,
+    generate,
+    long_stream,
+    measure_speed,
+)
+from lmd.evaluation.judge import OTHER, Judge, Measured, Waves, drift, others_in
+from lmd.evaluation.metrics import gaussian
+from lmd.evaluation.other_listeners import open_listeners
+from lmd.evaluation.recogniser import load_recogniser
+from lmd.evaluation.rows import Reference, Truths, row_of
+from lmd.instrument import Instrument, open_instrument
+
+VERSION = 1  # of the parts on disk
+BIN_S = 10.0
+FADE_BLOCKS = 12
+FADE_CLIPS = 8
+CONTEXT_FRAMES = 192  # that a primed stream hears first
+
+
+class Parts:
+    """Finished units on disk, under a key of everything that they depend on."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        text = json.dumps(key, sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "key.json").write_text(text + "\n")
+
+    def arrays(
+        self, name: str, make: Callable[[], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """The unit of that name, made now if it is not there."""
+        path = self.folder / f"{name}.npz"
+        if not path.is_file():
+            partial = path.with_suffix(".part.npz")
+            np.savez(partial, **make())
+            partial.replace(path)
+        with np.load(path) as kept:
+            return dict(kept)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where an evaluation finds things.
+
+    Attributes:
+        weights: folder of the weights.
+        data: a built corpus.
+        recogniser: file of the listener.
+        parts: where finished units are kept.
+        random: a preset's name: random weights of it are measured (a test of the machinery).
+    """
+
+    weights: Path
+    data: Path
+    recogniser: Path
+    parts: Path
+    random: str = ""
+
+
+class Evaluation:
+    """One evaluation: what every line needs, and the lines.
+
+    Args:
+        sources: where things are.
+        budget: how much is made.
+        cfg_scale: guidance of the weights that are not ARC-Forced.
+
+    Raises:
+        LmdError: something is missing, or does not fit.
+    """
+
+    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = 1.0) -> None:
+        self.sources, self.budget, self.cfg_scale = sources, budget, cfg_scale
+        self.listener, self.listener_header = load_recogniser(sources.recogniser)
+        self.corpus = Corpus(self.sources.data, "test")
+        self.codec = self._codec()
+        listeners, self.listener_words = open_listeners()
+        self.judge = Judge(self.listener, self.codec.sample_rate, listeners)
+        if self.corpus.sample_rate != self.codec.sample_rate:
+            raise LmdError(
+                f"a corpus at {self.corpus.sample_rate} Hz",
+                f"{self.codec.sample_rate} Hz, the codec's rate",
+                f"Build it again with --sample-rate {self.codec.sample_rate}.",
+            )
+        hop = self.codec.samples_per_frame
+        block = budget.block_frames * hop
+        self.n_samples = budget.n_blocks * block - self.codec.lookahead_frames * hop
+        self.joins = [k * block for k in range(1, budget.n_blocks)]
+        self.context_samples = CONTEXT_FRAMES * hop
+        shortest_s = (self.context_samples + self.n_samples) / self.codec.sample_rate
+        self.chosen = choose_rows(self.corpus.rows, budget.n_clips, shortest_s)
+        self.parts = Parts(self.sources.parts, self._key())
+        self._instrument: tuple[str, Instrument] | None = None
+
+    def _codec(self) -> Codec:
+        """The codec whose floor is measured."""
+        if self.sources.random:
+            return open_instrument(f"random:{self.sources.random}:0").streamer.codec
+        return load_codec(self.sources.weights / "codec.safetensors")
+
+    def _key(self) -> dict[str, Any]:
+        codec = (
+            self.sources.random or read_header(self.sources.weights / "codec.safetensors").sha256
+        )
+        manifest = hashlib.sha256((self.sources.data / MANIFEST).read_bytes()).hexdigest()
+        return {
+            "version": VERSION,
+            "clips": self.budget.n_clips,
+            "blocks": [self.budget.n_blocks, self.budget.block_frames],
+            "reference_s": self.budget.reference_s,
+            "codec": codec,
+            "recogniser": self.listener_header.sha256,
+            "corpus": manifest,
+            "listeners": sorted(self.judge.listeners),
+        }
+
+    def source(self, kind: str) -> tuple[str, str]:
+        """How to open the weights of a kind, and their SHA-256; ("", "") where there are none."""
+        if self.sources.random:
+            return f"random:{self.sources.random}:0", f"random-{self.sources.random}"
+        path = self.sources.weights / f"{kind}.safetensors"
+        if not path.is_file():
+            return "", ""
+        return f"{self.sources.weights}:{kind}", read_header(path).sha256
+
+    def instrument(self, kind: str) -> Instrument:
+        """The weights of a kind, one kind in memory at a time."""
+        source, _ = self.source(kind)
+        if self._instrument is None or self._instrument[0] != source:
+            self._instrument = (source, open_instrument(source))
+        return self._instrument[1]
+
+    def clips(self, seed: int) -> list[Clip]:
+        """The prompts, contexts and continuations of a seed."""
+        return cut_clips(self.corpus, self.chosen, self.context_samples, self.n_samples, seed)
+
+    @cached_property
+    def truths(self) -> list[Truths]:
+        """What is known about the clips of each seed, real music's measures among it."""
+        found = []
+        for seed in range(self.budget.n_seeds):
+            clips = self.clips(seed)
+            real = self.measured(f"real-{seed}", lambda clips=clips: real_waves(clips))
+            rows = [clip.row for clip in clips]
+            found.append(
+                Truths(
+                    family=np.array([self.listener.config.families.index(r.family) for r in rows]),
+                    tempo_bpm=np.array([row.tempo_bpm for row in rows]),
+                    tells_tempo=np.array([clip.tells_tempo for clip in clips]),
+                    real=real,
+                    texts={
+                        name: listener.read([row.caption for row in rows])
+                        for name, listener in self.judge.listeners.items()
+                        if listener.read is not None
+                    },
+                )
+            )
+        return found
+
+    def measured(self, name: str, make: Callable[[], torch.Tensor]) -> Measured:
+        """All measures of the waves that `make` returns; kept on disk."""
+        return Measured.from_arrays(
+            self.parts.arrays(name, lambda: self.judge.measure(make(), self.joins).arrays())
+        )
+
+    @cached_property
+    def reference(self) -> Reference:
+        """Held-out music, test and validation pieces."""
+
+        def embed() -> dict[str, np.ndarray]:
+            found: dict[str, list[np.ndarray]] = {"embedding": []}
+            distances = {n: x for n, x in self.judge.listeners.items() if x.kind == "distance"}
+            for split in ("test", "validation"):
+                corpus = Corpus(self.sources.data, split)
+                shown = tqdm(corpus.rows, desc=f"{split} music", mininterval=2)
+                for index, row in enumerate(shown):
+                    n = min(row.n_samples, round(self.budget.reference_s * row.sample_rate))
+                    start = (row.n_samples - n) // 2
+                    wave = torch.from_numpy(corpus.wave(index, start, n)).mean(0)
+                    found["embedding"].append(self.judge.embed(wave)[0])
+                    for name, listener in distances.items():
+                        heard = listener.hear(wave, row.sample_rate)
+                        found.setdefault(f"{OTHER}{name}", []).append(heard)
+            return {name: np.concatenate(parts) for name, parts in found.items()}
+
+        kept = self.parts.arrays("reference", embed)
+        others = {name: gaussian(points) for name, points in others_in(kept).items()}
+        return Reference(gaussian(kept["embedding"]), len(kept["embedding"]), others)
+
+    def anchors(self) -> dict[str, list[Measured]]:
+        """Real music's own context, the codec's floor, and frames in random order; per seed."""
+        found: dict[str, list[Measured]] = {"context": [], "codec": [], "shuffled": []}
+        for seed in tqdm(range(self.budget.n_seeds), desc="real music", mininterval=2):
+            clips = self.clips(seed)
+            waves = {
+                "context": lambda clips=clips: torch.stack([clip.context for clip in clips]),
+                "codec": lambda clips=clips: decoded(self.codec, real_waves(clips)),
+                "shuffled": lambda clips=clips, seed=seed: decoded(
+                    self.codec, real_waves(clips), seed
+                ),
+            }
+            for name, make in waves.items():
+                found[name].append(self.measured(f"{name}-{seed}", make))
+        return found
+
+    def row(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
+        """One line of the table."""
+        seeds = []
+        base = f"{method.name}-{sha256[:8]}-{n_steps}-cfg{self.cfg_scale:g}"
+        for seed in range(self.budget.n_seeds):
+            controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
+            name = f"{base}-{'primed' if primed else 'silence'}-{seed}"
+            seeds.append(
+                self.measured(
+                    name,
+                    lambda controls=controls, seed=seed: generate(
+                        self.instrument(method.weights).streamer,
+                        self.clips(seed),
+                        controls,
+                        self.budget.n_blocks,
+                        primed,
+                    ),
+                )
+            )
+        return {
+            "method": method.name,
+            "weights": method.weights,
+            "sha256": sha256,
+            "n_steps": n_steps,
+            "sampler": method.sampler,
+            "cfg_scale": controls.cfg_scale,
+            "primed": primed,
+            **row_of(seeds, self.truths, self.reference),
+            "speed": self.speed(method, n_steps, base),
+        }
+
+    def speed(self, method: Method, n_steps: int, base: str) -> dict[str, float]:
+        """Timings of a method at a number of steps, one stream alone; kept on disk."""
+
+        def time_it() -> dict[str, np.ndarray]:
+            streamer = self.instrument(method.weights).streamer
+            controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
+            found = measure_speed(streamer, controls, self.budget.speed_blocks)
+            return {name: np.array(value) for name, value in found.items()}
+
+        name = f"{base}-speed{self.budget.speed_blocks}-{torch.get_num_threads()}threads"
+        kept = self.parts.arrays(name, time_it)
+        return {name: float(value) for name, value in kept.items()}
+
+    def drift(self, method: Method, sha256: str) -> list[dict[str, np.ndarray]]:
+        """Long streams of a method, measured every ten seconds, per seed."""
+        budget, found = self.budget, []
+        for seed in range(budget.n_seeds):
+            controls = controls_for(method, budget.drift_steps, budget, seed, self.cfg_scale)
+            prompts = [clip.row.caption for clip in self.clips(seed)[: budget.drift_clips]]
+
+            def follow(controls: Any = controls, prompts: list[str] = prompts) -> dict:
+                streamer = self.instrument(method.weights).streamer
+                waves = long_stream(streamer, prompts, controls, budget.drift_s)
+                return drift(self.judge, waves, self.reference.gaussian, BIN_S)
+
+            name = f"drift-{method.name}-{sha256[:8]}-{controls.n_steps}-cfg{self.cfg_scale:g}"
+            size = f"{budget.drift_s:g}s-{len(prompts)}"
+            found.append(self.parts.arrays(f"{name}-{size}-{seed}", follow))
+        return found
+
+    def fade(self, method: Method, sha256: str) -> dict[str, Any]:
+        """How the recogniser's belief goes from the first prompt's family to the second's."""
+        clips = self.clips(0)[:FADE_CLIPS]
+        pairs = list(zip(clips[::2], clips[1::2], strict=False))
+        controls = controls_for(method, self.budget.drift_steps, self.budget, 0, self.cfg_scale)
+
+        def follow() -> dict[str, np.ndarray]:
+            captions = [(a.row.caption, b.row.caption) for a, b in pairs]
+            streamer = self.instrument(method.weights).streamer
+            waves, weights = fade_prompts(streamer, captions, controls, FADE_BLOCKS)
+            beliefs = []
+            for wave, pair in zip(waves, pairs, strict=True):
+                family = self.judge.families_over_time(wave)
+                index = [self.listener.config.families.index(clip.row.family) for clip in pair]
+                beliefs.append(family[:, index])
+            return {"belief": np.array(beliefs), "weights": np.array(weights)}
+
+        name = f"fade-{method.name}-{sha256[:8]}-{controls.n_steps}-cfg{self.cfg_scale:g}"
+        kept = self.parts.arrays(name, follow)
+        block_s = self.budget.block_frames * self.codec.samples_per_frame / self.codec.sample_rate
+        return {
+            "method": method.name,
+            "n_steps": controls.n_steps,
+            "pairs": [[clip.row.family for clip in pair] for pair in pairs],
+            "block_s": block_s,
+            "window_s": self.judge.window_s,
+            **{key: value.tolist() for key, value in kept.items()},
+        }
+
+
+def real_waves(clips: list[Clip]) -> Waves:
+    """How the clips really go on."""
+    return torch.stack([clip.real for clip in clips])

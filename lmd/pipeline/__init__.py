@@ -1,0 +1,1 @@
+"""The ordered notebooks, run headlessly, and the report of a run."""

@@ -1,0 +1,224 @@
+"""Fill the README's figures in: `python -m lmd.pipeline.readme`, between its markers, from files.
+
+No figure in the README is typed. A block between `<!-- begin NAME ... -->` and `<!-- end -->` is
+replaced by what the function of that name makes of the files in `outputs/published/`.
+
+    python -m lmd.pipeline.readme --publish outputs/quick   copy what it shows out of a run, fill
+    python -m lmd.pipeline.readme                           fill
+    python -m lmd.pipeline.readme --check                   exit 1 when it would be changed
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from lmd.errors import LmdError
+from lmd.pipeline.plan import ROOT
+
+BLOCK = re.compile(r"(<!-- begin (\w+)(?: ([^\n]*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+SOUND_LIMIT = 200_000  # bytes of one published sound
+PICTURE_LIMIT = 400_000
+
+
+def fill(text: str, root: Path) -> str:
+    """The README's text with every block made anew.
+
+    Raises:
+        LmdError: a block whose name nobody knows.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        head, name, argument, _, tail = match.groups()
+        if name not in BLOCKS:
+            raise LmdError(
+                f"block {name!r} in the README", f"one of {', '.join(BLOCKS)}", "Fix it."
+            )
+        return f"{head}{BLOCKS[name](root, argument or '')}\n{tail}"
+
+    return BLOCK.sub(block, text)
+
+
+def notebook_map(root: Path, _: str) -> str:
+    """A row for each notebook: its link and its first sentence, read from it."""
+    rows = []
+    for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = next(cell for cell in cells if cell["cell_type"] == "markdown")
+        lines = [line.strip() for line in "".join(first["source"]).splitlines() if line.strip()]
+        sentence = next((line for line in lines[1:] if line[0].isalnum()), "")
+        rows.append([f"[`{path.stem}`](notebooks/{path.name})", sentence])
+    return _table(["notebook", "what it is"], rows)
+
+
+def bench(root: Path, _: str) -> str:
+    """The tables of `python -m lmd bench --json`, one after the other."""
+    parts = []
+    for path in sorted(_published(root).glob("bench*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        machine = values.get("machine", {})
+        where = ", ".join(str(machine[key]) for key in ("cpu", "gpu") if machine.get(key))
+        parts.append(
+            f"`{values['preset']}`, {values['dtype']}, {values['threads']} threads, "
+            f"{values['device']}{f' ({where})' if where else ''}:\n"
+        )
+        columns = {
+            "regime": "regime",
+            "steps": "n_steps",
+            "transformer ms p50": "dit_ms_p50",
+            "p95": "dit_ms_p95",
+            "decode ms p50": "decode_ms_p50",
+            "first sound ms": "ttff_ms",
+            "real-time factor": "rtf",
+            "memory MB": "peak_mb",
+            "against naive": "speedup_vs_naive",
+        }
+        rows = [[row[key] for key in columns.values()] for row in values["rows"]]
+        parts.append(_table(list(columns), rows) + "\n")
+    return "\n".join(parts).rstrip()
+
+
+def durations(root: Path, profile: str) -> str:
+    """How long each notebook took in the published run of a profile, and where."""
+    path = _published(root) / f"{profile}.json"
+    if not path.exists():
+        return ""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[name, entry["seconds"]] for name, entry in run["notebooks"].items()]
+    total = sum(entry["seconds"] for entry in run["notebooks"].values())
+    machine = run["machine"]
+    where = f"{machine['cpu']}, {machine['n_cores']} cores, {machine['memory_gib']:.0f} GiB"
+    return (
+        f"{_table(['notebook', 'seconds'], [*rows, ['together', total]])}\n\nMeasured on {where}."
+    )
+
+
+def figures(root: Path, argument: str) -> str:
+    """Single figures of the published run, as `quick 04_play rtf seconds`: a row each."""
+    profile, notebook, *names = argument.split()
+    path = _published(root) / f"{profile}.json"
+    if not path.exists():
+        return ""
+    metrics = json.loads(path.read_text(encoding="utf-8"))["notebooks"][notebook]["metrics"]
+    return _table(["figure", "value"], [[f"`{name}`", metrics[name]] for name in names])
+
+
+def media(root: Path, argument: str) -> str:
+    """A picture or a sound of a run, as `02_outpaint/masks.png | Who sees whom`."""
+    source, caption = (part.strip() for part in argument.split("|"))
+    path = _published(root) / _published_name(source)
+    if not path.exists():
+        return ""
+    link = path.relative_to(root).as_posix()
+    if path.suffix == ".png":
+        return f"![{caption}]({link})"
+    return f"[{caption}]({link}) ({soundfile.info(path).duration:.0f} s)"
+
+
+BLOCKS: dict[str, Callable[[Path, str], str]] = {
+    "bench": bench,
+    "durations": durations,
+    "figures": figures,
+    "media": media,
+    "notebooks": notebook_map,
+}
+
+
+def publish(run: Path, text: str, root: Path) -> list[Path]:
+    """Copy the figures of a run, and the pictures and sounds that the README names, small.
+
+    Args:
+        run: the folder of a run whose notebooks have all finished.
+        text: the README.
+        root: the repository.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LmdError: a notebook of the run has not finished, or a file would be too large.
+    """
+    summary = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    unfinished = [n for n, entry in summary["notebooks"].items() if entry["status"] != "done"]
+    if unfinished:
+        raise LmdError(
+            f"{', '.join(unfinished)} unfinished in {run}", "a whole run", "Run it again."
+        )
+    target = _published(root)
+    target.mkdir(parents=True, exist_ok=True)
+    written = [target / f"{summary['profile']}.json"]
+    written[0].write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, argument in ((match[2], match[3] or "") for match in BLOCK.finditer(text)):
+        source = run / argument.split("|")[0].strip()
+        if name == "media" and source.is_file():
+            written.append(_copy_small(source, target / _published_name(argument.split("|")[0])))
+    return written
+
+
+def _copy_small(source: Path, target: Path) -> Path:
+    """A picture as it is, a sound as Ogg Vorbis."""
+    limit = PICTURE_LIMIT
+    if source.suffix == ".png":
+        shutil.copyfile(source, target)
+    else:
+        limit = SOUND_LIMIT
+        wave, sample_rate = soundfile.read(source)
+        soundfile.write(target, wave, sample_rate, format="OGG", subtype="VORBIS")
+    if target.stat().st_size > limit:
+        size = target.stat().st_size
+        target.unlink()
+        raise LmdError(
+            f"{size / 1e3:.0f} kB for {source}", f"at most {limit / 1e3:.0f} kB", "Make it shorter."
+        )
+    return target
+
+
+def _published(root: Path) -> Path:
+    return root / "outputs" / "published"
+
+
+def _published_name(source: str) -> str:
+    name = Path(source.strip().replace("/", "_"))
+    return name.name if name.suffix == ".png" else f"{name.stem}.ogg"
+
+
+def _table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value).replace("|", "\\|")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fill the README, or say whether that would change it."""
+    parser = argparse.ArgumentParser(prog="python -m lmd.pipeline.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--publish", type=Path, metavar="RUN")
+    args = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    try:
+        for written in publish(args.publish, text, ROOT) if args.publish else ():
+            print(f"wrote {written.relative_to(ROOT).as_posix()}")
+        filled = fill(text, ROOT)
+    except LmdError as error:
+        print(f"lmd.pipeline.readme: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        return int(filled != text)
+    path.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

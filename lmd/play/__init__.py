@@ -1,0 +1,1 @@
+"""Real time: the engine, its sinks and takes, and the player in the notebook."""

@@ -1,0 +1,389 @@
+"""The live player for notebooks: a widget whose traits are the controls of a stream.
+
+    player = LivePlayer(open_instrument())
+    player            # shows it; press Play
+    player.mix = 0.5  # the same as moving the slider
+
+It works wherever ipywidgets do. The page plays through an AudioWorklet fed with binary messages;
+nothing is loaded from a network. Taught in notebooks 00_listen and 04_play.
+"""
+
+import contextlib
+import dataclasses
+import math
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+from tqdm import tqdm
+
+from lmd.controls import Controls, Prompt
+from lmd.errors import LmdError
+from lmd.instrument import Instrument
+from lmd.play.browser_sink import BrowserSink
+from lmd.play.desk import check_live
+from lmd.play.live import EngineOptions, Event, LiveEngine
+from lmd.play.pace import Made, Meters, Promise, Trouble
+from lmd.play.play_queue import Sink, SkippingClock
+from lmd.play.player_fields import (
+    CONTROL_NAMES,
+    PACING_NAMES,
+    PROMPTS,
+    fields_for,
+    mixed,
+    trait_values,
+)
+from lmd.play.sinks import NullSink, SoundCardSink
+from lmd.play.takes import TakeHeader, TakeWriter, header_of
+
+HERE = Path(__file__).parent
+SCRIPTS = ("player_audio.js", "player_view.js", "player.js")
+SINKS = ("browser", "null", "soundcard")
+METERS_EVERY_S = 0.5
+
+
+class LivePlayer(anywidget.AnyWidget):
+    """A stream with sliders, meters and a picture.
+
+    Args:
+        instrument: from `open_instrument`.
+        controls: to begin with; a prompt of two parts sets both texts and the mix.
+        sink: `browser`, `null` (heard by nobody: for papermill) or `soundcard`.
+        take_folder: where takes and recordings are written; made if missing.
+        prompts: suggestions for the two text fields.
+
+    Raises:
+        LmdError: an unknown sink, or controls that cannot be played.
+    """
+
+    _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    _css = (HERE / "player.css").read_text(encoding="utf-8")
+
+    # what the page needs to know once
+    fields = traitlets.List().tag(sync=True)
+    prompt_choices = traitlets.List().tag(sync=True)
+    sample_rate = traitlets.Int().tag(sync=True)
+    channels = traitlets.Int().tag(sync=True)
+    sink = traitlets.Unicode().tag(sync=True)
+    instrument = traitlets.Unicode().tag(sync=True)
+    # the controls
+    prompt_a = traitlets.Unicode().tag(sync=True)
+    prompt_b = traitlets.Unicode().tag(sync=True)
+    mix = traitlets.Float(0.0, min=0, max=1).tag(sync=True)
+    cfg_scale = traitlets.Float(1.0).tag(sync=True)
+    n_steps = traitlets.Int(8).tag(sync=True)
+    sampler = traitlets.Unicode("pingpong").tag(sync=True)
+    regime = traitlets.Unicode("block-causal").tag(sync=True)
+    block_frames = traitlets.Int(48).tag(sync=True)
+    seed = traitlets.Int(0).tag(sync=True)
+    seam = traitlets.Unicode("exact").tag(sync=True)
+    forget_frames = traitlets.Int(96, min=0).tag(sync=True)  # how much `forget()` forgets
+    roll_seed = traitlets.Bool(False).tag(sync=True)
+    auto_steps = traitlets.Bool(False).tag(sync=True)
+    queue_blocks = traitlets.Float(2.0, min=1, max=8).tag(sync=True)
+    volume = traitlets.Float(0.9, min=0, max=1).tag(sync=True)
+    midi_map = traitlets.Dict().tag(sync=True)
+    # what is going on
+    state = traitlets.Unicode("new").tag(sync=True)
+    message = traitlets.Unicode("").tag(sync=True)
+    recording = traitlets.Unicode("").tag(sync=True)
+    take_path = traitlets.Unicode("").tag(sync=True)
+    meters = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        instrument: Instrument,
+        controls: Controls | None = None,
+        *,
+        sink: str = "browser",
+        take_folder: str | Path = "outputs/takes",
+        prompts: Sequence[str] = PROMPTS,
+    ) -> None:
+        if sink not in SINKS:
+            raise LmdError(f"sink {sink!r}", f"one of {', '.join(SINKS)}", "Pick one of these.")
+        self._streamer, self._source = instrument.streamer, instrument.source
+        controls = instrument.controls(prompts[0]) if controls is None else controls
+        check_live(controls, self._streamer.window)
+        self.engine: LiveEngine | None = None
+        self.take_folder = Path(take_folder)
+        self._header: TakeHeader | None = None  # hashing the weights takes a moment
+        self._page = ""  # the view that plays
+        self._page_sink: BrowserSink | None = None
+        self._lock, self._asking_id = threading.Lock(), 0
+        self._asked: dict[int, tuple[list[int], str]] = {}
+        codec = self._streamer.codec
+        super().__init__(
+            fields=fields_for(self._streamer.window),
+            prompt_choices=list(prompts),
+            sample_rate=codec.sample_rate,
+            channels=codec.channels,
+            sink=sink,
+            instrument=instrument.description,
+            **trait_values(controls, prompts),
+        )
+        self.on_msg(self._on_message)
+        self.observe(self._on_control, names=[*CONTROL_NAMES])
+        self.observe(self._on_pacing, names=[*PACING_NAMES, "block_frames"])
+
+    # --- for notebooks ---------------------------------------------------------------------
+
+    @property
+    def prompt(self) -> Prompt:
+        """The two texts and the mix as one prompt."""
+        return mixed(self.prompt_a, self.prompt_b, self.mix)
+
+    def controls(self, **changes: Any) -> Controls:
+        """The traits as `Controls`, some of them replaced."""
+        values = {name: getattr(self, name) for name in CONTROL_NAMES} | changes
+        prompt = mixed(values.pop("prompt_a"), values.pop("prompt_b"), values.pop("mix"))
+        return Controls(prompt=prompt, **values)
+
+    def ask(self, name: str, value: Any, request: int = 0) -> bool:
+        """Set a control as the panel does; a wrong value is refused with `message`.
+
+        Returns:
+            Whether it was accepted.
+        """
+        known = {entry["name"] for entry in self.fields}
+        try:
+            if name not in known:
+                raise LmdError(f"control {name!r}", f"one of {sorted(known)}", "Check the name.")
+            if isinstance(value, bool) != isinstance(getattr(self, name), bool):
+                raise LmdError(f"{name} = {value!r}", "another type", "Use the panel's controls.")
+            with self._lock:
+                self._asking_id = request
+            self.set_trait(name, value)
+        except (traitlets.TraitError, LmdError) as error:
+            self.message = f"Refused: {error}"
+            self.send({"kind": "refused", "name": name, "value": getattr(self, name, None)})
+            return False
+        finally:
+            with self._lock:
+                self._asking_id = 0
+        if self.message.startswith("Refused"):
+            self.message = ""
+        return True
+
+    def play(self) -> None:
+        """Start, or go on after a pause (the browser's first Play must be a click there)."""
+        if self._alive() and self.engine is not None:
+            self.engine.resume()
+            return
+        if self.sink == "browser" and not self._page:
+            self.message = "Press Play in the page: browsers want a click before they make sound."
+            return
+        self._start(limit_s=None)
+
+    def play_for(self, seconds: float) -> Meters:
+        """Play so much music and wait for its end, behind a progress bar (not for `browser`).
+
+        With `null` the waiting is skipped: it takes as long as the model computes, with the queue
+        levels and underruns that real time would have had.
+
+        Raises:
+            LmdError: with the browser as sink, which a waiting kernel could not serve.
+            RuntimeError: the engine failed.
+        """
+        if self.sink == "browser":
+            raise LmdError("play_for with sink 'browser'", "'null' or 'soundcard'", "Press Play.")
+        self.stop()
+        engine = self._start(limit_s=seconds)
+        with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
+            while not engine.wait(METERS_EVERY_S):
+                bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
+            bar.update(round(seconds) - bar.n)
+        engine.stop()
+        self._show_meters(engine.meters())
+        return engine.meters()
+
+    def pause(self) -> None:
+        """Hold."""
+        if self.engine is not None:
+            self.engine.pause()
+
+    def stop(self) -> None:
+        """End the take."""
+        if self.engine is not None:
+            with contextlib.suppress(RuntimeError):  # a failure stands in `message` already
+                self.engine.stop()
+            self.recording = ""
+
+    def forget(self) -> None:
+        """Silence the oldest `forget_frames` of what the model hears, once."""
+        self._change("forget_frames", f"forget {self.forget_frames}", self.forget_frames)
+
+    def record(self) -> None:
+        """Begin a recording next to the take, or finish it."""
+        if self.engine is None or not self._alive():
+            self.message = "Play first, then record."
+        elif self.recording:
+            self.engine.stop_recording()
+            self.message, self.recording = f"Recorded {self.recording}", ""
+        else:
+            stem = f"{Path(self.take_path).stem}-{self.engine.meters().n_blocks:04d}"
+            self.recording = str(self.engine.record(self.take_folder / f"{stem}.wav"))
+
+    # --- from the page ---------------------------------------------------------------------
+
+    def _on_message(self, _widget: Any, content: Any, _buffers: Any) -> None:
+        if not isinstance(content, dict):
+            return
+        kind, view = content.get("kind"), str(content.get("view", ""))
+        try:
+            if kind == "set":
+                request = content.get("id")
+                self.ask(
+                    str(content.get("name")),
+                    content.get("value"),
+                    request if isinstance(request, int) else 0,
+                )
+            elif kind == "command":
+                self._command(str(content.get("command")), view)
+            elif kind == "report" and view == self._page and self._page_sink is not None:
+                self._page_sink.on_report(content)
+        except LmdError as error:
+            self.message = str(error)
+
+    def _command(self, command: str, view: str) -> None:
+        if command == "play":
+            self._play_in(view)
+        elif command == "restart":
+            self.stop()
+            self._start(limit_s=None)
+        elif command == "roll":
+            self.seed = secrets.randbelow(2**31)
+        elif command in ("pause", "stop", "record", "forget"):
+            getattr(self, command)()
+        else:
+            self.message = f"Refused: the command {command!r} is none of the player's."
+
+    def _play_in(self, view: str) -> None:
+        """Play in that page; one that played before falls silent."""
+        if self.sink == "browser" and view != self._page:
+            self.stop()
+            self._page = view
+        self.play()
+
+    # --- to the engine ---------------------------------------------------------------------
+
+    @traitlets.validate(*CONTROL_NAMES)
+    def _check(self, proposal: Any) -> Any:
+        name, value = proposal["trait"].name, proposal["value"]
+        try:
+            check_live(self.controls(**{name: value}), self._streamer.window)
+        except LmdError as error:
+            raise traitlets.TraitError(str(error)) from error
+        return value
+
+    @traitlets.validate("queue_blocks", "volume")
+    def _check_number(self, proposal: Any) -> float:
+        if not math.isfinite(proposal["value"]):  # NaN passes min and max
+            raise traitlets.TraitError(f"{proposal['trait'].name} = {proposal['value']}: no number")
+        return proposal["value"]
+
+    def _on_control(self, change: Any) -> None:
+        name = change["name"]
+        if name in ("prompt_a", "prompt_b", "mix"):
+            text = (
+                f"mix {self.mix:.2f}" if name == "mix" else f"{name[-1].upper()}: {change['new']}"
+            )
+            self._change("prompt", text, self.prompt)
+        else:
+            label = next(f["label"] for f in self.fields if f["name"] == name)
+            value = f"{change['new']:g}" if isinstance(change["new"], float) else change["new"]
+            self._change(name, f"{label} {value}", change["new"])
+
+    def _change(self, name: str, text: str, value: Any) -> None:
+        if self.engine is None or not self._alive():
+            return
+        with self._lock:  # the promise for it must not overtake this note
+            change = self.engine.change(**{name: value})
+            ids = [self._asking_id] if self._asking_id else []
+            self._asked[change.number] = (ids, text)
+
+    def _on_pacing(self, _change: Any) -> None:
+        if self.engine is not None and self._alive():
+            self.engine.configure(**self._pacing())
+
+    def _pacing(self) -> dict[str, Any]:
+        codec = self._streamer.codec
+        block_s = self.block_frames * codec.samples_per_frame / codec.sample_rate
+        return {
+            "queue_s": self.queue_blocks * block_s,
+            "auto_steps": self.auto_steps,
+            "roll_seed": self.roll_seed,
+        }
+
+    def _alive(self) -> bool:
+        return self.engine is not None and not self.engine.wait(0)
+
+    def _start(self, limit_s: float | None) -> LiveEngine:
+        self.take_folder.mkdir(parents=True, exist_ok=True)
+        name = f"take-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
+        self._header = self._header or header_of(self._streamer, self._source)
+        take = TakeWriter(self.take_folder / name, self._header)
+        engine = LiveEngine(
+            self._streamer,
+            self._make_sink(skip_waits=limit_s is not None),
+            self.controls(),
+            EngineOptions(limit_s=limit_s, **self._pacing()),
+            take=take,
+            on_event=self._on_event,
+        )
+        self.engine, self.take_path, self.message = engine, str(take.path), ""
+        self._asked.clear()
+        engine.start()
+        threading.Thread(target=self._follow, args=(engine,), daemon=True).start()
+        return engine
+
+    def _make_sink(self, skip_waits: bool) -> Sink:
+        if self.sink == "null":
+            return NullSink(SkippingClock() if skip_waits else None)
+        if self.sink == "soundcard":
+            return SoundCardSink()
+        epoch = self._page_sink.epoch if self._page_sink is not None else 0
+        self._page_sink = BrowserSink(self._send_to_page)
+        self._page_sink.epoch = epoch
+        return self._page_sink
+
+    def _send_to_page(self, message: dict[str, Any], buffers: list[bytes]) -> None:
+        self.send(message | {"to": self._page}, buffers)
+
+    # --- from the engine's threads ---------------------------------------------------------
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Meters):
+            self._show_meters(event)
+        elif isinstance(event, Trouble):
+            self.message = event.message
+        elif self._page_sink is not None:
+            place = {"epoch": self._page_sink.epoch, "first": 0}
+            if isinstance(event, Made):
+                place |= {"kind": "made", "first": event.first_sample, "text": str(event.number)}
+            elif isinstance(event, Promise):
+                with self._lock:
+                    ids, text = self._asked.pop(event.change.number, ([], ""))
+                place |= {"kind": "promise", "ids": ids, "text": text}
+                place |= {"sample": event.sample, "block": event.block}
+            self._send_to_page(place, [])
+
+    def _follow(self, engine: LiveEngine) -> None:
+        """Show the meters until the engine ends."""
+        while not engine.wait(METERS_EVERY_S) and engine is self.engine:
+            self._show_meters(engine.meters())
+
+    def _show_meters(self, meters: Meters) -> None:
+        values = dataclasses.asdict(meters)
+        self.meters = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self.state = meters.state
+        if meters.state in ("stopped", "failed"):
+            self.recording = ""
+            self.message = meters.error if meters.state == "failed" else self.message

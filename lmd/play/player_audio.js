@@ -1,0 +1,200 @@
+// Sound in the browser: an AudioWorklet that plays from a ring buffer, and the spectrum of what is
+// sent to it. Joined with player.js into one ES module; nothing is fetched from anywhere.
+
+// The worklet. Its gain before every sample is min(previous + 1/fade, remaining/fade, 1), so that it
+// fades to silence before it runs dry and in again when sound arrives (see lmd/play/play_queue.py).
+const WORKLET = `
+class LmdRing extends AudioWorkletProcessor {
+  constructor(options) {
+    super();
+    const { channels, seconds } = options.processorOptions;
+    this.channels = channels;
+    this.size = Math.ceil(seconds * sampleRate);
+    this.ring = Array.from({ length: channels }, () => new Float32Array(this.size));
+    this.fade = Math.max(1, Math.round(0.02 * sampleRate));
+    this.clear(0);
+    this.port.onmessage = ({ data }) => this.take(data);
+  }
+  clear(epoch) {
+    Object.assign(this, { epoch, read: 0, level: 0, gain: 0, dry: true, running: false,
+      ending: false, heard: 0, silent: 0, underruns: 0, lost: 0, lowest: this.size, since: 0 });
+  }
+  take(data) {
+    if (data.kind === "open") this.clear(data.epoch);
+    else if (data.epoch !== this.epoch) return;
+    else if (data.kind === "push") this.push(data.samples);
+    else if (data.kind === "run") this.running = data.running;
+    else if (data.kind === "finish") this.ending = true;
+    this.tell();
+  }
+  push(samples) {
+    const n = Math.min(samples.length / this.channels, this.size - this.level);
+    this.lost += samples.length / this.channels - n;
+    for (let c = 0; c < this.channels; c++) {
+      const ring = this.ring[c];
+      let at = (this.read + this.level) % this.size;
+      for (let i = 0; i < n; i++) {
+        ring[at] = samples[i * this.channels + c];
+        if (++at === this.size) at = 0;
+      }
+    }
+    this.level += n;
+  }
+  process(_, [output]) {
+    for (let i = 0; i < output[0].length; i++) {
+      if (!this.running && this.gain === 0) return true;
+      if (!this.level) {
+        if (this.running && !this.dry && !this.ending) this.underruns++;
+        this.dry = true;
+        this.gain = 0;
+        this.silent++;
+        continue;
+      }
+      this.dry = false;
+      this.level--;
+      this.heard++;
+      const slope = (this.running ? 1 : -1) / this.fade;
+      this.gain = Math.max(0, Math.min(this.gain + slope, this.level / this.fade, 1));
+      for (let c = 0; c < output.length; c++)
+        output[c][i] = this.ring[Math.min(c, this.channels - 1)][this.read] * this.gain;
+      if (++this.read === this.size) this.read = 0;
+    }
+    if (!this.ending) this.lowest = Math.min(this.lowest, this.level);
+    this.since += output[0].length;
+    if (this.since > 0.05 * sampleRate) this.tell();
+    return true;
+  }
+  tell() {
+    this.since = 0;
+    const { epoch, heard, silent, underruns, lost, lowest, level, running, dry } = this;
+    this.port.postMessage({ epoch, heard, silent, underruns, lost, lowest, level, running, dry,
+      at: currentTime });
+  }
+}
+registerProcessor("lmd-ring", LmdRing);
+`;
+
+const RING_SECONDS = 60;
+
+// One AudioContext with its worklet, volume and level meter. Make it inside a click.
+class AudioOut {
+  constructor(sampleRate, channels, onReport) {
+    this.context = new AudioContext({ sampleRate, latencyHint: "interactive" });
+    this.sampleRate = sampleRate;
+    this.channels = channels;
+    this.onReport = onReport;
+    this.report = { heard: 0, level: 0, underruns: 0, silent: 0, running: false, dry: true, at: 0 };
+    this.volume = this.context.createGain();
+    this.analyser = this.context.createAnalyser();
+    this.analyser.fftSize = 2048;
+    this.waveform = new Float32Array(this.analyser.fftSize);
+    this.volume.connect(this.analyser).connect(this.context.destination);
+    this.ready = this.load();
+  }
+  async load() {
+    const url = URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" }));
+    try {
+      await this.context.audioWorklet.addModule(url);
+    } finally {
+      URL.revokeObjectURL(url);
+    }
+    this.node = new AudioWorkletNode(this.context, "lmd-ring", {
+      numberOfInputs: 0,
+      outputChannelCount: [this.channels],
+      processorOptions: { channels: this.channels, seconds: RING_SECONDS },
+    });
+    this.node.port.onmessage = ({ data }) => {
+      this.report = data;
+      this.onReport(data);
+    };
+    this.node.connect(this.volume);
+  }
+  async post(message, transfer = []) {
+    await this.ready;
+    this.node.port.postMessage(message, transfer);
+  }
+  // Samples that have left the loudspeaker, to the best of the browser's knowledge.
+  heard() {
+    const { heard, level, running, at } = this.report;
+    const since = running ? (this.context.currentTime - at) * this.sampleRate : 0;
+    const latency = (this.context.outputLatency || 0) * this.sampleRate;
+    return Math.max(0, heard + Math.min(Math.max(0, since), level) - latency);
+  }
+  levelDb() {
+    this.analyser.getFloatTimeDomainData(this.waveform);
+    const power = this.waveform.reduce((sum, x) => sum + x * x, 0) / this.waveform.length;
+    return 10 * Math.log10(Math.max(power, 1e-12));
+  }
+  close() {
+    if (this.context.state !== "closed") this.context.close();
+  }
+}
+
+const N_FFT = 1024, HOP = 512, N_BANDS = 96, N_COLUMNS = 2048, LOWEST_HZ = 50, FLOOR_DB = -85;
+
+// Columns of a logarithmic spectrogram, one per HOP samples, 0…255 from FLOOR_DB to 0 dB.
+class Spectrum {
+  constructor(sampleRate) {
+    this.columns = new Uint8Array(N_COLUMNS * N_BANDS);
+    this.pending = new Float32Array(N_FFT);
+    this.next = 0; // the column that is computed next
+    this.filled = 0;
+    const top = sampleRate / 2;
+    this.edges = Array.from({ length: N_BANDS + 1 }, (_, b) =>
+      (LOWEST_HZ * (top / LOWEST_HZ) ** (b / N_BANDS) * N_FFT) / sampleRate);
+    this.window = Float32Array.from({ length: N_FFT }, (_, i) =>
+      0.5 - 0.5 * Math.cos((2 * Math.PI * i) / N_FFT));
+    this.twiddle = Float32Array.from({ length: N_FFT }, (_, i) =>
+      i % 2 ? -Math.sin((Math.PI * (i - 1)) / N_FFT) : Math.cos((Math.PI * i) / N_FFT));
+  }
+  // Mono samples in order; returns the first and last + 1 of the new columns.
+  push(samples) {
+    const first = this.next;
+    for (const x of samples) {
+      this.pending[this.filled++] = x;
+      if (this.filled === N_FFT) {
+        this.compute();
+        this.pending.copyWithin(0, HOP);
+        this.filled = N_FFT - HOP;
+      }
+    }
+    return [first, this.next];
+  }
+  compute() {
+    const re = this.pending.map((x, i) => x * this.window[i]), im = new Float32Array(N_FFT);
+    fft(re, im, this.twiddle);
+    const column = (this.next++ % N_COLUMNS) * N_BANDS;
+    for (let b = 0; b < N_BANDS; b++) {
+      const low = Math.floor(this.edges[b]), high = Math.max(low + 1, Math.floor(this.edges[b + 1]));
+      let power = 0;
+      for (let k = low; k < high; k++) power = Math.max(power, re[k] ** 2 + im[k] ** 2);
+      const db = 10 * Math.log10(power / (N_FFT / 4) ** 2 + 1e-12);
+      this.columns[column + b] = Math.max(0, Math.min(255, 255 * (1 - db / FLOOR_DB)));
+    }
+  }
+}
+
+// In place, radix 2, length N_FFT; twiddle holds cos and −sin of 2πi/N_FFT side by side.
+function fft(re, im, twiddle) {
+  const n = re.length;
+  for (let i = 1, j = 0; i < n; i++) {
+    let bit = n >> 1;
+    for (; j & bit; bit >>= 1) j ^= bit;
+    j ^= bit;
+    if (i < j) [re[i], re[j]] = [re[j], re[i]];
+  }
+  for (let size = 2; size <= n; size <<= 1) {
+    const half = size >> 1, step = n / size;
+    for (let start = 0; start < n; start += size) {
+      for (let k = 0; k < half; k++) {
+        const c = twiddle[2 * k * step], s = twiddle[2 * k * step + 1];
+        const a = start + k, b = a + half;
+        const x = re[b] * c - im[b] * s, y = re[b] * s + im[b] * c;
+        re[b] = re[a] - x;
+        im[b] = im[a] - y;
+        re[a] += x;
+        im[a] += y;
+      }
+    }
+  }
+}

@@ -1,0 +1,247 @@
+"""Long measurements of a live stream.
+
+    python -m lmd.play.soak paced|flat|latency|stalls --json FILE
+
+paced    real time: underruns and the shortest queue
+flat     as fast as it goes: memory, cost, loudness and brightness over the minutes
+latency  slider to sound over block lengths, changes at random moments
+stalls   stalls of 0.5, 1 and 3 blocks in real time: what is counted, how soon it is over
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from lmd.checkpoint import write_atomic
+from lmd.controls import Controls
+from lmd.errors import LmdError
+from lmd.instrument import Instrument, open_instrument
+from lmd.play.guard import Guarded, guarded_step
+from lmd.play.live import EngineOptions, LiveEngine
+from lmd.play.pace import Made, level_db, percentile
+from lmd.play.play_queue import Clock, SkippingClock, WallClock
+from lmd.play.sinks import NullSink
+from lmd.shapes import Wave
+from lmd.stream import Block, Streamer, StreamState
+
+LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
+
+
+def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Clock) -> dict:
+    """A stream by the clock; the aim: no underrun, and a queue never under a quarter."""
+    engine = LiveEngine(
+        instrument.streamer, NullSink(clock), controls, EngineOptions(limit_s=seconds)
+    )
+    _run(engine, seconds)
+    meters = engine.meters()
+    lowest = (meters.lowest_s or 0.0) / meters.target_s
+    return {"meters": asdict(meters), "lowest_queue_fraction": lowest}
+
+
+def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: int = 10) -> dict:
+    """A stream as fast as it goes, in parts: each one's memory, cost, loudness and brightness."""
+    streamer, process = instrument.streamer, psutil.Process()
+    rate = streamer.codec.sample_rate
+    guarded, parts, played = Guarded(streamer.start()), [], 0
+    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
+        for part in range(n_parts):
+            costs, levels, centroids = [], [], []
+            while played < (part + 1) * seconds * rate / n_parts:
+                began = time.process_time()
+                piece, guarded = guarded_step(streamer, guarded, controls)
+                costs.append(time.process_time() - began)
+                levels.append(level_db(piece.wave))
+                centroids.append(centroid_hz(piece.wave, rate))
+                played += piece.wave.shape[-1]
+                bar.update(round(played / rate) - bar.n)
+            parts.append(
+                {
+                    "minutes": played / rate / 60,
+                    "rss_mb": process.memory_info().rss / 2**20,
+                    "cpu_ms_p50": 1e3 * (percentile(costs, 50) or 0.0),
+                    "level_db": float(np.mean(levels)),
+                    "centroid_hz": float(np.mean(centroids)),
+                }
+            )
+    return {"parts": parts} | _slopes(parts)
+
+
+def _slopes(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Straight lines through the parts after the first, which warms up."""
+    later = parts[1:]
+    minutes = [part["minutes"] for part in later]
+    slope = {k: float(np.polyfit(minutes, [p[k] for p in later], 1)[0]) for k in later[0]}
+    half = len(later) // 2
+    first, second = (
+        float(np.median([p["cpu_ms_p50"] for p in some])) for some in (later[:half], later[half:])
+    )
+    return {
+        "rss_mb_per_minute": slope["rss_mb"],
+        "cost_second_half_to_first": second / first,
+        "level_db_per_minute": slope["level_db"],
+        "centroid_hz_per_minute": slope["centroid_hz"],
+    }
+
+
+def centroid_hz(wave: Wave, sample_rate: int) -> float:
+    """Where the middle of the power spectrum lies: brightness."""
+    power = np.abs(np.fft.rfft(wave[0, 0].numpy())) ** 2
+    freqs = np.fft.rfftfreq(wave.shape[-1], 1 / sample_rate)
+    return float((power * freqs).sum() / max(power.sum(), 1e-12))
+
+
+def latency(
+    instrument: Instrument, controls: Controls, n_changes: int, clock: Callable[[], Clock]
+) -> dict:
+    """Slider to sound with a queue of one block, for several block lengths."""
+    rows = {}
+    for block_frames in LATENCY_BLOCKS_FRAMES:
+        block_s = block_frames * _frame_s(instrument.streamer)
+        shaker = _Shaker(random.Random(block_frames), block_s, clock())
+        options = EngineOptions(queue_s=block_s, limit_s=(1.5 * n_changes + 10) * block_s)
+        start = Controls(**{**asdict(controls), "block_frames": block_frames})
+        engine = LiveEngine(instrument.streamer, NullSink(shaker), start, options)
+        shaker.engine = engine
+        _run(engine, options.limit_s or 0.0)
+        meters = engine.meters()
+        rows[str(block_frames)] = {
+            "block_ms": 1e3 * block_s,
+            "n_changes": meters.n_changes,
+            "p50_ms": meters.latency_p50_ms,
+            "p95_ms": meters.latency_p95_ms,
+            "rtf": meters.rtf,
+            "made_ms_p95": percentile([1e3 * m.made_s for m in engine.ledger.history], 95),
+            "underruns": meters.underruns,
+        }
+    return {"blocks": rows}
+
+
+class _Shaker:
+    """A clock that asks for another seed at random moments while it waits."""
+
+    def __init__(self, rng: random.Random, block_s: float, clock: Clock) -> None:
+        self.engine: LiveEngine | None = None
+        self._rng, self._block_s, self._clock = rng, block_s, clock
+        self._next_s, self._seed = clock.now() + 8 * block_s, 0
+
+    def now(self) -> float:
+        """The time; a change that is due is asked for first."""
+        now_s = self._clock.now()
+        if self.engine is not None and now_s >= self._next_s:
+            due_s, self._seed = self._next_s, self._seed + 1
+            self._next_s = now_s + self._rng.uniform(1, 2) * self._block_s
+            self.engine.desk.ask(due_s, seed=self._seed)
+        return now_s
+
+    def sleep(self, seconds: float, wake: Any) -> None:
+        """Wait no longer than to the next change."""
+        until_change_s = max(0.0, self._next_s - self._clock.now())
+        self._clock.sleep(min(seconds, until_change_s + 1e-4), wake)
+
+
+class _Stalling(Streamer):
+    """A streamer that sleeps before some blocks."""
+
+    def __init__(self, inner: Streamer, stalls_s: dict[int, float]) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._stalls_s = stalls_s
+
+    def step(self, state: StreamState, controls: Controls) -> tuple[Block, StreamState]:
+        """Sleep if told to, then the step itself."""
+        time.sleep(self._stalls_s.get(state.index, 0.0))
+        return super().step(state, controls)
+
+
+def stalls(instrument: Instrument, controls: Controls) -> dict:
+    """Stalls in real time, with a queue of one block: counts, silence, depth before and after."""
+    rows = {}
+    block_s = controls.block_frames * _frame_s(instrument.streamer)
+    for blocks in (0.5, 1.0, 3.0):
+        streamer = _Stalling(instrument.streamer, {8: blocks * block_s})
+        options = EngineOptions(queue_s=block_s, safety_s=0.15, limit_s=20 * block_s)
+        engine = LiveEngine(streamer, NullSink(), controls, options)
+        _run(engine, options.limit_s or 0.0)
+        history: list[Made] = list(engine.ledger.history)
+        rows[str(blocks)] = {
+            "underruns": engine.meters().underruns,
+            "silent_s": engine.meters().silent_s,
+            "stall_s": blocks * block_s,
+            "queued_before_ms": [1e3 * made.queued_s for made in history[5:8]],
+            "queued_after_ms": [1e3 * made.queued_s for made in history[10:13]],
+        }
+    return {"stalls": rows}
+
+
+def _frame_s(streamer: Streamer) -> float:
+    return streamer.codec.samples_per_frame / streamer.codec.sample_rate
+
+
+def _run(engine: LiveEngine, seconds: float) -> None:
+    """Play to the end behind a progress bar.
+
+    Raises:
+        RuntimeError: the engine failed.
+    """
+    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
+        engine.start()
+        while not engine.wait(1.0):
+            bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
+    engine.stop()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, with what it was measured on."""
+    instrument = open_instrument(args.source, preset_name=args.preset)
+    controls = Controls(
+        prompt="church organ, slow, minor", n_steps=args.steps, block_frames=args.block_frames
+    )
+    clock = SkippingClock if args.skip_waits else WallClock
+    if args.what == "paced":
+        result = paced(instrument, controls, args.seconds, clock())
+    elif args.what == "flat":
+        result = flat(instrument, controls, args.seconds)
+    elif args.what == "latency":
+        result = latency(instrument, controls, args.changes, clock)
+    else:
+        result = stalls(instrument, controls)
+    load = psutil.getloadavg()[0]
+    about = {"source": instrument.source, "preset": instrument.preset.name, "n_steps": args.steps}
+    about |= {"waits_skipped": args.skip_waits, "cores": psutil.cpu_count(), "load_at_end": load}
+    return {"what": args.what, **about, **result}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m lmd.play.soak", description=__doc__)
+    parser.add_argument("what", choices=("paced", "flat", "latency", "stalls"))
+    parser.add_argument("--seconds", type=float, default=600.0, help="of music (paced, flat)")
+    parser.add_argument("--changes", type=int, default=40, help="per block length (latency)")
+    parser.add_argument("--source", default="best")
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--block-frames", type=int, default=48)
+    parser.add_argument("--skip-waits", action="store_true", help="computing counts, waiting not")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args(argv)
+    try:
+        result = measure(args)
+    except LmdError as error:
+        print(f"lmd soak: {error}", file=sys.stderr)
+        return 2
+    write_atomic(args.json, (json.dumps(result, indent=2) + "\n").encode())
+    print(json.dumps({k: v for k, v in result.items() if k not in ("parts", "meters")}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""A take as a picture: what changed when, over the sound that it made."""
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from lmd.play.takes import Take
+from lmd.show import Samples, specplot
+
+
+def plot_take(take: Take, wave: Samples) -> Figure:
+    """Draw a take: the spectrogram, what changed when (dashed lines, labels), and blocks (ticks).
+
+    Args:
+        take: from `read_take`.
+        wave: its samples, from `play_again` or from a recording.
+    """
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(10, 4.6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    specplot(wave, take.header.sample_rate, top)
+    top.set(xlabel="", title="a take: sound, and the controls that made it")
+    starts_s = take.block_starts_s()
+    blocks = sorted(take.changes)
+    for row, name in enumerate(take.moving()):
+        values = [getattr(take.changes[block], name) for block in blocks]
+        heard: object = None
+        for block, value in zip(blocks, values, strict=True):
+            if value != heard:
+                label = _label(value)
+                bottom.plot(starts_s[block], row, "|", color="C0", markersize=9)
+                bottom.annotate(
+                    label,
+                    (starts_s[block], row),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                    parse_math=False,
+                    annotation_clip=True,
+                )
+                top.axvline(starts_s[block], color="white", alpha=0.5, lw=0.6, ls="--")
+            heard = value
+    bottom.set_yticks(range(len(take.moving())), take.moving())
+    bottom.set(xlabel="seconds", ylim=(-0.6, max(0.6, len(take.moving()) - 0.4)))
+    bottom.invert_yaxis()
+    for block, sample in take.underruns:
+        top.axvline(starts_s.get(block, sample / take.header.sample_rate), color="C1")
+    return figure
+
+
+def _label(value: object, longest: int = 28) -> str:
+    """A control's value in a few characters."""
+    if isinstance(value, tuple):
+        value = " + ".join(f"{weight:.2f} {text}" for text, weight in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"

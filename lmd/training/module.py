@@ -1,0 +1,248 @@
+"""Stage 1 under Lightning: a thin module that calls the losses, and what makes a run restartable.
+
+Step k of a run is a function of (options, k): its batch, noise, levels and dropout. A checkpoint
+therefore holds weights, their moving average, the optimizer and k, and a run that was killed goes
+on with the losses it would have had.
+
+Taught in notebook 02_outpaint.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lmd.config import Preset
+from lmd.dit import Condition, LiveModel
+from lmd.errors import LmdError
+from lmd.shapes import Latents
+from lmd.text import TextEncoder
+from lmd.training.curriculum import (
+    BaseOptions,
+    FinetuneOptions,
+    PerItem,
+    Rows,
+    StepPlan,
+    base_plan,
+    draw_kept,
+    draw_levels,
+    draw_noise,
+    drop_context,
+    finetune_plan,
+)
+from lmd.training.finetune import (
+    drop_text,
+    flow_loss,
+    outpaint_loss,
+    pack_blocks,
+    pack_copies,
+    packed_loss,
+)
+
+Stage = Literal["base", "finetune"]
+
+
+class Windows(NamedTuple):
+    """Rows of a batch: latents `[row, latent, frame]`, their captions, and where they are from."""
+
+    latents: Latents
+    prompts: list[str]
+    names: list[str]
+
+
+class WindowSource(Protocol):
+    """Where batches come from; the answer depends on the arguments alone."""
+
+    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
+        """The rows at these positions of the global batch of a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """A whole run.
+
+    Sources: betas, weight decay and clipping are those of arXiv 2605.22717's base pre-training and
+    ARC configs; the learning rate is higher because the model is 26 times smaller; warm-up,
+    constant rate and linear cool-down follow arXiv 2405.18392; the moving average is what is
+    shipped.
+    """
+
+    stage: Stage
+    n_steps: int
+    batch: int = 8  # rows of the global batch: all devices, all accumulated parts
+    accumulate: int = 1
+    seed: int = 0
+    lr: float = 5e-4
+    warmup_steps: int = 100
+    cooldown_share: float = 0.2  # of the steps, at the end
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    checkpointing: bool = False
+    base: BaseOptions = field(default_factory=BaseOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+
+    def plan(self, step: int) -> StepPlan:
+        """What step `step` does."""
+        if self.stage == "base":
+            return base_plan(self.base, self.seed, step)
+        return finetune_plan(self.finetune, self.seed, step)
+
+    def n_rows(self, plan: StepPlan) -> int:
+        """Rows of the global batch; a long window takes the place of several short ones."""
+        if self.stage == "finetune" or plan.n_frames <= self.base.window_frames:
+            return self.batch
+        fitting = max(1, self.batch * self.base.window_frames // plan.n_frames)
+        return 1 << (fitting.bit_length() - 1)  # a power of two divides among processes
+
+    def lr_factor(self, step: int) -> float:
+        """Warm-up, constant, linear cool-down to a twentieth."""
+        left = (self.n_steps - step) / max(1.0, self.cooldown_share * self.n_steps)
+        return min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
+
+
+def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> Rows:
+    """The rows of one part (process, accumulation) of a step's global batch.
+
+    Raises:
+        LmdError: the batch does not divide among the parts.
+    """
+    if options.batch % n_shards:
+        raise LmdError(
+            f"a global batch of {options.batch} rows for {n_shards} parts",
+            "a multiple (parts are processes × accumulation)",
+            "Change --batch, --devices or --accumulate.",
+        )
+    n = max(options.n_rows(options.plan(step)), n_shards)
+    each = n // n_shards
+    return Rows(options.seed, step, tuple(range(shard * each, (shard + 1) * each)), each * n_shards)
+
+
+def stage_loss(
+    model: LiveModel, clean: Latents, condition: Condition, options: TrainOptions, rows: Rows
+) -> PerItem:
+    """The loss of every row of a step, with everything that the step draws.
+
+    Args:
+        model: the transformer.
+        clean: windows of the step's length.
+        condition: their prompts and length, before dropout.
+        options: of the run.
+        rows: which rows these are.
+
+    Returns:
+        One loss per row.
+    """
+    plan, device, channels = options.plan(rows.step), clean.device, clean.shape[1]
+    stage = options.base if options.stage == "base" else options.finetune
+    condition = drop_text(condition, draw_kept(rows, "text dropout", stage.text_dropout))
+    n_levels_frames = plan.n_frames if plan.regime != "block-causal" else options.base.window_frames
+    t = draw_levels(stage.noise, rows, plan.n_targets, n_levels_frames).to(device)
+    if plan.regime is None:
+        noise = draw_noise(rows, channels, plan.n_frames).to(device)
+        return flow_loss(model, clean, noise, t[:, 0], condition)
+    clean = drop_context(clean, options.finetune, rows, plan.block_frames)
+    if plan.regime == "full":
+        noise = draw_noise(rows, channels, plan.n_frames).to(device)
+        return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
+    pack = pack_blocks if plan.regime == "block-causal" else pack_copies
+    packing = pack(plan.n_targets, plan.block_frames, options.finetune.context_frames)
+    noise = draw_noise(rows, plan.n_targets, channels, plan.block_frames).to(device)
+    return packed_loss(model, clean, noise, t, condition, packing).mean(dim=1)
+
+
+class StepBatches(IterableDataset):
+    """Micro-batches of one process, from the run's current step on."""
+
+    def __init__(self, module: "LiveTraining") -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        """All micro-batches of the run, also those before a restart."""
+        return self.module.options.n_steps * self.module.options.accumulate
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        module, options = self.module, self.module.options
+        n_shards = module.trainer.world_size * options.accumulate
+        for step in range(module.trainer.global_step, options.n_steps):
+            for part in range(options.accumulate):
+                shard = part * module.trainer.world_size + module.trainer.global_rank
+                rows = shard_rows(options, step, shard, n_shards)
+                n_frames = options.plan(step).n_frames
+                windows = module.source.windows(step, rows.positions, n_frames)
+                yield {"rows": rows, **windows._asdict()}
+
+
+class LiveTraining(L.LightningModule):
+    """Base or fine-tune, whichever the options say; every decision is made in pure functions."""
+
+    def __init__(
+        self,
+        model: LiveModel,
+        text: TextEncoder,
+        source: WindowSource,
+        preset: Preset,
+        options: TrainOptions,
+    ) -> None:
+        super().__init__()
+        self.model, self.options, self.preset = model, options, preset
+        self.text, self.source = text, source
+        model.dit.checkpointing = options.checkpointing
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.parts: list[Tensor] = []  # losses of the parts of a step under way
+        self.last_checkpoint = "none yet"
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches addressed by step; made after a checkpoint was restored."""
+        return DataLoader(StepBatches(self), batch_size=None)
+
+    def window_s(self, n_frames: int) -> float:
+        """The length that the model is told: of the base's window, or of the stream's."""
+        if self.options.stage == "finetune":
+            n_frames = self.preset.window.window_frames
+        return n_frames / self.preset.frame_rate_hz
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        """Mean loss of this process's rows."""
+        clean = batch["latents"]
+        tokens = self.text.encode(batch["prompts"]).to(self.device)
+        condition = self.model.condition(tokens, self.window_s(clean.shape[-1]))
+        loss = stage_loss(self.model, clean, condition, self.options, batch["rows"]).mean()
+        if not math.isfinite(loss.item()):
+            raise LmdError(
+                f"a loss of {loss.item()} at step {batch['rows'].step} on {batch['names']}",
+                "a finite loss",
+                f"Last good checkpoint: {self.last_checkpoint}. Lower --lr, or look at these rows.",
+            )
+        self.parts.append(loss.detach())
+        if len(self.parts) == self.options.accumulate:
+            mean = torch.stack(self.parts).mean()
+            self.parts = []
+            self.log("loss", mean, prog_bar=True, batch_size=len(clean), sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a warm-up, a constant rate and a cool-down."""
+        o = self.options
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay)
+        rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: o.lr_factor(step))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average, so that a checkpoint of this step holds both."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step
+        keep = min(self.options.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            pairs = zip(self.ema.parameters(), self.model.parameters(), strict=True)
+            averaged, present = map(list, zip(*pairs, strict=True))
+            torch._foreach_lerp_(averaged, present, 1 - keep)

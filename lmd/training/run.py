@@ -1,0 +1,212 @@
+"""`python -m lmd train base|finetune`: from command-line words to a trained, described model."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmd.checkpoint import build_model, load_strict, load_tensors, write_atomic
+from lmd.config import Preset, preset, to_dict
+from lmd.data.shards import LatentShards
+from lmd.dit import LiveModel
+from lmd.errors import LmdError
+from lmd.foreign import load_foreign
+from lmd.machine import machine_dict, tune_allocator
+from lmd.rng import derive_seed
+from lmd.text import build_text_encoder
+from lmd.training.card import model_card
+from lmd.training.curriculum import BaseOptions, FinetuneOptions, NoiseOptions
+from lmd.training.finetune import open_context_door
+from lmd.training.lora import add_lora
+from lmd.training.module import LiveTraining, Stage, TrainOptions
+from lmd.training.samples import Samples
+from lmd.training.trainer import Export, RunOptions, export_weights, fit
+from lmd.training.windows import LatentSource
+
+
+def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
+    """Add the arguments that both stages share."""
+    is_base = stage == "base"
+    add = parser.add_argument
+    add("--preset", default="small", help="tiny, small or paper")
+    add("--data", type=Path, default=Path("data/latents"), help="what `lmd data encode` wrote")
+    add("--out", type=Path, default=Path(f"runs/{stage}"), help="folder of the run; goes on there")
+    add("--steps", type=int, default=4000 if is_base else 2000)
+    add("--batch", type=int, default=8, help="windows per step over all processes")
+    add("--accumulate", type=int, default=1, help="parts that a process splits its rows into")
+    add("--lr", type=float, default=5e-4 if is_base else 2e-4)
+    add("--warmup", type=int, default=100, help="steps of rising learning rate")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights that are shipped")
+    add("--seed", type=int, default=0)
+    add("--devices", type=int, default=1, help="processes on each machine")
+    add("--num-nodes", type=int, default=1, help="machines (torchrun or SLURM)")
+    add("--strategy", choices=("ddp", "fsdp"), default="ddp")
+    add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    add("--precision", choices=("auto", "32", "bf16"), default="auto")
+    add("--checkpointing", action="store_true", help="less memory, a third more compute")
+    add("--checkpoint-every", type=int, default=200, help="steps")
+    add("--sample-every", type=int, default=0, help="steps between sounds and pictures; 0 = none")
+    add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
+    add(
+        "--init",
+        type=Path,
+        help="weights to start from, or a Stable Audio folder",
+    )
+    add("--noise", default="uniform", help="distribution of noise levels")
+    add("--text-dropout", type=float, default=0.1)
+    add("--no-progress", action="store_true")
+    if is_base:
+        add("--long-share", type=float, default=0.1, help="share of steps on 768 frames")
+    else:
+        add("--lora", type=int, default=0, metavar="RANK", help="train low-rank updates only")
+
+
+def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
+    """The run that the words describe."""
+    if args.steps < 1 or args.batch < 1 or args.accumulate < 1:
+        raise LmdError(
+            f"--steps {args.steps} --batch {args.batch} --accumulate {args.accumulate}",
+            "1 or more of each",
+            "Correct the numbers.",
+        )
+    noise = NoiseOptions(args.noise)
+    base = BaseOptions(text_dropout=args.text_dropout, noise=noise)
+    if stage == "base":
+        base = dataclasses.replace(base, long_share=args.long_share)
+    return TrainOptions(
+        stage=stage,
+        n_steps=args.steps,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        lr=args.lr,
+        warmup_steps=args.warmup,
+        ema=args.ema,
+        checkpointing=args.checkpointing,
+        base=base,
+        finetune=FinetuneOptions(text_dropout=args.text_dropout, noise=noise),
+    )
+
+
+def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> LiveModel:
+    """Fresh weights from the seed, or those of a file or of a foreign folder of the same sizes.
+
+    A base that is to be fine-tuned gets its context door opened, see `open_context_door`.
+
+    Raises:
+        LmdError: weights of another size.
+    """
+    torch.manual_seed(derive_seed(seed, "weights"))
+    model = build_model(sizes)
+    if init is None:
+        return model
+    if init.is_dir():
+        foreign = load_foreign(init)
+        load_strict(model, foreign.model.state_dict(), str(init))
+        opens = bool(foreign.fresh)
+    else:
+        tensors, header = load_tensors(init, "base", "finetuned", "arc")
+        load_strict(model, tensors, str(init))
+        opens = header.kind == "base"
+    return open_context_door(model) if opens and stage == "finetune" else model
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """Where and on what."""
+    return RunOptions(
+        out=args.out,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        precision=args.precision,
+        checkpoint_every=args.checkpoint_every,
+        accelerator=args.accelerator,
+        progress=not args.no_progress,
+    )
+
+
+def remember_options(out: Path, options: Any, args: argparse.Namespace) -> None:
+    """Write the run's options, or compare them with those it was begun with.
+
+    Raises:
+        LmdError: the folder holds a run with other options (a longer one is welcome).
+    """
+    path = out / "options.json"
+    present = json.loads(json.dumps({"preset": args.preset, **to_dict(options)}))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = {k for k in present if present[k] != before.get(k)} - {"n_steps", "n_updates"}
+        if other:
+            told = ", ".join(f"{k} {before.get(k)} → {present[k]}" for k in sorted(other))
+            raise LmdError(
+                f"a run in {out} that was begun with other options ({told})",
+                "the same options, or an empty folder",
+                "Give them again, or another --out.",
+            )
+    write_atomic(path, json.dumps(present, indent=1).encode())
+
+
+def command_of(stage: Stage, args: argparse.Namespace) -> str:
+    """The command that gives these arguments, defaults left out."""
+    parser = argparse.ArgumentParser()
+    configure(parser, stage)
+    words = ["python", "-m", "lmd", "train", stage]
+    for name, value in vars(args).items():
+        if value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def notes_of(stage: str, args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
+    """What a weights file says about its making."""
+    hours = sum(e.duration_s for e in data.entries if e.split == "train" and e.voice < 0) / 3600
+    return {
+        "command": command_of(stage, args),
+        "seed": args.seed,
+        "data": {
+            "hours": round(hours, 2),
+            "renditions": sum(e.split == "train" and e.voice < 0 for e in data.entries),
+            "latent_settings": {k: v for k, v in data.settings.items() if k != "silence"},
+        },
+        "hardware": machine_dict(),
+    }
+
+
+def train(stage: Stage, args: argparse.Namespace) -> int:
+    """Train, export, describe.
+
+    Raises:
+        LmdError: bad options, data or weights; a loss that is not finite.
+    """
+    tune_allocator()
+    options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
+    source = LatentSource(args.data, args.seed)
+    if source.shards.latent_dim != sizes.dit.latent_dim:
+        raise LmdError(
+            f"latents of {source.shards.latent_dim} channels in {args.data}",
+            f"{sizes.dit.latent_dim}, as preset {args.preset} has",
+            "Encode with that preset's codec, or choose the other preset.",
+        )
+    remember_options(run.out, options, args)
+    model = start_model(stage, sizes, args.init, args.seed)
+    if getattr(args, "lora", 0):
+        model = add_lora(model, args.lora)
+    text = build_text_encoder(sizes.text)
+    module = LiveTraining(model, text, source, sizes, options)
+    notes = notes_of(stage, args, source.shards)
+    callbacks = [Export(run.out, run.checkpoint_every, notes)]
+    if args.sample_every:
+        callbacks.append(Samples(run.out / "samples", args.sample_every, args.codec))
+    start = time.time()
+    trainer = fit(module, run, callbacks)
+    if trainer.is_global_zero:
+        path = export_weights(run.out, module, trainer.global_step, notes)
+        card = model_card(run.out, path)
+        write_atomic(path.with_suffix(".md"), card.encode())
+        print(f"{path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
+    return 0

@@ -1,0 +1,92 @@
+"""Sounds and pictures of a run, every so often: what the averaged weights play at that step."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import soundfile
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lmd.checkpoint import load_codec
+from lmd.codec import Codec
+from lmd.controls import Controls
+from lmd.dit import LiveModel
+from lmd.flow import Guidance, dpmpp_2m, schedule
+from lmd.rng import normal
+from lmd.shapes import Latents, Wave
+from lmd.stream import Streamer
+from lmd.training.module import LiveTraining
+
+N_STEPS = 16  # of the sampler
+STREAM_BLOCKS = 5
+
+
+@torch.no_grad()
+def sample_window(
+    model: LiveModel, tokens: torch.Tensor, n_frames: int, seconds: float, seed: int
+) -> Latents:
+    """One window from the base: noise to latents, every frame at once, no guidance.
+
+    Args:
+        model: the base.
+        tokens: prompt embeddings `[1, token, dim]`.
+        n_frames: window length.
+        seconds: the same in seconds.
+        seed: of the noise.
+    """
+    condition = model.condition(tokens, seconds)
+
+    def velocities(noisy: Latents, t: float) -> Guidance:
+        return Guidance(model(noisy, torch.full((1,), t), condition))
+
+    noise = normal((1, model.config.latent_dim, n_frames), seed, "sample")
+    return dpmpp_2m(velocities, noise, schedule(N_STEPS))
+
+
+def play_module(module: LiveTraining, codec: Codec, prompt: str, seed: int) -> Wave:
+    """What a run's averaged weights play now: a window of the base, or a stream from silence."""
+    model, preset = copy.deepcopy(module.ema).eval().cpu(), module.preset
+    if module.options.stage == "base":
+        n_frames = module.options.base.window_frames
+        tokens = module.text.encode([prompt])
+        latents = sample_window(model, tokens, n_frames, n_frames / preset.frame_rate_hz, seed)
+        return codec.decode(latents)
+    streamer = Streamer(model, codec, module.text, preset.window)
+    controls = Controls(prompt=prompt, seed=seed)
+    return torch.cat([b.wave for b in streamer.stream(controls, n_blocks=STREAM_BLOCKS)], dim=-1)
+
+
+class Samples(Callback):
+    """Write `step-….wav` and `step-….png` every `every` optimizer steps, from one fixed prompt."""
+
+    def __init__(self, folder: Path, every: int, codec: Path) -> None:
+        self.folder, self.every, self.codec = folder, every, load_codec(codec)
+        self.done = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
+        """The first process plays."""
+        step = trainer.global_step
+        if step == self.done or step % self.every or not trainer.is_global_zero:
+            return
+        self.done = step
+        prompt = module.source.windows(0, [0], module.options.base.window_frames).prompts[0]
+        wave = play_module(module, self.codec, prompt, module.options.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:07d}.wav"
+        soundfile.write(path, wave[0].T.clamp(-1, 1).numpy(), self.codec.sample_rate)
+        picture(wave, self.codec.sample_rate, path.with_suffix(".png"), prompt)
+
+
+def picture(wave: Wave, sample_rate: int, path: Path, title: str) -> None:
+    """A spectrogram as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from lmd.show import specplot
+
+    axes = specplot(wave[0], sample_rate)
+    axes.set_title(title, fontsize=8)
+    axes.figure.savefig(path, dpi=80)
+    matplotlib.pyplot.close(axes.figure)

@@ -1,0 +1,282 @@
+"""The machine around a run: precision, throughput, checkpoints, logs, and Lightning's Trainer."""
+
+import io
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import psutil
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+
+from lmd.checkpoint import save_checkpoint, write_atomic
+from lmd.config import DiTConfig
+from lmd.errors import LmdError
+from lmd.machine import describe_machine
+from lmd.training.curriculum import StepPlan
+from lmd.training.module import LiveTraining, TrainOptions
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+BF16_GAIN = 1.3  # how much faster bf16 products must be to be worth their rounding
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and on what a run runs.
+
+    Attributes:
+        out: the run's folder: checkpoints, logs, samples, weights.
+        devices: processes per node.
+        num_nodes: machines; start the same command on each with torchrun or SLURM.
+        strategy: `ddp` keeps whole copies, `fsdp` shards them (CUDA only).
+        precision: `32`, `bf16`, or `auto` for whichever computes faster here.
+        checkpoint_every: steps between checkpoints.
+        accelerator: Lightning's name: `auto`, `cpu`, `gpu`.
+        progress: whether to draw the bar.
+    """
+
+    out: Path
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    checkpoint_every: int = 200
+    accelerator: str = "auto"
+    progress: bool = True
+
+
+def product_rate(dtype: torch.dtype, width: int, seconds: float = 0.3) -> float:
+    """Floating-point operations per second of the transformer's feed-forward product.
+
+    The best of many, so that other programs on the machine do not flatter a run's utilisation.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(1920, width, device=device, dtype=dtype)
+    b = torch.randn(width, 8 * width, device=device, dtype=dtype)
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        float((a @ b)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.numel() * b.shape[1] / best
+
+
+def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
+    """`32` or `bf16`; `auto` takes bf16 where products are `BF16_GAIN` times as fast.
+
+    Several processes must agree, so there the hardware decides instead of the clock: bf16 on CUDA
+    and on CPUs with AMX.
+    """
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available() or n_processes > 1:
+        fast = torch.cuda.is_available() or describe_machine().amx
+        return "bf16" if fast else "32"
+    gain = product_rate(torch.bfloat16, width, 0.1) / product_rate(torch.float32, width, 0.1)
+    return "bf16" if gain >= BF16_GAIN else "32"
+
+
+def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int, context_frames: int) -> float:
+    """Floating-point operations of a training step: three times its forward products.
+
+    Counts the linear layers over frames and global tokens, attention scores and values over all
+    pairs of the pass, cross-attention's queries and outputs; leaves out text, norms and activation.
+    """
+    d, frames = config.width, plan.n_frames
+    if plan.regime == "block-causal":
+        frames = context_frames + (2 * plan.n_targets - 1) * plan.block_frames
+    elif plan.regime == "enc-dec":
+        frames = context_frames + plan.n_targets * plan.block_frames
+    tokens = frames + plan.n_targets
+    linear = tokens * config.depth * (4 + 2 + 3 * config.ff_mult) * d * d
+    attention = tokens * tokens * config.depth * 2 * d
+    return 3 * 2 * n_rows * (linear + attention)
+
+
+class Throughput(Callback):
+    """Frames taught per second, utilisation, memory and time left, in the bar and in the logs."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.since, self.first = rate, 0.0, 0
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Start the clock."""
+        self.since, self.first = time.perf_counter(), trainer.global_step
+        self.last = self.since
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: LiveTraining, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """After each optimizer step."""
+        o, now = module.options, time.perf_counter()
+        if (index + 1) % o.accumulate:
+            return
+        plan, rows = o.plan(batch["rows"].step), batch["rows"]
+        taught = plan.n_frames if plan.regime is None else plan.block_frames * plan.n_targets
+        flops = step_flops(module.preset.dit, plan, rows.n_global, o.finetune.context_frames)
+        done, took = trainer.global_step - self.first, now - self.last
+        left = (o.n_steps - trainer.global_step) * (now - self.since) / max(1, done)
+        self.last = now
+        module.log_dict(
+            {
+                "frames/s": taught * rows.n_global / took,
+                "mfu": flops / took / self.rate / trainer.world_size,
+                "GiB": psutil.Process().memory_info().rss / 2**30,
+                "ETA min": left / 60,
+            },
+            prog_bar=True,
+            batch_size=1,
+        )
+        module.log_dict(
+            {"seconds": now - self.since, "lr": trainer.optimizers[0].param_groups[0]["lr"]},
+            batch_size=1,
+        )
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint is there whole or not at all, whenever the process dies."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write beside the target, flush to disk, then rename."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(path, buffer.getvalue())
+
+
+class Export(Callback):
+    """The averaged weights as safetensors in the run's folder, at every checkpoint."""
+
+    def __init__(self, out: Path, every: int, notes: dict[str, Any]) -> None:
+        self.path, self.every, self.notes = out, every, notes
+        self.exported = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
+        """Every `every` optimizer steps."""
+        step = trainer.global_step
+        if step != self.exported and step and (step % self.every == 0):
+            self.export(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: LiveTraining) -> None:
+        """The final weights."""
+        if trainer.global_step != self.exported:
+            self.export(trainer, module)
+
+    def export(self, trainer: L.Trainer, module: LiveTraining) -> None:
+        """Write them (the first process does)."""
+        self.exported = trainer.global_step
+        if trainer.is_global_zero:
+            export_weights(self.path, module, self.exported, self.notes)
+
+
+def export_weights(out: Path, module: LiveTraining, step: int, notes: dict[str, Any]) -> Path:
+    """Write `base.safetensors` or `finetuned.safetensors`: float16, averaged, LoRA merged in."""
+    from lmd.training.lora import merged_state
+
+    kind = "base" if module.options.stage == "base" else "finetuned"
+    path = out / f"{kind}.safetensors"
+    save_checkpoint(
+        path,
+        merged_state(module.ema),
+        kind=kind,
+        config=module.preset,
+        notes={**notes, "steps": step},
+        stored="float16",
+    )
+    return path
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, newest last."""
+    return sorted((out / "checkpoints").glob("step=*.ckpt"))
+
+
+class Remember(ModelCheckpoint):
+    """Tells the module where its last good checkpoint is."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """A run that goes on has one from the start."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path:
+            pl_module.last_checkpoint = str(trainer.ckpt_path)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        trainer.lightning_module.last_checkpoint = filepath
+
+
+def build_trainer(
+    options: TrainOptions, run: RunOptions, width: int, callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
+    """Lightning's Trainer for a run: logs, checkpoints, clipping, precision, processes.
+
+    Raises:
+        LmdError: FSDP without CUDA.
+    """
+    n_processes = run.devices * run.num_nodes
+    precision = choose_precision(run.precision, width, n_processes)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(run.out)) else 0
+    logs = {"save_dir": run.out, "name": "logs", "version": f"from-{start:07d}"}
+    keep = Remember(
+        run.out / "checkpoints",
+        filename="{step:07d}",
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        every_n_train_steps=run.checkpoint_every,
+        save_on_train_epoch_end=False,
+    )
+    bar = [TQDMProgressBar(refresh_rate=1)] if run.progress else []
+    return L.Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=choose_strategy(run, n_processes),
+        precision=PRECISIONS[precision],
+        max_steps=options.n_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip_norm,
+        logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
+        log_every_n_steps=1,
+        callbacks=[Throughput(product_rate(dtype, width)), keep, *bar, *callbacks],
+        enable_progress_bar=run.progress,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+    )
+
+
+def choose_strategy(run: RunOptions, n_processes: int) -> Any:
+    """How processes share the work; a single one needs nothing."""
+    if run.strategy == "fsdp":
+        raise LmdError(
+            "--strategy fsdp",
+            "ddp",
+            "Sharding is not built: even the `paper` preset fits one GPU. Use ddp.",
+        )
+    if n_processes == 1:
+        return "auto"
+    backend = "nccl" if torch.cuda.is_available() and run.accelerator != "cpu" else "gloo"
+    return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
+
+
+def fit(module: LiveTraining, run: RunOptions, callbacks: Sequence[Callback] = ()) -> L.Trainer:
+    """Train, going on from the run's newest checkpoint if it has one."""
+    trainer = build_trainer(module.options, run, module.preset.dit.width, callbacks)
+    found = checkpoints(run.out)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", category=UserWarning, message=".*LeafSpec.*")
+        trainer.fit(module, ckpt_path=str(found[-1]) if found else None, weights_only=False)
+    return trainer

@@ -1,0 +1,91 @@
+"""Where training windows come from, and what a short run begins with, whatever there is."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lmd.checkpoint import build_model, load_model, read_header
+from lmd.config import Preset
+from lmd.data.latents import LatentWindows
+from lmd.data.scores import Split
+from lmd.data.shards import INDEX, LatentShards
+from lmd.dit import LiveModel
+from lmd.rng import derive_seed, normal
+from lmd.training.finetune import open_context_door
+from lmd.training.module import Windows, WindowSource
+
+LEAD_FRAMES = 24  # windows may begin a second before the sound, so that beginnings are learned
+SMOOTH_FRAMES = 9  # of the stand-in curves
+
+
+class LatentSource:
+    """Encoded latents as a `WindowSource`, for any window length."""
+
+    def __init__(self, folder: Path | str, seed: int, split: Split = "train") -> None:
+        self.shards, self.seed, self.split = LatentShards(folder), seed, split
+        self._by_length: dict[int, LatentWindows] = {}
+
+    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
+        """See `WindowSource`."""
+        if n_frames not in self._by_length:
+            self._by_length[n_frames] = LatentWindows(
+                self.shards, self.split, n_frames, self.seed, lead_frames=LEAD_FRAMES
+            )
+        batch = self._by_length[n_frames].batch(step, positions)
+        return Windows(batch["latents"], batch["caption"], batch["identity"])
+
+
+class StandInSource:
+    """Smooth random curves of unit power: something to learn from where there is no music."""
+
+    def __init__(self, latent_dim: int, seed: int) -> None:
+        self.latent_dim, self.seed = latent_dim, seed
+
+    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
+        """See `WindowSource`."""
+        shape = (self.latent_dim, n_frames + SMOOTH_FRAMES - 1)
+        steps = torch.stack([normal(shape, self.seed, "stand-in", step, p) for p in positions])
+        curves = F.avg_pool1d(steps, SMOOTH_FRAMES, 1) * SMOOTH_FRAMES**0.5
+        names = [f"stand-in {step}.{p}" for p in positions]
+        return Windows(curves, ["a smooth random curve"] * len(names), names)
+
+
+def open_windows(
+    folder: Path | str, sizes: Preset, seed: int, split: Split = "train"
+) -> tuple[WindowSource, str]:
+    """Encoded music if the folder has some of the preset's width, else stand-ins; and which.
+
+    A corpus too small to have that split gives what it has, and the line says so.
+
+    Returns:
+        The source, and one line that says what it is.
+    """
+    if (Path(folder) / INDEX).is_file():
+        source = LatentSource(folder, seed, split)
+        if source.shards.latent_dim == sizes.dit.latent_dim:
+            counts = Counter(entry.split for entry in source.shards.entries)
+            line = f"{counts[split]} {split} sounds in {Path(folder).name}"
+            if not counts[split]:  # a corpus of minutes has pieces of one split only
+                (used, n), *_ = counts.most_common()
+                source, line = LatentSource(folder, seed, used), f"{line}, so {n} of {used}"
+            return source, line
+    line = f"smooth random curves, not music (no latents of preset {sizes.name} in {folder})"
+    return StandInSource(sizes.dit.latent_dim, derive_seed(seed, split)), line
+
+
+def open_start(folder: Path | str, sizes: Preset, seed: int) -> tuple[LiveModel, str]:
+    """The shipped base of that preset with its context door open, else fresh weights; and which.
+
+    Returns:
+        The model, and one line that says what it is.
+    """
+    path = Path(folder) / "base.safetensors"
+    if path.is_file() and read_header(path).config == sizes:
+        about = f"the shipped base, {read_header(path).notes['steps']} steps"
+        return open_context_door(load_model(path)), about
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weights"))
+        return build_model(sizes).eval(), f"fresh weights (no base of preset {sizes.name})"
