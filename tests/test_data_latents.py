@@ -1,5 +1,7 @@
 """Latents: encoded, checked and repaired; windows that are arithmetic."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -8,11 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from lmd.__main__ import main
+from lmd.checkpoint import load_codec, save_checkpoint
+from lmd.config import OobleckConfig, SpectralCodecConfig, preset
+from lmd.data.codec_identity import DECODER_SIZES, encoder_sha256
 from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.data.encode import EncodeSettings, encode_corpus, encode_wave
 from lmd.data.latents import LatentDataModule, LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
+from lmd.oobleck import build_reference
+from lmd.spectral import SpectralCodec
 
 RATE, HOP, DIM = 22_050, 1024, 64
 
@@ -154,6 +162,76 @@ def test_a_codec_for_another_rate_is_refused(corpus: Corpus, tmp_path: Path) -> 
     codec.sample_rate = 44_100
     with pytest.raises(LmdError, match="44100"):
         encode_corpus(corpus, codec, tmp_path)
+
+
+def codec_parts(kind: str) -> tuple[OobleckConfig | SpectralCodecConfig, dict[str, torch.Tensor]]:
+    """Sizes and weights of a small codec."""
+    if kind == "spectral":
+        config = preset("tiny").codec
+        return config, SpectralCodec(config).state_dict()
+    config = OobleckConfig(latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4))
+    return config, build_reference(config).state_dict()
+
+
+@pytest.mark.parametrize("kind", ["spectral", "oobleck"])
+def test_latents_stay_at_home_when_only_the_decoder_changes(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "codec.safetensors"
+    config, tensors = codec_parts(kind)
+
+    def identity(**changed: torch.Tensor) -> str:
+        save_checkpoint(path, tensors | changed, kind="codec", config=config)
+        return encoder_sha256(path)
+
+    before = identity()
+    floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    assert {name.split(".")[0] for name in floats} == {"encoder", "decoder"}
+    for name in floats:
+        same = identity(**{name: tensors[name] + 1}) == before
+        assert same == name.startswith("decoder."), name
+    if kind == "spectral":
+        assert {"encoder.latent_mean", "encoder.latent_std"} <= set(floats)
+
+
+def test_every_size_that_changes_the_latents_changes_their_name(tmp_path: Path) -> None:
+    config, tensors = codec_parts("spectral")
+    wave = torch.randn(1, 1, 4 * config.samples_per_frame)
+
+    def made(**sizes: float) -> tuple[str, torch.Tensor]:
+        path = tmp_path / "codec.safetensors"
+        save_checkpoint(path, tensors, kind="codec", config=replace(config, **sizes))
+        return encoder_sha256(path), load_codec(path).encode(wave)
+
+    name, latents = made()
+    for sizes in ({"floor_db": -60.0}, {"n_linear": config.n_linear - 8}):
+        other_name, other_latents = made(**sizes)
+        assert other_name != name
+        assert not torch.equal(other_latents, latents)
+    same_name, same_latents = made(horizon_frames=8)
+    assert same_name == name
+    assert torch.equal(same_latents, latents)
+    assert set(DECODER_SIZES) < set(vars(config))
+
+
+def test_the_command_names_the_encoder_and_not_the_file(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "codec.safetensors", tmp_path / "latents"
+    config, tensors = codec_parts("spectral")
+    words = [
+        "data", "encode", "--data", str(corpus.folder), "--codec", str(path), "--out", str(out),
+        "--accelerator", "cpu", "--devices", "1",
+    ]  # fmt: skip
+
+    def encode_with(change: str) -> int:
+        changed = {change: tensors[change] + 1}
+        save_checkpoint(path, tensors | changed, kind="codec", config=config)
+        return main(words)
+
+    assert encode_with("decoder.level.bias") == 0
+    assert json.loads((out / "latents.json").read_text())["codec"] == encoder_sha256(path)
+    assert encode_with("decoder.norm.bias") == 0
+    assert encode_with("encoder.latent_mean") != 0
+    assert "another codec" in capsys.readouterr().err
 
 
 def test_latents_that_overflow_float16_stop_the_encoding(corpus: Corpus, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lmd.checkpoint import load_codec, write_atomic
 from lmd.codec import Codec
 from lmd.data.build import row_stem_caption
+from lmd.data.codec_identity import encoder_sha256
 from lmd.data.corpus import Corpus, Row
 from lmd.data.scores import DEFAULT_CACHE
 from lmd.data.shards import (
@@ -183,7 +184,7 @@ def encode_corpus(
         out: the folder to fill.
         how: stems or not, size of the shards.
         trainer: a Lightning trainer; its processes share the shards. None = one, on this device.
-        codec_id: names the codec, e.g. its checksum; another one is refused in the same folder.
+        codec_id: names what encodes (`encoder_sha256`); another one is refused in the same folder.
 
     Returns:
         Messages about shards that were torn and were made again.
@@ -298,7 +299,6 @@ def main(args: argparse.Namespace) -> int:
     """Encode a corpus and say what came out."""
     corpus = Corpus(args.data)
     codec = load_codec(args.codec)
-    digest = hashlib.sha256(args.codec.read_bytes()).hexdigest()
     devices = int(args.devices) if str(args.devices).isdigit() else args.devices
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     trainer = L.Trainer(
@@ -309,7 +309,7 @@ def main(args: argparse.Namespace) -> int:
         **QUIET,
     )
     how = EncodeSettings(args.stems, args.rows_per_shard, args.cache)
-    encode_corpus(corpus, codec, args.out, how, trainer, digest)
+    encode_corpus(corpus, codec, args.out, how, trainer, encoder_sha256(args.codec))
     if trainer.is_global_zero:
         table = pd.read_csv(args.out / INDEX)
         hours = table["duration_s"].sum() / 3600
