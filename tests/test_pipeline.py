@@ -10,8 +10,9 @@ import nbformat
 import pytest
 
 from lmd.errors import LmdError
-from lmd.pipeline.notebook import Log
+from lmd.pipeline.notebook import max_silence_s
 from lmd.pipeline.plan import RunOptions, plan
+from lmd.pipeline.progress import Log
 from lmd.pipeline.report import read_metrics
 from lmd.pipeline.run import run
 
@@ -166,6 +167,34 @@ def test_a_killed_kernel_is_a_failure_and_not_a_hang(
     write_notebook(project, "02_second", "import os\nos._exit(1)")
     assert run(project) == 1
     assert "the kernel died" in capsys.readouterr().err
+
+
+def test_a_silent_cell_ends_the_run_and_its_notebook_is_kept(
+    project: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMD_CELL_TIMEOUT_S", "4")
+    lively = "import time\nfor i in range(6):\n    time.sleep(1)\n    print(i)"  # longer than 4 s
+    write_notebook(project, "02_second", WRITE, lively, "\nprint('here')\ntime.sleep(600)")
+    assert run(project) == 1
+    err = capsys.readouterr().err
+    assert "02_second failed: In [5], `print('here')`: nothing heard of it for 4 s" in err
+    assert records(project)["02_second"]["seconds"] < 300
+    assert project.out is not None
+    executed = nbformat.read(project.out / "executed" / "02_second.ipynb", as_version=4)
+    assert [cell.metadata.papermill["status"] for cell in executed.cells[-2:]] == [
+        "completed",
+        "failed",
+    ]
+    assert executed.cells[-1].outputs[0].text == "here\n"
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMD_CELL_TIMEOUT_S", text)
+    with pytest.raises(LmdError, match=f"LMD_CELL_TIMEOUT_S={text}; expected seconds"):
+        max_silence_s()
 
 
 @pytest.mark.parametrize(

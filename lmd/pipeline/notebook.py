@@ -2,25 +2,28 @@
 
 papermill only warns about a parameter that a notebook does not have, and then runs at full size;
 here it is an error before anything runs. Its progress bar stands still while a cell works; here
-the line is redrawn, with the last thing that the notebook said.
+the line is redrawn, with the last thing that the notebook said. It waits for a silent cell for
+ever; here a cell that says nothing for `MAX_SILENCE_S` (or `LMD_CELL_TIMEOUT_S` seconds, from the
+environment) ends the run.
 """
 
 import ast
+import asyncio
+import math
 import os
-import re
 import shutil
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import papermill
 import zmq
 from nbclient.exceptions import DeadKernelError
+from nbclient.util import run_sync
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -28,6 +31,7 @@ from tqdm import tqdm
 from traitlets.config import Config
 
 from lmd.errors import LmdError
+from lmd.pipeline.progress import CellCount, Lines, Log, Ticker
 
 REQUIRED = ("output_dir", "seed", "preset")
 BAR = "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
@@ -35,118 +39,85 @@ KERNEL_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "TQDM_MININTERVAL": "2",  # a log is read, not watched
 }
+MAX_SILENCE_S = 1800.0  # of a cell; long ones show a progress bar, so they are not silent
+SILENCE_VARIABLE = "LMD_CELL_TIMEOUT_S"  # seconds instead of these, e.g. where CI runs
 ENCRYPTION = "auto" if zmq.has("curve") else "disabled"  # between this process and the kernel
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_NOISE = re.compile(r"^\s*$")
 
 
 class NotebookFailed(Exception):
-    """A cell raised, or the kernel died: which cell, which error."""
+    """A cell raised or fell silent, or the kernel died: which cell, which error."""
 
     def __init__(self, cell: str, error: str) -> None:
         self.cell, self.error = cell, error
         super().__init__(f"{cell}: {error}")
 
 
-class Log:
-    """A text file made of lines, though progress bars write over themselves.
+def max_silence_s() -> float:
+    """For how many seconds a cell may say nothing.
 
-    Text that a carriage return would overwrite is kept at most once per `interval_s`.
+    Raises:
+        LmdError: the environment variable is not a number of seconds.
+    """
+    text = os.environ.get(SILENCE_VARIABLE, "")
+    try:
+        seconds = float(text or MAX_SILENCE_S)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
+    return seconds
+
+
+class _Client(PapermillNotebookClient):
+    """papermill's client, but a cell may not be silent for ever.
+
+    A message can get lost between kernel and client: the kernel has long been idle, and the client
+    waits for its answer. The length of a cell has no limit, for training may take hours.
     """
 
-    def __init__(self, path: Path, interval_s: float = 5.0) -> None:
-        self.file: TextIO = path.open("w", encoding="utf-8")
-        self.interval_s = interval_s
-        self.last = ""  # the newest non-empty text, finished or not
-        self._pending = ""
-        self._shown_at = float("-inf")
+    def __init__(self, nb_man: Any, *, silence_s: float, **options: Any) -> None:
+        super().__init__(nb_man, **options)
+        self.silence_s, self.heard_at_s = silence_s, 0.0
 
-    def write(self, text: str) -> None:
-        """Add text as it comes, in pieces of any size."""
-        self._pending += _ESCAPES.sub("", text).replace("\r\n", "\n")
-        *complete, self._pending = re.split(r"(?<=[\r\n])", self._pending)
-        for piece in complete:
-            self._line(piece[:-1], final=piece.endswith("\n"))
-        if not _NOISE.match(self._pending):
-            self.last = self._pending.strip()
+    def process_message(self, *args: Any, **options: Any) -> Any:
+        """Every message is a sign of life."""
+        self.heard_at_s = time.monotonic()
+        return super().process_message(*args, **options)
 
-    def _line(self, line: str, final: bool) -> None:
-        if _NOISE.match(line):
-            return
-        self.last = line.strip()
-        now = time.monotonic()
-        if not final and now - self._shown_at < self.interval_s:
-            return
-        if not final:
-            self._shown_at = now
-        self.file.write(line.rstrip() + "\n")
-        self.file.flush()
+    async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
+        """Run one cell.
 
-    def flush(self) -> None:
-        """Nothing waits here but an unfinished line."""
-        self.file.flush()
+        Raises:
+            NotebookFailed: nothing was heard of it for `silence_s`.
+        """
+        number = self.code_cells_executed + 1
+        self.heard_at_s = time.monotonic()
+        work = asyncio.ensure_future(super().async_execute_cell(cell, cell_index, **options))
+        while not work.done():
+            left_s = self.heard_at_s + self.silence_s - time.monotonic()
+            if left_s <= 0:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                self.nb_man.cell_exception(cell, cell_index=cell_index)
+                raise NotebookFailed(
+                    _cell_name(number, cell.source),
+                    f"nothing heard of it for {self.silence_s:g} s "
+                    f"({SILENCE_VARIABLE} sets the limit)",
+                )
+            await asyncio.wait([work], timeout=left_s)
+        return work.result()
 
-    def close(self) -> None:
-        """Write what is left and close the file."""
-        self._line(self._pending, final=True)
-        self.file.close()
+    execute_cell = run_sync(async_execute_cell)  # the parent's is bound to the parent's
 
 
-def without_bar(text: str) -> str:
-    """A progress bar's text without the bar: `training: 50% 20/40 [00:02<00:02]`."""
-    return re.sub(r"\s+", " ", re.sub(r"\|[^|]*\|", " ", text))
-
-
-class _Ticker:
-    """Redraws a bar while a long cell works."""
-
-    def __init__(self, bar: tqdm, log: Log, interval_s: float) -> None:
-        self.bar, self.log, self.interval_s = bar, log, interval_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> "_Ticker":
-        self._thread.start()
-        return self
-
-    def _work(self) -> None:
-        while not self._stop.wait(self.interval_s):
-            self.bar.set_postfix_str(without_bar(self.log.last)[:60])  # redraws
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-class _Lines:
-    """Standard error where it is no terminal: a line for every redraw."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-class _CellCount:
-    """What papermill takes for its bar: it counts finished cells and nothing else.
-
-    (papermill itself would fill the bar when a notebook fails.)
-    """
-
-    n = 0
-
-    def __init__(self, bar: tqdm) -> None:
-        self.update = bar.update
-
-    def refresh(self) -> None: ...
-
-    def close(self) -> None: ...
+def _cell_name(number: int | None, source: str) -> str:
+    """A cell as a reader finds it: its number and its first line."""
+    first_line = next((line for line in source.splitlines() if line.strip()), "")
+    return f"In [{number}], `{first_line.strip()}`"
 
 
 class _LmdEngine(Engine):
-    """papermill's own client, with the caller's bar and an environment for the kernel."""
+    """The client above, with the caller's bar and an environment for the kernel."""
 
     @classmethod
     def execute_managed_notebook(
@@ -159,18 +130,19 @@ class _LmdEngine(Engine):
             mininterval=interval_s,
             ncols=shutil.get_terminal_size((120, 24)).columns,
             nrows=24,  # a terminal that does not know its size gets a line too
-            file=sys.stderr if sys.stderr.isatty() else _Lines(),
+            file=sys.stderr if sys.stderr.isatty() else Lines(),
         )
-        nb_man.pbar = _CellCount(bar)
-        client = PapermillNotebookClient(
+        nb_man.pbar = CellCount(bar)
+        client = _Client(
             nb_man,
+            silence_s=max_silence_s(),
             kernel_name=kernel_name,
             startup_timeout=60,
             stdout_file=log,
             stderr_file=log,
             config=Config(KernelManager={"transport_encryption": ENCRYPTION}),
         )
-        with bar, _Ticker(bar, log, interval_s):
+        with bar, Ticker(bar, log, interval_s):
             client.execute(env=os.environ | KERNEL_ENVIRONMENT)
 
 
@@ -247,7 +219,8 @@ def execute(
         interval_s: how often the progress line is redrawn.
 
     Raises:
-        NotebookFailed: a cell raised an error, or the kernel died.
+        NotebookFailed: a cell raised an error or was silent for too long, or the kernel died.
+        LmdError: `LMD_CELL_TIMEOUT_S` is not a number of seconds.
     """
     with closing(Log(log_path)) as log:
         _guarded(
@@ -271,10 +244,8 @@ def _guarded(target: Path, work: Callable[[], object]) -> None:
     try:
         work()
     except PapermillExecutionError as error:
-        first_line = next((s for s in error.source.splitlines() if s.strip()), "")
-        raise NotebookFailed(
-            f"In [{error.exec_count}], `{first_line.strip()}`", f"{error.ename}: {error.evalue}"
-        ) from error
+        cell = _cell_name(error.exec_count, error.source)
+        raise NotebookFailed(cell, f"{error.ename}: {error.evalue}") from error
     except DeadKernelError as error:
         raise NotebookFailed(
             f"the cell after the last finished one in {target.name}",
