@@ -2,6 +2,11 @@
 
 These are measures of sound, not of a score: overtones count as pitches (the third partial of every
 note is its fifth), so no value means much alone. Each is read against that of held-out music.
+
+How many notes sound at once is not among them. An estimate that takes the strongest pitch of a
+window with all its partials away, again and again, was held against the scores: windows of 4096
+samples, 20 s of each of 24 test renditions, one threshold set on 50 others. Its mean was 0.46 notes
+off, but it did not follow the truth (r = −0.2); the same number for all is 0.32 off.
 """
 
 from dataclasses import dataclass
