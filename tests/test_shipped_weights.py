@@ -1,0 +1,107 @@
+"""Every file of weights in the repository: what its card says, that it loads, and that it plays."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmd.checkpoint import load_bundle, load_codec, load_tensors, read_header
+from lmd.evaluation.recogniser import load_recogniser
+from lmd.flow import Guidance, dpmpp_2m, schedule
+from lmd.instrument import SHIPPED, open_instrument
+from lmd.rng import normal
+from lmd.shapes import Wave
+
+FILES = sorted(SHIPPED.glob("*.safetensors"))
+STREAMED = [path.stem for path in FILES if path.stem in ("finetuned", "arc")]
+MOST_BYTES, MOST_BYTES_TOGETHER = 40e6, 120e6
+PROMPT = "church organ, slow, minor"
+
+pytestmark = pytest.mark.skipif(not FILES, reason="no weights are shipped")
+
+
+def stated_sha256(card: Path) -> str:
+    """The digest in a model card's table."""
+    found = re.search(r"^\| SHA-256 of the tensors \| `([0-9a-f]{64})` \|$", card.read_text(), re.M)
+    assert found, f"no SHA-256 in {card.name}"
+    return found[1]
+
+
+def check_card(card: Path, weights: Path) -> None:
+    """The card states the digest of the weights, which `load_tensors` computes anew."""
+    _, header = load_tensors(weights)
+    assert stated_sha256(card) == header.sha256, f"{card.name} is of other weights"
+
+
+def level_db(wave: Wave) -> float:
+    """RMS in dB under full scale; everything must be finite."""
+    assert torch.isfinite(wave).all()
+    return float(10 * wave.square().mean().log10())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_card_states_the_hash_of_its_weights(path: Path, tmp_path: Path) -> None:
+    card, forged = path.with_suffix(".md"), tmp_path / "forged.md"
+    check_card(card, path)
+    assert read_header(path).kind == path.stem
+    stated = stated_sha256(card)
+    other = stated[:-1] + ("1" if stated[-1] == "0" else "0")
+    forged.write_text(card.read_text().replace(stated, other))
+    with pytest.raises(AssertionError, match="of other weights"):
+        check_card(forged, path)
+
+
+def test_the_weights_are_small_enough_for_a_repository() -> None:
+    sizes = {path.name: path.stat().st_size for path in FILES}
+    assert max(sizes.values()) <= MOST_BYTES, sizes
+    assert sum(sizes.values()) <= MOST_BYTES_TOGETHER, sizes
+
+
+def test_the_codec_gives_a_second_of_sound_back() -> None:
+    codec = load_codec(SHIPPED / "codec.safetensors")
+    n_samples = round(codec.sample_rate / codec.samples_per_frame) * codec.samples_per_frame
+    time_s = torch.arange(n_samples) / codec.sample_rate
+    wave = sum(torch.sin(2 * torch.pi * hz * time_s) for hz in (220.0, 277.2, 329.6))[None, None]
+    with torch.inference_mode():
+        heard = codec.decode(codec.encode(0.1 * wave))
+    assert heard.shape == wave.shape
+    # Pure tones are not its music; measured 3.3 dB.
+    assert abs(level_db(heard) - level_db(0.1 * wave)) < 6
+
+
+def test_the_recogniser_judges_a_window_of_sound() -> None:
+    recogniser, header = load_recogniser(SHIPPED / "recogniser.safetensors")
+    rate = recogniser.config.sample_rate
+    time_s = torch.arange(6 * rate) / rate  # its window is five seconds
+    heard = recogniser.listen(torch.sin(2 * torch.pi * 220 * time_s), rate)
+    assert int(heard.pitch_classes.mean(0).argmax()) == 9  # A
+    assert heard.family.shape[1] == len(header.config.families)
+    assert torch.allclose(heard.family.sum(1), torch.ones(len(heard.family)), atol=1e-5)
+    assert torch.isfinite(heard.embedding).all()
+
+
+@torch.inference_mode()
+def test_the_base_samples_a_window() -> None:
+    bundle = load_bundle(SHIPPED, "base")
+    n_frames = bundle.preset.window.block_frames
+    seconds = n_frames / bundle.preset.frame_rate_hz
+    condition = bundle.model.condition(bundle.text.encode([PROMPT]), seconds)
+    noise = normal((1, bundle.preset.dit.latent_dim, n_frames), 0, "shipped")
+    latents = dpmpp_2m(
+        lambda noisy, t: Guidance(bundle.model(noisy, torch.full((1,), t), condition)),
+        noise,
+        schedule(4),
+    )
+    assert not torch.allclose(latents, noise, atol=0.5)
+    assert -50 < level_db(bundle.codec.decode(latents)) < 0  # measured -22
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_a_live_model_streams_two_blocks_that_can_be_heard(kind: str) -> None:
+    instrument = open_instrument(kind)
+    controls = instrument.controls(PROMPT, n_steps=2)
+    blocks = list(instrument.streamer.stream(controls, n_blocks=2))
+    assert [block.latents.shape[-1] for block in blocks] == [controls.block_frames] * 2
+    for block in blocks:
+        assert -50 < level_db(block.wave) < 0  # measured -24 and -25
