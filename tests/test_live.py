@@ -17,7 +17,7 @@ from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualC
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.play.browser_sink import BrowserSink
-from lmd.play.desk import NAMES
+from lmd.play.desk import NAMES, ControlDesk
 from lmd.play.live import EngineOptions, LiveEngine
 from lmd.play.pace import Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
@@ -414,6 +414,42 @@ def test_a_recording_holds_what_was_made_while_it_ran(tmp_path: Path) -> None:
     assert 15 < samples.size / rate < 25
 
 
+def test_nothing_can_be_recorded_after_the_end(tmp_path: Path) -> None:
+    engine = LiveEngine(FakeStreamer(), NullSink(VirtualClock()), options=EngineOptions(limit_s=2))
+    engine.record(tmp_path / "whole.wav")
+    engine.run()
+    assert engine.stop_recording() is None  # finished with the stream
+    assert soundfile.info(tmp_path / "whole.wav").duration >= 2
+    with pytest.raises(LmdError, match="a stream that has ended"):
+        engine.record(tmp_path / "late.wav")
+    assert not (tmp_path / "late.wav").exists()
+
+
+def test_an_encoder_that_breaks_is_told_and_the_next_text_is_encoded() -> None:
+    told: list[str] = []
+    heard = threading.Event()
+
+    def encode(texts: tuple[str, ...]) -> None:
+        if texts == ("bad",):
+            raise RuntimeError("no memory left")
+        heard.set()
+
+    streamer = FakeStreamer()
+    desk = ControlDesk(Controls(prompt="organ"), streamer.window, encode, told.append)
+    desk.warm()
+    heard.clear()
+    desk.ask(0.0, prompt="bad")
+    desk.ask(0.0, seed=1)
+    wait_until = time.monotonic() + 20
+    while not told and time.monotonic() < wait_until:
+        time.sleep(0.01)
+    assert told == ["RuntimeError: no memory left"]
+    assert desk.asked() == Controls(prompt="organ", seed=1)
+    desk.ask(0.0, prompt="good")
+    assert heard.wait(20)
+    desk.close()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -566,6 +602,18 @@ def test_nonsense_from_a_page_is_ignored(message: dict) -> None:
     sink.write(np.zeros((1, 1000), np.float32))
     sink.on_report(message)
     assert sink.queued_s() == 1000 / SAMPLE_RATE
+
+
+def test_a_report_of_the_last_take_does_not_count_for_the_next_one() -> None:
+    late = {"epoch": 3, "heard": 5000, "silent": 0, "underruns": 2, "lowest": 0}
+    sink = BrowserSink(lambda message, buffers: None, VirtualClock())
+    sink.epoch = 3  # as the player hands it on
+    sink.on_report(late)  # the page still plays the last take
+    sink.open(SAMPLE_RATE, 1)
+    sink.on_report(late)
+    sink.write(np.zeros((1, 1000), np.float32))
+    assert sink.queued_s() == 1000 / SAMPLE_RATE
+    assert sink.report().underruns == 0
 
 
 def test_percentiles_are_values_that_occurred() -> None:

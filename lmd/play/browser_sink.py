@@ -32,6 +32,7 @@ class BrowserSink:
         self._send, self._patience_s = send, patience_s
         self._lock = threading.Lock()
         self.epoch = 0  # counts openings: reports of an earlier one are ignored
+        self.sample_rate = 0  # until it is opened
         self._running, self._written, self._report = False, 0, SinkReport()
         self._reported_at: float | None = None
 
@@ -57,13 +58,13 @@ class BrowserSink:
 
     def on_report(self, message: dict[str, Any]) -> None:
         """Take in what the worklet says of itself (see `player_audio.js`)."""
-        if message.get("epoch") != self.epoch:
-            return
         numbers = [message.get(k) for k in ("heard", "silent", "underruns", "lowest")]
         if not all(isinstance(x, int | float) and 0 <= x < 2**53 for x in numbers):
             return
         heard, silent, underruns, lowest = (int(x) for x in numbers)
-        with self._lock:
+        with self._lock:  # `open` may be counting on at this moment
+            if message.get("epoch") != self.epoch or not self.sample_rate:
+                return
             self._report = SinkReport(heard, silent, underruns, lowest / self.sample_rate)
             self._reported_at = self.clock.now()
 

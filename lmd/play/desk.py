@@ -170,10 +170,6 @@ class ControlDesk:
                 self._asked = replace(self._asked, forget_frames=0)
             return taken, heard
 
-    def upcoming(self) -> Controls:
-        """What the next `take` would be made with, as far as pacing is concerned."""
-        return self._asked
-
     def close(self) -> None:
         """Let the encoding thread end."""
         self._letters.put(None)
@@ -200,9 +196,10 @@ class ControlDesk:
                 continue  # asked and taken back while another text was being encoded
             try:
                 self._encode(texts)
-            except LmdError as error:
+            except Exception as error:  # whatever it is, later prompts must still be encoded
                 self._give_up(texts)
-                self._refused(str(error))
+                told = isinstance(error, LmdError)
+                self._refused(str(error) if told else f"{type(error).__name__}: {error}")
             else:
                 with self._lock:
                     self._remember(texts)

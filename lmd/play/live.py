@@ -13,6 +13,7 @@ clock never stopped, depth and latency are what they were.
 Taught in notebook 04_play.
 """
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -37,7 +38,7 @@ from lmd.play.pace import (
     level_db,
 )
 from lmd.play.play_queue import Sink, SinkReport
-from lmd.play.sinks import AudioFile
+from lmd.play.recorder import Recorder
 from lmd.play.takes import TakeWriter
 from lmd.rng import derive_seed
 from lmd.stream import Streamer
@@ -77,13 +78,15 @@ class LiveEngine:
         self.options = EngineOptions() if options is None else options
         self._take, self.on_event = take, on_event or (lambda event: None)
         self.desk = ControlDesk(
-            controls or Controls(), streamer.window, streamer.text.encode, self._text_refused
+            controls or Controls(),
+            streamer.window,
+            streamer.text.encode,
+            refused=lambda message: self._trouble("refused", message),
         )
-        self._lock = threading.Lock()
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.ledger, self._steps_cap = Ledger(), MAX_LIVE_STEPS
-        self._recorder: AudioFile | None = None
+        self._recorder = Recorder()
         self._n_blocks = self._n_samples = self._seen_underruns = 0
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self.failure: BaseException | None = None
@@ -158,23 +161,14 @@ class LiveEngine:
         """Also write what is made from now on to a wav or flac file.
 
         Raises:
-            LmdError: see `AudioFile`; or a recording is under way.
+            LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
         """
-        with self._lock:
-            if self._recorder is not None:
-                raise LmdError("a recording under way", "none", "Stop it first.")
-            codec = self.streamer.codec
-            self._recorder = AudioFile(path, codec.sample_rate, codec.channels)
-            return self._recorder.path
+        codec = self.streamer.codec
+        return self._recorder.start(path, codec.sample_rate, codec.channels)
 
     def stop_recording(self) -> Path | None:
         """Finish the recording, if there is one; its path."""
-        with self._lock:
-            recorder, self._recorder = self._recorder, None
-        if recorder is None:
-            return None
-        recorder.close()
-        return recorder.path
+        return self._recorder.stop()
 
     def meters(self) -> Meters:
         """Where the stream is and how it keeps up."""
@@ -208,11 +202,10 @@ class LiveEngine:
             self._error = f"{type(failure).__name__}: {failure}"
             self._set_state("failed")
         finally:
-            self.desk.close()
-            self.stop_recording()
-            self.sink.close()
-            if self._take is not None:
-                self._take.close()
+            with contextlib.ExitStack() as ends:  # all of them, though one should fail
+                for part in (self._take, self.sink, self._recorder, self.desk):
+                    if part is not None:
+                        ends.callback(part.close)
 
     def _loop(self) -> None:
         clock = self.sink.clock
@@ -293,13 +286,12 @@ class LiveEngine:
             self.on_event(event)
 
     def _made(self, piece: Piece, controls: Controls, made_s: float, queued_s: float) -> Made:
-        codec, block = self.streamer.codec, piece.block
-        n_samples = piece.wave.shape[-1]
+        block = piece.block
         return Made(
             number=self._n_blocks,
             first_sample=self._n_samples,
-            n_samples=n_samples,
-            length_s=controls.block_frames * codec.samples_per_frame / codec.sample_rate,
+            n_samples=piece.wave.shape[-1],
+            length_s=self._block_s(controls),
             controls=controls,
             made_s=made_s,
             dit_ms=block.dit_ms if block else 0.0,
@@ -311,10 +303,8 @@ class LiveEngine:
         )
 
     def _hand_over(self, piece: Piece) -> None:
-        samples = piece.wave[0].detach().cpu().float().numpy()
-        with self._lock:
-            if self._recorder is not None:
-                self._recorder.write(samples)
+        samples = piece.wave[0].numpy()
+        self._recorder.write(samples)
         self.sink.write(samples)
 
     def _promise(self, change: Change, made: Made) -> Promise:
@@ -353,9 +343,6 @@ class LiveEngine:
     def _trouble(self, kind: str, message: str) -> None:
         self._error = message
         self.on_event(Trouble(kind, message))
-
-    def _text_refused(self, message: str) -> None:
-        self._trouble("refused", message)
 
     def _set_state(self, state: str) -> None:
         self._state = state

@@ -282,18 +282,16 @@ class Player {
     this.midiLearn = !this.midiLearn;
     this.buttons.midi.setAttribute("aria-pressed", String(this.midiLearn));
     if (!this.midiLearn) return;
-    if (!navigator.requestMIDIAccess) {
-      this.notes.textContent = "This browser has no WebMIDI (Chrome and Edge have).";
+    try {
+      if (!navigator.requestMIDIAccess) throw new Error("this browser has no WebMIDI (Chrome and Edge have)");
+      this.midi ??= await navigator.requestMIDIAccess();
+    } catch (error) {
+      this.notes.textContent = `No MIDI: ${error.message}.`;
       this.midiLearn = false;
       this.buttons.midi.setAttribute("aria-pressed", "false");
       return;
     }
-    try {
-      this.midi ??= await navigator.requestMIDIAccess();
-    } catch (error) {
-      this.notes.textContent = `MIDI was not permitted: ${error.message}`;
-      return;
-    }
+    if (this.closed) return;
     const attach = () => {
       for (const port of this.midi.inputs.values()) port.onmidimessage = ({ data }) => this.onMidi(data);
     };
@@ -322,6 +320,7 @@ class Player {
     this.model.off("msg:custom", this.onMessage);
     this.model.off("change", this.onChange);
     document.removeEventListener("visibilitychange", this.onWake);
+    if (this.midi) this.midi.onstatechange = null; // else a device plugged in later would attach again
     for (const port of this.midi?.inputs.values() ?? []) port.onmidimessage = null;
     this.silence();
   }

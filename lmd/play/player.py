@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import anywidget
 import traitlets
 from tqdm import tqdm
 
-from lmd.controls import Controls, Prompt
+from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.instrument import Instrument
 from lmd.play.browser_sink import BrowserSink
@@ -35,9 +34,9 @@ from lmd.play.player_fields import (
     PACING_NAMES,
     PROMPTS,
     fields_for,
-    mixed,
     trait_values,
 )
+from lmd.play.player_traits import PlayerTraits
 from lmd.play.sinks import NullSink, SoundCardSink
 from lmd.play.takes import TakeHeader, TakeWriter, header_of
 
@@ -47,7 +46,7 @@ SINKS = ("browser", "null", "soundcard")
 METERS_EVERY_S = 0.5
 
 
-class LivePlayer(anywidget.AnyWidget):
+class LivePlayer(PlayerTraits):
     """A stream with sliders, meters and a picture.
 
     Args:
@@ -63,37 +62,6 @@ class LivePlayer(anywidget.AnyWidget):
 
     _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     _css = (HERE / "player.css").read_text(encoding="utf-8")
-
-    # what the page needs to know once
-    fields = traitlets.List().tag(sync=True)
-    prompt_choices = traitlets.List().tag(sync=True)
-    sample_rate = traitlets.Int().tag(sync=True)
-    channels = traitlets.Int().tag(sync=True)
-    sink = traitlets.Unicode().tag(sync=True)
-    instrument = traitlets.Unicode().tag(sync=True)
-    # the controls
-    prompt_a = traitlets.Unicode().tag(sync=True)
-    prompt_b = traitlets.Unicode().tag(sync=True)
-    mix = traitlets.Float(0.0, min=0, max=1).tag(sync=True)
-    cfg_scale = traitlets.Float(1.0).tag(sync=True)
-    n_steps = traitlets.Int(8).tag(sync=True)
-    sampler = traitlets.Unicode("pingpong").tag(sync=True)
-    regime = traitlets.Unicode("block-causal").tag(sync=True)
-    block_frames = traitlets.Int(48).tag(sync=True)
-    seed = traitlets.Int(0).tag(sync=True)
-    seam = traitlets.Unicode("exact").tag(sync=True)
-    forget_frames = traitlets.Int(96, min=0).tag(sync=True)  # how much `forget()` forgets
-    roll_seed = traitlets.Bool(False).tag(sync=True)
-    auto_steps = traitlets.Bool(False).tag(sync=True)
-    queue_blocks = traitlets.Float(2.0, min=1, max=8).tag(sync=True)
-    volume = traitlets.Float(0.9, min=0, max=1).tag(sync=True)
-    midi_map = traitlets.Dict().tag(sync=True)
-    # what is going on
-    state = traitlets.Unicode("new").tag(sync=True)
-    message = traitlets.Unicode("").tag(sync=True)
-    recording = traitlets.Unicode("").tag(sync=True)
-    take_path = traitlets.Unicode("").tag(sync=True)
-    meters = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -131,17 +99,6 @@ class LivePlayer(anywidget.AnyWidget):
         self.observe(self._on_pacing, names=[*PACING_NAMES, "block_frames"])
 
     # --- for notebooks ---------------------------------------------------------------------
-
-    @property
-    def prompt(self) -> Prompt:
-        """The two texts and the mix as one prompt."""
-        return mixed(self.prompt_a, self.prompt_b, self.mix)
-
-    def controls(self, **changes: Any) -> Controls:
-        """The traits as `Controls`, some of them replaced."""
-        values = {name: getattr(self, name) for name in CONTROL_NAMES} | changes
-        prompt = mixed(values.pop("prompt_a"), values.pop("prompt_b"), values.pop("mix"))
-        return Controls(prompt=prompt, **values)
 
     def ask(self, name: str, value: Any, request: int = 0) -> bool:
         """Set a control as the panel does; a wrong value is refused with `message`.
