@@ -18,7 +18,7 @@ from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.data.instruments import FAMILIES
 from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
-from lmd.evaluation.command import configure, main
+from lmd.evaluation.command import configure, main, planned
 from lmd.evaluation.generation import (
     METHODS,
     Budget,
@@ -192,7 +192,7 @@ def test_weights_that_are_missing_are_named_not_invented(
     assert run(world, tmp_path / "out", "--weights", str(tmp_path)) == 0
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result["rows"] == []
-    assert result["not_measured"] == [f"{k}: no such weights" for k in ("arc", "base", "finetuned")]
+    assert result["not_measured"] == [f"{k}: no such weights" for k in ("arc", "finetuned")]
     assert all(aim["met"] is None for aim in result["aims"])
 
 
@@ -533,3 +533,21 @@ def test_the_notebooks_distance_is_the_packages() -> None:
 def test_the_pieces_of_the_small_corpus_are_held_out() -> None:
     for split, names in PIECES.items():
         assert [cached_piece(name).split for name in names] == [split] * len(names)
+
+
+def test_what_no_time_is_left_for_is_named(world: argparse.Namespace, tmp_path: Path) -> None:
+    words = ("--random", "tiny", "--methods", "BC", "--parts", tmp_path / "parts", "--minutes", "0")
+    assert run(world, tmp_path / "out", *words) == 0
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    told = [text for text in result["not_measured"] if "no time left" in text]
+    assert result["rows"] == result["drift"] == []
+    units = ("1 steps, from silence", "long streams")
+    assert told == [f"BC, {unit}: no time left (--minutes 0)" for unit in units]
+
+
+def test_the_telling_rows_come_first_and_the_naive_ones_last() -> None:
+    units = [str(unit) for unit in planned([(m, "0") for m in METHODS], Budget())]
+    assert len(units) == 5 * 4 * 2 + 4
+    assert units[0] == "ED, 8 steps, from silence"
+    assert units.index("BC, long streams") < units.index("BC, 8 steps, primed")
+    assert units[-1] == "naive, 50 steps, primed"

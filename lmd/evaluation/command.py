@@ -2,13 +2,16 @@
 
     python -m lmd evaluate --quick
     python -m lmd evaluate --out outputs/published
+    python -m lmd evaluate --minutes 30    what can be had in that time, the telling rows first
 
 Every finished unit is kept under --parts: a run that was stopped goes on where it was, and weights
-that arrive later add their rows. Rows whose weights are missing are named, not invented.
+that arrive later add their rows. What is missing is named, not invented.
 """
 
 import argparse
-from dataclasses import asdict
+import math
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--budget", choices=sorted(BUDGETS), default="full", help="how much is generated")
     add("--methods", nargs="+", choices=[m.name for m in METHODS], help="only these")
     add("--cfg-scale", type=float, default=1.0, help="guidance of weights that are not ARC-Forced")
+    add("--minutes", type=float, help="begin no further row or stream after these")
     add("--random", default="", metavar="PRESET", help="random weights: tests the machinery")
     add("--threads", type=int, help="of torch")
 
@@ -45,6 +49,8 @@ def main(args: argparse.Namespace) -> int:
     """Measure everything there are weights for; write JSON, tables and figures."""
     if args.threads is not None and args.threads < 1:
         raise LmdError(f"--threads {args.threads}", "at least 1", "Raise it.")
+    if args.minutes is not None and not args.minutes >= 0:
+        raise LmdError(f"--minutes {args.minutes}", "0 or more", "Raise it.")
     if args.threads:
         torch.set_num_threads(args.threads)
     tune_allocator()
@@ -58,36 +64,43 @@ def main(args: argparse.Namespace) -> int:
     name = "quick" if args.quick else args.budget
     evaluation = Evaluation(sources, BUDGETS[name], args.cfg_scale)
     chosen = [m for m in METHODS if not args.methods or m.name in args.methods]
-    result = {"budget": {"name": name, **asdict(BUDGETS[name])}, **evaluate(evaluation, chosen)}
+    measured = evaluate(evaluation, chosen, args.minutes)
+    result = {"budget": {"name": name, **asdict(BUDGETS[name])}, **measured}
     print(write_report(result, args.out))
     return 0
 
 
-def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
+def evaluate(
+    evaluation: Evaluation, methods: list[Method], minutes: float | None = None
+) -> dict[str, Any]:
     """Everything as plain values, ready for JSON.
 
     Args:
         evaluation: where things are and how much is made.
         methods: which methods to measure; those without weights are listed in `not_measured`.
+        minutes: rows and long streams that would begin later are listed there too; None: all.
     """
-    budget = evaluation.budget
-    reference = evaluation.reference
-    anchors = anchor_rows(evaluation.anchors(), evaluation.truths, reference)
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    anchors = anchor_rows(evaluation.anchors(), evaluation.truths, evaluation.reference)
     present = [(m, evaluation.source(m.weights)[1]) for m in methods]
     absent = [
         f"{kind}: no such weights" for kind in sorted({m.weights for m, x in present if not x})
     ]
     absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
     present = [(m, sha256) for m, sha256 in present if sha256]
-    rows = [
-        evaluation.row(method, n_steps, primed, sha256)
-        for method, sha256, n_steps, primed in tqdm(_planned(present, budget), desc="rows")
-    ]
-    drifting, fading = [], []
-    for method, sha256 in tqdm([p for p in present if p[0].name != "naive"], desc="long streams"):
-        measured = drift_rows(evaluation.drift(method, sha256), BIN_S)
-        drifting.append({"method": method.name, "n_steps": budget.drift_steps, **measured})
-        fading.append(evaluation.fade(method, sha256))
+    rows, drifting, fading = [], [], []
+    for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
+        if time.monotonic() > until:
+            absent.append(f"{unit}: no time left (--minutes {minutes:g})")
+        elif unit.n_steps is None:
+            method, n_steps = unit.method, evaluation.budget.drift_steps
+            measured = drift_rows(evaluation.drift(method, unit.sha256), BIN_S)
+            drifting.append({"method": method.name, "n_steps": n_steps, **measured})
+            fading.append(evaluation.fade(method, unit.sha256))
+        else:
+            rows.append(evaluation.row(unit.method, unit.n_steps, unit.primed, unit.sha256))
+    order = [method.name for method in METHODS]
+    rows.sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
     return {
         "machine": machine_dict(),
         "recogniser": {
@@ -97,7 +110,7 @@ def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
         },
         "random_weights": bool(evaluation.sources.random),
         "not_measured": absent,
-        "reference_windows": reference.windows,
+        "reference_windows": evaluation.reference.windows,
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,
         "rows": rows,
@@ -107,13 +120,36 @@ def evaluate(evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
     }
 
 
-def _planned(
-    present: list[tuple[Method, str]], budget: Budget
-) -> list[tuple[Method, str, int, bool]]:
-    """The lines to measure, weights by weights so that each is read once."""
-    return [
-        (method, sha256, n_steps, primed)
-        for method, sha256 in present
-        for n_steps in (budget.naive_steps if method.name == "naive" else budget.steps)
-        for primed in ((False, True) if budget.primed else (False,))
-    ]
+@dataclass(frozen=True)
+class Unit:
+    """A row of the table, or a method's long streams (`n_steps` is None)."""
+
+    method: Method
+    sha256: str
+    n_steps: int | None
+    primed: bool
+
+    def __str__(self) -> str:
+        if self.n_steps is None:
+            return f"{self.method.name}, long streams"
+        begins = "primed" if self.primed else "from silence"
+        return f"{self.method.name}, {self.n_steps} steps, {begins}"
+
+
+def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:
+    """What to measure, the most telling first.
+
+    Few steps from silence, then long streams, then from real music, then many steps; the naive
+    method, which is slow, last of each.
+    """
+    units = []
+    for method, sha256 in present:
+        is_naive = method.name == "naive"
+        for n_steps in budget.naive_steps if is_naive else budget.steps:
+            slow = n_steps > budget.drift_steps
+            for primed in (False, True) if budget.primed else (False,):
+                place = (2 if slow else 1.5 if primed else 0, is_naive, primed)
+                units.append((place, Unit(method, sha256, n_steps, primed)))
+        if not is_naive:
+            units.append(((1, False, False), Unit(method, sha256, None, False)))
+    return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
