@@ -24,13 +24,14 @@ from lmd.arc.plan import (
     plan_update,
     play_trial,
 )
-from lmd.arc.train import RunOptions, fit
+from lmd.arc.train import fit
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.text import HashTextEncoder
 from lmd.training.curriculum import Rows
+from lmd.training.trainer import RunOptions
 from lmd.training.windows import LatentSource
 
 HERE = Path(__file__).parent

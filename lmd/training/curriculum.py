@@ -108,6 +108,11 @@ class StepPlan:
     block_frames: int = 0
     n_targets: int = 1
 
+    @property
+    def taught_frames(self) -> int:
+        """Frames of one window that the loss looks at."""
+        return self.n_frames if self.regime is None else self.block_frames * self.n_targets
+
 
 def pick(options: tuple[tuple[Any, float], ...], u: float) -> Any:
     """The option at which the running sum of shares passes `u` times their total."""

@@ -6,6 +6,7 @@ The input-add projection is trained whole: a base has never used it.
 from torch import Tensor, nn
 
 from lmd.dit import LiveModel
+from lmd.training.sharding import whole_state
 
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out", "to_gated")
 ADAPTER = "default"
@@ -24,14 +25,18 @@ def add_lora(model: LiveModel, rank: int) -> LiveModel:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under their ordinary names, low-rank updates added in; the model stays as is."""
+    """The weights under their ordinary names, low-rank updates added in; the model stays as is.
+
+    Where the model is sharded, every process has to ask.
+    """
+    whole = whole_state(model)
     state = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in whole.items()
         if ".lora_" not in name
     }
     for name, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):  # peft's LoraLayer
-            weight = f"{name}.weight"
-            state[weight] = state[weight] + layer.get_delta_weight(ADAPTER)
+        if hasattr(layer, "lora_A"):  # peft's LoraLayer
+            down, up = (whole[f"{name}.lora_{which}.{ADAPTER}.weight"] for which in "AB")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.scaling[ADAPTER] * up @ down
     return state

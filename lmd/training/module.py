@@ -44,6 +44,7 @@ from lmd.training.finetune import (
     pack_copies,
     packed_loss,
 )
+from lmd.training.sharding import shard
 
 Stage = Literal["base", "finetune"]
 
@@ -199,6 +200,11 @@ class LiveTraining(L.LightningModule):
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.parts: list[Tensor] = []  # losses of the parts of a step under way
         self.last_checkpoint = "none yet"
+
+    def configure_model(self) -> None:
+        """Split weights and average among processes where the strategy brings a mesh for it."""
+        if self.device_mesh is not None:
+            shard(self, self.model, self.ema, self.device_mesh["data_parallel"])
 
     def train_dataloader(self) -> DataLoader:
         """Batches addressed by step; made after a checkpoint was restored."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import build_model, load_strict, load_tensors, write_atomic
+from lmd.checkpoint import Header, build_model, load_strict, load_tensors, write_atomic
 from lmd.config import Preset, preset, to_dict
 from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
@@ -25,7 +26,7 @@ from lmd.training.finetune import open_context_door
 from lmd.training.lora import add_lora
 from lmd.training.module import LiveTraining, Stage, TrainOptions
 from lmd.training.samples import Samples
-from lmd.training.trainer import Export, RunOptions, export_weights, fit
+from lmd.training.trainer import Export, RunOptions, fit
 from lmd.training.windows import LatentSource
 
 
@@ -33,37 +34,39 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
     """Add the arguments that both stages share."""
     is_base = stage == "base"
     add = parser.add_argument
-    add("--preset", default="small", help="tiny, small or paper")
-    add("--data", type=Path, default=Path("data/latents"), help="what `lmd data encode` wrote")
-    add("--out", type=Path, default=Path(f"runs/{stage}"), help="folder of the run; goes on there")
+    configure_run(parser, Path(f"runs/{stage}"), checkpoint_every=200)
     add("--steps", type=int, default=4000 if is_base else 2000)
-    add("--batch", type=int, default=8, help="windows per step over all processes")
-    add("--accumulate", type=int, default=1, help="parts that a process splits its rows into")
     add("--lr", type=float, default=5e-4 if is_base else 2e-4)
     add("--warmup", type=int, default=100, help="steps of rising learning rate")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights that are shipped")
-    add("--seed", type=int, default=0)
-    add("--devices", type=int, default=1, help="processes on each machine")
-    add("--num-nodes", type=int, default=1, help="machines (torchrun or SLURM)")
-    add("--strategy", choices=("ddp", "fsdp"), default="ddp")
-    add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
-    add("--precision", choices=("auto", "32", "bf16"), default="auto")
-    add("--checkpointing", action="store_true", help="less memory, a third more compute")
-    add("--checkpoint-every", type=int, default=200, help="steps")
+    add("--strategy", choices=("ddp", "fsdp"), default="ddp", help="copy or split the weights")
     add("--sample-every", type=int, default=0, help="steps between sounds and pictures; 0 = none")
     add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
-    add(
-        "--init",
-        type=Path,
-        help="weights to start from, or a Stable Audio folder",
-    )
+    add("--init", type=Path, help="weights to start from, or a Stable Audio folder")
     add("--noise", default="uniform", help="distribution of noise levels")
     add("--text-dropout", type=float, default=0.1)
-    add("--no-progress", action="store_true")
     if is_base:
         add("--long-share", type=float, default=0.1, help="share of steps on 768 frames")
     else:
         add("--lora", type=int, default=0, metavar="RANK", help="train low-rank updates only")
+
+
+def configure_run(parser: argparse.ArgumentParser, out: Path, checkpoint_every: int) -> None:
+    """Add the arguments of any training run: sizes, data, folder, processes."""
+    add = parser.add_argument
+    add("--preset", default="small", help="tiny, small or paper")
+    add("--data", type=Path, default=Path("data/latents"), help="what `lmd data encode` wrote")
+    add("--out", type=Path, default=out, help="folder of the run; goes on there")
+    add("--batch", type=int, default=8, help="windows per step over all processes")
+    add("--accumulate", type=int, default=1, help="parts that a process splits its rows into")
+    add("--seed", type=int, default=0)
+    add("--devices", type=int, default=1, help="processes on each machine")
+    add("--num-nodes", type=int, default=1, help="machines (torchrun or SLURM)")
+    add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    add("--precision", choices=("auto", "32", "bf16"), default="auto")
+    add("--checkpointing", action="store_true", help="less memory, a third more compute")
+    add("--checkpoint-every", type=int, default=checkpoint_every, help="steps")
+    add("--no-progress", action="store_true")
 
 
 def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
@@ -110,10 +113,31 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
         load_strict(model, foreign.model.state_dict(), str(init))
         opens = bool(foreign.fresh)
     else:
-        tensors, header = load_tensors(init, "base", "finetuned", "arc")
-        load_strict(model, tensors, str(init))
-        opens = header.kind == "base"
+        opens = load_into(model, init).kind == "base"
     return open_context_door(model) if opens and stage == "finetune" else model
+
+
+def load_into(model: LiveModel, path: Path) -> Header:
+    """Weights of exactly this size from a file of ours; what the file says about itself."""
+    tensors, header = load_tensors(path, "base", "finetuned", "arc")
+    load_strict(model, tensors, str(path))
+    return header
+
+
+def open_latents(folder: Path, sizes: Preset, seed: int) -> LatentSource:
+    """Encoded latents of the preset's width.
+
+    Raises:
+        LmdError: no latents there, or those of another codec.
+    """
+    source = LatentSource(folder, seed)
+    if source.shards.latent_dim != sizes.dit.latent_dim:
+        raise LmdError(
+            f"latents of {source.shards.latent_dim} channels in {folder}",
+            f"{sizes.dit.latent_dim}, as preset {sizes.name} has",
+            "Encode with that preset's codec, or choose the other preset.",
+        )
+    return source
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
@@ -151,10 +175,8 @@ def remember_options(out: Path, options: Any, args: argparse.Namespace) -> None:
     write_atomic(path, json.dumps(present, indent=1).encode())
 
 
-def command_of(stage: Stage, args: argparse.Namespace) -> str:
-    """The command that gives these arguments, defaults left out."""
-    parser = argparse.ArgumentParser()
-    configure(parser, stage)
+def command_of(stage: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The command that gives these arguments, the parser's defaults left out."""
     words = ["python", "-m", "lmd", "train", stage]
     for name, value in vars(args).items():
         if value != parser.get_default(name):
@@ -162,15 +184,15 @@ def command_of(stage: Stage, args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def notes_of(stage: str, args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
+def notes_of(command: str, args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
     """What a weights file says about its making."""
-    hours = sum(e.duration_s for e in data.entries if e.split == "train" and e.voice < 0) / 3600
+    mixes = [e.duration_s for e in data.entries if e.split == "train" and e.voice < 0]
     return {
-        "command": command_of(stage, args),
+        "command": command,
         "seed": args.seed,
         "data": {
-            "hours": round(hours, 2),
-            "renditions": sum(e.split == "train" and e.voice < 0 for e in data.entries),
+            "hours": round(sum(mixes) / 3600, 2),
+            "renditions": len(mixes),
             "latent_settings": {k: v for k, v in data.settings.items() if k != "silence"},
         },
         "hardware": machine_dict(),
@@ -185,27 +207,25 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     """
     tune_allocator()
     options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
-    source = LatentSource(args.data, args.seed)
-    if source.shards.latent_dim != sizes.dit.latent_dim:
-        raise LmdError(
-            f"latents of {source.shards.latent_dim} channels in {args.data}",
-            f"{sizes.dit.latent_dim}, as preset {args.preset} has",
-            "Encode with that preset's codec, or choose the other preset.",
-        )
+    source = open_latents(args.data, sizes, args.seed)
     remember_options(run.out, options, args)
     model = start_model(stage, sizes, args.init, args.seed)
     if getattr(args, "lora", 0):
         model = add_lora(model, args.lora)
     text = build_text_encoder(sizes.text)
     module = LiveTraining(model, text, source, sizes, options)
-    notes = notes_of(stage, args, source.shards)
-    callbacks = [Export(run.out, run.checkpoint_every, notes)]
+    parser = argparse.ArgumentParser()
+    configure(parser, stage)
+    notes = notes_of(command_of(stage, args, parser), args, source.shards)
+    path = run.out / ("base.safetensors" if stage == "base" else "finetuned.safetensors")
+    export = Export(path, run.checkpoint_every, sizes, notes)
+    callbacks: list[Callback] = [export]
     if args.sample_every:
         callbacks.append(Samples(run.out / "samples", args.sample_every, args.codec))
     start = time.time()
     trainer = fit(module, run, callbacks)
+    export.export(trainer, module)  # a run that was complete before has not done it now
     if trainer.is_global_zero:
-        path = export_weights(run.out, module, trainer.global_step, notes)
         card = model_card(run.out, path)
         write_atomic(path.with_suffix(".md"), card.encode())
         print(f"{path} after {trainer.global_step} steps, {time.time() - start:.0f} s")

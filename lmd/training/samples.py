@@ -1,6 +1,5 @@
 """Sounds and pictures of a run, every so often: what the averaged weights play at that step."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import soundfile
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import load_codec
+from lmd.checkpoint import build_model, load_codec, load_strict
 from lmd.codec import Codec
 from lmd.controls import Controls
 from lmd.dit import LiveModel
@@ -17,6 +16,7 @@ from lmd.flow import Guidance, dpmpp_2m, schedule
 from lmd.rng import normal
 from lmd.shapes import Latents, Wave
 from lmd.stream import Streamer
+from lmd.training.lora import merged_state
 from lmd.training.module import LiveTraining
 
 N_STEPS = 16  # of the sampler
@@ -45,9 +45,18 @@ def sample_window(
     return dpmpp_2m(velocities, noise, schedule(N_STEPS))
 
 
-def play_module(module: LiveTraining, codec: Codec, prompt: str, seed: int) -> Wave:
-    """What a run's averaged weights play now: a window of the base, or a stream from silence."""
-    model, preset = copy.deepcopy(module.ema).eval().cpu(), module.preset
+def averaged_model(module: LiveTraining) -> LiveModel:
+    """A whole copy of a run's averaged weights on the CPU; every process has to ask for it."""
+    model = build_model(module.preset)
+    load_strict(model, merged_state(module.ema), "the averaged weights")
+    return model.eval()
+
+
+def play_module(
+    module: LiveTraining, model: LiveModel, codec: Codec, prompt: str, seed: int
+) -> Wave:
+    """What a run's averaged weights play: a window of the base, or a stream from silence."""
+    preset = module.preset
     if module.options.stage == "base":
         n_frames = module.options.base.window_frames
         tokens = module.text.encode([prompt])
@@ -68,11 +77,13 @@ class Samples(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
         """The first process plays."""
         step = trainer.global_step
-        if step == self.done or step % self.every or not trainer.is_global_zero:
+        if step == self.done or step % self.every:
             return
-        self.done = step
+        self.done, model = step, averaged_model(module)
+        if not trainer.is_global_zero:
+            return
         prompt = module.source.windows(0, [0], module.options.base.window_frames).prompts[0]
-        wave = play_module(module, self.codec, prompt, module.options.seed)
+        wave = play_module(module, model, self.codec, prompt, module.options.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:07d}.wav"
         soundfile.write(path, wave[0].T.clamp(-1, 1).numpy(), self.codec.sample_rate)

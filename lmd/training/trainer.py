@@ -18,11 +18,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from lmd.checkpoint import save_checkpoint, write_atomic
-from lmd.config import DiTConfig
-from lmd.errors import LmdError
+from lmd.config import DiTConfig, Preset
 from lmd.machine import describe_machine
 from lmd.training.curriculum import StepPlan
-from lmd.training.module import LiveTraining, TrainOptions
+from lmd.training.lora import merged_state
+from lmd.training.module import LiveTraining
+from lmd.training.sharding import Sharding
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 BF16_GAIN = 1.3  # how much faster bf16 products must be to be worth their rounding
@@ -36,7 +37,7 @@ class RunOptions:
         out: the run's folder: checkpoints, logs, samples, weights.
         devices: processes per node.
         num_nodes: machines; start the same command on each with torchrun or SLURM.
-        strategy: `ddp` keeps whole copies, `fsdp` shards them (CUDA only).
+        strategy: `ddp` keeps whole copies, `fsdp` splits them (`lmd.training.sharding`).
         precision: `32`, `bf16`, or `auto` for whichever computes faster here.
         checkpoint_every: steps between checkpoints.
         accelerator: Lightning's name: `auto`, `cpu`, `gpu`.
@@ -104,11 +105,13 @@ def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int, context_frames: i
 class Throughput(Callback):
     """Frames taught per second, utilisation, memory and time left, in the bar and in the logs."""
 
-    def __init__(self, rate: float) -> None:
-        self.rate, self.since, self.first = rate, 0.0, 0
+    def __init__(self, width: int) -> None:
+        self.width, self.since, self.first = width, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Start the clock."""
+        """Measure the products' rate and start the clock."""
+        half = trainer.precision == PRECISIONS["bf16"]
+        self.rate = product_rate(torch.bfloat16 if half else torch.float32, self.width)
         self.since, self.first = time.perf_counter(), trainer.global_step
         self.last = self.since
 
@@ -120,14 +123,13 @@ class Throughput(Callback):
         if (index + 1) % o.accumulate:
             return
         plan, rows = o.plan(batch["rows"].step), batch["rows"]
-        taught = plan.n_frames if plan.regime is None else plan.block_frames * plan.n_targets
         flops = step_flops(module.preset.dit, plan, rows.n_global, o.finetune.context_frames)
         done, took = trainer.global_step - self.first, now - self.last
         left = (o.n_steps - trainer.global_step) * (now - self.since) / max(1, done)
         self.last = now
         module.log_dict(
             {
-                "frames/s": taught * rows.n_global / took,
+                "frames/s": plan.taught_frames * rows.n_global / took,
                 "mfu": flops / took / self.rate / trainer.world_size,
                 "GiB": psutil.Process().memory_info().rss / 2**30,
                 "ETA min": left / 60,
@@ -154,45 +156,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Export(Callback):
-    """The averaged weights as safetensors in the run's folder, at every checkpoint."""
+    """The averaged weights as safetensors (float16, LoRA merged in), at every checkpoint.
 
-    def __init__(self, out: Path, every: int, notes: dict[str, Any]) -> None:
-        self.path, self.every, self.notes = out, every, notes
-        self.exported = -1
+    Args:
+        path: of the file; its stem says what kind of weights they are.
+        every: optimizer steps from one export to the next.
+        sizes: the preset.
+        notes: what the file says about its making.
+    """
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
+    def __init__(self, path: Path, every: int, sizes: Preset, notes: dict[str, Any]) -> None:
+        self.path, self.every, self.sizes, self.notes = path, every, sizes, notes
+        self.exported = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Every `every` optimizer steps."""
-        step = trainer.global_step
-        if step != self.exported and step and (step % self.every == 0):
+        if trainer.global_step % self.every == 0:
             self.export(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: LiveTraining) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """The final weights."""
-        if trainer.global_step != self.exported:
-            self.export(trainer, module)
+        self.export(trainer, module)
 
-    def export(self, trainer: L.Trainer, module: LiveTraining) -> None:
-        """Write them (the first process does)."""
-        self.exported = trainer.global_step
+    def export(self, trainer: L.Trainer, module: Any) -> None:
+        """Write them, once per step: all processes gather, the first one writes."""
+        step = trainer.global_step
+        if step == self.exported:
+            return
+        self.exported, weights = step, merged_state(module.ema)
         if trainer.is_global_zero:
-            export_weights(self.path, module, self.exported, self.notes)
-
-
-def export_weights(out: Path, module: LiveTraining, step: int, notes: dict[str, Any]) -> Path:
-    """Write `base.safetensors` or `finetuned.safetensors`: float16, averaged, LoRA merged in."""
-    from lmd.training.lora import merged_state
-
-    kind = "base" if module.options.stage == "base" else "finetuned"
-    path = out / f"{kind}.safetensors"
-    save_checkpoint(
-        path,
-        merged_state(module.ema),
-        kind=kind,
-        config=module.preset,
-        notes={**notes, "steps": step},
-        stored="float16",
-    )
-    return path
+            notes, kind = {**self.notes, "steps": step}, self.path.stem
+            save_checkpoint(
+                self.path, weights, kind=kind, config=self.sizes, notes=notes, stored="float16"
+            )
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -215,16 +211,19 @@ class Remember(ModelCheckpoint):
 
 
 def build_trainer(
-    options: TrainOptions, run: RunOptions, width: int, callbacks: Sequence[Callback] = ()
+    run: RunOptions, width: int, n_steps: int, callbacks: Sequence[Callback], **more: Any
 ) -> L.Trainer:
-    """Lightning's Trainer for a run: logs, checkpoints, clipping, precision, processes.
+    """Lightning's Trainer for a run: logs, atomic checkpoints, precision, processes.
 
-    Raises:
-        LmdError: FSDP without CUDA.
+    Args:
+        run: where and on what.
+        width: of the transformer, to choose a precision for.
+        n_steps: optimizer steps of the whole run.
+        callbacks: what else happens on the way.
+        more: of the Trainer's own arguments.
     """
     n_processes = run.devices * run.num_nodes
     precision = choose_precision(run.precision, width, n_processes)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(run.out)) else 0
     logs = {"save_dir": run.out, "name": "logs", "version": f"from-{start:07d}"}
     keep = Remember(
@@ -243,40 +242,48 @@ def build_trainer(
         num_nodes=run.num_nodes,
         strategy=choose_strategy(run, n_processes),
         precision=PRECISIONS[precision],
-        max_steps=options.n_steps,
+        max_steps=n_steps,
         max_epochs=-1,
-        accumulate_grad_batches=options.accumulate,
-        gradient_clip_val=options.clip_norm,
         logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
         log_every_n_steps=1,
-        callbacks=[Throughput(product_rate(dtype, width)), keep, *bar, *callbacks],
+        callbacks=[keep, *bar, *callbacks],
         enable_progress_bar=run.progress,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
+        **more,
     )
 
 
 def choose_strategy(run: RunOptions, n_processes: int) -> Any:
     """How processes share the work; a single one needs nothing."""
-    if run.strategy == "fsdp":
-        raise LmdError(
-            "--strategy fsdp",
-            "ddp",
-            "Sharding is not built: even the `paper` preset fits one GPU. Use ddp.",
-        )
     if n_processes == 1:
         return "auto"
     backend = "nccl" if torch.cuda.is_available() and run.accelerator != "cpu" else "gloo"
+    if run.strategy == "fsdp":
+        return Sharding(n_processes, backend)
     return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
 
 
-def fit(module: LiveTraining, run: RunOptions, callbacks: Sequence[Callback] = ()) -> L.Trainer:
-    """Train, going on from the run's newest checkpoint if it has one."""
-    trainer = build_trainer(module.options, run, module.preset.dit.width, callbacks)
-    found = checkpoints(run.out)
+def go_on(trainer: L.Trainer, module: L.LightningModule, out: Path) -> L.Trainer:
+    """Train from the newest checkpoint in the run's folder, or from the start if it has none."""
+    found = checkpoints(out)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", category=UserWarning, message=".*LeafSpec.*")
         trainer.fit(module, ckpt_path=str(found[-1]) if found else None, weights_only=False)
     return trainer
+
+
+def fit(module: LiveTraining, run: RunOptions, callbacks: Sequence[Callback] = ()) -> L.Trainer:
+    """Train the base or the fine-tune, going on where the run's folder left off."""
+    o, width = module.options, module.preset.dit.width
+    trainer = build_trainer(
+        run,
+        width,
+        o.n_steps,
+        [Throughput(width), *callbacks],
+        accumulate_grad_batches=o.accumulate,
+        gradient_clip_val=o.clip_norm,
+    )
+    return go_on(trainer, module, run.out)
