@@ -13,6 +13,7 @@ from lmd.errors import LmdError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench",): ("lmd.bench", "measure speed on this machine"),
+    ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
     ("data", "check"): ("lmd.data.check", "report which files of a folder can be used"),
