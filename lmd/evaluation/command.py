@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="the same as --budget quick: minutes, not hours")
     add("--budget", choices=sorted(BUDGETS), default="full", help="how much is generated")
     add("--methods", nargs="+", choices=[m.name for m in METHODS], help="only these")
-    add("--cfg-scale", type=float, default=1.0, help="guidance of weights that are not ARC-Forced")
+    add("--cfg-scale", type=float, default=2.0, help="guidance of weights that are not ARC-Forced")
     add("--minutes", type=float, help="begin no further row or stream after these")
     add("--random", default="", metavar="PRESET", help="random weights: tests the machinery")
     add("--threads", type=int, help="of torch")

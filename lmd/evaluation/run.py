@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header
 from lmd.codec import Codec
+from lmd.controls import Controls
 from lmd.data.corpus import MANIFEST, Corpus
 from lmd.errors import LmdError
 from lmd.evaluation.generation import (
@@ -96,7 +97,7 @@ class Evaluation:
         LmdError: something is missing, or does not fit.
     """
 
-    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = 1.0) -> None:
+    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = 2.0) -> None:
         self.sources, self.budget, self.cfg_scale = sources, budget, cfg_scale
         self.listener, self.listener_header = load_recogniser(sources.recogniser)
         self.corpus = Corpus(self.sources.data, "test")
@@ -233,7 +234,9 @@ class Evaluation:
     def row(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
         """One line of the table."""
         seeds = []
-        base = f"{method.name}-{sha256[:8]}-{n_steps}-cfg{self.cfg_scale:g}"
+        base = part_name(
+            method, sha256, controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
+        )
         for seed in range(self.budget.n_seeds):
             controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
             name = f"{base}-{'primed' if primed else 'silence'}-{seed}"
@@ -286,7 +289,7 @@ class Evaluation:
                 waves = long_stream(streamer, prompts, controls, budget.drift_s)
                 return drift(self.judge, waves, self.reference.gaussian, BIN_S)
 
-            name = f"drift-{method.name}-{sha256[:8]}-{controls.n_steps}-cfg{self.cfg_scale:g}"
+            name = f"drift-{part_name(method, sha256, controls)}"
             size = f"{budget.drift_s:g}s-{len(prompts)}"
             found.append(self.parts.arrays(f"{name}-{size}-{seed}", follow))
         return found
@@ -308,7 +311,7 @@ class Evaluation:
                 beliefs.append(family[:, index])
             return {"belief": np.array(beliefs), "weights": np.array(weights)}
 
-        name = f"fade-{method.name}-{sha256[:8]}-{controls.n_steps}-cfg{self.cfg_scale:g}"
+        name = f"fade-{part_name(method, sha256, controls)}"
         kept = self.parts.arrays(name, follow)
         block_s = self.budget.block_frames * self.codec.samples_per_frame / self.codec.sample_rate
         return {
@@ -319,6 +322,12 @@ class Evaluation:
             "window_s": self.judge.window_s,
             **{key: value.tolist() for key, value in kept.items()},
         }
+
+
+def part_name(method: Method, sha256: str, controls: Controls) -> str:
+    """Of a unit: everything about the playing that its measures depend on."""
+    how = f"{controls.n_steps}-{controls.sampler}-cfg{controls.cfg_scale:g}"
+    return f"{method.name}-{sha256[:8]}-{how}"
 
 
 def real_waves(clips: list[Clip]) -> Waves:
