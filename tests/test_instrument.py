@@ -20,9 +20,12 @@ def test_weights_trained_by_regression_get_guidance_and_a_deterministic_sampler(
     controls.validate(preset("small").window)
 
 
-@pytest.mark.parametrize(("source", "is_trained"), [("arc", True), ("random:tiny:0", False)])
-def test_few_step_weights_and_random_ones_keep_the_few_step_defaults(source, is_trained):
-    assert instrument(source, is_trained).controls("organ") == Controls("organ")
+def test_arc_forced_weights_get_few_steps_and_no_guidance():
+    assert instrument("arc", True).controls("organ") == Controls("organ", n_steps=4)
+
+
+def test_random_weights_keep_the_defaults():
+    assert instrument("random:tiny:0", False).controls("organ") == Controls("organ")
 
 
 def test_anything_may_be_changed_by_name():
