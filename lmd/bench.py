@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,14 +75,19 @@ def main(args: argparse.Namespace) -> int:
         )
     torch.set_num_threads(args.threads)
     report = measure(args)
-    text = json.dumps(report, indent=2)
-    if args.json == "-":
-        print(text)
-    else:
-        print(table(report))
-        if args.json:
-            Path(args.json).write_text(text + "\n")
+    tell(report, table(report), args.json)
     return 0
+
+
+def tell(report: dict, readable: str, path: str | None) -> None:
+    """Print the table and write the JSON to a file; with the path `-` print the JSON alone."""
+    text = json.dumps(report, indent=2)
+    if path == "-":
+        print(text)
+        return
+    print(readable)
+    if path:
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -316,15 +321,20 @@ def table(report: dict) -> str:
         f"{report['device']}; products {report['product_gflops']:.0f} GFLOP/s, "
         f"reading {report['read_gbytes_s']:.1f} GB/s; block {report['block_s']:.2f} s"
     )
-    cells = [list(COLUMNS)] + [[_show(row[name]) for name in COLUMNS] for row in report["rows"]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    lines = grid(COLUMNS, report["rows"])
     if "long_blocks" in report:
         lines.append(
             f"after {report['long_blocks']} blocks a block costs {report['long_cost_ratio']:.3f} "
             f"of what an early one does; {report['long_cache_sizes']} cache size(s) seen"
         )
     return "\n".join([head, *lines])
+
+
+def grid(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """A head and the rows, right-aligned, a line each."""
+    cells = [list(columns)] + [[_show(row[name]) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
 
 
 def _show(value: object) -> str:

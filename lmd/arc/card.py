@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lmd.checkpoint import read_header
-from lmd.training.card import NOTICE
+from lmd.training.card import NOTICE, file_rows, hardware_row
 
 WHO = {0: "discriminator", 1: "generator"}
 
@@ -81,20 +81,7 @@ def arc_card(out: Path, weights: Path) -> str:
     """
     header = read_header(weights)
     notes = header.notes
-    machine, data = notes["hardware"], notes["data"]
-    rows = {
-        "file": f"`{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored}",
-        "SHA-256 of the tensors": f"`{header.sha256}`",
-        "sizes": f"preset `{header.config.name}`",
-        "started from": f"`{notes['init']['file']}` ({notes['init']['sha256'][:12]}…)",
-        "discriminator from": f"`{notes['base']['file']}` ({notes['base']['sha256'][:12]}…)",
-        "updates": f"{notes['steps']}, both networks together",
-        "seed": notes["seed"],
-        "hardware": f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}, "
-        f"torch {machine['torch']}",
-        "data": f"{data['renditions']} renditions, {data['hours']} h",
-        "command": f"`{notes['command']}`",
-    }
+    init, base, data = notes["init"], notes["base"], notes["data"]
     return "\n".join(
         [
             f"# {weights.stem}",
@@ -103,7 +90,15 @@ def arc_card(out: Path, weights: Path) -> str:
             "",
             "| | |",
             "|---|---|",
-            *(f"| {name} | {told} |" for name, told in rows.items()),
+            *file_rows(header, weights),
+            f"| sizes | preset `{header.config.name}` |",
+            f"| started from | `{init['file']}` ({init['sha256'][:12]}…) |",
+            f"| discriminator from | `{base['file']}` ({base['sha256'][:12]}…) |",
+            f"| updates | {notes['steps']}, both networks together |",
+            f"| seed | {notes['seed']} |",
+            hardware_row(notes),
+            f"| data | {data['renditions']} renditions, {data['hours']} h |",
+            f"| command | `{notes['command']}` |",
             "",
             curve_table(out),
             "",

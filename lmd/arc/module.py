@@ -31,7 +31,7 @@ from lmd.rng import generator as rng
 from lmd.shapes import Latents
 from lmd.text import TextEncoder
 from lmd.training.curriculum import Rows
-from lmd.training.module import WindowSource
+from lmd.training.module import WindowSource, check_parts
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,9 @@ def make_part(run: ArcRun, source: WindowSource, update: int, shard: int, n_shar
     """The rows of one shard, with the prompts that the derangement of the whole batch deals them.
 
     Raises:
-        LmdError: the batch does not divide among the parts.
+        LmdError: see `check_parts`.
     """
-    if run.batch % n_shards:
-        raise LmdError(
-            f"a global batch of {run.batch} rows for {n_shards} parts",
-            "a multiple (parts are processes × accumulation)",
-            "Change --batch, --devices or --accumulate.",
-        )
+    check_parts(run.batch, n_shards)
     each, n_frames = run.batch // n_shards, plan_update(run.arc, run.seed, update).n_frames
     positions = tuple(range(shard * each, (shard + 1) * each))
     windows = source.windows(update, positions, n_frames)

@@ -148,7 +148,7 @@ def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:
         for n_steps in budget.naive_steps if is_naive else budget.steps:
             slow = n_steps > budget.drift_steps
             for primed in (False, True) if budget.primed else (False,):
-                place = (2 if slow else 1.5 if primed else 0, is_naive, primed)
+                place = (3 if slow else 2 if primed else 0, is_naive, primed)
                 units.append((place, Unit(method, sha256, n_steps, primed)))
         if not is_naive:
             units.append(((1, False, False), Unit(method, sha256, None, False)))

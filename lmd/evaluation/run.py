@@ -233,10 +233,8 @@ class Evaluation:
 
     def row(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
         """One line of the table."""
-        seeds = []
-        base = part_name(
-            method, sha256, controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
-        )
+        seeds, first = [], controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
+        base = part_name(method, sha256, first)
         for seed in range(self.budget.n_seeds):
             controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
             name = f"{base}-{'primed' if primed else 'silence'}-{seed}"
@@ -258,18 +256,17 @@ class Evaluation:
             "sha256": sha256,
             "n_steps": n_steps,
             "sampler": method.sampler,
-            "cfg_scale": controls.cfg_scale,
+            "cfg_scale": first.cfg_scale,
             "primed": primed,
             **row_of(seeds, self.truths, self.reference),
-            "speed": self.speed(method, n_steps, base),
+            "speed": self.speed(method, first, base),
         }
 
-    def speed(self, method: Method, n_steps: int, base: str) -> dict[str, float]:
-        """Timings of a method at a number of steps, one stream alone; kept on disk."""
+    def speed(self, method: Method, controls: Controls, base: str) -> dict[str, float]:
+        """Timings of a method under some controls, one stream alone; kept on disk."""
 
         def time_it() -> dict[str, np.ndarray]:
             streamer = self.instrument(method.weights).streamer
-            controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
             found = measure_speed(streamer, controls, self.budget.speed_blocks)
             return {name: np.array(value) for name, value in found.items()}
 

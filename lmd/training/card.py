@@ -33,7 +33,6 @@ def model_card(out: Path, weights: Path) -> str:
     """
     header, log = read_header(weights), run_log(out)
     notes, preset = header.notes, header.config
-    machine = notes["hardware"]
     dit = preset.dit
     return "\n".join(
         [
@@ -43,15 +42,14 @@ def model_card(out: Path, weights: Path) -> str:
             "",
             "| | |",
             "|---|---|",
-            *_rows(header, weights),
+            *file_rows(header, weights),
             f"| sizes | preset `{preset.name}`: width {dit.width}, depth {dit.depth}, "
             f"{dit.n_heads} heads, {dit.latent_dim} latent channels |",
             f"| steps | {notes['steps']} |",
             f"| seed | {notes['seed']} |",
             f"| wall time | {log['seconds'].max() / 60:.1f} min, "
             f"begun or resumed at steps {_starts(out)} |",
-            f"| hardware | {machine['cpu']}, {machine['n_cores']} cores, "
-            f"{machine['gpu'] or 'no GPU'}, torch {machine['torch']} |",
+            hardware_row(notes),
             f"| data | {notes['data']['renditions']} renditions, {notes['data']['hours']} h, "
             f"corpus `{_corpus(notes)}` |",
             f"| command | `{notes['command']}` |",
@@ -74,11 +72,19 @@ NOTICE = (
 )
 
 
-def _rows(header: Header, weights: Path) -> list[str]:
+def file_rows(header: Header, weights: Path) -> list[str]:
+    """Size and hash of a file of weights, as rows of a Markdown table."""
     return [
         f"| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored} |",
         f"| SHA-256 of the tensors | `{header.sha256}` |",
     ]
+
+
+def hardware_row(notes: dict[str, Any]) -> str:
+    """What a run ran on, as a row of a Markdown table."""
+    machine = notes["hardware"]
+    where = f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}"
+    return f"| hardware | {where}, torch {machine['torch']} |"
 
 
 def _corpus(notes: dict[str, Any]) -> str:

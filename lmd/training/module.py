@@ -110,18 +110,27 @@ class TrainOptions:
         return min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
 
 
+def check_parts(batch: int, n_parts: int) -> None:
+    """Refuse a global batch that does not divide among the parts of a step.
+
+    Raises:
+        LmdError: it does not.
+    """
+    if batch % n_parts:
+        raise LmdError(
+            f"a global batch of {batch} rows for {n_parts} parts",
+            "a multiple (parts are processes × accumulation)",
+            "Change --batch, --devices or --accumulate.",
+        )
+
+
 def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> Rows:
     """The rows of one part (process, accumulation) of a step's global batch.
 
     Raises:
-        LmdError: the batch does not divide among the parts.
+        LmdError: see `check_parts`.
     """
-    if options.batch % n_shards:
-        raise LmdError(
-            f"a global batch of {options.batch} rows for {n_shards} parts",
-            "a multiple (parts are processes × accumulation)",
-            "Change --batch, --devices or --accumulate.",
-        )
+    check_parts(options.batch, n_shards)
     n = max(options.n_rows(options.plan(step)), n_shards)
     each = n // n_shards
     return Rows(options.seed, step, tuple(range(shard * each, (shard + 1) * each)), each * n_shards)

@@ -5,7 +5,6 @@ turns in one run, so that whatever else the machine does falls on all of them.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lmd.bench import percentile
+from lmd.bench import grid, percentile, tell
 from lmd.checkpoint import build_model
 from lmd.config import Preset, Regime, preset
 from lmd.errors import LmdError
@@ -55,13 +54,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     tune_allocator()
     report = measure(args)
-    text = json.dumps(report, indent=2)
-    if args.json == "-":
-        print(text)
-    else:
-        print(table(report))
-        if args.json:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    tell(report, table(report), args.json)
     return 0
 
 
@@ -227,14 +220,4 @@ def table(report: dict) -> str:
         f"{report['threads']} threads, {report['device']}; median of {report['steps']} steps"
     )
     names = [name for name in COLUMNS if report["rows"][0][name] is not None]
-    cells = [names] + [[_show(row[name]) for name in names] for row in report["rows"]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([head, *lines])
-
-
-def _show(value: object) -> str:
-    """A number with three significant digits, a name as it is."""
-    if isinstance(value, float):
-        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return str(value)
+    return "\n".join([head, *grid(names, report["rows"])])
