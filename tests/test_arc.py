@@ -144,11 +144,14 @@ def test_smoothness_of_a_linear_score_is_its_squared_gradient():
 
 
 def test_real_and_fake_are_noised_alike():
-    """The same music on both sides scores the same to the bit: equal t, equal noise."""
+    """The same music on both sides scores the same: equal t, equal noise.
+
+    Not to the bit: some processors round a product by its row. Other noise moves scores by units.
+    """
     same = trial()
     same = replace(same, fake=same.real)
     verdict = discriminator_loss(discriminator(), same, LossWeights(contrastive=0))
-    assert torch.equal(verdict.real, verdict.fake)
+    torch.testing.assert_close(verdict.real, verdict.fake, rtol=1e-4, atol=1e-3)
     assert verdict.pair.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
