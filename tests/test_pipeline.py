@@ -1,15 +1,21 @@
 """The notebook runner, on tiny notebooks made here: each promise of `python -m lmd run`."""
 
+import asyncio
 import base64
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import pytest
+import zmq
+import zmq.asyncio
+from jupyter_client.session import Session
 
 from lmd.errors import LmdError
+from lmd.pipeline.kernel import PatientChannel
 from lmd.pipeline.notebook import max_silence_s
 from lmd.pipeline.plan import RunOptions, plan
 from lmd.pipeline.progress import Log
@@ -167,6 +173,35 @@ def test_a_killed_kernel_is_a_failure_and_not_a_hang(
     write_notebook(project, "02_second", "import os\nos._exit(1)")
     assert run(project) == 1
     assert "the kernel died" in capsys.readouterr().err
+
+
+def test_an_answer_that_comes_while_something_is_sent_is_heard():
+    """The kernel's side answers, the client sends before its loop looks: nothing wakes the reader.
+
+    `jupyter_client`'s own channel waits for ever here.
+    """
+
+    async def reply() -> str:
+        session = Session(key=b"key")
+        with zmq.asyncio.Context() as ours, zmq.Context() as theirs:
+            kernel, client = theirs.socket(zmq.ROUTER), ours.socket(zmq.DEALER)
+            client.identity = b"client"
+            client.connect(f"tcp://127.0.0.1:{kernel.bind_to_random_port('tcp://127.0.0.1')}")
+            channel = PatientChannel(client, session)
+            channel.send(session.msg("execute_request"))
+            assert kernel.poll(5000)
+            answer = asyncio.ensure_future(channel.get_msg())
+            await asyncio.sleep(0.1)  # the reader waits by now
+            session.send(kernel, session.msg("execute_reply"), ident=b"client")
+            time.sleep(0.2)  # the answer arrives, and nobody looks
+            channel.send(session.msg("comm_msg"))
+            try:
+                return (await asyncio.wait_for(answer, 10))["header"]["msg_type"]
+            finally:
+                client.close(0)
+                kernel.close(0)
+
+    assert asyncio.run(reply()) == "execute_reply"
 
 
 def test_a_silent_cell_ends_the_run_and_its_notebook_is_kept(

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from traitlets.config import Config
 
 from lmd.errors import LmdError
+from lmd.pipeline.kernel import KernelClient
 from lmd.pipeline.progress import CellCount, Lines, Log, Ticker
 
 REQUIRED = ("output_dir", "seed", "preset")
@@ -71,8 +72,8 @@ def max_silence_s() -> float:
 class _Client(PapermillNotebookClient):
     """papermill's client, but a cell may not be silent for ever.
 
-    A message can get lost between kernel and client: the kernel has long been idle, and the client
-    waits for its answer. The length of a cell has no limit, for training may take hours.
+    A kernel can hang, or its answer get lost on the way (see `lmd.pipeline.kernel`). The length of
+    a cell has no limit, for training may take hours.
     """
 
     def __init__(self, nb_man: Any, *, silence_s: float, **options: Any) -> None:
@@ -140,7 +141,9 @@ class _LmdEngine(Engine):
             startup_timeout=60,
             stdout_file=log,
             stderr_file=log,
-            config=Config(KernelManager={"transport_encryption": ENCRYPTION}),
+            config=Config(
+                KernelManager={"transport_encryption": ENCRYPTION, "client_factory": KernelClient}
+            ),
         )
         with bar, Ticker(bar, log, interval_s):
             client.execute(env=os.environ | KERNEL_ENVIRONMENT)
