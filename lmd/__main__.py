@@ -16,7 +16,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
-    ("data", "check"): ("lmd.data.check", "report which files of a folder can be used"),
+    ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
     ("train", "codec"): ("lmd.codec_training.train", "train the spectral codec"),
     ("train", "base"): ("lmd.training.train_base", "train the bidirectional base model"),

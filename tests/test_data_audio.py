@@ -1,7 +1,11 @@
 """A person's own music: what is taken in, what is refused and why, and stem layouts."""
 
+import hashlib
 import itertools
 import json
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +15,11 @@ import yaml
 
 from lmd.__main__ import main
 from lmd.data import audio, check
-from lmd.data.audio import AudioSettings, build_audio, sounding, windows_of
+from lmd.data.audio import AudioSettings, build_audio, sounding, windows_of, with_splits
 from lmd.data.build import row_stem_caption
 from lmd.data.check import check_folder, fault
 from lmd.data.corpus import Corpus
-from lmd.data.layouts import caption_of
+from lmd.data.layouts import caption_of, survey
 from lmd.data.levels import TARGET_LUFS, loudness_lufs
 from lmd.errors import LmdError
 
@@ -104,10 +108,11 @@ def test_each_bad_file_is_refused_for_its_own_reason(tmp_path: Path, kind: str) 
 
 @pytest.mark.parametrize("suffix", check.AUDIO_SUFFIXES)
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
-    form = "AIFF" if suffix == ".aif" else None
+    how = {".aif": {"format": "AIFF"}, ".opus": {"format": "OGG", "subtype": "OPUS"}}
+    rate = 48_000 if suffix == ".opus" else 44_100  # Opus knows no other
     path = tmp_path / f"in/a{suffix}"
     path.parent.mkdir()
-    soundfile.write(path, tone(5, 44_100, 2), 44_100, format=form)
+    soundfile.write(path, tone(5, rate, 2), rate, **how.get(suffix, {}))
     assert fault(path) is None
     rows, _ = build_audio(tmp_path / "in", tmp_path / "out")
     assert [row.sample_rate for row in rows] == [RATE]
@@ -152,7 +157,7 @@ def test_a_long_file_is_taken_in_piece_by_piece(
         audio, "load_segment", lambda *args: (sizes.append(len((w := real(*args))[0])), w)[1]
     )
     rows, _ = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(window_s=6.0))
-    assert max(sizes) == 10 * RATE
+    assert max(sizes) == round(9.4 * RATE)  # five equal stretches, no short remainder
     assert sum(row.n_samples for row in rows) == 47 * RATE
     assert max(row.duration_s for row in rows) <= 6
     assert len({row.piece_id for row in rows}) == 1
@@ -252,8 +257,50 @@ def test_captions_come_from_text_then_json_then_tags_then_the_folder(tmp_path: P
     assert caption_of(path) == "Baroque, Air"
     path.with_suffix(".json").write_text('{"prompt": "a  slow\\n air"}')
     assert caption_of(path) == "a slow air"
-    path.with_suffix(".txt").write_text("an air\nfor strings\n")
+    path.with_suffix(".json").write_text('{"prompt": "an air"}', "utf-8-sig")  # as Windows writes
+    assert caption_of(path) == "an air"
+    path.with_suffix(".txt").write_text("an air\nfor strings\n", "utf-8-sig")
     assert caption_of(path) == "an air for strings"
+
+
+def test_the_folder_one_stands_in_has_a_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "slow_piano/x.wav", tone(5))
+    (tmp_path / "slow_piano/inner").mkdir()
+    monkeypatch.chdir(tmp_path / "slow_piano")
+    assert caption_of(Path("x.wav")) == "slow piano"
+    monkeypatch.chdir("inner")
+    assert caption_of(Path("../x.wav")) == "slow piano"
+
+
+def test_a_sidecar_that_is_no_json_is_reported(tmp_path: Path) -> None:
+    path = write(tmp_path / "in/x.wav", tone(5))
+    path.with_suffix(".json").write_text('{"caption": "an air",}')
+    tracks, report = survey(tmp_path / "in", progress=False)
+    assert (tracks, report.accepted) == ([], [])
+    assert "x.json is not JSON" in report.rejected[0].reason
+    assert main(["data", "check", str(tmp_path / "in")]) == 1
+
+
+def test_music_in_a_format_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.wav", tone(2))
+    (tmp_path / "in/b.m4a").write_bytes(b"ftyp")
+    (tmp_path / "in/cover.jpg").write_bytes(b"picture")
+    report = check_folder(tmp_path / "in", progress=False)
+    assert [(r.path.name, r.reason) for r in report.rejected] == [
+        ("b.m4a", ".m4a cannot be read: convert it to WAV or FLAC")
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes")
+def test_a_name_that_is_not_utf8_is_refused_and_can_be_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "in/x.wav", tone(2))
+    os.rename(path, os.fsencode(path.parent) + b"/M\xfcsic.wav")
+    assert main(["data", "check", str(tmp_path / "in")]) == 1
+    assert "M\\xfcsic.wav: its name is not valid UTF-8" in capsys.readouterr().out
 
 
 def make_slakh(root: Path) -> Path:
@@ -328,6 +375,50 @@ def test_a_second_run_takes_in_only_what_is_new(tmp_path: Path) -> None:
     assert "validation" in {row.split for row in more}
     with pytest.raises(LmdError, match="another way"):
         build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(channels=2))
+
+
+def test_a_file_that_was_replaced_or_lost_is_taken_in_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "in/a.wav", tone(5, hz=440))
+    (row,), _ = build_audio(tmp_path / "in", tmp_path / "out")
+    write(source, tone(5, hz=880))  # of the same size
+    os.utime(source, ns=(0, 0))
+    (other,), _ = build_audio(tmp_path / "in", tmp_path / "out")
+    assert other.sha256 != row.sha256
+    made = tmp_path / "out" / other.path
+    made.write_bytes(b"")
+    build_audio(tmp_path / "in", tmp_path / "out")
+    assert hashlib.sha256(made.read_bytes()).hexdigest() == other.sha256
+
+
+def test_the_corpus_may_not_lie_in_the_folder_that_is_taken_in(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.wav", tone(5))
+    for out in (tmp_path / "in", tmp_path / "in/corpus", tmp_path / "x/../in/corpus"):
+        with pytest.raises(LmdError, match="take in its own output"):
+            build_audio(tmp_path / "in", out)
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.wav"]
+
+
+def test_a_track_with_too_little_sound_is_reported(tmp_path: Path) -> None:
+    write(tmp_path / "in/long.wav", tone(5))
+    short = write(tmp_path / "in/short.wav", tone(2.5))
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out")
+    assert [row.title for row in rows] == ["long"]
+    assert [(r.path, r.reason) for r in report.rejected] == [
+        (short, "under 4 s of sound without its silences")
+    ]
+    assert "short.wav" in (tmp_path / "out/rejected.json").read_text()
+
+
+def test_there_is_always_something_to_train_on(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.wav", tone(5))
+    (row,), _ = build_audio(tmp_path / "in", tmp_path / "out")
+    for number in range(300):  # one in eight is drawn for validation or test
+        alone = with_splits([replace(row, piece_id=f"{number}", split="")])
+        assert [one.split for one in alone] == ["train"]
+        pair = [replace(row, piece_id=f"{number}-{i}", split="") for i in range(2)]
+        assert sorted(one.split for one in with_splits(pair)) == ["train", "validation"]
+    kept = with_splits([row, replace(row, piece_id="own", split="test")])
+    assert [one.split for one in kept] == ["train", "test"]
 
 
 def test_the_build_command_takes_in_a_folder(

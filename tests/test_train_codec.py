@@ -127,7 +127,7 @@ def test_six_steps_equal_three_and_a_restart_and_three(corpus_folder, tmp_path):
 
 
 def test_a_run_from_a_given_encoder_leaves_it_alone(corpus_folder, tmp_path):
-    first = arguments(corpus_folder, tmp_path / "a", steps=2, **{"adversarial-from": 9})
+    first = arguments(corpus_folder, tmp_path / "a", steps=3, **{"adversarial-from": 9})
     assert main(first) == 0
     given = tmp_path / "a" / "codec.safetensors"
     second = arguments(corpus_folder, tmp_path / "b", steps=2, encoder=given)

@@ -5,7 +5,18 @@ from typing import Any
 
 from lmd.checkpoint import Header, read_header
 from lmd.codec_training.metrics import markdown_table
+from lmd.config import PRESETS
 from lmd.errors import LmdError
+
+SCORES = (
+    "Data: scores of music21's corpus, rendered with the General MIDI soundfont that ships in "
+    "pretty_midi (see data/README.md). Weights: the licence of this repository. They have "
+    "heard that corpus and nothing else."
+)
+OWN_MUSIC = (
+    "Data: a folder of audio; who may use the weights depends on who may use that music. They "
+    "have heard it and nothing else."
+)
 
 
 def codec_card(weights: Path, scores: dict[str, Any]) -> str:
@@ -29,7 +40,8 @@ def codec_card(weights: Path, scores: dict[str, Any]) -> str:
         [
             f"# {weights.stem}",
             "",
-            "The codec of `small`: magnitudes in, 64 learnable latent channels, an inverse STFT "
+            f"The codec of `{_preset(header)}`: magnitudes in, {header.config.latent_dim} "
+            "learnable latent channels, an inverse STFT "
             "that invents the phase. Code: `lmd/spectral.py`, `lmd/phase.py`.",
             "",
             "| | |",
@@ -90,11 +102,19 @@ def _speed(scores: dict[str, Any]) -> list[str]:
     ]
 
 
+def _preset(header: Header) -> str:
+    """The preset that has this codec."""
+    return next(name for name, sizes in PRESETS.items() if sizes.codec == header.config)
+
+
 def _commands(header: Header) -> list[str]:
     plan, settings = header.notes["plan"], header.notes["data"]["settings"]
+    is_own_music = settings.get("kind") == "audio"
+    build = "--audio FOLDER" if is_own_music else f"--seed {settings.get('seed', 0)}"
     train = (
-        "python -m lmd train codec --preset small --data data/corpus --out outputs/codec"
-        f" --steps {plan['steps']} --adversarial-from {plan['adversarial_from']}"
+        f"python -m lmd train codec --preset {_preset(header)} --data data/corpus"
+        f" --out outputs/codec --steps {plan['steps']}"
+        f" --encoder-steps {plan['encoder_steps']} --adversarial-from {plan['adversarial_from']}"
         f" --batch {plan['batch']} --frames {plan['frames']} --noise {plan['noise']}"
         f" --learning-rate {plan['learning_rate']} --seed {plan['seed']}"
     )
@@ -104,7 +124,7 @@ def _commands(header: Header) -> list[str]:
         "Made by (the last start; a run may be stopped and go on):",
         "",
         "```",
-        f"python -m lmd data build --seed {settings.get('seed', 0)} --out data/corpus",
+        f"python -m lmd data build {build} --out data/corpus",
         train,
         "python -m lmd train codec --evaluate data/pretrained/codec.safetensors"
         " --json scores.json --card data/pretrained/codec.md",
@@ -112,8 +132,6 @@ def _commands(header: Header) -> list[str]:
         "",
         "Without `--encoder`, the same command trains encoder and decoder (`--encoder-steps`).",
         "",
-        "Data: scores of music21's corpus, rendered with the General MIDI soundfont that ships in "
-        "pretty_midi (see data/README.md). Weights: the licence of this repository. They have "
-        "heard that corpus and nothing else.",
+        OWN_MUSIC if is_own_music else SCORES,
         "",
     ]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lmd.codec import Codec, DecodeState, decode_block
 from lmd.codec_training.losses import mel_matrix
 from lmd.data.corpus import Corpus
+from lmd.errors import LmdError
 from lmd.shapes import Latents
 
 Mono = Float[Tensor, " sample"]
@@ -144,7 +145,7 @@ def si_sdr_db(output: Mono, target: Mono) -> float:
 def next_frame_r2(sequences: list[Float[Tensor, "latent frame"]], n_past: int = 4) -> float:
     """Share of a latent frame's variance that a ridge regression on past frames predicts.
 
-    Fitted on every other sequence, measured on the rest; summed over channels.
+    Fitted on every other sequence, measured on the rest, so it needs two; summed over channels.
     """
     halves = []
     for part in (sequences[::2], sequences[1::2]):
@@ -185,7 +186,12 @@ def evaluate(codec: Codec, corpus: Corpus, hours: float) -> dict[str, Any]:
         codec: any mono codec of the corpus's sample rate.
         corpus: held-out music; excerpts from the middle of its pieces, spread over all rows.
         hours: about how much of it.
+
+    Raises:
+        LmdError: fewer than two sounds: one predicts, the other tells how well.
     """
+    if len(corpus) < 2:
+        raise LmdError(f"{len(corpus)} held-out sound", "two or more", "Build a larger corpus.")
     n = int(min(len(corpus), max(2, hours * 3600 / EXCERPT_S)))
     chosen = np.unique(np.linspace(0, len(corpus) - 1, n).round().astype(int)).tolist()
     per_family: dict[str, list[Scores]] = {}

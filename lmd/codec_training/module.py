@@ -142,7 +142,7 @@ class CodecTraining(L.LightningModule):
             logger.log_metrics(self.latest, step=step)
 
     def _encoder_losses(self, wave: Tensor) -> dict[str, Tensor]:
-        """Encoder and levels; latents normalised by the batch, whose statistics are followed."""
+        """Encoder and levels; latents normalised by the batch's own statistics."""
         encoder = self.codec.encoder
         raw = encoder.raw_latents(encoder.features(wave))
         mean, std = raw.mean((0, 1)), raw.std((0, 1)).clamp_min(1e-3)

@@ -24,7 +24,7 @@ from lmd.rng import derive_seed
 from lmd.spectral import SpectralCodec
 from lmd.training.trainer import AtomicCheckpointIO
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["32-true", "bf16-mixed"]
 LAST = "last.ckpt"
 
 
@@ -105,7 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=1e-3)
     add("--noise", type=float, default=0.25, help="added to latents of unit scale")
     add("--seed", type=int, default=0)
-    add("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
+    add("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     add("--device", default="auto")
     add("--threads", type=int, help="CPU threads")
     add("--checkpoint-every", type=int, default=200, help="steps")
@@ -152,7 +152,13 @@ def build(args: argparse.Namespace) -> CodecTraining:
     config = preset(args.preset).codec
     if not isinstance(config, SpectralCodecConfig):
         raise LmdError(f"preset {args.preset!r}", "tiny or small", "It has no spectral codec.")
-    encoder_steps = 0 if args.encoder else min(args.encoder_steps, args.steps)
+    encoder_steps = 0 if args.encoder else args.encoder_steps
+    if encoder_steps >= args.steps:
+        raise LmdError(
+            f"--encoder-steps {encoder_steps} of --steps {args.steps}",
+            "fewer: the decoder is trained in those that follow",
+            "Change one of them.",
+        )
     half = encoder_steps + (args.steps - encoder_steps) // 2
     adversarial_from = half if args.adversarial_from is None else args.adversarial_from
     plan = CodecPlan(

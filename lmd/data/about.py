@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, load_scores
@@ -11,12 +12,14 @@ BEGIN, END = "<!-- begin counts -->\n", "<!-- end counts -->"
 README = Path("data/README.md")
 
 
-def counts_table(cache: Path = DEFAULT_CACHE, workers: int = 1) -> str:
-    """A Markdown table: pieces, rejects, notes and splits of every collection."""
-    pieces, rejected = load_scores(COLLECTIONS, cache, workers)
+def counts_table(
+    cache: Path = DEFAULT_CACHE, workers: int = 1, collections: Sequence[str] = COLLECTIONS
+) -> str:
+    """A Markdown table: pieces, rejects, notes and splits of collections, and of all of them."""
+    pieces, rejected = load_scores(collections, cache, workers)
     lines = ["| collection | pieces | left out | notes | train | validation | test |"]
     lines.append("|---|--:|--:|--:|--:|--:|--:|")
-    for name in (*COLLECTIONS, "all"):
+    for name in (*collections, "all"):
         own = [p for p in pieces if name in (p.composer, "all")]
         out = [r for r in rejected if name in (r.piece_id.split("/")[0], "all")]
         splits = Counter(piece.split for piece in own)

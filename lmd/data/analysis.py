@@ -53,7 +53,7 @@ def onset_density(onsets_s: np.ndarray, duration_s: float) -> float:
 
 
 def brightness_hz(wave: np.ndarray, sample_rate: int) -> float:
-    """Mean spectral centroid of `[channel, sample]` in Hz, weighted by frame energy."""
+    """Spectral centroid of `[channel, sample]` in Hz: the mean frequency by magnitude."""
     size = 2048
     mono = wave.mean(axis=0)
     frames = mono[: len(mono) // size * size].reshape(-1, size)[::4]

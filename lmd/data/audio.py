@@ -20,19 +20,20 @@ import torchaudio.functional as audio
 from tqdm import tqdm
 
 from lmd.data.analysis import brightness_hz
-from lmd.data.check import MAX_REJECTED, Reject, Report, check_folder
-from lmd.data.corpus import SETTINGS, Row, write_manifest, write_wav
-from lmd.data.layouts import Track, find_tracks
+from lmd.data.check import MAX_REJECTED, Report
+from lmd.data.corpus import SETTINGS, Row, is_whole, write_manifest, write_wav
+from lmd.data.layouts import Track, survey
 from lmd.data.levels import limit, loudness_gain
 from lmd.data.render import MAX_SECONDS
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 
 AUDIO_FORMAT = 1
-SEGMENT_S = 600.0  # longer files are taken in so many seconds at a time
+SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
 QUIET_DB = -55.0  # below the segment's peak level: silence
 KEEP_QUIET_S = 0.5  # of a silence, so much stays
 MIN_WINDOW_S = 4.0  # shorter remains are left out
+MAX_GAIN = 10 ** (30 / 20)  # what is softer stays soft: more would lift noise, not music
 _FRAME_S = 0.05  # silence is looked for in steps of this
 
 
@@ -53,19 +54,21 @@ class AudioSettings:
     stems: bool = False
 
 
-def load_segment(path: Path, start_s: float, settings: AudioSettings) -> np.ndarray:
-    """A stretch of at most `SEGMENT_S` seconds, resampled, in the wanted channels.
+def load_segment(
+    path: Path, settings: AudioSettings, start_s: float = 0.0, seconds: float = SEGMENT_S
+) -> np.ndarray:
+    """A stretch of a file, resampled, in the wanted channels.
 
     Returns:
         float32 `[channel, sample]`; no samples if the file ends before `start_s`.
     """
     with soundfile.SoundFile(path) as sound:
-        first = round(start_s * sound.samplerate)
-        if first >= sound.frames:
+        rate = sound.samplerate
+        first, last = (min(round(s * rate), sound.frames) for s in (start_s, start_s + seconds))
+        if first == last:
             return np.zeros((settings.channels, 0), np.float32)
         sound.seek(first)
-        data = sound.read(round(SEGMENT_S * sound.samplerate), dtype="float32", always_2d=True)
-        rate = sound.samplerate
+        data = sound.read(last - first, dtype="float32", always_2d=True)
     wave = torch.from_numpy(data.T.copy())
     if wave.shape[0] != settings.channels:
         wave = wave.mean(0, keepdim=True).repeat(settings.channels, 1)
@@ -114,15 +117,17 @@ def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row]:
     slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
     digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
     rows: list[Row] = []
-    start_s = 0.0
-    while (wave := load_segment(track.mix, start_s, settings)).shape[-1]:
+    duration_s = soundfile.info(track.mix).duration
+    n_segments = math.ceil(duration_s / SEGMENT_S)
+    for number in range(n_segments):
+        stretch = (number * duration_s / n_segments, duration_s / n_segments)
+        wave = load_segment(track.mix, settings, *stretch)
         stems = []
         if settings.stems:
-            stems = [load_segment(path, start_s, settings) for _, path in track.stems]
+            stems = [load_segment(path, settings, *stretch) for _, path in track.stems]
         for part, stem_parts in _prepared(wave, stems, settings):
             name = f"{slug}-{digest[:10]}__w{len(rows)}"
             rows.append(_write(track, piece_id, name, part, stem_parts, out, settings))
-        start_s += SEGMENT_S
     return rows
 
 
@@ -134,7 +139,7 @@ def _prepared(
     wave = wave[:, keep]
     if not wave.shape[-1]:
         return
-    gain = np.float32(loudness_gain(wave, settings.sample_rate))
+    gain = np.float32(min(loudness_gain(wave, settings.sample_rate), MAX_GAIN))
     aligned = []
     for stem in stems:
         padded = np.pad(stem, ((0, 0), (0, max(0, len(keep) - stem.shape[-1]))))
@@ -175,14 +180,21 @@ def _write(
 def with_splits(rows: Sequence[Row]) -> list[Row]:
     """Rows with a split each: the data set's own, else 1 in 16 validation and 1 in 16 test.
 
-    If chance leaves no piece for validation and there are two or more, one is taken.
+    Chance never leaves nothing to train on, nor, with two pieces or more, nothing to validate on.
     """
     drawn = {row.piece_id: derive_seed(0, "split", row.piece_id) for row in rows if not row.split}
     names = {0: "validation", 1: "test"}
     splits = {piece: names.get(value % 16, "train") for piece, value in drawn.items()}
-    has_validation = "validation" in {*splits.values(), *(row.split for row in rows)}
-    if len(splits) > 1 and not has_validation:
-        splits[min(drawn, key=lambda piece: drawn[piece])] = "validation"
+    in_order = sorted(drawn, key=lambda piece: drawn[piece])
+
+    def n_pieces(split: str) -> int:
+        return len({row.piece_id for row in rows if (row.split or splits[row.piece_id]) == split})
+
+    if in_order and not n_pieces("train"):
+        splits[in_order[-1]] = "train"
+    if len(in_order) > 1 and not n_pieces("validation"):
+        spare = [p for p in in_order if splits[p] != "train" or n_pieces("train") > 1]
+        splits[spare[0]] = "validation"
     return [row if row.split else replace(row, split=splits[row.piece_id]) for row in rows]
 
 
@@ -206,23 +218,29 @@ def build_audio(
         The manifest's rows and the report on what was rejected.
 
     Raises:
-        LmdError: too many rejects, nothing usable, or a corpus made with other settings.
+        LmdError: too many rejects, nothing usable, a corpus made with other settings, or one
+            inside the folder that is taken in.
     """
     settings = settings or AudioSettings()
-    report = check_folder(folder)
-    tracks: list[Track] = []
-    for item in find_tracks(folder, report.accepted):
-        if isinstance(item, Reject):
-            report.rejected.append(item)
-            report.accepted.remove(item.path)
-        else:
-            tracks.append(item)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise LmdError(
+            f"the corpus {out} inside {folder}, which is taken in",
+            "a folder outside: the next run would take in its own output",
+            "Choose another --out.",
+        )
+    tracks, report = survey(folder)
     _refuse_too_many(report, keep_going)
     _check_settings(out, settings)
+    of_track = _taken_in(tracks, folder, out, settings, workers)
+    for track, found in zip(tracks, of_track, strict=True):
+        if not found:
+            report.reject(track.mix, f"under {MIN_WINDOW_S:g} s of sound without its silences")
     (out / "rejected.json").write_text(report.as_json() + "\n")
-    rows = with_splits(_taken_in(tracks, folder, out, settings, workers))
+    rows = with_splits([row for found in of_track for row in found])
     if not rows:
-        raise LmdError(f"nothing usable in {folder}", f"over {MIN_WINDOW_S:g} s of sound", "")
+        raise LmdError(
+            f"nothing usable in {folder}", f"over {MIN_WINDOW_S:g} s of sound", "See rejected.json."
+        )
     write_manifest(out, rows)
     return rows, report
 
@@ -230,7 +248,7 @@ def build_audio(
 def _refuse_too_many(report: Report, keep_going: bool) -> None:
     """Stop when more than 5 % are rejected, with the list."""
     if report.share_rejected > MAX_REJECTED and not keep_going:
-        listed = "".join(f"\n  {item.path}: {item.reason}" for item in report.rejected)
+        listed = "".join(f"\n  {item}" for item in report.rejected)
         raise LmdError(
             f"{len(report.rejected)} of {len(report.accepted) + len(report.rejected)} files "
             f"rejected:{listed}\n",
@@ -241,7 +259,7 @@ def _refuse_too_many(report: Report, keep_going: bool) -> None:
 
 def _taken_in(
     tracks: Sequence[Track], folder: Path, out: Path, settings: AudioSettings, workers: int
-) -> list[Row]:
+) -> list[list[Row]]:
     """The rows of every track, those of an earlier run first read from its log."""
     done: dict[str, list[Row]] = {}
     with (out / "tracks.jsonl").open("a+") as log:
@@ -252,7 +270,7 @@ def _taken_in(
             except json.JSONDecodeError:
                 continue  # torn by an interruption
             rows = [Row(**row) for row in entry["rows"]]
-            if all((out / row.path).is_file() for row in rows):
+            if all(is_whole(out, row) for row in rows):
                 done[entry["key"]] = rows
         keys = [_key(track, folder) for track in tracks]
         missing = [i for i, key in enumerate(keys) if key not in done]
@@ -263,13 +281,16 @@ def _taken_in(
             entry = {"key": keys[i], "rows": [asdict(row) for row in rows]}
             log.write(json.dumps(entry, sort_keys=True) + "\n")
             log.flush()
-    return [row for key in keys for row in done[key]]
+    return [done[key] for key in keys]
 
 
 def _key(track: Track, folder: Path) -> str:
-    """What a track was when it was taken in: its place, size and words."""
-    size = track.mix.stat().st_size
-    return f"{track.mix.relative_to(folder).as_posix()}|{size}|{track.caption}|{track.split}"
+    """What a track was when it was taken in: its place, words, and files as they were."""
+    about = [track.mix.relative_to(folder).as_posix(), track.caption, track.split]
+    for name, path in (("", track.mix), *track.stems):
+        state = path.stat()
+        about.append(f"{name}:{path.name}:{state.st_size}:{state.st_mtime_ns}")
+    return "|".join(about)
 
 
 def _run(jobs: list[Any], workers: int) -> Iterator[list[Row]]:
@@ -300,7 +321,7 @@ def build_from_folder(args: argparse.Namespace) -> int:
     settings = AudioSettings(args.sample_rate, args.channels, args.max_seconds, args.stems)
     rows, report = build_audio(args.audio, args.out, settings, args.keep_going, args.workers)
     for item in report.rejected:
-        print(f"rejected  {item.path}: {item.reason}")
+        print(f"rejected  {item}")
     hours = sum(row.duration_s for row in rows) / 3600
     n_pieces = len({row.piece_id for row in rows})
     print(f"{len(rows)} windows of {n_pieces} files, {hours:.2f} h, in {args.out}")

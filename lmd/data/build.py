@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lmd.data.analysis import brightness_hz, find_key, onset_density
 from lmd.data.captions import Described, caption, stem_caption
-from lmd.data.corpus import SETTINGS, Row, write_manifest, write_wav
+from lmd.data.corpus import SETTINGS, Row, is_whole, write_manifest, write_wav
 from lmd.data.draw import Draw
 from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
@@ -205,8 +205,8 @@ def build_corpus(
 def _in_order(jobs: Sequence[tuple[Piece, int, Any, Any]], rows: dict[str, Row]) -> list[Row]:
     """The finished rows in the order of the plan, then those of an earlier, longer build."""
     planned = [row_name(job[0], job[1]) for job in jobs]
-    extra = sorted(set(rows) - set(planned))
-    return [rows[name] for name in [*planned, *extra] if name in rows]
+    extra = set(rows) - set(planned)
+    return [rows[name] for name in [*planned, *(n for n in rows if n in extra)] if name in rows]
 
 
 def _finished(log: Any, out: Path) -> Iterator[Row]:
@@ -217,9 +217,7 @@ def _finished(log: Any, out: Path) -> Iterator[Row]:
             row = Row(**json.loads(line))
         except (json.JSONDecodeError, TypeError):
             continue  # the line that an interruption tore; its rendition is made again
-        paths = [row.path, *filter(None, row.stem_paths.split("|"))]
-        size = 44 + 2 * row.n_samples * row.channels
-        if all((out / p).is_file() and (out / p).stat().st_size == size for p in paths):
+        if is_whole(out, row):
             yield row
 
 

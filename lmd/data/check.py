@@ -1,6 +1,5 @@
-"""`python -m lmd data check FOLDER`: which files of a folder can be used, and why others cannot."""
+"""Which files of a folder can be used, and why others cannot."""
 
-import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from tqdm import tqdm
 
 from lmd.errors import LmdError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff")
+UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".ape", ".wv", ".mpc", ".dsf", ".dff", ".mka", ".caf")
 STEM_MP4 = ".stem.mp4"  # MUSDB18's packed form, which soundfile cannot open
 MIN_SECONDS = 1.0
 MIN_SAMPLE_RATE = 16_000  # Hz; below, there is nothing over 8 kHz to learn from
@@ -30,6 +30,10 @@ class Reject:
 
     path: Path
     reason: str
+
+    def __str__(self) -> str:
+        """A line that any terminal takes, whatever bytes the name has."""
+        return f"{os.fsencode(self.path).decode('utf-8', 'backslashreplace')}: {self.reason}"
 
 
 @dataclass
@@ -48,6 +52,11 @@ class Report:
     def share_rejected(self) -> float:
         """Rejects among all audio files."""
         return len(self.rejected) / max(1, len(self.accepted) + len(self.rejected))
+
+    def reject(self, path: Path, reason: str) -> None:
+        """Move a file from the accepted ones to the rejected."""
+        self.accepted.remove(path)
+        self.rejected.append(Reject(path, reason))
 
     def as_json(self) -> str:
         """`{"accepted": [path…], "rejected": [{"path", "reason"}…]}`."""
@@ -87,15 +96,21 @@ def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path
                 yield from _walk(child, (*above, real), seen)
         elif child.name.lower().endswith((*AUDIO_SUFFIXES, STEM_MP4)):
             yield child
+        elif child.name.lower().endswith(UNREAD_SUFFIXES):
+            yield Reject(child, f"{child.suffix} cannot be read: convert it to WAV or FLAC")
 
 
 def fault(path: Path) -> str | None:
     """Why a file cannot be used; None if it can. Every sample is read.
 
     Refused: empty, unreadable, truncated, not audio, shorter than a second, under 16 kHz, more
-    than two channels, values that are not finite, silence. Long files and names in any script are
-    welcome.
+    than two channels, values that are not finite, silence, a name in another encoding than UTF-8.
+    Long files and names in any script are welcome.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8: rename it"
     if path.name.lower().endswith(STEM_MP4):
         return "MP4 stems cannot be read: use the WAV form of the data set (MUSDB18-HQ)"
     try:
@@ -184,21 +199,3 @@ def check_folder(folder: Path, progress: bool = True) -> Report:
         else:
             report.accepted.append(item)
     return report
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    parser.add_argument("folder", type=Path, help="folder of audio")
-    parser.add_argument("--json", type=Path, help="write the report here as JSON")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Report on a folder; status 1 if anything was rejected."""
-    report = check_folder(args.folder)
-    for item in report.rejected:
-        print(f"rejected  {item.path}: {item.reason}")
-    print(f"{len(report.accepted)} accepted, {len(report.rejected)} rejected in {args.folder}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(report.as_json() + "\n")
-    return 1 if report.rejected else 0

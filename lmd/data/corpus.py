@@ -168,11 +168,18 @@ class Corpus:
                 raise LmdError(
                     f"{path} with {size} bytes",
                     f"{wanted} bytes, as the manifest says",
-                    "Run the build again: it renders what is missing or torn.",
+                    "Run the build again: it makes what is missing or torn.",
                 )
             shape = (row.n_samples, row.channels)
             self._maps[path] = np.memmap(file, "<i2", "r", offset=_HEADER_BYTES, shape=shape)
         return self._maps[path]
+
+
+def is_whole(folder: Path, row: Row) -> bool:
+    """Whether the files of a row, stems among them, are there at full length."""
+    wanted = _HEADER_BYTES + 2 * row.n_samples * row.channels
+    paths = [folder / path for path in (row.path, *row.stem_paths.split("|")) if path]
+    return all(path.is_file() and path.stat().st_size == wanted for path in paths)
 
 
 def read_manifest(folder: Path) -> pd.DataFrame:

@@ -134,14 +134,15 @@ class Encoder(L.LightningModule):
         for row, voice, wave in sounds:
             encoded = encode_wave(self.codec, torch.from_numpy(wave)[None].to(self.device))
             frames = encoded[0].T.cpu()
-            entries.append(_entry(self.corpus.rows[row], voice, shard_name(number), at, frames))
+            place = (shard_name(number), at, len(frames))
+            entries.append(_entry(self.corpus.rows[row], voice, *place))
             latents.append(frames)
             at += len(frames)
         write_shard(self.out / shard_name(number), latents, entries)
         return number
 
 
-def _entry(row: Row, voice: int, shard: str, start: int, frames: Tensor) -> Entry:
+def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry:
     """The index line of one encoded sound."""
     names = row.instruments.split("|")
     return Entry(
@@ -149,7 +150,7 @@ def _entry(row: Row, voice: int, shard: str, start: int, frames: Tensor) -> Entr
         voice=voice,
         shard=shard,
         start_frame=start,
-        n_frames=len(frames),
+        n_frames=n_frames,
         caption=row.caption if voice < 0 else row_stem_caption(row, voice),
         split=row.split,
         piece_id=row.piece_id,
@@ -213,7 +214,7 @@ def encode_corpus(
         trainer.predict(Encoder(codec, corpus, out), data, return_predictions=False)
         trainer.strategy.barrier()
     if trainer.is_global_zero:
-        _write_index(out, [shard_name(n) for n in numbers])
+        _write_index(out, [shard_name(n) for n in numbers], corpus)
     return torn
 
 
@@ -272,9 +273,16 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
 
 
-def _write_index(out: Path, names: Sequence[str]) -> None:
-    """One line per sound over all shards."""
-    entries = [entry for name in names for entry in shard_entries(out / name)]
+def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
+    """One line per sound over all shards: where it lies, and what the corpus says of it now.
+
+    Captions and splits may have changed since a shard was written; the sounds have not.
+    """
+    entries, row = [], -1
+    for old in (entry for name in names for entry in shard_entries(out / name)):
+        row += old.voice < 0  # a rendition's mix comes before its stems
+        place = (old.shard, old.start_frame, old.n_frames)
+        entries.append(_entry(corpus.rows[row], old.voice, *place))
     values = [[getattr(entry, column) for column in ENTRY_COLUMNS] for entry in entries]
     table = pd.DataFrame(values, columns=list(ENTRY_COLUMNS))
     write_atomic(out / INDEX, table.to_csv(index=False, lineterminator="\n").encode())

@@ -1,6 +1,7 @@
 """How music lies in a folder: plain files, Slakh2100, MUSDB18; and what it is called."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import soundfile
 import yaml
 
-from lmd.data.check import AUDIO_SUFFIXES, MUSDB_STEMS, Reject, is_stem
+from lmd.data.check import AUDIO_SUFFIXES, MUSDB_STEMS, Reject, Report, check_folder, is_stem
 
 _CAPTION_KEYS = ("caption", "prompt", "description", "text", "title")
 _SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}
@@ -32,8 +33,26 @@ class Track:
     caption: str
 
 
+def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
+    """What a folder of music holds: its tracks, and the report on all its files.
+
+    Raises:
+        LmdError: not a folder.
+    """
+    report = check_folder(folder, progress)
+    tracks: list[Track] = []
+    for item in list(find_tracks(folder, report.accepted)):
+        if isinstance(item, Reject):
+            report.reject(item.path, item.reason)
+        else:
+            tracks.append(item)
+    return tracks, report
+
+
 def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
-    """Gather accepted files into tracks; a track that lacks an announced stem is rejected.
+    """Gather accepted files into tracks.
+
+    A track that lacks an announced stem, or whose JSON sidecar cannot be read, is rejected.
 
     Args:
         folder: the root that was walked.
@@ -43,8 +62,12 @@ def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reje
     for path in accepted:
         if is_stem(path):
             continue
-        track = _slakh(folder, path) or _musdb(folder, path)
-        track = track or Track(path, (), _own_split(folder, path), caption_of(path))
+        try:
+            track = _slakh(folder, path) or _musdb(folder, path)
+            track = track or Track(path, (), _own_split(folder, path), caption_of(path))
+        except json.JSONDecodeError as error:
+            yield Reject(path, f"{path.with_suffix('.json').name} is not JSON: {error}")
+            continue
         lost = [stem.name for _, stem in track.stems if stem not in usable]
         yield Reject(path, f"stems missing or unusable: {', '.join(lost)}") if lost else track
 
@@ -89,10 +112,13 @@ def caption_of(path: Path, otherwise: str = "") -> str:
     Args:
         path: the audio file; sidecars have its name with another ending.
         otherwise: to be preferred to the folder's name.
+
+    Raises:
+        json.JSONDecodeError: there is a JSON sidecar, and it is none.
     """
     text = path.with_suffix(".txt")
     if text.is_file():
-        said = " ".join(text.read_text(errors="replace").split())
+        said = " ".join(text.read_text("utf-8-sig", errors="replace").split())
         if said:
             return said
     named = _json_caption(path.with_suffix(".json")) or _tag_caption(path)
@@ -103,10 +129,7 @@ def _json_caption(path: Path) -> str:
     """The caption in a JSON sidecar; empty if there is none."""
     if not path.is_file():
         return ""
-    try:
-        values = json.loads(path.read_text(errors="replace"))
-    except json.JSONDecodeError:
-        return ""
+    values = json.loads(path.read_text("utf-8-sig", errors="replace"))
     found = [values.get(key) for key in _CAPTION_KEYS] if isinstance(values, dict) else [values]
     return next((" ".join(v.split()) for v in found if isinstance(v, str) and v.strip()), "")
 
@@ -121,4 +144,5 @@ def _tag_caption(path: Path) -> str:
 
 def _plain(path: Path) -> str:
     """The name of the folder that a file lies in, as words."""
-    return " ".join(path.parent.name.replace("_", " ").replace("-", " ").split())
+    folder = Path(os.path.abspath(path)).parent.name
+    return " ".join(folder.replace("_", " ").replace("-", " ").split())

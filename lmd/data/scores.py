@@ -89,7 +89,7 @@ class Piece:
 
     @property
     def split(self) -> Split:
-        """The piece's split: 5 % validation, 5 % test, whatever the build's seed."""
+        """The piece's split: 1 in 16 validation, 1 in 16 test, whatever the build's seed."""
         draw = derive_seed(0, "split", self.group) % 16
         return "validation" if draw == 0 else "test" if draw == 1 else "train"
 
