@@ -1,4 +1,4 @@
-"""Pictures and sounds for notebooks; the one module that imports matplotlib.
+"""Pictures and sounds for notebooks.
 
 Every function takes plain arrays or tensors and returns what it drew on, so that a notebook can
 title, save or extend it.
@@ -172,7 +172,7 @@ def plot_intervals(
     for number, (name, value) in enumerate((levels or {}).items(), start=1):
         ax.axvline(value, color=f"C{number}", ls="--", lw=1, label=name)
     ax.set_yticks(range(len(estimates)), list(estimates), fontsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(estimates) - 0.5, -0.5)
     if levels:
         ax.legend(frameon=False, fontsize=8)
     return ax

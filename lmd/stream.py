@@ -44,6 +44,8 @@ class Block:
         n_evaluations: model calls, each over one or two guidance branches.
         rebuilt: whether the context's keys were computed from the latent window.
         dit_ms, decode_ms: wall-clock time of the two halves.
+        own_from: the sample of `wave` at which this block's own frames begin; before it lies what
+            an exact seam held back of the block before.
     """
 
     index: int
@@ -55,6 +57,7 @@ class Block:
     rebuilt: bool
     dit_ms: float
     decode_ms: float
+    own_from: int = 0
 
 
 class Streamer:
@@ -139,6 +142,7 @@ class Streamer:
             rebuilt=rebuilt,
             dit_ms=1e3 * (denoised - began),
             decode_ms=1e3 * (decoded - denoised),
+            own_from=state.decode.n_waiting * self.codec.samples_per_frame,
         )
         following = StreamState(
             context=torch.cat([context, latents], dim=-1)[..., latents.shape[-1] :],

@@ -61,6 +61,19 @@ def test_one_call_of_eight_blocks_is_eight_calls_of_one():
     assert torch.equal(wave_of(together), wave_of(one_by_one))
 
 
+def test_a_block_says_where_its_own_frames_begin():
+    """Whatever the seams and block lengths before it; an exact seam holds some frames back."""
+    stream = streamer()
+    blocks, _ = play(stream, LIVELY)
+    n_frames = 0
+    for block in blocks:
+        assert block.start_sample + block.own_from == n_frames * stream.codec.samples_per_frame
+        n_frames += block.latents.shape[-1]
+    hop = stream.codec.samples_per_frame
+    held = [0, 2, 2, 2, 2, 0, 2, 2]  # the fading block hands out all that there is
+    assert [block.own_from for block in blocks] == [frames * hop for frames in held]
+
+
 def test_a_step_leaves_the_state_it_was_given_untouched():
     stream = streamer()
     _, state = play(stream, LIVELY[:3])

@@ -99,6 +99,68 @@ def durations(root: Path, profile: str) -> str:
     )
 
 
+def live(root: Path, _: str) -> str:
+    """What `python -m lmd.play.soak` found: one line for each measurement that is published."""
+    folder, rows, where = _published(root), [], ""
+    for name, words in LIVE.items():
+        path = folder / f"live_{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows += words(found)
+            machine = found["machine"]
+            where = f"`{found['preset']}`, {found['n_steps']} steps, {machine['cpu']}."
+    return f"{_table(['measured', 'found'], rows)}\n\n{where}" if rows else ""
+
+
+def _paced(found: dict[str, Any]) -> list[list[str]]:
+    meters = found["meters"]
+    lowest = f"shortest queue {found['lowest_queue_fraction']:.0%} of its depth"
+    rtf = f"blocks made at {meters['rtf']:.1f}× real time"
+    return [
+        [f"{meters['played_s'] / 60:.0f} minutes by the clock", f"{meters['underruns']} underruns"],
+        ["", f"{lowest}, {rtf}"],
+    ]
+
+
+def _flat(found: dict[str, Any]) -> list[list[str]]:
+    minutes = found["parts"][-1]["minutes"]
+    return [
+        [f"{minutes:.0f} minutes of music without a pause", ""],
+        ["memory", f"{found['rss_mb_per_minute']:+.2f} MB a minute"],
+        ["cost of a block, second half over first", f"{found['cost_second_half_to_first']:.3f}"],
+        ["loudness, brightness", _slopes_in_words(found)],
+    ]
+
+
+def _slopes_in_words(found: dict[str, Any]) -> str:
+    level, centroid = found["level_db_per_minute"], found["centroid_hz_per_minute"]
+    return f"{level:+.3f} dB and {centroid:+.1f} Hz a minute"
+
+
+def _latency(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for frames, row in found["blocks"].items():
+        what = f"slider to sound, blocks of {frames} frames ({row['block_ms']:.0f} ms)"
+        rows.append([what, f"p50 {row['p50_ms']:.0f} ms, p95 {row['p95_ms']:.0f} ms"])
+    return rows
+
+
+def _stalls(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for blocks, row in found["stalls"].items():
+        silent = f"{row['underruns']} underrun, {row['silent_s']:.2f} s of silence"
+        rows.append([f"a stall of {blocks} blocks ({row['stall_s']:.1f} s)", silent])
+    return rows
+
+
+LIVE: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
+    "paced": _paced,
+    "flat": _flat,
+    "stalls": _stalls,
+    "latency": _latency,
+}
+
+
 def figures(root: Path, argument: str) -> str:
     """Single figures of the published run, as `quick 04_play rtf seconds`: a row each."""
     profile, notebook, *names = argument.split()
@@ -125,6 +187,7 @@ BLOCKS: dict[str, Callable[[Path, str], str]] = {
     "bench": bench,
     "durations": durations,
     "figures": figures,
+    "live": live,
     "media": media,
     "notebooks": notebook_map,
 }

@@ -251,7 +251,7 @@ class LiveEngine:
         block_s = self._block_s(controls)
         expected_s = self.ledger.costs.expected_s(controls)
         cost_s = block_s if expected_s is None else min(expected_s, block_s)
-        begin_at_s = self._depth_s(controls) - block_s + (cost_s if self._primed else 0.0)
+        begin_at_s = self._depth_s(controls) - block_s + cost_s
         return self.sink.queued_s() - begin_at_s
 
     def _effective(self, controls: Controls) -> Controls:
@@ -291,6 +291,7 @@ class LiveEngine:
             number=self._n_blocks,
             first_sample=self._n_samples,
             n_samples=piece.wave.shape[-1],
+            own_sample=self._n_samples + (block.own_from if block else 0),
             length_s=self._block_s(controls),
             controls=controls,
             made_s=made_s,
@@ -310,9 +311,10 @@ class LiveEngine:
     def _promise(self, change: Change, made: Made) -> Promise:
         latency_ms = None
         if self._primed and self._state == "playing" and math.isfinite(made.queued_s):
-            heard_s = self.sink.clock.now() + self.sink.queued_s() - made.n_samples / self._rate
-            latency_ms = 1e3 * (heard_s - change.asked_s)
-        return Promise(change, made.number, made.first_sample, latency_ms)
+            end_s = self.sink.clock.now() + self.sink.queued_s()
+            after_it = made.first_sample + made.n_samples - made.own_sample
+            latency_ms = 1e3 * (end_s - after_it / self._rate - change.asked_s)
+        return Promise(change, made.number, made.own_sample, latency_ms)
 
     @property
     def _rate(self) -> int:

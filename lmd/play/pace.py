@@ -25,6 +25,8 @@ class Made:
     Attributes:
         number: counts blocks from 0.
         first_sample, n_samples: its place in the stream.
+        own_sample: from where on its own frames are heard (later than `first_sample` by what an
+            exact seam held back of the block before).
         length_s: seconds of music.
         controls: what it was made with.
         made_s: seconds from taking the controls to having the samples.
@@ -38,6 +40,7 @@ class Made:
     number: int
     first_sample: int
     n_samples: int
+    own_sample: int
     length_s: float
     controls: Controls
     made_s: float
@@ -128,7 +131,7 @@ class Promise:
 
     Attributes:
         change: what was asked.
-        block, sample: the first block and stream sample that carry it.
+        block, sample: the first block that carries it, and where its own frames begin.
         latency_ms: from asking to that sample's turn in the sink; None if nothing was playing.
     """
 

@@ -321,7 +321,7 @@ class LivePlayer(PlayerTraits):
         elif self._page_sink is not None:
             place = {"epoch": self._page_sink.epoch, "first": 0}
             if isinstance(event, Made):
-                place |= {"kind": "made", "first": event.first_sample, "text": str(event.number)}
+                place |= {"kind": "made", "first": event.own_sample, "text": str(event.number)}
             elif isinstance(event, Promise):
                 with self._lock:
                     ids, text = self._asked.pop(event.change.number, ([], ""))

@@ -6,6 +6,8 @@ paced    real time: underruns and the shortest queue
 flat     as fast as it goes: memory, cost, loudness and brightness over the minutes
 latency  slider to sound over block lengths, changes at random moments
 stalls   stalls of 0.5, 1 and 3 blocks in real time: what is counted, how soon it is over
+
+`latency` and `flat` also draw a picture beside the JSON.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from lmd.checkpoint import write_atomic
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.instrument import Instrument, open_instrument
+from lmd.machine import machine_dict
 from lmd.play.guard import Guarded, guarded_step
 from lmd.play.live import EngineOptions, LiveEngine
 from lmd.play.pace import Made, level_db, percentile
@@ -203,7 +206,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, with what it was measured on."""
     instrument = open_instrument(args.source, preset_name=args.preset)
     controls = Controls(
-        prompt="church organ, slow, minor", n_steps=args.steps, block_frames=args.block_frames
+        prompt="church organ, slow, minor",
+        n_steps=args.steps,
+        block_frames=args.block_frames,
+        seam=args.seam,
     )
     clock = SkippingClock if args.skip_waits else WallClock
     if args.what == "paced":
@@ -216,7 +222,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result = stalls(instrument, controls)
     load = psutil.getloadavg()[0]
     about = {"source": instrument.source, "preset": instrument.preset.name, "n_steps": args.steps}
-    about |= {"waits_skipped": args.skip_waits, "cores": psutil.cpu_count(), "load_at_end": load}
+    about |= {"block_frames": args.block_frames, "seam": args.seam}
+    about |= {"waits_skipped": args.skip_waits, "load_at_end": load, "machine": machine_dict()}
     return {"what": args.what, **about, **result}
 
 
@@ -230,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--block-frames", type=int, default=48)
+    parser.add_argument("--seam", choices=("exact", "fade"), default="exact")
     parser.add_argument("--skip-waits", action="store_true", help="computing counts, waiting not")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -239,8 +247,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lmd soak: {error}", file=sys.stderr)
         return 2
     write_atomic(args.json, (json.dumps(result, indent=2) + "\n").encode())
+    _draw(result, args.json.with_suffix(".png"))
     print(json.dumps({k: v for k, v in result.items() if k not in ("parts", "meters")}, indent=2))
     return 0
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """The picture of what was measured, where there is one to draw."""
+    from lmd.play.soak_figure import plot_flat, plot_latency  # matplotlib after the measurement
+
+    plots = {"flat": plot_flat, "latency": plot_latency}
+    if result["what"] in plots:
+        plots[result["what"]](result).savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
