@@ -18,7 +18,7 @@ from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.data.instruments import FAMILIES
 from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
-from lmd.evaluation.command import configure, main, planned
+from lmd.evaluation.command import configure, main, planned, with_long_streams
 from lmd.evaluation.generation import (
     METHODS,
     Budget,
@@ -541,13 +541,25 @@ def test_what_no_time_is_left_for_is_named(world: argparse.Namespace, tmp_path: 
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     told = [text for text in result["not_measured"] if "no time left" in text]
     assert result["rows"] == result["drift"] == []
-    units = ("1 steps, from silence", "long streams")
-    assert told == [f"BC, {unit}: no time left (--minutes 0)" for unit in units]
+    units = ("from silence", "fading prompts", "long streams")
+    assert told == [f"BC, 1 steps, {unit}: no time left (--minutes 0)" for unit in units]
 
 
 def test_the_telling_rows_come_first_and_the_naive_ones_last() -> None:
     units = [str(unit) for unit in planned([(m, "0") for m in METHODS], Budget())]
-    assert len(units) == 5 * 4 * 2 + 4
+    assert len(units) == 5 * 4 * 2 + 4 * 3  # rows; a fade and long streams of 8 and 2 steps
     assert units[0] == "ED, 8 steps, from silence"
-    assert units.index("BC, long streams") < units.index("BC, 8 steps, primed")
+    assert units.index("BC, 2 steps, long streams") < units.index("BC, 8 steps, primed")
     assert units[-1] == "naive, 50 steps, primed"
+
+
+def test_long_streams_are_as_long_as_asked_for_and_of_every_count_of_steps() -> None:
+    longer = with_long_streams(Budget(), 120.0, [8, 4])
+    assert (longer.drift_s, longer.drift_steps) == (120.0, (8, 4))
+    assert with_long_streams(Budget(), None, None) == Budget()
+    streams = [u.n_steps for u in planned([(METHODS[2], "0")], longer) if u.kind == "drift"]
+    assert streams == [8, 4]
+    with pytest.raises(LmdError, match="drift-seconds 10"):
+        with_long_streams(Budget(), 10.0, None)
+    with pytest.raises(LmdError, match="drift-steps 0"):
+        with_long_streams(Budget(), None, [8, 0])

@@ -11,21 +11,21 @@ that arrive later add their rows. What is missing is named, not invented.
 import argparse
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.evaluation.generation import FULL, METHODS, QUICK, SMOKE, Budget, Method
+from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
 from lmd.evaluation.report import write_report
 from lmd.evaluation.rows import anchor_rows, drift_rows
 from lmd.evaluation.run import BIN_S, Evaluation, Sources
 from lmd.machine import machine_dict, tune_allocator
 
-BUDGETS = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+BUDGETS = {"full": FULL, "quick": QUICK, "brief": BRIEF, "smoke": SMOKE}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--budget", choices=sorted(BUDGETS), default="full", help="how much is generated")
     add("--methods", nargs="+", choices=[m.name for m in METHODS], help="only these")
     add("--cfg-scale", type=float, default=2.0, help="guidance of weights that are not ARC-Forced")
+    add("--drift-seconds", type=float, metavar="S", help="length of the long streams")
+    add("--drift-steps", type=int, nargs="+", metavar="N", help="their model calls per block")
     add("--minutes", type=float, help="begin no further row or stream after these")
     add("--random", default="", metavar="PRESET", help="random weights: tests the machinery")
     add("--threads", type=int, help="of torch")
@@ -62,12 +64,31 @@ def main(args: argparse.Namespace) -> int:
         random=args.random,
     )
     name = "quick" if args.quick else args.budget
-    evaluation = Evaluation(sources, BUDGETS[name], args.cfg_scale)
+    budget = with_long_streams(BUDGETS[name], args.drift_seconds, args.drift_steps)
+    evaluation = Evaluation(sources, budget, args.cfg_scale)
     chosen = [m for m in METHODS if not args.methods or m.name in args.methods]
     measured = evaluate(evaluation, chosen, args.minutes)
-    result = {"budget": {"name": name, **asdict(BUDGETS[name])}, **measured}
+    result = {"budget": {"name": name, **asdict(budget)}, **measured}
     print(write_report(result, args.out))
     return 0
+
+
+def with_long_streams(budget: Budget, seconds: float | None, steps: list[int] | None) -> Budget:
+    """The budget with other long streams; None: as they are.
+
+    Raises:
+        LmdError: streams too short for a slope, or a number of steps that is none.
+    """
+    if seconds is not None and not 2 * BIN_S <= seconds < math.inf:
+        found, least = f"--drift-seconds {seconds:g}", f"{2 * BIN_S:g} or more"
+        raise LmdError(found, f"{least}: two bins of {BIN_S:g} s", "Make them longer.")
+    if steps is not None and min(steps) < 1:
+        raise LmdError(f"--drift-steps {min(steps)}", "1 or more", "Raise it.")
+    return replace(
+        budget,
+        drift_s=seconds or budget.drift_s,
+        drift_steps=tuple(steps) if steps else budget.drift_steps,
+    )
 
 
 def evaluate(
@@ -92,13 +113,14 @@ def evaluate(
     for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
         if time.monotonic() > until:
             absent.append(f"{unit}: no time left (--minutes {minutes:g})")
-        elif unit.n_steps is None:
-            method, n_steps = unit.method, evaluation.budget.drift_steps
-            measured = drift_rows(evaluation.drift(method, unit.sha256), BIN_S)
-            drifting.append({"method": method.name, "n_steps": n_steps, **measured})
-            fading.append(evaluation.fade(method, unit.sha256))
+        elif unit.kind == "drift":
+            measured = drift_rows(evaluation.drift(unit.method, unit.sha256, unit.n_steps), BIN_S)
+            drifting.append({"method": unit.method.name, "n_steps": unit.n_steps, **measured})
+        elif unit.kind == "fade":
+            fading.append(evaluation.fade(unit.method, unit.sha256))
         else:
-            rows.append(evaluation.row(unit.method, unit.n_steps, unit.primed, unit.sha256))
+            primed = unit.kind == "primed"
+            rows.append(evaluation.row(unit.method, unit.n_steps, primed, unit.sha256))
     order = [method.name for method in METHODS]
     rows.sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
     return {
@@ -120,36 +142,45 @@ def evaluate(
     }
 
 
+Kind = Literal["silence", "primed", "drift", "fade"]
+KINDS: dict[Kind, str] = {
+    "silence": "from silence",
+    "primed": "primed",
+    "drift": "long streams",
+    "fade": "fading prompts",
+}
+
+
 @dataclass(frozen=True)
 class Unit:
-    """A row of the table, or a method's long streams (`n_steps` is None)."""
+    """A row of the table, or long streams, or fading prompts, of a method at some steps."""
 
     method: Method
     sha256: str
-    n_steps: int | None
-    primed: bool
+    n_steps: int
+    kind: Kind
 
     def __str__(self) -> str:
-        if self.n_steps is None:
-            return f"{self.method.name}, long streams"
-        begins = "primed" if self.primed else "from silence"
-        return f"{self.method.name}, {self.n_steps} steps, {begins}"
+        return f"{self.method.name}, {self.n_steps} steps, {KINDS[self.kind]}"
 
 
 def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:
     """What to measure, the most telling first.
 
-    Few steps from silence, then long streams, then from real music, then many steps; the naive
-    method, which is slow, last of each.
+    Few steps from silence, then fades and long streams, then from real music, then many steps; the
+    naive method, which is slow, last of each.
     """
-    units = []
+    units: list[tuple[tuple[int, bool, bool], Unit]] = []
+    begins: tuple[Kind, ...] = ("silence", "primed") if budget.primed else ("silence",)
     for method, sha256 in present:
         is_naive = method.name == "naive"
         for n_steps in budget.naive_steps if is_naive else budget.steps:
-            slow = n_steps > budget.drift_steps
-            for primed in (False, True) if budget.primed else (False,):
-                place = (3 if slow else 2 if primed else 0, is_naive, primed)
-                units.append((place, Unit(method, sha256, n_steps, primed)))
+            for kind in begins:
+                primed, slow = kind == "primed", n_steps > max(budget.drift_steps)
+                place = (4 if slow else 3 if primed else 0, is_naive, primed)
+                units.append((place, Unit(method, sha256, n_steps, kind)))
         if not is_naive:
-            units.append(((1, False, False), Unit(method, sha256, None, False)))
+            fade = Unit(method, sha256, budget.drift_steps[0], "fade")
+            streams = [Unit(method, sha256, n_steps, "drift") for n_steps in budget.drift_steps]
+            units += [((1, False, False), fade), *(((2, False, False), each) for each in streams)]
     return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]

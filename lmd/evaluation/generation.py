@@ -66,7 +66,8 @@ class Budget:
         steps: model calls per block, most first.
         naive_steps: those that the naive method is measured at (it costs five times as much).
         primed: whether clips that go on from real music are made too.
-        drift_s, drift_clips, drift_steps: length, number and steps of the long streams.
+        drift_s, drift_clips, drift_steps: length, number and model calls per block of the long
+            streams; prompts fade with the first of these.
         speed_blocks: blocks that are timed, one stream alone.
         reference_s: how much of every held-out piece forms the reference.
         block_frames: of every block.
@@ -80,15 +81,16 @@ class Budget:
     primed: bool = True
     drift_s: float = 300.0
     drift_clips: int = 4
-    drift_steps: int = 8
+    drift_steps: tuple[int, ...] = (8, 2)
     speed_blocks: int = 8
     reference_s: float = 60.0
     block_frames: int = 48
 
 
 FULL = Budget()
-QUICK = Budget(16, 4, 3, (8, 2), (2,), False, 40.0, 4, 8, 3, 20.0)
-SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 1, 1, 2, 10.0)
+QUICK = Budget(16, 4, 3, (8, 2), (2,), False, 40.0, 4, (8,), 3, 20.0)
+BRIEF = Budget(8, 4, 3, (8, 2), (2,), False, 40.0, 1, (8,), 3, 20.0)
+SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 1, (1,), 2, 10.0)
 
 
 @dataclass(frozen=True)

@@ -274,11 +274,11 @@ class Evaluation:
         kept = self.parts.arrays(name, time_it)
         return {name: float(value) for name, value in kept.items()}
 
-    def drift(self, method: Method, sha256: str) -> list[dict[str, np.ndarray]]:
+    def drift(self, method: Method, sha256: str, n_steps: int) -> list[dict[str, np.ndarray]]:
         """Long streams of a method, measured every ten seconds, per seed."""
         budget, found = self.budget, []
         for seed in range(budget.n_seeds):
-            controls = controls_for(method, budget.drift_steps, budget, seed, self.cfg_scale)
+            controls = controls_for(method, n_steps, budget, seed, self.cfg_scale)
             prompts = [clip.row.caption for clip in self.clips(seed)[: budget.drift_clips]]
 
             def follow(controls: Any = controls, prompts: list[str] = prompts) -> dict:
@@ -295,7 +295,8 @@ class Evaluation:
         """How the recogniser's belief goes from the first prompt's family to the second's."""
         clips = self.clips(0)[:FADE_CLIPS]
         pairs = list(zip(clips[::2], clips[1::2], strict=False))
-        controls = controls_for(method, self.budget.drift_steps, self.budget, 0, self.cfg_scale)
+        n_steps = self.budget.drift_steps[0]
+        controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
 
         def follow() -> dict[str, np.ndarray]:
             captions = [(a.row.caption, b.row.caption) for a, b in pairs]
