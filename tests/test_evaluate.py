@@ -543,6 +543,13 @@ def test_what_no_time_is_left_for_is_named(world: argparse.Namespace, tmp_path: 
     assert result["rows"] == result["drift"] == []
     units = ("from silence", "fading prompts", "long streams")
     assert told == [f"BC, 1 steps, {unit}: no time left (--minutes 0)" for unit in units]
+    assert run(world, tmp_path / "out", *words[:-2]) == 0
+    assert run(world, tmp_path / "again", *words) == 0  # what is there needs no time
+    whole, again = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("out", "again")
+    )
+    assert (again["rows"], again["drift"]) == (whole["rows"], whole["drift"])
+    assert len(again["rows"]) == len(again["fades"]) == 1
 
 
 def test_the_telling_rows_come_first_and_the_naive_ones_last() -> None:

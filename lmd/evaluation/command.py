@@ -22,7 +22,7 @@ from lmd.errors import LmdError
 from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
 from lmd.evaluation.report import write_report
 from lmd.evaluation.rows import anchor_rows, drift_rows
-from lmd.evaluation.run import BIN_S, Evaluation, Sources
+from lmd.evaluation.run import BIN_S, Evaluation, OutOfTime, Sources
 from lmd.machine import machine_dict, tune_allocator
 
 BUDGETS = {"full": FULL, "quick": QUICK, "brief": BRIEF, "smoke": SMOKE}
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--cfg-scale", type=float, default=2.0, help="guidance of weights that are not ARC-Forced")
     add("--drift-seconds", type=float, metavar="S", help="length of the long streams")
     add("--drift-steps", type=int, nargs="+", metavar="N", help="their model calls per block")
-    add("--minutes", type=float, help="begin no further row or stream after these")
+    add("--minutes", type=float, help="begin nothing that is not there after these")
     add("--random", default="", metavar="PRESET", help="random weights: tests the machinery")
     add("--threads", type=int, help="of torch")
 
@@ -99,9 +99,9 @@ def evaluate(
     Args:
         evaluation: where things are and how much is made.
         methods: which methods to measure; those without weights are listed in `not_measured`.
-        minutes: rows and long streams that would begin later are listed there too; None: all.
+        minutes: what is not there by then and would begin later is listed there too; None: all.
     """
-    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    until_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
     anchors = anchor_rows(evaluation.anchors(), evaluation.truths, evaluation.reference)
     present = [(m, evaluation.source(m.weights)[1]) for m in methods]
     absent = [
@@ -110,17 +110,19 @@ def evaluate(
     absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
     present = [(m, sha256) for m, sha256 in present if sha256]
     rows, drifting, fading = [], [], []
+    evaluation.parts.until_s = until_s
     for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
-        if time.monotonic() > until:
+        method, sha256, n_steps = unit.method, unit.sha256, unit.n_steps
+        try:
+            if unit.kind == "drift":
+                measured = drift_rows(evaluation.drift(method, sha256, n_steps), BIN_S)
+                drifting.append({"method": method.name, "n_steps": n_steps, **measured})
+            elif unit.kind == "fade":
+                fading.append(evaluation.fade(method, sha256))
+            else:
+                rows.append(evaluation.row(method, n_steps, unit.kind == "primed", sha256))
+        except OutOfTime:
             absent.append(f"{unit}: no time left (--minutes {minutes:g})")
-        elif unit.kind == "drift":
-            measured = drift_rows(evaluation.drift(unit.method, unit.sha256, unit.n_steps), BIN_S)
-            drifting.append({"method": unit.method.name, "n_steps": unit.n_steps, **measured})
-        elif unit.kind == "fade":
-            fading.append(evaluation.fade(unit.method, unit.sha256))
-        else:
-            primed = unit.kind == "primed"
-            rows.append(evaluation.row(unit.method, unit.n_steps, primed, unit.sha256))
     order = [method.name for method in METHODS]
     rows.sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
     return {

@@ -88,7 +88,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(16, 4, 3, (8, 2), (2,), False, 40.0, 4, (8,), 3, 20.0)
+QUICK = Budget(16, 4, 3, (8, 4, 2), (2,), False, 120.0, 4, (8, 4, 2), 3, 20.0)
 BRIEF = Budget(8, 4, 3, (8, 2), (2,), False, 40.0, 1, (8,), 3, 20.0)
 SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 1, (1,), 2, 10.0)
 

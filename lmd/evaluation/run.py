@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,10 +46,19 @@ FADE_CLIPS = 8
 CONTEXT_FRAMES = 192  # that a primed stream hears first
 
 
+class OutOfTime(Exception):
+    """A unit was not begun, for the time that was given is over."""
+
+
 class Parts:
-    """Finished units on disk, under a key of everything that they depend on."""
+    """Finished units on disk, under a key of everything that they depend on.
+
+    Attributes:
+        until_s: no unit is begun after this moment of `time.monotonic`.
+    """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self.until_s = math.inf
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +67,15 @@ class Parts:
     def arrays(
         self, name: str, make: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """The unit of that name, made now if it is not there."""
+        """The unit of that name, made now if it is not there.
+
+        Raises:
+            OutOfTime: it is not there, and there is no time left to make it.
+        """
         path = self.folder / f"{name}.npz"
         if not path.is_file():
+            if time.monotonic() > self.until_s:
+                raise OutOfTime(name)
             partial = path.with_suffix(".part.npz")
             np.savez(partial, **make())
             partial.replace(path)

@@ -113,28 +113,20 @@ def live(root: Path, _: str) -> str:
 
 
 def _paced(found: dict[str, Any]) -> list[list[str]]:
-    meters = found["meters"]
-    lowest = f"shortest queue {found['lowest_queue_fraction']:.0%} of its depth"
-    rtf = f"blocks made at {meters['rtf']:.1f}× real time"
-    return [
-        [f"{meters['played_s'] / 60:.0f} minutes by the clock", f"{meters['underruns']} underruns"],
-        ["", f"{lowest}, {rtf}"],
-    ]
+    meters, lowest = found["meters"], found["lowest_queue_fraction"]
+    what = f"{meters['played_s'] / 60:.0f} minutes by the clock"
+    held = f"{meters['underruns']} underruns, the queue never under {lowest:.0%} of its depth"
+    return [[what, f"{held}; blocks made at {meters['rtf']:.1f}× real time"]]
 
 
 def _flat(found: dict[str, Any]) -> list[list[str]]:
-    minutes = found["parts"][-1]["minutes"]
-    return [
-        [f"{minutes:.0f} minutes of music without a pause", ""],
-        ["memory", f"{found['rss_mb_per_minute']:+.2f} MB a minute"],
-        ["cost of a block, second half over first", f"{found['cost_second_half_to_first']:.3f}"],
-        ["loudness, brightness", _slopes_in_words(found)],
-    ]
-
-
-def _slopes_in_words(found: dict[str, Any]) -> str:
+    what = f"{found['parts'][-1]['minutes']:.0f} minutes of music as fast as it goes"
     level, centroid = found["level_db_per_minute"], found["centroid_hz_per_minute"]
-    return f"{level:+.3f} dB and {centroid:+.1f} Hz a minute"
+    cost = (
+        f"a block costs {found['cost_second_half_to_first']:.3f} times as much in the second half"
+    )
+    drift = f"per minute {found['rss_mb_per_minute']:+.3f} MB of memory, {level:+.4f} dB of level"
+    return [[what, f"{cost}; {drift}, {centroid:+.2f} Hz of brightness"]]
 
 
 def _latency(found: dict[str, Any]) -> list[list[str]]:
@@ -148,8 +140,14 @@ def _latency(found: dict[str, Any]) -> list[list[str]]:
 def _stalls(found: dict[str, Any]) -> list[list[str]]:
     rows = []
     for blocks, row in found["stalls"].items():
-        silent = f"{row['underruns']} underrun, {row['silent_s']:.2f} s of silence"
-        rows.append([f"a stall of {blocks} blocks ({row['stall_s']:.1f} s)", silent])
+        silent = f"counted {row['underruns']} time, {row['silent_s']:.2f} s of silence"
+        depths = [row[f"queued_{when}_ms"][-1] for when in ("before", "after")]
+        rows.append(
+            [
+                f"a stall of {blocks} blocks ({row['stall_s']:.1f} s)",
+                f"{silent}; queue before and after {depths[0]:.0f} and {depths[1]:.0f} ms",
+            ]
+        )
     return rows
 
 
