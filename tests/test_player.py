@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,63 @@ def test_a_slider_moves_trait_and_stream_and_is_promised_its_block(front: Front)
     first = next(m for m in made if m.controls.prompt != "organ")
     assert first.controls.prompt == (("organ", 0.75), (front.player.prompt_b, 0.25))
     assert (promise["block"], promise["sample"]) == (first.number, first.first_sample)
+
+
+def test_a_paused_player_goes_on_giving_signs_of_life(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_for(lambda m: m["kind"] == "run" and m["running"])
+    front.say(kind="command", command="pause")
+    front.wait_kind("alive", after=len(front.sent))
+
+
+def test_a_player_that_is_closed_or_whose_page_is_gone_plays_no_more(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.say(view="another", kind="gone")
+    assert front.player.engine is not None
+    assert not front.player.engine.wait(0)
+    front.say(kind="gone")
+    assert front.player.engine.wait(0)
+    front.player.play()
+    assert not front.player.engine.wait(0)
+    front.player.close()
+    assert front.player.engine.wait(0)
+
+
+def test_an_interrupted_cell_ends_its_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controls = Controls(prompt="organ", block_frames=4)
+    player = Front(tmp_path, sink="null", controls=controls).player
+
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lmd.play.player.tqdm", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        player.play_for(1e6)
+    assert player.engine is not None
+    assert player.engine.wait(0)
+    assert read_take(player.take_path).sha256 is not None
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_the_panel(front: Front, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    front.player.take_folder = tmp_path / "file/takes"
+    front.say(kind="command", command="play")
+    assert "Not a directory" in front.player.message
+    assert front.player.engine is None
+
+
+def test_the_state_at_the_end_is_the_last_word(front: Front) -> None:
+    """The follower reads the meters, then the engine stops and says so, then the follower says."""
+    front.player.sink = "null"
+    engine = front.player._start(limit_s=None)
+    playing = replace(engine.meters(), state="playing")
+    engine.stop()
+    front.player._show_meters(playing)
+    front.player._follow(engine)
+    assert front.player.state == "stopped"
 
 
 def test_a_trait_set_in_a_notebook_is_the_same_as_a_slider(front: Front) -> None:

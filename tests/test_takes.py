@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fake_streamer import FakeStreamer, VirtualClock
+from fake_streamer import SAMPLES_PER_FRAME, FakeStreamer, VirtualClock
 
 from lmd.__main__ import main
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.instrument import QuietCodec, open_instrument
+from lmd.play.guard import Guarded, guarded_step
 from lmd.play.live import EngineOptions, LiveEngine
 from lmd.play.pace import Made
 from lmd.play.sinks import FileSink, NullSink
@@ -131,6 +132,20 @@ def test_a_take_that_broke_off_still_plays(played: tuple[Path, Path], tmp_path: 
     assert take.sha256 is None
     assert take.n_blocks == max(take.changes) + 1
     assert main(["replay", str(broken)]) == 0
+
+
+def test_a_take_that_broke_off_after_a_long_quiet_stretch_has_its_blocks(tmp_path: Path) -> None:
+    streamer, path = FakeStreamer(), tmp_path / "long.jsonl"
+    writer, guarded = TakeWriter(path, header_of(streamer, "fake")), Guarded(streamer.start())
+    controls = Controls(prompt="organ\u2028harp\u0085", block_frames=4)  # line ends of Unicode
+    for _ in range(30):
+        piece, guarded = guarded_step(streamer, guarded, controls)
+        writer.piece(piece, controls)
+    take = read_take(path)  # as the file is when the power goes
+    assert (take.n_blocks, take.n_samples, take.sha256) == (24, 24 * 4 * SAMPLES_PER_FRAME, None)
+    assert take.changes[0] == controls
+    writer.close()
+    assert read_take(path).n_blocks == 30
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,17 @@ def guarded_step(
 def _replaced(
     streamer: Streamer, guarded: Guarded, controls: Controls, fault: str
 ) -> tuple[Piece, Guarded]:
-    """The last good block fading out, or silence, in the length of the block that was due."""
+    """The last good block backwards, fading out, or silence; as long as the block that was due.
+
+    Backwards it begins with the sample that was heard last, so there is no click.
+    """
     codec = streamer.codec
     n_samples = controls.block_frames * codec.samples_per_frame
     wave = torch.zeros(1, codec.channels, n_samples)
     if guarded.last_wave is not None and not guarded.n_faults:
         n = min(n_samples, guarded.last_wave.shape[-1])
         _, fade_out = equal_power_fade(n, wave)
-        wave[..., :n] = guarded.last_wave[..., :n] * fade_out
+        wave[..., :n] = guarded.last_wave.flip(-1)[..., :n] * fade_out
     n_faults = guarded.n_faults + 1
     state = streamer.start() if n_faults > 1 else guarded.state
     return Piece(wave, None, fault), replace(guarded, state=state, n_faults=n_faults)

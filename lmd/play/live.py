@@ -89,6 +89,7 @@ class LiveEngine:
         self._recorder = Recorder()
         self._n_blocks = self._n_samples = self._seen_underruns = 0
         self._primed, self._held, self._state, self._error = False, False, "new", ""
+        self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
         self.failure: BaseException | None = None
 
     # --- from any thread -------------------------------------------------------------------
@@ -132,6 +133,7 @@ class LiveEngine:
         self._held = False
         if self._state == "paused":
             self._set_state("playing")
+            self._runs_since_s = self.sink.clock.now()
             self.sink.run(True)
             self._wake.set()
 
@@ -218,7 +220,7 @@ class LiveEngine:
                 self._make_one()
                 continue
             if not self._primed:
-                self._primed = True
+                self._primed, self._runs_since_s = True, clock.now()
                 self._set_state("paused" if self._held else "playing")
                 self.sink.run(not self._held)
             clock.sleep(min(due_in_s, NAP_S), self._wake)
@@ -310,7 +312,8 @@ class LiveEngine:
 
     def _promise(self, change: Change, made: Made) -> Promise:
         latency_ms = None
-        if self._primed and self._state == "playing" and math.isfinite(made.queued_s):
+        was_heard = self._state == "playing" and change.asked_s >= self._runs_since_s
+        if self._primed and was_heard and math.isfinite(made.queued_s):
             end_s = self.sink.clock.now() + self.sink.queued_s()
             after_it = made.first_sample + made.n_samples - made.own_sample
             latency_ms = 1e3 * (end_s - after_it / self._rate - change.asked_s)

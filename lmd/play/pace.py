@@ -204,7 +204,9 @@ def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
     controls, lines = last.controls, []
     steps = affordable_steps(last)
     if steps < controls.n_steps:
-        lines.append(f"fewer steps: {steps} instead of {controls.n_steps} would keep up")
+        saved_s = last.dit_ms / 1e3 * (1 - steps / controls.n_steps)
+        effect = "would keep up" if last.made_s - saved_s < last.length_s else "would help"
+        lines.append(f"fewer steps: {steps} instead of {controls.n_steps} {effect}")
     if controls.is_guided:
         lines.append("guidance off (1): every step then runs one branch instead of two")
     if controls.regime != "block-causal":

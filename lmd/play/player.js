@@ -3,13 +3,18 @@
 const REPORT_MS = 200, SILENT_KERNEL_MS = 8000, TICK_MS = 100, TYPING_MS = 60;
 
 const METERS = [
-  ["queue", "in the queue", "seconds of sound that wait in this page"],
+  ["queue", "in the queue", "seconds of sound that wait to be played"],
   ["rtf", "real-time factor", "seconds heard per second computed; under 1 the queue runs dry"],
   ["latency", "slider to sound", "from moving a control here to hearing it: median / 95 %"],
   ["underruns", "underruns", "how often the queue ran dry"],
   ["level", "level", "root mean square of what is played, in dB under full scale"],
   ["work", "per block", "transformer + decoder, milliseconds"],
 ];
+
+// A live region is read out when it is written to, so only what is new is written.
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
 
 function percentile(values, percent) {
   if (!values.length) return null;
@@ -23,7 +28,7 @@ class Player {
     this.view = Math.random().toString(36).slice(2, 10);
     Object.assign(this, { audio: null, picture: null, epoch: 0, asked: new Map(), nextId: 1,
       promised: [], latencies: [], heardKernel: performance.now(), lastReport: 0, timers: {},
-      midiLearn: false, midiTarget: null, closed: false });
+      midiLearn: false, midiTarget: null, closed: false, notice: "", trouble: "" });
     this.build(el);
     this.listen();
     this.ticker = setInterval(() => this.tick(), TICK_MS);
@@ -55,8 +60,8 @@ class Player {
       if (spec.name === "seed") groups[spec.group].push(
         button("roll", "New seed", "draw another seed", () => this.command("roll")));
       if (spec.kind === "text") field.input.setAttribute("list", `lmd-${this.view}-prompts`);
-      field.input.addEventListener("focus", () => this.touch(spec.name));
-      field.input.addEventListener("input", () => this.touch(spec.name));
+      field.input.addEventListener("focus", () => this.touch(spec));
+      field.input.addEventListener("input", () => this.touch(spec));
     }
     bar.append(...groups.bar, this.state);
     delete groups.bar;
@@ -78,6 +83,8 @@ class Player {
     this.root.dataset.lmSuppressShortcuts = "true"; // keys pressed here are not notebook commands
     this.root.addEventListener("keydown", (event) => event.stopPropagation());
     el.append(this.root);
+    // Where the page does not sound, it has no volume, and no samples to draw.
+    this.fields.volume.element.hidden = this.canvas.hidden = this.model.get("sink") !== "browser";
     this.picture = new Picture(this.canvas, this.model.get("sample_rate"));
     this.showTraits();
   }
@@ -90,13 +97,18 @@ class Player {
     this.buttons.record.textContent = recording ? "● Recording" : "● Record";
     const idle = ["new", "stopped", "failed"].includes(state);
     for (const name of ["restart", "stop", "record", "forget"]) this.buttons[name].disabled = idle;
-    this.message.textContent = this.model.get("message");
+    write(this.message, this.trouble || this.model.get("message"));
     const take = this.model.get("take_path");
     const name = (path) => path.split(/[\\/]/).pop();
     this.notes.title = take;
-    this.notes.textContent = [this.model.get("instrument"), take && `take: ${name(take)}`,
+    write(this.notes, [this.notice, this.model.get("instrument"), take && `take: ${name(take)}`,
       recording && `recording: ${name(recording)}`, ...(this.model.get("meters").advice ?? [])]
-      .filter(Boolean).join(" · ");
+      .filter(Boolean).join(" · "));
+  }
+  // What the page itself has to say stands before what the kernel says.
+  say(notice) {
+    this.notice = notice;
+    this.showTraits();
   }
 
   // --- traffic with the kernel ---
@@ -129,7 +141,7 @@ class Player {
       pending.latest = { value, movedAt };
       return;
     }
-    this.asked.set(id, movedAt);
+    if (this.model.get("state") === "playing") this.asked.set(id, movedAt); // else nothing is heard
     this.tell({ kind: "set", id, name, value });
     const timer = (this.timers[name] = {});
     setTimeout(() => {
@@ -162,6 +174,8 @@ class Player {
     this.epoch = message.epoch;
     this.picture = new Picture(this.canvas, message.sample_rate);
     this.promised = [];
+    this.latencies = [];
+    this.asked.clear();
     this.audio?.post({ kind: "open", epoch: message.epoch });
   }
   feed(message, buffer) {
@@ -194,9 +208,11 @@ class Player {
         this.setVolume();
         await this.audio.context.resume(); // a click has called us: the browser permits it
         await this.audio.ready;
+        this.trouble = "";
       } catch (error) {
-        this.message.textContent = `This browser gives no sound: ${error.message}`;
+        this.trouble = `This browser gives no sound: ${error.message}`;
         this.silence();
+        this.showTraits();
         return;
       }
     }
@@ -241,7 +257,8 @@ class Player {
     readings.latency.textContent = p50 == null ? "–" : `${round(p50)} / ${round(p95)} ms`;
     readings.underruns.textContent = String(this.audio ? this.audio.report.underruns : meters.underruns ?? 0);
     readings.work.textContent = `${round(meters.dit_ms)} + ${round(meters.decode_ms)} ms`;
-    const level = this.audio && this.audio.report.running ? this.audio.levelDb() : null;
+    const here = this.model.get("sink") === "browser";
+    const level = !here ? meters.level_db : this.audio?.report.running ? this.audio.levelDb() : null;
     readings.level.textContent = level == null ? "–" : `${round(level)} dB`;
     if (level != null) this.root.dataset.levelDb = level.toFixed(1);
     Object.assign(this.root.dataset, { latencyP50: p50 ?? "", latencyP95: p95 ?? "" });
@@ -259,7 +276,7 @@ class Player {
     } else if (this.audio && this.audio.context.state !== "running") {
       text = "the browser holds the sound: click anywhere in the player";
     }
-    if (this.state.textContent !== text) this.state.textContent = text;
+    write(this.state, text);
     this.root.dataset.state = state;
   }
   countLatencies() {
@@ -281,12 +298,12 @@ class Player {
   async learn() {
     this.midiLearn = !this.midiLearn;
     this.buttons.midi.setAttribute("aria-pressed", String(this.midiLearn));
-    if (!this.midiLearn) return;
+    if (!this.midiLearn) return this.say("");
     try {
       if (!navigator.requestMIDIAccess) throw new Error("this browser has no WebMIDI (Chrome and Edge have)");
       this.midi ??= await navigator.requestMIDIAccess();
     } catch (error) {
-      this.notes.textContent = `No MIDI: ${error.message}.`;
+      this.say(`No MIDI: ${error.message}.`);
       this.midiLearn = false;
       this.buttons.midi.setAttribute("aria-pressed", "false");
       return;
@@ -297,10 +314,10 @@ class Player {
     };
     this.midi.onstatechange = attach;
     attach();
-    this.notes.textContent = "MIDI learn: touch a control here, then move one on the device.";
+    this.say("MIDI learn: touch a control here, then move one on the device.");
   }
-  touch(name) {
-    if (this.midiLearn) this.midiTarget = name;
+  touch({ name, kind }) {
+    if (this.midiLearn && !["text", "number"].includes(kind)) this.midiTarget = name;
   }
   onMidi([status, controller, value]) {
     if ((status & 0xf0) !== 0xb0) return; // control changes only
@@ -308,12 +325,13 @@ class Player {
     if (this.midiLearn && this.midiTarget) {
       this.model.set("midi_map", { ...map, [key]: this.midiTarget });
       this.model.save_changes();
-      this.notes.textContent = `MIDI controller ${controller} moves ${this.midiTarget}.`;
+      this.say(`MIDI controller ${controller} moves ${this.midiTarget}.`);
       this.midiTarget = null;
     } else this.fields[map[key]]?.move(value, (name, moved) => this.ask(name, moved));
   }
 
   close() {
+    this.tell({ kind: "gone" });
     this.closed = true;
     clearInterval(this.ticker);
     cancelAnimationFrame(this.frame);

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import traitlets
 from tqdm import tqdm
@@ -60,6 +60,8 @@ class LivePlayer(PlayerTraits):
         LmdError: an unknown sink, or controls that cannot be played.
     """
 
+    engine: LiveEngine | None = None  # also of one whose beginning was refused
+    _sounding: "ClassVar[LivePlayer | None]" = None  # the one that has the sound card
     _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     _css = (HERE / "player.css").read_text(encoding="utf-8")
 
@@ -77,7 +79,6 @@ class LivePlayer(PlayerTraits):
         self._streamer, self._source = instrument.streamer, instrument.source
         controls = instrument.controls(prompts[0]) if controls is None else controls
         check_live(controls, self._streamer.window)
-        self.engine: LiveEngine | None = None
         self.take_folder = Path(take_folder)
         self._header: TakeHeader | None = None  # hashing the weights takes a moment
         self._page = ""  # the view that plays
@@ -150,11 +151,13 @@ class LivePlayer(PlayerTraits):
             raise LmdError("play_for with sink 'browser'", "'null' or 'soundcard'", "Press Play.")
         self.stop()
         engine = self._start(limit_s=seconds)
-        with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
-            while not engine.wait(METERS_EVERY_S):
-                bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
-            bar.update(round(seconds) - bar.n)
-        engine.stop()
+        try:
+            with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
+                while not engine.wait(METERS_EVERY_S):
+                    bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
+                bar.update(round(seconds) - bar.n)
+        finally:  # the cell may have been interrupted
+            engine.stop()
         self._show_meters(engine.meters())
         return engine.meters()
 
@@ -169,6 +172,11 @@ class LivePlayer(PlayerTraits):
             with contextlib.suppress(RuntimeError):  # a failure stands in `message` already
                 self.engine.stop()
             self.recording = ""
+
+    def close(self) -> None:
+        """End the take, and the widget with it."""
+        self.stop()
+        super().close()
 
     def forget(self) -> None:
         """Silence the oldest `forget_frames` of what the model hears, once."""
@@ -203,7 +211,9 @@ class LivePlayer(PlayerTraits):
                 self._command(str(content.get("command")), view)
             elif kind == "report" and view == self._page and self._page_sink is not None:
                 self._page_sink.on_report(content)
-        except LmdError as error:
+            elif kind == "gone" and view == self._page:  # its cell was run again, or deleted
+                self.stop()
+        except (LmdError, OSError, RuntimeError) as error:  # a full disk among them
             self.message = str(error)
 
     def _command(self, command: str, view: str) -> None:
@@ -280,6 +290,11 @@ class LivePlayer(PlayerTraits):
         return self.engine is not None and not self.engine.wait(0)
 
     def _start(self, limit_s: float | None) -> LiveEngine:
+        other = LivePlayer._sounding
+        if self.sink == "soundcard":
+            if other is not None and other is not self:
+                other.stop()
+            LivePlayer._sounding = self
         self.take_folder.mkdir(parents=True, exist_ok=True)
         name = f"take-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
         self._header = self._header or header_of(self._streamer, self._source)
@@ -330,8 +345,11 @@ class LivePlayer(PlayerTraits):
             self._send_to_page(place, [])
 
     def _follow(self, engine: LiveEngine) -> None:
-        """Show the meters until the engine ends."""
+        """Show the meters until the engine ends, and that it has."""
         while not engine.wait(METERS_EVERY_S) and engine is self.engine:
+            self._show_meters(engine.meters())
+            self.send({"kind": "alive"})  # meters that stay as they are are not sent again
+        if engine is self.engine:
             self._show_meters(engine.meters())
 
     def _show_meters(self, meters: Meters) -> None:

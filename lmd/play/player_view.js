@@ -54,8 +54,9 @@ class Field {
   }
   show(value) {
     if (this.busy) return; // a finger is on it
+    const typed = ["text", "number"].includes(this.spec.kind);
+    if (typed && document.activeElement === this.input) return; // somebody is writing in it
     if (this.spec.kind === "switch") this.input.checked = value;
-    else if (this.spec.kind === "text" && document.activeElement === this.input) return;
     else this.input.value = String(value);
     this.write();
   }

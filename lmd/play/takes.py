@@ -1,9 +1,9 @@
 """Takes: what was played, written line by line while it plays, and read to play it again.
 
 A take is a file of JSON lines. The first says with which weights; then one for every block whose
-controls differ from those of the block before, one for every fault and underrun; the last counts
-blocks and samples and holds the SHA-256 of the samples. If the last is missing (the power went),
-the take still plays.
+controls differ from those of the block before, one for every fault and underrun, and now and then
+one that counts blocks and samples. The last also holds the SHA-256 of the samples; if it is missing
+(the power went), the take still plays, up to the last line that there is.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from lmd.shapes import Wave
 from lmd.stream import Streamer
 
 FORMAT = "lmd-take-1"
+COUNT_EVERY = 8  # blocks
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ class TakeWriter:
         self._hash.update(piece.wave)
         self._n_blocks += 1
         self._n_samples += piece.wave.shape[-1]
+        if self._n_blocks % COUNT_EVERY == 0:
+            self._line(self._count())
+
+    def _count(self) -> dict[str, Any]:
+        return {"blocks": self._n_blocks, "samples": self._n_samples}
 
     def underrun(self) -> None:
         """Note that the sink has run dry."""
@@ -194,8 +200,7 @@ class TakeWriter:
     def close(self) -> None:
         """Write the last line."""
         if not self._file.closed:
-            end = {"blocks": self._n_blocks, "samples": self._n_samples}
-            self._line(end | {"sha256": self._hash.hexdigest()})
+            self._line(self._count() | {"sha256": self._hash.hexdigest()})
             self._file.close()
 
 
@@ -207,7 +212,7 @@ def read_take(path: str | Path) -> Take:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         header = from_dict(TakeHeader, json.loads(lines[0]))
     except (OSError, UnicodeDecodeError, IndexError, ValueError, TypeError, AttributeError) as e:
         raise LmdError(f"{path} ({e})", f"a take ({FORMAT})", "Give another file.") from e
@@ -234,23 +239,24 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
             elif "underrun" in entry:
                 underruns.append((int(entry["block"]), int(entry["sample"])))
             else:
-                end = {key: entry[key] for key in ("blocks", "samples", "sha256")}
+                end = {key: entry[key] for key in ("blocks", "samples")}
+                end["sha256"] = entry.get("sha256")
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) + 1 and not end:
+            if number == len(lines) + 1 and end.get("sha256") is None:
                 break  # the line that was being written when it broke off
             raise LmdError(
                 f"{path}, line {number}: {error}", "a line of a take", "Mend it."
             ) from error
     if 0 not in changes:
         raise LmdError(f"{path} without controls for block 0", "a take that played", "Play anew.")
-    known = max([*changes, *faults]) + 1
+    known = max([*changes, *faults, *(block - 1 for block, _ in underruns)]) + 1
     return Take(
         header,
         changes,
         starts,
         faults,
         tuple(underruns),
-        int(end.get("blocks", known)),
+        max(int(end.get("blocks", 0)), known),
         int(end.get("samples", 0)),
         end.get("sha256"),
     )
