@@ -21,6 +21,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train", "codec"): ("lmd.codec_training.train", "train the spectral codec"),
     ("train", "base"): ("lmd.training.train_base", "train the bidirectional base model"),
     ("train", "finetune"): ("lmd.training.train_finetune", "turn a base into a live model"),
+    ("train", "distill"): ("lmd.training.train_distill", "fewer steps, no guidance, same music"),
     ("train", "arc"): ("lmd.arc.train", "adversarial post-training on rollouts"),
     ("train", "recogniser"): (
         "lmd.evaluation.train_recogniser",

@@ -117,6 +117,47 @@ def test_a_finetune_starts_from_a_base_and_plays_every_regime(data, straight, tm
     assert np.isfinite(losses(tmp_path)).all()
 
 
+def test_a_live_model_is_distilled_from_itself_and_a_killed_run_goes_on(data, straight, tmp_path):
+    """The teacher is what the run was given, also after a restart; no checkpoint holds it."""
+    start = tmp_path / "start"
+    train_here(
+        "finetune",
+        "--steps",
+        4,
+        "--init",
+        straight / "base.safetensors",
+        "--data",
+        data,
+        "--out",
+        start,
+    )
+    init = start / "finetuned.safetensors"
+    words = ["--init", init, "--teacher-steps", 3, "--points", 2, "--data", data]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_here("distill", "--steps", 12, *words, "--out", whole)
+    words = [*WORDS, "--steps", 12, "--checkpoint-every", 6, *words, "--out", broken]
+    killed = start_worker(8, "distill", *words)
+    killed.communicate(timeout=900)
+    assert killed.returncode == -9
+    kept = torch.load(next((broken / "checkpoints").iterdir()), weights_only=False)
+    assert {name.split(".")[0] for name in kept["state_dict"]} == {"model", "ema"}
+    train_here("distill", *words[len(WORDS) :])
+    assert np.array_equal(losses(broken), losses(whole))
+    assert losses(whole)[-3:].mean() < losses(whole)[:3].mean()
+    header = read_header(whole / "finetuned.safetensors")
+    assert header.notes["init"]["sha256"] == read_header(init).sha256
+    assert header.sha256 != read_header(init).sha256
+    card = (whole / "finetuned.md").read_text(encoding="utf-8")
+    assert "python -m lmd train distill" in card
+    assert "started from" in card
+
+
+def test_a_base_is_not_distilled(data, straight, tmp_path, capsys):
+    words = ["--init", straight / "base.safetensors", "--data", data, "--out", tmp_path]
+    assert main(["train", "distill", *WORDS, "--steps", "2", *map(str, words)]) != 0
+    assert "Fine-tune it first" in capsys.readouterr().err
+
+
 def test_other_options_in_the_same_folder_are_refused(data, straight, capsys):
     words = [*WORDS, "--data", str(data), "--out", str(straight)]
     assert main(["train", "base", *words, "--steps", "30", "--lr", "0.5"]) == 2

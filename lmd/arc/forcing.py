@@ -24,7 +24,7 @@ from lmd.arc.discriminator import Discriminator, Scores
 from lmd.cache import Memory
 from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
-from lmd.flow import Guidance, noised, pingpong, schedule
+from lmd.flow import Guidance, SamplerName, noised, sample, schedule
 from lmd.outpaint import BlockPlan, BlockSession, Denoiser
 from lmd.rng import normal
 from lmd.shapes import Latents, NoiseLevel, Tokens
@@ -42,12 +42,14 @@ class RolloutPlan:
         n_calls: per block, how many calls are made, 1 ... n_steps; the last one jumps to clean.
         seeds: one per item, of its noise; block and step numbers do the rest. Item i hears the
             noise that a stream of its own with seed `seeds[i]` would.
+        sampler: how a block is walked; without guidance.
     """
 
     block: BlockPlan
     n_steps: int
     n_calls: tuple[int, ...]
     seeds: tuple[int, ...]
+    sampler: SamplerName = "pingpong"
 
     def __post_init__(self) -> None:
         if not self.n_calls or not all(1 <= n <= self.n_steps for n in self.n_calls):
@@ -77,7 +79,7 @@ def rollout(
     with_grad: bool,
     memory: Memory | None = None,
 ) -> Rolled:
-    """Continue `context` for several blocks as the streamer plays them (ping-pong sampler).
+    """Continue `context` for several blocks as the streamer plays them.
 
     With all steps in every block it gives what `Streamer.step` gives, bit for bit. A block that
     ends after call k walks `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are
@@ -103,10 +105,12 @@ def rollout(
         def draw(step: int, index: int = index) -> Latents:
             return plan.noise(latent_dim, "renoise", index, step).to(context)
 
-        block = pingpong(
+        block = sample(
+            plan.sampler,
             LastCallOnly(session, n_calls, with_grad),
             plan.noise(latent_dim, "noise", index).to(context),
             (*times[:n_calls], 0.0),
+            1.0,
             draw,
         )
         memory = session.memory

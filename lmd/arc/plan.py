@@ -14,7 +14,7 @@ from lmd.arc.forcing import Asked, LossWeights, RolloutPlan, Trial, draw_calls, 
 from lmd.config import Regime, check_block
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.flow import LOG_SNR_END, LOG_SNR_START
+from lmd.flow import LOG_SNR_END, LOG_SNR_START, SamplerName
 from lmd.outpaint import BlockPlan, LiveDenoiser
 from lmd.rng import derive_seed, generator
 from lmd.shapes import Latents, NoiseLevel
@@ -40,6 +40,7 @@ class ArcOptions:
     block_lengths: tuple[tuple[int, float], ...] = ((48, 1.0),)
     n_blocks: tuple[tuple[int, float], ...] = ((8, 1.0),)  # of a rollout
     n_steps: tuple[tuple[int, float], ...] = ((8, 0.4), (4, 0.3), (2, 0.3))
+    sampler: SamplerName = "pingpong"
     context_dropout_all: float = 0.25
     context_dropout_part: float = 0.1
     text_dropout: float = 0.1  # once per rollout, for player and judge alike
@@ -151,7 +152,7 @@ def play_trial(model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: Arc
             LiveDenoiser(model),
             real[..., :s],
             condition,
-            RolloutPlan(plan.block, plan.n_steps, plan.n_calls, seeds),
+            RolloutPlan(plan.block, plan.n_steps, plan.n_calls, seeds, options.sampler),
             with_grad=plan.trains == "generator",
             memory=text_memory(model, condition),
         )

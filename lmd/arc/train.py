@@ -52,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--blocks", default="8", help="blocks of a rollout; several lengths: 2,4,8")
     add("--block-frames", default="48", help="block length; several: 48,24")
     add("--steps", default="8,4,2", help="step counts that inference will use")
+    add("--sampler", choices=("pingpong", "dpmpp", "euler"), default=ArcOptions.sampler)
     add("--regimes", default="block-causal,enc-dec")
     add("--lr-generator", type=float, default=ArcRun.lr_generator)
     add("--lr-discriminator", type=float, default=ArcRun.lr_discriminator)
@@ -100,6 +101,7 @@ def arc_run(args: argparse.Namespace, sizes: Preset) -> ArcRun:
         block_lengths=lengths,
         n_blocks=numbers(args.blocks, "--blocks"),
         n_steps=numbers(args.steps, "--steps"),
+        sampler=args.sampler,
         text_dropout=args.text_dropout,
         weights=LossWeights(args.contrastive, args.r1, args.r2),
         n_warmup=args.warmup,

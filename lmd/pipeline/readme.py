@@ -99,6 +99,17 @@ def durations(root: Path, profile: str) -> str:
     )
 
 
+def aims(root: Path, _: str) -> str:
+    """What the published evaluation says of the project's aims."""
+    path = _published(root) / "evaluation.json"
+    if not path.exists():
+        return ""
+    words = {True: "yes", False: "no", None: "not measured"}
+    found = json.loads(path.read_text(encoding="utf-8"))["aims"]
+    rows = [[row["aim"], row["found"], words[row["met"]]] for row in found]
+    return _table(["aim", "found", "met"], rows)
+
+
 def live(root: Path, _: str) -> str:
     """What `python -m lmd.play.soak` found: one line for each measurement that is published."""
     folder, rows, where = _published(root), [], ""
@@ -182,6 +193,7 @@ def media(root: Path, argument: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path, str], str]] = {
+    "aims": aims,
     "bench": bench,
     "durations": durations,
     "figures": figures,

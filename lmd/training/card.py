@@ -45,6 +45,7 @@ def model_card(out: Path, weights: Path) -> str:
             *file_rows(header, weights),
             f"| sizes | preset `{preset.name}`: width {dit.width}, depth {dit.depth}, "
             f"{dit.n_heads} heads, {dit.latent_dim} latent channels |",
+            *start_rows(notes),
             f"| steps | {notes['steps']} |",
             f"| seed | {notes['seed']} |",
             f"| wall time | {log['seconds'].max() / 60:.1f} min, "
@@ -54,7 +55,7 @@ def model_card(out: Path, weights: Path) -> str:
             f"corpus `{_corpus(notes)}` |",
             f"| command | `{notes['command']}` |",
             "",
-            "Mean training loss (mean squared error of the velocity) along the run:",
+            "Mean training loss (mean squared error) along the run:",
             "",
             *_losses(log),
             "",
@@ -78,6 +79,13 @@ def file_rows(header: Header, weights: Path) -> list[str]:
         f"| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored} |",
         f"| SHA-256 of the tensors | `{header.sha256}` |",
     ]
+
+
+def start_rows(notes: dict[str, Any]) -> list[str]:
+    """Which weights a run started from, as a row of a Markdown table; none where it had none."""
+    if "init" not in notes:
+        return []
+    return [f"| started from | `{notes['init']['file']}` ({notes['init']['sha256'][:12]}…) |"]
 
 
 def hardware_row(notes: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from lmd.shapes import Latents
 
 PerItem = Float[Tensor, " batch"]  # one number per row
 PerBlock = Float[Tensor, "batch block"]  # one number per row and noised block
+Shares = tuple[tuple[Regime, float], ...]
 LevelDistribution = Literal["uniform", "logit-normal", "trunc-logit-normal", "log-snr"]
 
 
@@ -62,7 +63,7 @@ class FinetuneOptions:
     all; several targets per pass, since most of a pass is context.
     """
 
-    regimes: tuple[tuple[Regime, float], ...] = (
+    regimes: Shares = (
         ("block-causal", 0.6),
         ("enc-dec", 0.3),
         ("full", 0.1),
@@ -143,6 +144,15 @@ def finetune_plan(options: FinetuneOptions, seed: int, step: int) -> StepPlan:
         return StepPlan(regime, n_frames, o, options.target_frames // o)
     n_targets = options.enc_dec_frames // o if regime == "enc-dec" else 1
     return StepPlan(regime, options.context_frames + o, o, n_targets)
+
+
+def one_block_plan(
+    options: FinetuneOptions, regimes: Shares, n_points: int, seed: int, step: int
+) -> StepPlan:
+    """A step that looks at one block after its context, `n_points` times."""
+    regime = pick(regimes, _uniform(seed, "regime", step))
+    o = pick(options.block_lengths, _uniform(seed, "block length", step))
+    return StepPlan(regime, options.context_frames + o, o, n_points)
 
 
 def noise_levels(options: NoiseOptions, u: Tensor, n_frames: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage 1 under Lightning: a thin module that calls the losses, and what makes a run restartable.
+"""Training by regression under Lightning: a thin module that calls the losses.
 
 Step k of a run is a function of (options, k): its batch, noise, levels and dropout. A checkpoint
 therefore holds weights, their moving average, the optimizer and k, and a run that was killed goes
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lmd.config import Preset
 from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
-from lmd.shapes import Latents
+from lmd.outpaint import BlockPlan
+from lmd.shapes import Latents, Tokens
 from lmd.text import TextEncoder
 from lmd.training.curriculum import (
     BaseOptions,
@@ -35,6 +36,7 @@ from lmd.training.curriculum import (
     draw_noise,
     drop_context,
     finetune_plan,
+    one_block_plan,
 )
 from lmd.training.finetune import (
     drop_text,
@@ -45,8 +47,9 @@ from lmd.training.finetune import (
     packed_loss,
 )
 from lmd.training.sharding import shard
+from lmd.training.trajectory import DistillOptions, draw_points, trajectory_loss, walk
 
-Stage = Literal["base", "finetune"]
+Stage = Literal["base", "finetune", "distill"]
 
 
 class Windows(NamedTuple):
@@ -90,16 +93,20 @@ class TrainOptions:
     checkpointing: bool = False
     base: BaseOptions = field(default_factory=BaseOptions)
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
 
     def plan(self, step: int) -> StepPlan:
         """What step `step` does."""
         if self.stage == "base":
             return base_plan(self.base, self.seed, step)
+        if self.stage == "distill":
+            regimes, n_points = self.distill.regimes, self.distill.n_points
+            return one_block_plan(self.finetune, regimes, n_points, self.seed, step)
         return finetune_plan(self.finetune, self.seed, step)
 
     def n_rows(self, plan: StepPlan) -> int:
         """Rows of the global batch; a long window takes the place of several short ones."""
-        if self.stage == "finetune" or plan.n_frames <= self.base.window_frames:
+        if self.stage != "base" or plan.n_frames <= self.base.window_frames:
             return self.batch
         fitting = max(1, self.batch * self.base.window_frames // plan.n_frames)
         return 1 << (fitting.bit_length() - 1)  # a power of two divides among processes
@@ -169,6 +176,38 @@ def stage_loss(
     return packed_loss(model, clean, noise, t, condition, packing).mean(dim=1)
 
 
+def distill_loss(
+    model: LiveModel,
+    teacher: LiveModel,
+    clean: Latents,
+    prompt: Tokens,
+    seconds: float,
+    options: TrainOptions,
+    rows: Rows,
+) -> PerItem:
+    """The warm-up's loss of every row of a step, with everything that the step draws.
+
+    Args:
+        model: learns.
+        teacher: what it started from.
+        clean: windows of the step's length; the block at their end is not looked at.
+        prompt: prompt embeddings, before dropout.
+        seconds: the length that both are told.
+        options: of the run.
+        rows: which rows these are.
+    """
+    plan, s = options.plan(rows.step), options.finetune.context_frames
+    kept = draw_kept(rows, "text dropout", options.finetune.text_dropout)
+    context = drop_context(clean, options.finetune, rows, plan.block_frames)[..., :s]
+    noise = draw_noise(rows, clean.shape[1], plan.block_frames).to(clean.device)
+    block = BlockPlan(plan.regime, plan.block_frames)
+    asked = drop_text(teacher.condition(prompt, seconds), kept)
+    walked = walk(teacher, context, noise, asked, block, options.distill)
+    points = draw_points(options.distill, options.seed, rows.step)
+    condition = drop_text(model.condition(prompt, seconds), kept)
+    return trajectory_loss(model, context, walked, points, condition, block)
+
+
 class StepBatches(IterableDataset):
     """Micro-batches of one process, from the run's current step on."""
 
@@ -192,7 +231,10 @@ class StepBatches(IterableDataset):
 
 
 class LiveTraining(L.LightningModule):
-    """Base or fine-tune, whichever the options say; every decision is made in pure functions."""
+    """The stage that the options name; every decision is made in pure functions.
+
+    The teacher of `distill` is the model as it is handed in; no checkpoint holds it.
+    """
 
     def __init__(
         self,
@@ -207,6 +249,8 @@ class LiveTraining(L.LightningModule):
         self.text, self.source = text, source
         model.dit.checkpointing = options.checkpointing
         self.ema = copy.deepcopy(model).requires_grad_(False)
+        is_taught = options.stage == "distill"
+        self.teachers = [copy.deepcopy(self.ema)] if is_taught else []  # a list hides it
         self.parts: list[Tensor] = []  # losses of the parts of a step under way
         self.last_checkpoint = "none yet"
 
@@ -221,7 +265,7 @@ class LiveTraining(L.LightningModule):
 
     def window_s(self, n_frames: int) -> float:
         """The length that the model is told: of the base's window, or of the stream's."""
-        if self.options.stage == "finetune":
+        if self.options.stage != "base":
             n_frames = self.preset.window.window_frames
         return n_frames / self.preset.frame_rate_hz
 
@@ -229,11 +273,17 @@ class LiveTraining(L.LightningModule):
         """Mean loss of this process's rows."""
         clean = batch["latents"]
         tokens = self.text.encode(batch["prompts"]).to(self.device)
-        condition = self.model.condition(tokens, self.window_s(clean.shape[-1]))
-        loss = stage_loss(self.model, clean, condition, self.options, batch["rows"]).mean()
+        seconds, options, rows = self.window_s(clean.shape[-1]), self.options, batch["rows"]
+        if self.teachers:
+            teacher = self.teachers[0].to(self.device)
+            losses = distill_loss(self.model, teacher, clean, tokens, seconds, options, rows)
+        else:
+            condition = self.model.condition(tokens, seconds)
+            losses = stage_loss(self.model, clean, condition, options, rows)
+        loss = losses.mean()
         if not math.isfinite(loss.item()):
             raise LmdError(
-                f"a loss of {loss.item()} at step {batch['rows'].step} on {batch['names']}",
+                f"a loss of {loss.item()} at step {rows.step} on {batch['names']}",
                 "a finite loss",
                 f"Last good checkpoint: {self.last_checkpoint}. Lower --lr, or look at these rows.",
             )

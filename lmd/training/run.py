@@ -1,4 +1,4 @@
-"""`python -m lmd train base|finetune`: from command-line words to a trained, described model."""
+"""`python -m lmd train base|finetune|distill`: from command-line words to a described model."""
 
 import argparse
 import dataclasses
@@ -6,12 +6,12 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import Header, build_model, load_strict, load_tensors, write_atomic
+from lmd.checkpoint import Header, build_model, load_strict, load_tensors, read_header, write_atomic
 from lmd.config import Preset, preset, to_dict
 from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
@@ -27,24 +27,50 @@ from lmd.training.lora import add_lora
 from lmd.training.module import LiveTraining, Stage, TrainOptions
 from lmd.training.samples import Samples
 from lmd.training.trainer import Export, RunOptions, fit
+from lmd.training.trajectory import DistillOptions
 from lmd.training.windows import LatentSource
 
 
+class Start(NamedTuple):
+    """What a stage takes where the command line is silent."""
+
+    n_steps: int
+    lr: float
+    init: Path | None = None
+
+
+STARTS: dict[Stage, Start] = {
+    "base": Start(4000, 5e-4),
+    "finetune": Start(2000, 2e-4),
+    "distill": Start(1000, 1e-4, Path("data/pretrained/finetuned.safetensors")),
+}
+
+
 def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
-    """Add the arguments that both stages share."""
-    is_base = stage == "base"
+    """Add the arguments of a stage; most are those of all."""
+    is_base, start = stage == "base", STARTS[stage]
     add = parser.add_argument
     configure_run(parser, Path(f"runs/{stage}"), checkpoint_every=200)
-    add("--steps", type=int, default=4000 if is_base else 2000)
-    add("--lr", type=float, default=5e-4 if is_base else 2e-4)
+    add("--steps", type=int, default=start.n_steps)
+    add("--lr", type=float, default=start.lr)
     add("--warmup", type=int, default=100, help="steps of rising learning rate")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights that are shipped")
     add("--strategy", choices=("ddp", "fsdp"), default="ddp", help="copy or split the weights")
     add("--sample-every", type=int, default=0, help="steps between sounds and pictures; 0 = none")
     add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
-    add("--init", type=Path, help="weights to start from, or a Stable Audio folder")
-    add("--noise", default="uniform", help="distribution of noise levels")
+    add(
+        "--init",
+        type=Path,
+        default=start.init,
+        help="weights, or a Stable Audio folder, to begin with",
+    )
     add("--text-dropout", type=float, default=0.1)
+    if stage == "distill":
+        add("--teacher-steps", type=int, default=DistillOptions.n_steps, help="calls of its walk")
+        add("--cfg-scale", type=float, default=DistillOptions.cfg_scale, help="its guidance")
+        add("--points", type=int, default=DistillOptions.n_points, help="of a walk in one pass")
+        return
+    add("--noise", default="uniform", help="distribution of noise levels")
     if is_base:
         add("--long-share", type=float, default=0.1, help="share of steps on 768 frames")
     else:
@@ -77,7 +103,9 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
             "1 or more of each",
             "Correct the numbers.",
         )
-    noise = NoiseOptions(args.noise)
+    noise, distill = NoiseOptions(getattr(args, "noise", "uniform")), DistillOptions()
+    if stage == "distill":
+        distill = DistillOptions(args.teacher_steps, args.cfg_scale, args.points)
     base = BaseOptions(text_dropout=args.text_dropout, noise=noise)
     if stage == "base":
         base = dataclasses.replace(base, long_share=args.long_share)
@@ -93,6 +121,7 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
         checkpointing=args.checkpointing,
         base=base,
         finetune=FinetuneOptions(text_dropout=args.text_dropout, noise=noise),
+        distill=distill,
     )
 
 
@@ -102,7 +131,7 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
     A base that is to be fine-tuned gets its context door opened, see `open_context_door`.
 
     Raises:
-        LmdError: weights of another size.
+        LmdError: weights of another size; a base that is to be distilled.
     """
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build_model(sizes)
@@ -114,6 +143,9 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
         opens = bool(foreign.fresh)
     else:
         opens = load_into(model, init).kind == "base"
+    if opens and stage == "distill":
+        expected = "a live model, which continues context"
+        raise LmdError(f"a base in {init}", expected, "Fine-tune it first: train finetune.")
     return open_context_door(model) if opens and stage == "finetune" else model
 
 
@@ -217,6 +249,8 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser()
     configure(parser, stage)
     notes = notes_of(command_of(stage, args, parser), args, source.shards)
+    if args.init is not None and args.init.is_file():
+        notes["init"] = {"file": args.init.name, "sha256": read_header(args.init).sha256}
     path = run.out / ("base.safetensors" if stage == "base" else "finetuned.safetensors")
     export = Export(path, run.checkpoint_every, sizes, notes)
     callbacks: list[Callback] = [export]

@@ -1,0 +1,112 @@
+"""The warm-up on trajectories: the teacher plays as the streamer does, the student as it plays."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine import WINDOW, random_model, streamer
+from torch import Tensor
+
+from lmd.arc.forcing import RolloutPlan
+from lmd.controls import Controls
+from lmd.dit import Condition
+from lmd.errors import LmdError
+from lmd.flow import clean_of, schedule
+from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.rng import normal
+from lmd.training.trajectory import DistillOptions, Walk, draw_points, trajectory_loss, walk
+
+CONTEXT, BLOCK, SEED = WINDOW.context_frames, WINDOW.block_frames, 11
+OPTIONS = DistillOptions(n_steps=4, cfg_scale=2.5, n_points=3)
+REGIMES = ("enc-dec", "block-causal")
+
+
+def context() -> Tensor:
+    return normal((1, 4, CONTEXT), 3, "context")
+
+
+def condition_of(model) -> Condition:
+    stream = streamer(model)
+    with torch.no_grad():
+        return stream.denoiser.condition(stream.text.encode(["slow piano"]), stream.window_s)
+
+
+def walked(regime: str, model=None) -> Walk:
+    model = model or random_model()
+    plan = BlockPlan(regime, BLOCK)
+    noise = RolloutPlan(plan, 1, (1,), (SEED,)).noise(4, "noise", 0)
+    return walk(model, context(), noise, condition_of(model), plan, OPTIONS)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_walk_ends_at_the_block_that_the_streamer_plays(regime):
+    stream = streamer()
+    controls = Controls(
+        "slow piano",
+        n_steps=OPTIONS.n_steps,
+        sampler="dpmpp",
+        cfg_scale=OPTIONS.cfg_scale,
+        block_frames=BLOCK,
+        regime=regime,
+        seed=SEED,
+        seam="fade",
+    )
+    block, _ = stream.step(replace(stream.start(), context=context()), controls)
+    way = walked(regime)
+    assert torch.equal(way.end, block.latents)
+    assert way.states.shape == (1, OPTIONS.n_steps, 4, BLOCK)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_student_is_judged_as_it_plays(regime):
+    """All points in one pass equal a call of the cached session at each, without guidance."""
+    student, way, points = random_model(seed=4), walked(regime), [0, 1, 3]
+    condition, plan = condition_of(student), BlockPlan(regime, BLOCK)
+    with torch.no_grad():
+        loss = trajectory_loss(student, context(), way, points, condition, plan)
+        times, errors = schedule(OPTIONS.n_steps), []
+        for point in points:
+            session = LiveDenoiser(student).open_block(context(), condition, plan)
+            state = way.states[:, point]
+            named = clean_of(state, session(state, times[point]), times[point])
+            errors.append((named - way.end).square().mean())
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+
+
+def test_who_names_the_end_loses_nothing():
+    """A student without weights says velocity 0: its clean block is the state itself."""
+    student, way = random_model(), walked("enc-dec")
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+        condition, plan = condition_of(student), BlockPlan("enc-dec", BLOCK)
+        stays = Walk(way.end[:, None].expand(-1, OPTIONS.n_steps, -1, -1), way.end)
+        assert trajectory_loss(student, context(), stays, [1, 2], condition, plan).item() == 0
+        away = Walk(stays.states + 0.5, way.end)
+        loss = trajectory_loss(student, context(), away, [1, 2], condition, plan)
+    assert loss.item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher, student = random_model(), random_model(seed=4)
+    way, condition = walked("block-causal", teacher), condition_of(student)
+    plan = BlockPlan("block-causal", BLOCK)
+    trajectory_loss(student, context(), way, [0, 2], condition, plan).sum().backward()
+    assert student.dit.project_in.weight.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_points_are_a_function_of_seed_and_step_and_all_are_drawn_alike():
+    drawn = [draw_points(OPTIONS, 0, step) for step in range(2000)]
+    assert drawn == [draw_points(OPTIONS, 0, step) for step in range(2000)]
+    assert drawn != [draw_points(OPTIONS, 1, step) for step in range(2000)]
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=OPTIONS.n_steps)
+    assert all(len(set(points)) == OPTIONS.n_points for points in drawn)
+    share = OPTIONS.n_points / OPTIONS.n_steps
+    assert (counts / 2000 - share).abs().max() < 0.05  # five standard deviations
+
+
+@pytest.mark.parametrize("n_points", [0, 9])
+def test_points_that_a_walk_does_not_have_are_refused(n_points):
+    with pytest.raises(LmdError, match="points of a walk of 8 steps"):
+        DistillOptions(n_steps=8, n_points=n_points)
