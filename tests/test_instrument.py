@@ -21,7 +21,9 @@ def test_weights_trained_by_regression_get_guidance_and_a_deterministic_sampler(
 
 
 def test_arc_forced_weights_get_few_steps_and_no_guidance():
-    assert instrument("arc", True).controls("organ") == Controls("organ", n_steps=4)
+    assert instrument("arc", True).controls("organ") == Controls(
+        "organ", n_steps=4, sampler="dpmpp"
+    )
 
 
 def test_random_weights_keep_the_defaults():

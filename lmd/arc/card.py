@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lmd.checkpoint import read_header
-from lmd.training.card import NOTICE, file_rows, hardware_row
+from lmd.training.card import NOTICE, file_rows, hardware_row, start_rows
 
 WHO = {0: "discriminator", 1: "generator"}
 
@@ -81,7 +81,7 @@ def arc_card(out: Path, weights: Path) -> str:
     """
     header = read_header(weights)
     notes = header.notes
-    init, base, data = notes["init"], notes["base"], notes["data"]
+    base, data = notes["base"], notes["data"]
     return "\n".join(
         [
             f"# {weights.stem}",
@@ -92,7 +92,7 @@ def arc_card(out: Path, weights: Path) -> str:
             "|---|---|",
             *file_rows(header, weights),
             f"| sizes | preset `{header.config.name}` |",
-            f"| started from | `{init['file']}` ({init['sha256'][:12]}…) |",
+            *start_rows(notes),
             f"| discriminator from | `{base['file']}` ({base['sha256'][:12]}…) |",
             f"| updates | {notes['steps']}, both networks together |",
             f"| seed | {notes['seed']} |",

@@ -21,7 +21,7 @@ from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.forcing import LossWeights
 from lmd.arc.module import ArcRun, ArcTraining
 from lmd.arc.plan import ArcOptions
-from lmd.checkpoint import build_model, read_header, write_atomic
+from lmd.checkpoint import build_model, write_atomic
 from lmd.config import REGIMES, Preset, check_block, preset
 from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
@@ -35,6 +35,7 @@ from lmd.training.run import (
     load_into,
     notes_of,
     open_latents,
+    origin_of,
     remember_options,
     run_options,
 )
@@ -141,7 +142,7 @@ def arc_notes(args: argparse.Namespace, data: LatentShards) -> dict[str, Any]:
     configure(parser)
     notes = notes_of(command_of("arc", args, parser), args, data)
     for name, path in (("init", args.init), ("base", args.base)):
-        notes[name] = {"file": path.name, "sha256": read_header(path).sha256}
+        notes[name] = origin_of(path)
     return notes
 
 

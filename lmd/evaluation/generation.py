@@ -44,14 +44,14 @@ class Method:
     sampler: SamplerName
 
 
-# What was trained by regression is played with the sampler that suits it best at every count of
-# steps, so that ARC-Forcing is measured against the strongest it has to beat.
+# Everybody plays with the sampler that suits it best at every count of steps (docs/log.md), so that
+# ARC-Forcing is measured against the strongest it has to beat.
 METHODS = (
     Method("naive", "finetuned", "full", "dpmpp"),
     Method("ED", "finetuned", "enc-dec", "dpmpp"),
     Method("BC", "finetuned", "block-causal", "dpmpp"),
-    Method("ED+AF", "arc", "enc-dec", "pingpong"),
-    Method("BC+AF", "arc", "block-causal", "pingpong"),
+    Method("ED+AF", "arc", "enc-dec", "dpmpp"),
+    Method("BC+AF", "arc", "block-causal", "dpmpp"),
 )
 
 

@@ -270,7 +270,7 @@ def aims(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _forcing_helps(streamed: list[dict[str, Any]], regime: str) -> dict[str, Any]:
-    """Whether ARC-Forcing lowers FD at every number of steps up to 8; differences seed by seed."""
+    """Whether ARC-Forced weights have a lower FD at all steps up to 8, compared seed by seed."""
     by_name = {(row["method"], row["n_steps"]): row for row in streamed}
     told, signs = [], []
     for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= 8}):
@@ -282,7 +282,7 @@ def _forcing_helps(streamed: list[dict[str, Any]], regime: str) -> dict[str, Any
         told.append(f"{n_steps} steps {change.mean:+.3g} ({change.low:.3g} – {change.high:.3g})")
         signs.append(change.high < 0)
     return {
-        "aim": f"ARC-Forcing lowers FD at up to 8 steps, {regime}",
+        "aim": f"warm-up and ARC-Forcing lower FD at up to 8 steps, {regime}",
         "found": "; ".join(told) or "–",
         "met": all(signs) if signs else None,
     }

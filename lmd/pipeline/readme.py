@@ -112,15 +112,14 @@ def aims(root: Path, _: str) -> str:
 
 def live(root: Path, _: str) -> str:
     """What `python -m lmd.play.soak` found: one line for each measurement that is published."""
-    folder, rows, where = _published(root), [], ""
+    folder, rows = _published(root), []
     for name, words in LIVE.items():
         path = folder / f"live_{name}.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            rows += words(found)
-            machine = found["machine"]
-            where = f"`{found['preset']}`, {found['n_steps']} steps, {machine['cpu']}."
-    return f"{_table(['measured', 'found'], rows)}\n\n{where}" if rows else ""
+            where = f"`{found['preset']}`, {found['n_steps']} steps, {found['machine']['cpu']}"
+            rows += [[*row, where] for row in words(found)]
+    return _table(["measured", "found", "with"], rows) if rows else ""
 
 
 def _paced(found: dict[str, Any]) -> list[list[str]]:

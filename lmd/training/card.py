@@ -85,7 +85,9 @@ def start_rows(notes: dict[str, Any]) -> list[str]:
     """Which weights a run started from, as a row of a Markdown table; none where it had none."""
     if "init" not in notes:
         return []
-    return [f"| started from | `{notes['init']['file']}` ({notes['init']['sha256'][:12]}…) |"]
+    init = notes["init"]
+    made = f", made by `{init['command']}`" if init.get("command") else ""
+    return [f"| started from | `{init['file']}` ({init['sha256'][:12]}…){made} |"]
 
 
 def hardware_row(notes: dict[str, Any]) -> str:

@@ -231,6 +231,12 @@ def notes_of(command: str, args: argparse.Namespace, data: LatentShards) -> dict
     }
 
 
+def origin_of(path: Path) -> dict[str, Any]:
+    """What a weights file says of the file that it was begun with."""
+    header = read_header(path)
+    return {"file": path.name, "sha256": header.sha256, "command": header.notes.get("command")}
+
+
 def train(stage: Stage, args: argparse.Namespace) -> int:
     """Train, export, describe.
 
@@ -250,7 +256,7 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     configure(parser, stage)
     notes = notes_of(command_of(stage, args, parser), args, source.shards)
     if args.init is not None and args.init.is_file():
-        notes["init"] = {"file": args.init.name, "sha256": read_header(args.init).sha256}
+        notes["init"] = origin_of(args.init)
     path = run.out / ("base.safetensors" if stage == "base" else "finetuned.safetensors")
     export = Export(path, run.checkpoint_every, sizes, notes)
     callbacks: list[Callback] = [export]
