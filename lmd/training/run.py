@@ -196,7 +196,8 @@ def remember_options(out: Path, options: Any, args: argparse.Namespace) -> None:
     present = json.loads(json.dumps({"preset": args.preset, **to_dict(options)}))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        other = {k for k in present if present[k] != before.get(k)} - {"n_steps", "n_updates"}
+        changed = {k for k in present if present[k] != before.get(k, present[k])}
+        other = changed - {"n_steps", "n_updates"}
         if other:
             told = ", ".join(f"{k} {before.get(k)} → {present[k]}" for k in sorted(other))
             raise LmdError(
