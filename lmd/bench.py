@@ -25,7 +25,13 @@ from lmd.config import REGIMES, Preset, SpectralCodecConfig, WindowConfig, prese
 from lmd.controls import Controls
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.machine import machine_dict, pick_device, trim_memory, tune_allocator
+from lmd.machine import (
+    check_compiler,
+    machine_dict,
+    pick_device,
+    trim_memory,
+    tune_allocator,
+)
 from lmd.oobleck import random_codec
 from lmd.packed import is_packed, pack
 from lmd.spectral import SpectralCodec
@@ -73,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
             "at least 2 blocks and 1 thread",
             "Raise them.",
         )
+    if args.compile:
+        check_compiler()
     torch.set_num_threads(args.threads)
     report = measure(args)
     tell(report, table(report), args.json)
@@ -145,8 +153,8 @@ def compile_blocks(streamer: Streamer, block_frames: int) -> dict[str, float]:
 
     eager, began = latents(), time.perf_counter()
     device = streamer.denoiser.device.type
-    for block in streamer.denoiser.model.dit.blocks:
-        block.compile(dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
+    mode = "reduce-overhead" if device == "cuda" else "default"
+    streamer.denoiser.model.dit.compile_blocks(mode)
     difference = (latents() - eager).abs().max() / eager.abs().max()
     return {
         "compile_s": time.perf_counter() - began,
@@ -278,12 +286,16 @@ def fastest(work: Callable[[], object], device: torch.device, n: int = 7) -> flo
 
 
 def random_model(chosen: Preset) -> LiveModel:
-    """Random weights of the preset's shape."""
+    """Random weights of the preset's shape that keep the scale of what goes through them.
+
+    Latents far from unit scale would slow the codec down: sines of huge numbers are dear.
+    """
     model = LiveModel(chosen.dit)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+            fan_in = parameter[0].numel()
+            parameter.data.normal_(0, fan_in**-0.5, generator=generator)
     return model.requires_grad_(False)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmd.dit import KeyValue, RotaryEmbedding, rotate
+from lmd.dit import KeyValue, RotaryEmbedding
+from lmd.operations import rotate
 from lmd.shapes import Heads
 
 

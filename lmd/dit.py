@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmd.config import DiTConfig
+from lmd.operations import Rotation, attend, gated, rotate
 from lmd.shapes import (
     FrameControls,
     FrameMask,
@@ -55,13 +55,6 @@ class Condition:
         return Condition(self.tokens.repeat(n, 1, 1), self.global_cond.repeat(n, 1))
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding at some positions, `[token, rope_dim / 2]`."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding of the first `rope_dim` dimensions of every head."""
 
@@ -73,17 +66,6 @@ class RotaryEmbedding(nn.Module):
         """Cosines and sines in float32, whatever the precision of the model."""
         angle = positions.to(self.inv_freq.device).float()[:, None] * self.inv_freq.float()
         return Rotation(angle.cos(), angle.sin())
-
-
-def rotate(x: Heads, rotation: Rotation) -> Heads:
-    """Turn dimension pairs (i, i + rope_dim / 2) of `x` by their position's angle, in float32."""
-    half = rotation.cos.shape[-1]
-    left, right, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = (
-        left * rotation.cos - right * rotation.sin,
-        right * rotation.cos + left * rotation.sin,
-    )
-    return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)
 
 
 def split_heads(x: Tokens, n_heads: int) -> Heads:
@@ -116,8 +98,7 @@ class SelfAttention(nn.Module):
         k = rotate(fresh.key, rotation)
         if past is not None:
             k, v = torch.cat([past.key, k], dim=2), torch.cat([past.value, v], dim=2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.to_out(join_heads(out)), fresh
+        return self.to_out(join_heads(attend(q, k, v, visible))), fresh
 
 
 class CrossAttention(nn.Module):
@@ -140,7 +121,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tokens, text: KeyValue) -> Tokens:
         """Attend to all text tokens."""
         q = self.q_norm(split_heads(self.to_q(x), self.n_heads))
-        return self.to_out(join_heads(F.scaled_dot_product_attention(q, text.key, text.value)))
+        return self.to_out(join_heads(attend(q, text.key, text.value)))
 
 
 class FeedForward(nn.Module):
@@ -153,8 +134,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tokens) -> Tokens:
         """`[batch, token, width]` in and out."""
-        value, gate = self.to_gated(x).chunk(2, dim=-1)
-        return self.to_out(value * F.silu(gate))
+        return self.to_out(gated(self.to_gated(x)))
 
 
 class Block(nn.Module):
@@ -216,6 +196,11 @@ class DiT(nn.Module):
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return self.project_in.weight.dtype
+
+    def compile_blocks(self, mode: str = "default") -> None:
+        """Let `torch.compile` make one program of every block: seconds of warm-up per shape."""
+        for block in self.blocks:
+            block.compile(dynamic=False, mode=mode)
 
     def text_key_values(self, tokens: Tokens) -> list[KeyValue]:
         """Per layer, the keys and values of a prompt: computed once for all steps of all blocks."""

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import platform
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 
@@ -68,6 +69,22 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device {name!r} on a machine without it", "a device that is there", "Use 'auto'."
         )
     return device
+
+
+def check_compiler() -> None:
+    """Refuse to compile where `torch.compile` would find no C++ compiler for the CPU.
+
+    Raises:
+        LmdError: there is none, and no GPU to compile for.
+    """
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if torch.cuda.is_available() or any(name and shutil.which(name) for name in names):
+        return
+    raise LmdError(
+        "--compile on a machine without a C++ compiler",
+        "g++ or clang++ on the PATH, or their name in CXX",
+        "Install one, or leave the option out: the results are the same.",
+    )
 
 
 @dataclass(frozen=True)

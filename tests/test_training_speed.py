@@ -22,7 +22,17 @@ def test_no_step_is_faster_than_its_products_allow(dtype, tmp_path, capsys):
     words += ["--dtype", dtype, "--data", str(data), "--json", str(path)]
     assert main(["bench", "train", *words]) == 0
     report = json.loads(path.read_text(encoding="utf-8"))
-    about = {"preset", "dtype", "batch", "steps", "threads", "device", "machine", "rows"}
+    about = {
+        "preset",
+        "dtype",
+        "compiled",
+        "batch",
+        "steps",
+        "threads",
+        "device",
+        "machine",
+        "rows",
+    }
     assert set(report) == about
     assert [row["step"] for row in report["rows"]] == ["base", "block-causal", "enc-dec"]
     shown = capsys.readouterr().out

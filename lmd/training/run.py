@@ -17,7 +17,7 @@ from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.foreign import load_foreign
-from lmd.machine import machine_dict, tune_allocator
+from lmd.machine import check_compiler, machine_dict, tune_allocator
 from lmd.rng import derive_seed
 from lmd.text import build_text_encoder
 from lmd.training.card import model_card
@@ -64,6 +64,7 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
         default=start.init,
         help="weights, or a Stable Audio folder, to begin with",
     )
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     add("--text-dropout", type=float, default=0.1)
     if stage == "distill":
         add("--teacher-steps", type=int, default=DistillOptions.n_steps, help="calls of its walk")
@@ -244,6 +245,8 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     Raises:
         LmdError: bad options, data or weights; a loss that is not finite.
     """
+    if args.compile:
+        check_compiler()
     tune_allocator()
     options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
     source = open_latents(args.data, sizes, args.seed)
@@ -253,6 +256,8 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
         model = add_lora(model, args.lora)
     text = build_text_encoder(sizes.text)
     module = LiveTraining(model, text, source, sizes, options)
+    if args.compile:
+        model.dit.compile_blocks()
     parser = argparse.ArgumentParser()
     configure(parser, stage)
     notes = notes_of(command_of(stage, args, parser), args, source.shards)

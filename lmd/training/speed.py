@@ -21,7 +21,7 @@ from lmd.bench import grid, percentile, tell
 from lmd.checkpoint import build_model
 from lmd.config import Preset, Regime, preset
 from lmd.errors import LmdError
-from lmd.machine import machine_dict, pick_device, tune_allocator
+from lmd.machine import check_compiler, machine_dict, pick_device, tune_allocator
 from lmd.training.curriculum import BaseOptions, FinetuneOptions, Rows
 from lmd.training.module import TrainOptions, stage_loss
 from lmd.training.run import open_latents
@@ -41,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=12, help="timed steps of each kind")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--device", default="cpu", help="cpu, cuda or auto")
+    add("--compile", action="store_true", help="compile the blocks, warm-up not timed")
     add("--data", type=Path, help="also time reading batches from this folder of latents")
     add("--json", help="write the figures to this file, - for standard output")
 
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
     for name, value in counts.items():
         if value < 1:
             raise LmdError(f"{name} {value}", "1 or more", "Correct the number.")
+    if args.compile:
+        check_compiler()
     torch.set_num_threads(args.threads)
     tune_allocator()
     report = measure(args)
@@ -106,7 +109,7 @@ class Student:
     def __init__(self, sizes: Preset, dtype: torch.dtype, device: torch.device) -> None:
         self.sizes, self.dtype, self.device = sizes, dtype, device
         self.model = build_model(sizes).to(device)
-        self.adam = torch.optim.AdamW(self.model.parameters())
+        self.adam = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     def step(self, kind: Kind, index: int) -> None:
         """Forward, backward, clip, AdamW; the moving average is left out."""
@@ -167,6 +170,10 @@ def measure(args: argparse.Namespace) -> dict:
     for kind in subjects:
         kind.products = student.products(kind)  # a warm-up as well
         student.time_products(kind.products)
+    if args.compile:
+        student.model.dit.compile_blocks()
+        for kind in tqdm(subjects, desc="compiling", mininterval=1, file=sys.stderr):
+            student.step(kind, 0)
     for index in tqdm(range(args.steps), desc="rounds", mininterval=1, file=sys.stderr):
         for kind in subjects:
             began = student.now()
@@ -180,6 +187,7 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         "preset": args.preset,
         "dtype": args.dtype,
+        "compiled": args.compile,
         "batch": args.batch,
         "steps": args.steps,
         "threads": args.threads,
@@ -215,8 +223,9 @@ def row_of(kind: Kind, sizes: Preset) -> dict:
 
 def table(report: dict) -> str:
     """The rows for reading."""
+    how = f"{report['dtype']}{', compiled' if report['compiled'] else ''}"
     head = (
-        f"preset {report['preset']}, {report['dtype']}, batch {report['batch']}, "
+        f"preset {report['preset']}, {how}, batch {report['batch']}, "
         f"{report['threads']} threads, {report['device']}; median of {report['steps']} steps"
     )
     names = [name for name in COLUMNS if report["rows"][0][name] is not None]
