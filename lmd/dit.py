@@ -93,12 +93,19 @@ class SelfAttention(nn.Module):
         self, x: Tokens, rotation: Rotation, visible: Visibility | None, past: KeyValue | None
     ) -> tuple[Tokens, KeyValue]:
         """Attend; `past` holds rotated keys. Returns the output and the fresh, unrotated keys."""
+        seen, fresh = self.heads(x, rotation, visible, past)
+        return self.to_out(seen), fresh
+
+    def heads(
+        self, x: Tokens, rotation: Rotation, visible: Visibility | None, past: KeyValue | None
+    ) -> tuple[Tokens, KeyValue]:
+        """What the heads see, side by side, before the output projection."""
         q, k, v = (split_heads(part, self.n_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
         q, fresh = rotate(self.q_norm(q), rotation), KeyValue(self.k_norm(k), v)
         k = rotate(fresh.key, rotation)
         if past is not None:
             k, v = torch.cat([past.key, k], dim=2), torch.cat([past.value, v], dim=2)
-        return self.to_out(join_heads(attend(q, k, v, visible))), fresh
+        return join_heads(attend(q, k, v, visible)), fresh
 
 
 class CrossAttention(nn.Module):
@@ -120,8 +127,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tokens, text: KeyValue) -> Tokens:
         """Attend to all text tokens."""
+        return self.to_out(self.heads(x, text))
+
+    def heads(self, x: Tokens, text: KeyValue) -> Tokens:
+        """What the heads see, side by side, before the output projection."""
         q = self.q_norm(split_heads(self.to_q(x), self.n_heads))
-        return self.to_out(join_heads(attend(q, text.key, text.value)))
+        return join_heads(attend(q, text.key, text.value))
 
 
 class FeedForward(nn.Module):

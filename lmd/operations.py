@@ -42,15 +42,15 @@ def rotate(x: Heads, rotation: Rotation) -> Heads:
         half = rotation.cos.shape[-1]
         turned = [part.to(x.dtype) for part in _turned_pairs(x, rotation)]
         return torch.cat([*turned, x[..., 2 * half :]], dim=-1)
-    return _Rotate.apply(x, *rotation)
+    return _Rotate.apply(x, *rotation) if torch.is_grad_enabled() else _turned(x, rotation)
 
 
 def gated(x: Tokens) -> GatedTokens:
     """`value * silu(gate)` of `[value, gate]` along the last dimension."""
-    if torch.compiler.is_compiling():
-        value, gate = x.chunk(2, dim=-1)
-        return value * F.silu(gate)
-    return _Gated.apply(x)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Gated.apply(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.silu(gate)
 
 
 def attend(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility | None = None) -> Heads:

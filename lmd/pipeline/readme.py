@@ -57,28 +57,54 @@ def notebook_map(root: Path, _: str) -> str:
     return _table(["notebook", "what it is"], rows)
 
 
+PLAY_COLUMNS = {
+    "regime": "regime",
+    "steps": "n_steps",
+    "transformer ms p50": "dit_ms_p50",
+    "p95": "dit_ms_p95",
+    "decode ms p50": "decode_ms_p50",
+    "first sound ms": "ttff_ms",
+    "real-time factor": "rtf",
+    "memory MB": "peak_mb",
+    "against naive": "speedup_vs_naive",
+    "possible": "bound_speedup",
+}
+TRAIN_COLUMNS = {
+    "step": "step",
+    "window frames": "n_frames",
+    "ms p50": "step_ms_p50",
+    "p95": "step_ms_p95",
+    "frames taught per s": "frames_per_s",
+    "products, GFLOP/s": "product_gflops",
+    "reached of that": "share",
+    "reading data ms": "data_ms_p50",
+}
+
+
 def bench(root: Path, _: str) -> str:
     """The tables of `python -m lmd bench --json`, one after the other."""
+    return _speed_tables(root, "bench*.json", PLAY_COLUMNS)
+
+
+def training(root: Path, _: str) -> str:
+    """The tables of `python -m lmd bench train --json`, one after the other."""
+    return _speed_tables(root, "train*.json", TRAIN_COLUMNS)
+
+
+def _speed_tables(root: Path, pattern: str, columns: dict[str, str]) -> str:
+    """A line on sizes and machine, then a table, for every published file of that name."""
     parts = []
-    for path in sorted(_published(root).glob("bench*.json")):
+    for path in sorted(_published(root).glob(pattern)):
         values = json.loads(path.read_text(encoding="utf-8"))
         machine = values.get("machine", {})
-        where = ", ".join(str(machine[key]) for key in ("cpu", "gpu") if machine.get(key))
-        parts.append(
-            f"`{values['preset']}`, {values['dtype']}, {values['threads']} threads, "
-            f"{values['device']}{f' ({where})' if where else ''}:\n"
-        )
-        columns = {
-            "regime": "regime",
-            "steps": "n_steps",
-            "transformer ms p50": "dit_ms_p50",
-            "p95": "dit_ms_p95",
-            "decode ms p50": "decode_ms_p50",
-            "first sound ms": "ttff_ms",
-            "real-time factor": "rtf",
-            "memory MB": "peak_mb",
-            "against naive": "speedup_vs_naive",
-        }
+        hardware = [str(machine[key]) for key in ("cpu", "gpu") if machine.get(key)]
+        hardware += ["AMX"] if machine.get("amx") else []
+        where = f" ({', '.join(hardware)})" if hardware else ""
+        how = [f"`{values['preset']}`", values["dtype"]]
+        how += [f"batch {values['batch']}"] if "batch" in values else []
+        how += ["compiled"] if values.get("compiled") else []
+        how += [f"{values['threads']} threads", values["device"]]
+        parts.append(f"{', '.join(how)}{where}:\n")
         rows = [[row[key] for key in columns.values()] for row in values["rows"]]
         parts.append(_table(list(columns), rows) + "\n")
     return "\n".join(parts).rstrip()
@@ -199,6 +225,7 @@ BLOCKS: dict[str, Callable[[Path, str], str]] = {
     "live": live,
     "media": media,
     "notebooks": notebook_map,
+    "training": training,
 }
 
 
