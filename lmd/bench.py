@@ -33,7 +33,7 @@ from lmd.machine import (
     tune_allocator,
 )
 from lmd.oobleck import random_codec
-from lmd.packed import is_packed, pack
+from lmd.packed import is_packed, pack, packing_pays
 from lmd.spectral import SpectralCodec
 from lmd.stream import Block, Streamer
 from lmd.text import HashTextEncoder
@@ -63,7 +63,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-frames", type=int, default=48)
     parser.add_argument("--model", type=Path, help="a checkpoint; random weights otherwise")
     parser.add_argument("--codec", type=Path, help="a codec checkpoint; random weights otherwise")
-    parser.add_argument("--no-pack", action="store_true", help="keep plain linear layers")
+    parser.add_argument(
+        "--no-pack", action="store_true", help="keep plain layers even where packed ones are faster"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the blocks; warm-up shown")
     parser.add_argument("--long", type=int, default=0, help="also stream this many blocks on end")
     parser.add_argument("--json", help="write the figures to this file, - for standard output")
@@ -109,8 +111,9 @@ def measure(args: argparse.Namespace) -> dict:
     model = (load_model(args.model) if args.model else random_model(chosen)).to(device, dtype)
     n_weights = sum(parameter.numel() for parameter in model.dit.blocks.parameters())
     model.eval()
-    if not args.no_pack and not args.compile:
-        pack(model, args.block_frames + 1)
+    n_tokens = args.block_frames + 1
+    if not args.no_pack and not args.compile and packing_pays(model, n_tokens):
+        pack(model, n_tokens)
     tune_allocator()
     text = HashTextEncoder(chosen.text.n_tokens, chosen.dit.text_dim)
     streamer = Streamer(model, codec, text, chosen.window)

@@ -6,6 +6,9 @@ its results; PyTorch reaches it through the operators that its own compiler uses
 missing, the plain blocks stay.
 """
 
+import math
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +111,27 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+@torch.no_grad()
+def packing_pays(model: LiveModel, n_tokens: int = 49) -> bool:
+    """Whether one block's products are faster packed here, tried for a fraction of a second.
+
+    They are in half precision and for large weights; small ones in float32 may be better off plain.
+    """
+    if model.dit.project_in.weight.device.type != "cpu" or not can_pack(model.dit.dtype):
+        return False
+    plain = [m for m in model.dit.blocks[0].modules() if isinstance(m, nn.Linear)]
+    packed = [PackedLinear(layer, n_tokens) for layer in plain]
+    inputs = [torch.ones(n_tokens, m.in_features, dtype=model.dit.dtype) for m in plain]
+    best_s = [math.inf, math.inf]
+    for _ in range(9):  # in turns, so that a busy moment hits both
+        for which, layers in enumerate((plain, packed)):
+            began = time.perf_counter()
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
+            best_s[which] = min(best_s[which], time.perf_counter() - began)
+    return best_s[1] < best_s[0]
 
 
 def pack(model: LiveModel, n_tokens: int = 49) -> LiveModel:

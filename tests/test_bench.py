@@ -12,7 +12,7 @@ from lmd.bench import tokens_of_passes
 from lmd.config import DiTConfig, WindowConfig
 from lmd.controls import Controls
 from lmd.outpaint import BlockPlan, LiveDenoiser
-from lmd.packed import PackedLinear, can_pack, is_packed, pack
+from lmd.packed import PackedLinear, can_pack, is_packed, pack, packing_pays
 from lmd.rng import normal
 from lmd.stream import Streamer
 
@@ -86,7 +86,10 @@ def test_packed_layers_agree_with_plain_ones(dtype):
     torch.testing.assert_close(results[0], results[1], atol=tolerance, rtol=0)
 
 
-@pytest.mark.skipif(not can_pack(), reason="oneDNN's packed products are missing here")
+needs_packing = pytest.mark.skipif(not can_pack(), reason="oneDNN's packed products are missing")
+
+
+@needs_packing
 def test_packing_lets_every_plain_weight_go_before_it_takes_the_next(monkeypatch):
     model = random_model(CONFIG)
     layers = [m for m in model.dit.blocks.modules() if isinstance(m, torch.nn.Linear)]
@@ -105,6 +108,20 @@ def test_packing_lets_every_plain_weight_go_before_it_takes_the_next(monkeypatch
     starts = range(len(weights), 0, -n)
     expected = [left for start in starts for left in (start, *range(start, start - n, -1))]
     assert alive[1:] == expected  # the first call tries whether it can
+
+
+@needs_packing
+def test_whether_packing_pays_is_measured_on_this_processor(monkeypatch):
+    """A clock that runs slow during every second call favours those; either way can win."""
+    for slow in (0, 1):
+        ticks = iter(range(10**6))
+
+        def clock(ticks=ticks, slow=slow):
+            tick = next(ticks)  # begin and end of plain, begin and end of packed, …
+            return tick // 2 + (tick % 2) * (2.0 if tick // 2 % 2 == slow else 1.0)
+
+        monkeypatch.setattr("lmd.packed.time.perf_counter", clock)
+        assert packing_pays(random_model(CONFIG)) == (slow == 0)
 
 
 def test_block_one_thousand_costs_the_passes_of_block_ten():
