@@ -149,6 +149,8 @@ class Picture {
     pen.fillRect(now, top, width - now, tall); // what waits is paler
     pen.globalAlpha = 1;
     this.annotate(pen, x, { top, tall, width, height, scale });
+    pen.fillStyle = this.colors.ground;
+    pen.fillRect(now - 14 * scale, height - foot, 28 * scale, foot); // under "now" no block's number
     pen.fillStyle = this.colors.accent;
     pen.fillRect(now - scale, top - 4 * scale, 2 * scale, tall + 8 * scale);
     pen.textAlign = "center";
