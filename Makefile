@@ -11,7 +11,7 @@ endif
 PROFILE ?= quick
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test lint lab install lock publish clean
+.PHONY: run test lint lab install lock clean
 
 run: install ## the whole line: scores to a streamed wave and outputs/quick/report.html
 	$(BIN)/python -m lmd run --profile $(PROFILE)

@@ -18,7 +18,8 @@ from typing import Any
 
 from jupyter_client import BlockingKernelClient
 
-CHROMIUM = Path("/usr/bin/chromium")
+NAMES = ("chromium", "chromium-browser", "google-chrome")  # as in .ci/run
+CHROMIUM = Path(next(filter(None, map(shutil.which, NAMES)), "/usr/bin/chromium"))
 FLAGS = [
     "--headless",
     "--no-sandbox",

@@ -101,6 +101,29 @@ def test_a_slider_moves_trait_and_stream_and_is_promised_its_block(front: Front)
     assert (promise["block"], promise["sample"]) == (first.number, first.first_sample)
 
 
+def test_a_text_that_is_refused_leaves_the_panel_and_the_mix_goes_on(front: Front) -> None:
+    encode = front.streamer.text.encode
+
+    def fussy(prompts: list[str]) -> Any:
+        if "harp" in prompts:
+            raise LmdError("no harp", "another text", "Try the lute.")
+        return encode(prompts)
+
+    front.streamer.text.encode = fussy  # type: ignore[method-assign]
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    front.say(kind="set", id=1, name="prompt_a", value="harp")
+    deadline = time.monotonic() + 20
+    while front.player.prompt_a == "harp" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert front.player.prompt_a == "organ"
+    assert "no harp" in front.player.message
+    front.say(kind="set", id=2, name="mix", value=0.5)
+    assert (
+        front.wait_for(lambda m: m["kind"] == "promise" and m["ids"] == [2])["text"] == "mix 0.50"
+    )
+
+
 def test_a_paused_player_goes_on_giving_signs_of_life(front: Front) -> None:
     front.say(kind="command", command="play")
     front.wait_for(lambda m: m["kind"] == "run" and m["running"])
@@ -129,6 +152,9 @@ def test_an_interrupted_cell_ends_its_stream(
     player = Front(tmp_path, sink="null", controls=controls).player
 
     def interrupt(**_: object) -> None:
+        assert player.engine is not None
+        while not player.engine.ledger.history:  # else there is nothing to write down
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lmd.play.player.tqdm", interrupt)

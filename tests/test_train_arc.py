@@ -352,3 +352,26 @@ def test_bad_words_are_refused(data, tmp_path, capsys, change, message):
 def test_one_row_cannot_be_contrasted(data):
     with pytest.raises(LmdError, match="at least 2 items"):
         make_part(replace(RUN, batch=1), LatentSource(data, 0), 0, 0, 1)
+
+
+def test_a_condition_that_these_models_do_not_have_is_not_contrasted():
+    assert OPTIONS.contrast == ("prompt",)
+    with pytest.raises(LmdError, match=r"a contrast of accompaniment.*expected prompt"):
+        replace(OPTIONS, contrast=("accompaniment",))
+
+
+def test_an_update_whose_gradient_is_not_finite_reaches_no_weight(
+    data, tmp_path, capsys, monkeypatch
+):
+    """Its loss is finite; the run stops, and what it has kept is whole."""
+
+    def poison(module, loss, *rest):
+        loss.backward()
+        if module.trainer.global_step == 2:
+            module.discriminator.base.dit.project_in.weight.grad[0, 0] = torch.nan
+
+    monkeypatch.setattr(ArcTraining, "manual_backward", poison)
+    assert main(["train", "arc", *words(data, tmp_path, 4, "--checkpoint-every", 1)]) == 2
+    assert "gradient of norm nan at step 2" in capsys.readouterr().err
+    kept = load_model(tmp_path / "arc.safetensors")
+    assert all(torch.isfinite(p).all() for p in kept.parameters())

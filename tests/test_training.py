@@ -1,6 +1,7 @@
 """Runs: exact resume, processes that share a batch, refusals, LoRA, what a run leaves behind."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -80,6 +81,12 @@ def test_a_killed_run_goes_on_with_the_same_losses(data, straight, tmp_path):
     assert np.array_equal(losses(tmp_path), losses(straight))  # bit for bit
     ours, theirs = (read_header(p / "base.safetensors").sha256 for p in (tmp_path, straight))
     assert ours == theirs
+
+
+def test_half_precision_learns_what_full_precision_does(data, straight, tmp_path):
+    train_here("base", "--steps", 4, "--data", data, "--out", tmp_path, "--precision", "bf16")
+    ratio = np.abs(losses(tmp_path) / losses(straight)[:4] - 1).max()
+    assert ratio < 0.002  # measured 5e-5
 
 
 def test_two_nodes_lose_what_one_process_loses(data, straight, tmp_path):
@@ -168,6 +175,39 @@ def test_latents_of_another_codec_are_refused(data, tmp_path, capsys):
     words = ["--preset", "small", "--data", str(data), "--out", str(tmp_path)]
     assert main(["train", "base", *words]) == 2
     assert "latents of 8 channels" in capsys.readouterr().err
+
+
+def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys):
+    """Another start in its folder is refused; a precision that was left open stays the same."""
+    words = ["--steps", 1, "--data", data, "--out", tmp_path]
+    train_here("base", *words)
+    options = tmp_path / "options.json"
+    begun = json.loads(options.read_text(encoding="utf-8"))
+    assert begun["precision"] == "32"
+    train_here("base", *words, "--precision", "auto")
+    assert json.loads(options.read_text(encoding="utf-8")) == begun
+    other = [*WORDS, *map(str, words), "--precision", "bf16", "--init", "other.safetensors"]
+    assert main(["train", "base", *other]) == 2
+    assert "(init None → other.safetensors, precision 32 → bf16)" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(data, tmp_path, monkeypatch, capsys):
+    """The loss of that step is finite; the weights that are kept are those before it."""
+
+    def poison(module):
+        if module.trainer.global_step == 2:
+            module.model.dit.project_in.weight.grad[0, 0] = torch.nan
+
+    monkeypatch.setattr(LiveTraining, "on_after_backward", poison)
+    words = ["--steps", 4, "--checkpoint-every", 1, "--data", data, "--out", tmp_path]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["train", "base", *WORDS, *map(str, words)]) == 2
+    told = capsys.readouterr().err
+    assert "gradient of norm nan at step 2" in told
+    assert "step=0000002.ckpt" in told  # after two good steps
+    kept = load_model(tmp_path / "base.safetensors")
+    assert all(torch.isfinite(p).all() for p in kept.parameters())
 
 
 def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(data):

@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 
+from lmd.arc.plan import CONDITIONS
 from lmd.checkpoint import read_header
-from lmd.training.card import NOTICE, file_rows, hardware_row, start_rows
+from lmd.training.card import NOTICE, data_row, file_rows, hardware_row, start_rows
 
 WHO = {0: "discriminator", 1: "generator"}
 
@@ -81,7 +82,7 @@ def arc_card(out: Path, weights: Path) -> str:
     """
     header = read_header(weights)
     notes = header.notes
-    base, data = notes["base"], notes["data"]
+    base = notes["base"]
     return "\n".join(
         [
             f"# {weights.stem}",
@@ -95,9 +96,10 @@ def arc_card(out: Path, weights: Path) -> str:
             *start_rows(notes),
             f"| discriminator from | `{base['file']}` ({base['sha256'][:12]}…) |",
             f"| updates | {notes['steps']}, both networks together |",
+            f"| contrasted conditions | {', '.join(CONDITIONS)} |",
             f"| seed | {notes['seed']} |",
             hardware_row(notes),
-            f"| data | {data['renditions']} renditions, {data['hours']} h |",
+            data_row(notes),
             f"| command | `{notes['command']}` |",
             "",
             curve_table(out),

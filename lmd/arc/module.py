@@ -31,7 +31,7 @@ from lmd.rng import generator as rng
 from lmd.shapes import Latents
 from lmd.text import TextEncoder
 from lmd.training.curriculum import Rows
-from lmd.training.module import WindowSource, check_parts
+from lmd.training.module import WindowSource, check_parts, clip_gradient
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ArcTraining(L.LightningModule):
                 verdicts.append(self.backward_part(part, plan))
         trained = (self.generator, self.discriminator)[plan.trains == "discriminator"]
         optimizer = self.optimizers()[plan.trains == "discriminator"]
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), self.run.clip_norm)
+        clip_gradient(trained, self.run.clip_norm, update, self.last_checkpoint)
         optimizer.step()
         optimizer.zero_grad()
         if plan.trains == "generator":

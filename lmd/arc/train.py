@@ -9,6 +9,7 @@ The base becomes the discriminator; train it at the rollout's length first (`tra
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,9 @@ def main(args: argparse.Namespace) -> int:
     tune_allocator()
     sizes = preset(args.preset)
     run, where = arc_run(args, sizes), run_options(args)
-    remember_options(where.out, run, args)
     module = build_module(args, run, sizes)
+    precision = remember_options(where.out, run, args, module.source.shards)
+    where = replace(where, precision=precision)
     notes = arc_notes(args, module.source.shards)
     export = Export(where.out / "arc.safetensors", where.checkpoint_every, sizes, notes)
     start = time.time()

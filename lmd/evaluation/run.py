@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Parts:
         if not path.is_file():
             if time.monotonic() > self.until_s:
                 raise OutOfTime(name)
-            partial = path.with_suffix(".part.npz")
+            partial = path.with_suffix(f".part-{os.getpid()}.npz")  # others may make it, too
             np.savez(partial, **make())
             partial.replace(path)
         with np.load(path) as kept:

@@ -85,6 +85,8 @@ class LivePlayer(PlayerTraits):
         self._page_sink: BrowserSink | None = None
         self._lock, self._asking_id = threading.Lock(), 0
         self._asked: dict[int, tuple[list[int], str]] = {}
+        self._tried: dict[int, dict[str, Any]] = {}  # the prompt traits behind a change
+        self._heard: dict[str, Any] = {}  # those that play
         codec = self._streamer.codec
         super().__init__(
             fields=fields_for(self._streamer.window),
@@ -272,6 +274,8 @@ class LivePlayer(PlayerTraits):
             change = self.engine.change(**{name: value})
             ids = [self._asking_id] if self._asking_id else []
             self._asked[change.number] = (ids, text)
+            if name == "prompt":
+                self._tried[change.number] = self._prompt_traits()
 
     def _on_pacing(self, _change: Any) -> None:
         if self.engine is not None and self._alive():
@@ -309,6 +313,8 @@ class LivePlayer(PlayerTraits):
         )
         self.engine, self.take_path, self.message = engine, str(take.path), ""
         self._asked.clear()
+        self._tried.clear()
+        self._heard = self._prompt_traits()
         engine.start()
         threading.Thread(target=self._follow, args=(engine,), daemon=True).start()
         return engine
@@ -331,8 +337,14 @@ class LivePlayer(PlayerTraits):
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Meters):
             self._show_meters(event)
-        elif isinstance(event, Trouble):
+            return
+        if isinstance(event, Promise):
+            with self._lock:
+                self._heard = self._tried.pop(event.change.number, self._heard)
+        if isinstance(event, Trouble):
             self.message = event.message
+            if event.kind == "refused":  # the old prompt plays on: show it
+                self._show_heard_prompts()
         elif self._page_sink is not None:
             place = {"epoch": self._page_sink.epoch, "first": 0}
             if isinstance(event, Made):
@@ -343,6 +355,13 @@ class LivePlayer(PlayerTraits):
                 place |= {"kind": "promise", "ids": ids, "text": text}
                 place |= {"sample": event.sample, "block": event.block}
             self._send_to_page(place, [])
+
+    def _prompt_traits(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("prompt_a", "prompt_b", "mix")}
+
+    def _show_heard_prompts(self) -> None:
+        for name, value in self._heard.items():
+            self.set_trait(name, value)
 
     def _follow(self, engine: LiveEngine) -> None:
         """Show the meters until the engine ends, and that it has."""

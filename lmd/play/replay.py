@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Replay; status 1 if the samples are not those that were played."""
     take = read_take(args.take)
+    torch.set_num_threads(take.header.n_threads)  # opening computes, too
     instrument = open_instrument(args.source or take.header.source)
-    torch.set_num_threads(take.header.n_threads)
     digest, waves = SampleHash(), []
     with ExitStack() as stack:
         file = None

@@ -51,8 +51,7 @@ def model_card(out: Path, weights: Path) -> str:
             f"| wall time | {log['seconds'].max() / 60:.1f} min, "
             f"begun or resumed at steps {_starts(out)} |",
             hardware_row(notes),
-            f"| data | {notes['data']['renditions']} renditions, {notes['data']['hours']} h, "
-            f"corpus `{_corpus(notes)}` |",
+            data_row(notes),
             f"| command | `{notes['command']}` |",
             "",
             "Mean training loss (mean squared error) along the run:",
@@ -97,9 +96,11 @@ def hardware_row(notes: dict[str, Any]) -> str:
     return f"| hardware | {where}, torch {machine['torch']} |"
 
 
-def _corpus(notes: dict[str, Any]) -> str:
-    """The start of the corpus's hash, where the latents tell it."""
-    return str(notes["data"]["latent_settings"].get("corpus", "unknown"))[:12]
+def data_row(notes: dict[str, Any]) -> str:
+    """What a run learned from, as a row of a Markdown table."""
+    data = notes["data"]
+    corpus = str(data["latent_settings"].get("corpus", "unknown"))[:12]
+    return f"| data | {data['renditions']} renditions, {data['hours']} h, corpus `{corpus}` |"
 
 
 def _starts(out: Path) -> str:

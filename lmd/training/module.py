@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmd.config import Preset
@@ -208,6 +209,23 @@ def distill_loss(
     return trajectory_loss(model, context, walked, points, condition, block)
 
 
+def clip_gradient(model: nn.Module, limit: float, step: int, last_checkpoint: str) -> None:
+    """Bring the gradient's norm down to a limit.
+
+    Raises:
+        LmdError: the gradient is not finite; no weight has seen it.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not math.isfinite(norm.item()):
+        raise LmdError(
+            f"a gradient of norm {norm.item()} at step {step}",
+            "a finite gradient",
+            f"Last good checkpoint: {last_checkpoint}. Lower the learning rate, or use "
+            "--precision 32.",
+        )
+
+
 class StepBatches(IterableDataset):
     """Micro-batches of one process, from the run's current step on."""
 
@@ -301,6 +319,16 @@ class LiveTraining(L.LightningModule):
         adam = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
         rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: o.lr_factor(step))
         return {"optimizer": adam, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm; a gradient that is not finite ends the run before it reaches a weight."""
+        assert gradient_clip_val is not None
+        clip_gradient(self.model, gradient_clip_val, self.trainer.global_step, self.last_checkpoint)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average, so that a checkpoint of this step holds both."""

@@ -26,7 +26,7 @@ from lmd.training.finetune import open_context_door
 from lmd.training.lora import add_lora
 from lmd.training.module import LiveTraining, Stage, TrainOptions
 from lmd.training.samples import Samples
-from lmd.training.trainer import Export, RunOptions, fit
+from lmd.training.trainer import Export, RunOptions, choose_precision, fit
 from lmd.training.trajectory import DistillOptions
 from lmd.training.windows import LatentSource
 
@@ -44,6 +44,9 @@ STARTS: dict[Stage, Start] = {
     "finetune": Start(2000, 2e-4),
     "distill": Start(1000, 1e-4, Path("data/pretrained/finetuned.safetensors")),
 }
+
+
+OPEN_ENDED = ("n_steps", "n_updates")  # a run may be made longer
 
 
 def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
@@ -187,26 +190,56 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     )
 
 
-def remember_options(out: Path, options: Any, args: argparse.Namespace) -> None:
-    """Write the run's options, or compare them with those it was begun with.
+def remember_options(out: Path, options: Any, args: argparse.Namespace, data: LatentShards) -> str:
+    """Write what the run is, or compare it with what it was begun as.
+
+    Args:
+        out: the run's folder.
+        options: of the run.
+        args: the command's words.
+        data: the latents.
+
+    Returns:
+        The precision: the one that the run was begun with where the words leave it open.
 
     Raises:
         LmdError: the folder holds a run with other options (a longer one is welcome).
     """
-    path = out / "options.json"
-    present = json.loads(json.dumps({"preset": args.preset, **to_dict(options)}))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = {k for k in present if present[k] != before.get(k, present[k])}
-        other = changed - {"n_steps", "n_updates"}
-        if other:
-            told = ", ".join(f"{k} {before.get(k)} → {present[k]}" for k in sorted(other))
-            raise LmdError(
-                f"a run in {out} that was begun with other options ({told})",
-                "the same options, or an empty folder",
-                "Give them again, or another --out.",
-            )
+    path, width = out / "options.json", preset(args.preset).dit.width
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    precision = args.precision if args.precision != "auto" else before.get("precision", "auto")
+    precision = choose_precision(precision, width, args.devices * args.num_nodes)
+    known = {
+        "preset": args.preset,
+        "precision": precision,
+        "lora": getattr(args, "lora", 0),
+        "init": str(args.init) if args.init else None,
+        "latents": {k: v for k, v in data.settings.items() if k != "silence"},
+        **to_dict(options),
+    }
+    present = json.loads(json.dumps(known))
+    other = [change for change in changes(before, present) if change[0] not in OPEN_ENDED]
+    if other:
+        told = ", ".join(f"{name} {old} → {new}" for name, old, new in other)
+        raise LmdError(
+            f"a run in {out} that was begun with other options ({told})",
+            "the same options, or an empty folder",
+            "Give them again, or another --out.",
+        )
     write_atomic(path, json.dumps(present, indent=1).encode())
+    return precision
+
+
+def changes(before: dict[str, Any], present: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What is named in both and differs: `part.name`, old and new value, sorted by name."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in sorted(set(before) & set(present)):
+        old, new = before[name], present[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [(f"{name}.{inner}", *values) for inner, *values in changes(old, new)]
+        elif old != new:
+            found.append((name, old, new))
+    return found
 
 
 def command_of(stage: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
@@ -250,7 +283,9 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     tune_allocator()
     options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
     source = open_latents(args.data, sizes, args.seed)
-    remember_options(run.out, options, args)
+    run = dataclasses.replace(
+        run, precision=remember_options(run.out, options, args, source.shards)
+    )
     model = start_model(stage, sizes, args.init, args.seed)
     if getattr(args, "lora", 0):
         model = add_lora(model, args.lora)
