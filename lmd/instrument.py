@@ -64,7 +64,10 @@ class Instrument:
         """One line for a person."""
         if self.is_trained:
             return f"{self.source} ({self.preset.name})"
-        return f"{self.preset.name} with random weights: noise, not music ({self.source})"
+        return (
+            f"{self.preset.name} with random weights: noise, not music ({self.source}). "
+            'Weights come from "The whole line by hand" in the README.'
+        )
 
 
 class QuietCodec:

@@ -44,6 +44,15 @@ def trim_memory() -> None:
             trim(0)
 
 
+def memory_gb(device: torch.device) -> float:
+    """Peak memory on CUDA since the last call; resident memory of the process elsewhere."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; `auto` prefers CUDA, then the CPU.
 

@@ -106,7 +106,7 @@ def test_a_run_leaves_weights_logs_and_a_card(straight):
     assert header.sha256 in card
     assert "python -m lmd train base" in card
     log = run_log(straight)
-    assert {"loss", "frames/s", "mfu", "GiB", "ETA min", "lr"} <= set(log.columns)
+    assert {"loss", "frames/s", "mfu", "GB", "ETA min", "lr"} <= set(log.columns)
     assert log["loss"].iloc[-5:].mean() < log["loss"].iloc[:5].mean()
     assert list((straight / "logs").glob("*/events.out.tfevents*"))
 

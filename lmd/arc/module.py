@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import lightning as L
-import psutil
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, IterableDataset
@@ -27,6 +26,7 @@ from lmd.arc.forcing import Asked, Verdict, derangement, discriminator_loss, fro
 from lmd.arc.plan import ArcBatch, ArcOptions, UpdatePlan, draw_dropped, plan_update, play_trial
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
+from lmd.machine import memory_gb
 from lmd.rng import generator as rng
 from lmd.shapes import Latents
 from lmd.text import TextEncoder
@@ -226,12 +226,3 @@ def warn_of_winning(run: ArcRun) -> None:
         "Lower --lr-discriminator, raise --r1 and --r2, or raise --lr-generator.",
         stacklevel=2,
     )
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory on CUDA since the last call; resident memory of the process elsewhere."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
-    return psutil.Process().memory_info().rss / 1e9

@@ -41,6 +41,18 @@ DRIFT_WORDS = {
     "key_clarity": "key clarity",
 }
 
+# FD-OpenL3 of arXiv 2605.22717, Table 1 (47 s clips, Song Describer), by method, steps, primed.
+PAPER_FD = (
+    (("ED+AF", 8, False), ("ED", 50, False), (35.88, 61.06)),
+    (("BC+AF", 2, False), ("BC", 50, False), (47.26, 64.87)),
+    (("ED+AF", 8, True), ("ED", 50, True), (29.00, 35.35)),
+    (("BC+AF", 2, True), ("BC", 50, True), (35.45, 47.13)),
+    (("ED", 50, True), ("ED", 50, False), (35.35, 61.06)),
+    (("BC", 50, True), ("BC", 50, False), (47.13, 64.87)),
+    (("ED", 50, False), ("BC", 50, False), (61.06, 64.87)),
+    (("ED+AF", 8, False), ("BC+AF", 2, False), (35.88, 47.26)),
+)
+
 
 def write_report(result: dict[str, Any], out: Path) -> str:
     """Write `evaluation.json`, `.md` and figures into a folder.
@@ -88,6 +100,8 @@ def report(result: Mapping[str, Any]) -> str:
         "",
         *_aims_table(result["aims"]),
         "",
+        *_order_table(result["rows"]),
+        f"Repeated by `python -m lmd data build --hours 24`, then `{_command(result)}`. "
         f"Not measured: {'; '.join(missing) or 'nothing was left out'}. Other listeners: {others}.",
     ]
     return "\n".join(lines)
@@ -239,6 +253,42 @@ def _aims_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     words = {True: "yes", False: "no", None: "not measured"}
     lines = ["| aim | found | met |", "|---|---|---|"]
     return lines + [f"| {row['aim']} | {row['found']} | {words[row['met']]} |" for row in rows]
+
+
+def _order_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which of two is closer to real music, here and in the paper; pairs that were measured."""
+    lines = [
+        "| closer to real music? (FD) | in the paper | here | the same order |",
+        "|---|---|---|---|",
+    ]
+    by_name = {(row["method"], row["n_steps"], row["primed"]): row for row in rows}
+    for first, second, theirs in PAPER_FD:
+        ours = [_at_most(by_name, *each) for each in (first, second)]
+        if None in ours:
+            continue
+        names = [f"{r['method']}, {r['n_steps']} steps{', primed' * r['primed']}" for r in ours]
+        found = [row["fd"]["mean"] for row in ours]
+        same = (found[0] < found[1]) == (theirs[0] < theirs[1])
+        lines.append(
+            f"| {names[0]} than {names[1]} | {theirs[0]:.3g} against {theirs[1]:.3g} "
+            f"| {found[0]:.3g} against {found[1]:.3g} | {'yes' if same else 'no'} |"
+        )
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def _at_most(
+    by_name: Mapping[tuple, Mapping[str, Any]], method: str, n_steps: int, primed: bool
+) -> Mapping[str, Any] | None:
+    """The row of a method with the most steps up to `n_steps`."""
+    there = [n for name, n, p in by_name if (name, p) == (method, primed) and n <= n_steps]
+    return by_name[method, max(there), primed] if there else None
+
+
+def _command(result: Mapping[str, Any]) -> str:
+    """What measures all this again."""
+    steps = result["budget"]["drift_steps"]
+    name = result["budget"]["name"]
+    return f"python -m lmd evaluate --budget {name} --drift-steps {' '.join(map(str, steps))}"
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:

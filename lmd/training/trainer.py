@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import psutil
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -19,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lmd.checkpoint import save_checkpoint, write_atomic
 from lmd.config import DiTConfig, Preset
-from lmd.machine import describe_machine
+from lmd.machine import describe_machine, memory_gb
 from lmd.training.curriculum import StepPlan
 from lmd.training.lora import merged_state
 from lmd.training.module import LiveTraining
@@ -127,11 +126,12 @@ class Throughput(Callback):
         done, took = trainer.global_step - self.first, now - self.last
         left = (o.n_steps - trainer.global_step) * (now - self.since) / max(1, done)
         self.last = now
+        used = flops / took / self.rate / trainer.world_size
         module.log_dict(
             {
                 "frames/s": plan.taught_frames * rows.n_global / took,
-                "mfu": flops / took / self.rate / trainer.world_size,
-                "GiB": psutil.Process().memory_info().rss / 2**30,
+                **({} if o.stage == "distill" else {"mfu": used}),  # its teacher is not counted
+                "GB": memory_gb(module.device),
                 "ETA min": left / 60,
             },
             prog_bar=True,
