@@ -15,6 +15,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench",): ("lmd.bench", "measure speed on this machine"),
     ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
+    ("convert",): ("lmd.convert", "turn a foreign checkpoint into files of ours"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
     ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),

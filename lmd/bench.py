@@ -33,7 +33,7 @@ from lmd.machine import (
     tune_allocator,
 )
 from lmd.oobleck import random_codec
-from lmd.packed import is_packed, pack, packing_pays
+from lmd.packed import PackedLinear, can_pack, is_packed, pack, packing_pays
 from lmd.spectral import SpectralCodec
 from lmd.stream import Block, Streamer
 from lmd.text import HashTextEncoder
@@ -109,7 +109,8 @@ def measure(args: argparse.Namespace) -> dict:
     codec = load_codec(args.codec) if args.codec else build_random_codec(chosen, dtype)
     trim_memory()
     model = (load_model(args.model) if args.model else random_model(chosen)).to(device, dtype)
-    n_weights = sum(parameter.numel() for parameter in model.dit.blocks.parameters())
+    named = model.dit.blocks.named_parameters()
+    n_weights = sum(p.numel() for name, p in named if "to_kv" not in name)  # the text's: once
     model.eval()
     n_tokens = args.block_frames + 1
     if not args.no_pack and not args.compile and packing_pays(model, n_tokens):
@@ -244,7 +245,7 @@ def row_of(
         "decode_ms_p50": decode_ms,
         "ttff_ms": measured.ttff_ms,
         "rtf": 1e3 * block_s / (dit_ms + decode_ms),
-        "peak_mb": peak_mb(),
+        "peak_mb": peak_mb(measured.blocks[0].latents.device),
         "cache_mb": measured.cache_bytes / 2**20,
         "speedup_vs_naive": statistics.median(block.dit_ms for block in naive.blocks) / dit_ms,
         "bound_speedup": bounds_ms["full"] / bounds_ms[regime],
@@ -268,9 +269,14 @@ def machine_rates(chosen: Preset, dtype: torch.dtype, device: torch.device) -> R
     best = 0.0
     for n_rows in (chosen.window.window_frames + 1, 1024):
         a = torch.randn(n_rows, width, device=device).to(dtype)
-        b = torch.randn(wide, width, device=device).to(dtype)
-        seconds = fastest(lambda a=a, b=b: torch.nn.functional.linear(a, b), device)
-        best = max(best, 2 * n_rows * width * wide / seconds)
+        layer = torch.nn.Linear(width, wide, bias=False, device=device).to(dtype)
+        layers = [layer]
+        if device.type == "cpu" and can_pack(dtype):
+            layers.append(PackedLinear(layer, n_rows))
+        for way in layers:
+            with torch.no_grad():
+                seconds = fastest(lambda a=a, way=way: way(a), device)
+            best = max(best, 2 * n_rows * width * wide / seconds)
     buffer = torch.zeros(2**26, device=device)
     seconds = fastest(lambda: buffer.sum(), device)
     return Rates(best, buffer.nbytes / seconds)
@@ -309,9 +315,9 @@ def build_random_codec(chosen: Preset, dtype: torch.dtype) -> Codec:
     return random_codec(chosen.codec, dtype=dtype)
 
 
-def peak_mb() -> float:
-    """The most memory this process has held, in MiB (GPU memory where there is a GPU)."""
-    if torch.cuda.is_available():
+def peak_mb(device: torch.device) -> float:
+    """The most memory this process has held, in MiB: the GPU's on a GPU."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     info = psutil.Process().memory_info()
     peak = getattr(info, "peak_wset", None)  # Windows
@@ -337,6 +343,11 @@ def table(report: dict) -> str:
         f"reading {report['read_gbytes_s']:.1f} GB/s; block {report['block_s']:.2f} s"
     )
     lines = grid(COLUMNS, report["rows"])
+    if "compile_s" in report:
+        lines.append(
+            f"compiled in {report['compile_s']:.0f} s; furthest from eager, of the largest latent: "
+            f"{report['compile_max_difference']:.1e}"
+        )
     if "long_blocks" in report:
         lines.append(
             f"after {report['long_blocks']} blocks a block costs {report['long_cost_ratio']:.3f} "

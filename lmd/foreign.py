@@ -78,6 +78,7 @@ class Foreign:
         unmatched: keys of the file that were left out; empty unless loaded leniently.
         fresh: our weights that the file does not have (`to_input_add` of a stock model, set to
             zero: the context is ignored until it is trained).
+        codec_weights: the codec's, under diffusers' names; empty where the file has no codec.
     """
 
     config: ForeignConfig
@@ -85,6 +86,7 @@ class Foreign:
     codec: OobleckCodec | None
     unmatched: tuple[str, ...]
     fresh: tuple[str, ...]
+    codec_weights: Mapping[str, Tensor]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -164,7 +166,8 @@ def convert(
     ours.setdefault(INPUT_ADD, torch.zeros_like(both.model.dit.to_input_add.weight))
     load_strict(both, ours | {name: tensors[name] for name in unknown if strict}, source)
     codec = OobleckCodec(both.codec, config.codec) if config.codec else None
-    return Foreign(config, both.model.eval(), codec, tuple(unknown), fresh)
+    weights = both.codec.state_dict() if config.codec else {}
+    return Foreign(config, both.model.eval(), codec, tuple(unknown), fresh, weights)
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -106,7 +106,8 @@ class SpectralEncoder(nn.Module):
         config = self.config
         power = stft(wave[:, 0], config.n_fft, config.hop).abs().square()
         floor = 10 ** (config.floor_db / 10)
-        levels = 10 * torch.log10((power + floor).transpose(1, 2) @ self.bands)
+        with torch.autocast(wave.device.type, enabled=False):  # powers span eight decades
+            levels = 10 * torch.log10((power + floor).transpose(1, 2) @ self.bands)
         return levels.reshape(len(wave), -1, config.hops_per_frame * config.n_bands)
 
     def raw_latents(
@@ -218,9 +219,9 @@ class SpectralDecoder(nn.Module):
         x = self.blocks(self._enter(latents))
         x = same_linear(self.split, x).reshape(len(x), -1, self.config.step_width)
         x = self.norm(self.step_blocks(x))
-        level = same_linear(self.level, x).transpose(1, 2) * DB_SCALE
+        level = same_linear(self.level, x).transpose(1, 2).float() * DB_SCALE
         in_time, in_frequency = torch.view_as_complex(
-            same_linear(self.advance, x).unflatten(-1, (2, -1, 2)).contiguous()
+            same_linear(self.advance, x).float().unflatten(-1, (2, -1, 2)).contiguous()
         ).unbind(2)
         return level, in_time.transpose(1, 2), in_frequency.transpose(1, 2)
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -334,7 +335,9 @@ def test_slakh_tracks_bring_their_named_stems_and_their_split(tmp_path: Path) ->
     assert stems.shape == (3, 1, 5 * RATE)
     # Stems keep the mix's gain: their sum is the mix (16 bits: a step per stem, one for the mix).
     assert np.abs(stems.sum(0) - corpus.wave(0)).max() < 3 / 32767
-    assert "piano" in row_stem_caption(rows[0], 1)
+    said = row_stem_caption(rows[0], 1)
+    assert "piano" in said
+    assert not re.search("BPM|slow|fast|melody|voice", said)  # nobody knows
     assert rows[0].caption == "bass, drums, piano"
 
 
@@ -344,6 +347,16 @@ def test_a_slakh_track_that_lacks_an_announced_stem_is_rejected(tmp_path: Path) 
     write(tmp_path / "in/other.wav", tone(5))
     with pytest.raises(LmdError, match=r"S01\.flac"):
         build_audio(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("torn", ["stems: {S00: [", "- a list", "stems: \xff"])
+def test_a_slakh_track_with_a_torn_description_is_rejected(tmp_path: Path, torn: str) -> None:
+    track = make_slakh(tmp_path / "in")
+    (track / "metadata.yaml").write_bytes(torn.encode("latin-1"))
+    write(tmp_path / "in/other.wav", tone(5))
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(), keep_going=True)
+    assert [row.path for row in rows] != []
+    assert any("cannot be read" in reject.reason for reject in report.rejected)
 
 
 def test_musdb_tracks_bring_four_stems(tmp_path: Path) -> None:

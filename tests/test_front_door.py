@@ -177,6 +177,32 @@ def test_data_check_reads_a_folder_of_ones_own_as_the_readme_says(tmp_path: Path
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
+def test_ones_own_music_is_learned_and_played_as_the_readme_says(tmp_path: Path) -> None:
+    """The commands of that section in their order, on half a minute of sound and two steps."""
+    music = tmp_path / "music"
+    music.mkdir()
+    for hz in (220, 330):
+        tone = np.sin(np.arange(16 * 22_050) * 2 * np.pi * hz / 22_050) / 3
+        soundfile.write(music / f"tone {hz}.wav", tone, 22_050)
+    section = README[README.index("## Your own music") :].partition("```sh\n")[2]
+    places = {"MY_MUSIC": str(music), "-o mine.wav": f"-o {tmp_path}/mine.wav --seconds 3"}
+    places |= {name: f"{tmp_path}/{name}" for name in ("data/mine-latents", "runs/mine")}
+    places |= {"data/mine ": f"{tmp_path}/data/mine ", "data/mine\n": f"{tmp_path}/data/mine\n"}
+    text = section.partition("```")[0].replace("\\\n", "")
+    for name, place in places.items():
+        text = text.replace(name, place)
+    text = text.replace("--lora 16", "--lora 16 --steps 2 --batch 2 --no-progress")
+    for line in text.splitlines():
+        words = shlex.split(line.partition("#")[0])
+        words[0] = words[0].replace(".venv/bin/python", sys.executable)
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+    wave, rate = soundfile.read(tmp_path / "mine.wav")
+    assert len(wave) / rate == pytest.approx(3, abs=0.1)
+    assert np.abs(wave).max() > 0.001
+
+
 def test_the_readme_is_filled_in_from_the_files() -> None:
     assert fill(README, ROOT) == README, "run `python -m lmd.pipeline.readme`"
     used = set(re.findall(r"<!-- begin (\w+)", README))

@@ -8,11 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmd.__main__ import main
+from lmd.checkpoint import load_codec, load_model, read_header
+from lmd.convert import preset_of
 from lmd.dit import Condition
 from lmd.errors import LmdError
 from lmd.foreign import joined_projections, load_foreign, transformer_name
 from lmd.foreign_config import parse_config
 from lmd.oobleck import build_reference
+from lmd.training.run import start_model
 
 OUTPUTS = {"velocity", "velocity_cfg4", "seconds_embed", "encoder_out", "decoder_out"}
 LAYER = "model.model.transformer.layers.0."
@@ -389,3 +392,33 @@ def test_a_stock_config_of_stable_audio_open_small_gives_the_paper_preset(fixtur
     assert config.codec == preset("paper").codec
     assert config.n_text_tokens == preset("paper").text.n_tokens
     assert config.max_seconds == preset("paper").text.max_seconds
+
+
+def test_a_converted_checkpoint_is_the_same_model_and_codec(fixtures, tmp_path, capsys):
+    assert main(["convert", str(fixtures / "parity"), "--out", str(tmp_path)]) == 0
+    foreign = load_foreign(fixtures / "parity")
+    model, codec = (
+        load_model(tmp_path / "base.safetensors"),
+        load_codec(tmp_path / "codec.safetensors"),
+    )
+    for name, weight in foreign.model.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    latents = torch.randn(1, codec.latent_dim, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(codec.decode(latents), foreign.codec.decode(latents))
+    sizes = read_header(tmp_path / "base.safetensors").config
+    begun = start_model("finetune", sizes, tmp_path / "base.safetensors", seed=0)
+    assert begun.dit.to_input_add.weight.any()  # the door for context is open
+    assert main(["convert", str(fixtures / "parity"), "--out", str(tmp_path)]) == 2
+    assert "files that are not there yet" in capsys.readouterr().err
+
+
+def test_a_stock_model_is_a_base_to_begin_with(fixtures, tmp_path):
+    """`train finetune --init FOLDER`: its weights, and the door for context opened."""
+    sizes = preset_of(load_foreign(fixtures / "parity"))
+    begun = start_model("finetune", sizes, fixtures / "parity", seed=0)
+    stock = load_foreign(fixtures / "parity").model
+    assert torch.equal(begun.dit.blocks[0].ff.to_out.weight, stock.dit.blocks[0].ff.to_out.weight)
+    entering = stock.dit.project_in.weight @ (
+        torch.eye(sizes.dit.latent_dim) + stock.dit.preprocess_conv.weight[..., 0]
+    )
+    assert torch.equal(begun.dit.to_input_add.weight[:, 1 : 1 + sizes.dit.latent_dim], entering)

@@ -126,6 +126,15 @@ def test_six_steps_equal_three_and_a_restart_and_three(corpus_folder, tmp_path):
     assert read_header(tmp_path / "parts" / "codec.safetensors").notes["steps"] == 6
 
 
+def test_every_stage_trains_in_half_precision(corpus_folder, tmp_path):
+    for precision in ("32-true", "bf16-mixed"):
+        assert main(arguments(corpus_folder, tmp_path / precision, precision=precision)) == 0
+    full, half = (logged(tmp_path / precision) for precision in ("32-true", "bf16-mixed"))
+    for step, values in full.items():
+        found = float(half[step]["loss"]) / float(values["loss"])
+        assert found == pytest.approx(1, abs=0.01), step  # measured 0.0016
+
+
 def test_a_run_from_a_given_encoder_leaves_it_alone(corpus_folder, tmp_path):
     first = arguments(corpus_folder, tmp_path / "a", steps=3, **{"adversarial-from": 9})
     assert main(first) == 0

@@ -64,8 +64,9 @@ def level_loss(
         floor_db: the soft floor.
     """
     floored = power + 10 ** (floor_db / 10)
-    target, band_target = torch.log(floored), torch.log(mel.T @ floored)
-    bands = torch.log(mel.T @ torch.exp(level * LN10_OVER_10))
+    with torch.autocast(level.device.type, enabled=False):  # powers span eight decades
+        target, band_target = torch.log(floored), torch.log(mel.T @ floored)
+        bands = torch.log(mel.T @ torch.exp(level * LN10_OVER_10))
     per_bin = (level - target / LN10_OVER_10).abs().mean((0, 2))
     return (per_bin * weights).mean(), (bands - band_target).abs().mean() / LN10_OVER_10
 

@@ -147,7 +147,9 @@ class CodecTraining(L.LightningModule):
         raw = encoder.raw_latents(encoder.features(wave))
         mean, std = raw.mean((0, 1)), raw.std((0, 1)).clamp_min(1e-3)
         latents = (raw - mean) / std
-        noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step))
+        noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step)).to(
+            latents
+        )
         level, _, _ = self.codec.decoder((latents + self.plan.noise * noise).transpose(1, 2))
         power = self._spectrum(wave).abs().square()
         bins, mel = level_loss(level, power, self.mel, self.weights, self.codec.config.floor_db)
@@ -160,7 +162,9 @@ class CodecTraining(L.LightningModule):
         config = self.codec.config
         with torch.no_grad():
             latents = self.codec.encoder(wave)
-            noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step))
+            noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step)).to(
+                latents
+            )
             spectrum = self._spectrum(wave)
             true = phase.advances(spectrum, config.n_fft, config.hop)
             magnitude = spectrum.abs()
@@ -223,7 +227,9 @@ def measure_statistics(codec: SpectralCodec, windows: CodecWindows) -> None:
     """Set the encoder's mean and scale from the first batches; its weights are left alone."""
     encoder = codec.encoder
     raw = [
-        encoder.raw_latents(encoder.features(windows.batch(step, False))).flatten(0, 1)
+        encoder.raw_latents(
+            encoder.features(windows.batch(step, False).to(encoder.latent_mean.device))
+        ).flatten(0, 1)
         for step in range(STATISTICS_BATCHES)
     ]
     stacked = torch.cat(raw)

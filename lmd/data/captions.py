@@ -211,6 +211,9 @@ def stem_caption(about: Described, voice: int, draw: Draw) -> str:
     name = about.instruments[voice]
     if name not in SYNONYMS:  # a stem of someone's own music
         return draw.choice(f"stem form {voice}", (f"{name} alone", f"solo {name}", f"{name} stem"))
+    if not about.tempo_bpm:  # someone's own music: neither the voices' order nor the tempo is known
+        word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])
+        return draw.choice(f"stem form {voice}", (f"{word} alone", f"solo {word}"))
     last = len(about.instruments) - 1
     place = "bass line" if voice == last else "melody" if voice == 0 else "inner voice"
     word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])

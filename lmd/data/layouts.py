@@ -68,6 +68,10 @@ def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reje
         except json.JSONDecodeError as error:
             yield Reject(path, f"{path.with_suffix('.json').name} is not JSON: {error}")
             continue
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            told = " ".join(str(error).split())
+            yield Reject(path, f"a file that describes it cannot be read: {told}")
+            continue
         lost = [stem.name for _, stem in track.stems if stem not in usable]
         yield Reject(path, f"stems missing or unusable: {', '.join(lost)}") if lost else track
 
@@ -77,7 +81,9 @@ def _slakh(folder: Path, mix: Path) -> Track | None:
     stems_folder, about = mix.parent / "stems", mix.parent / "metadata.yaml"
     if mix.stem != "mix" or not stems_folder.is_dir():
         return None
-    values: dict[str, Any] = yaml.safe_load(about.read_text()) if about.is_file() else {}
+    values: Any = yaml.safe_load(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    if not isinstance(values, dict):
+        raise yaml.YAMLError(f"{about.name} holds a {type(values).__name__}, expected a mapping")
     listed: dict[str, Any] = values.get("stems") or {}
     files = {p.stem: p for p in sorted(stems_folder.iterdir()) if p.suffix in AUDIO_SUFFIXES}
     stems = []

@@ -68,6 +68,7 @@ PLAY_COLUMNS = {
     "memory MB": "peak_mb",
     "against naive": "speedup_vs_naive",
     "possible": "bound_speedup",
+    "reached of the bound": "of_bound",
 }
 TRAIN_COLUMNS = {
     "step": "step",
