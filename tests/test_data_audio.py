@@ -414,7 +414,9 @@ def test_the_corpus_may_not_lie_in_the_folder_that_is_taken_in(tmp_path: Path) -
 def test_a_track_with_too_little_sound_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "in/long.wav", tone(5))
     short = write(tmp_path / "in/short.wav", tone(2.5))
-    rows, report = build_audio(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(LmdError, match="1 of 2 files rejected"):
+        build_audio(tmp_path / "in", tmp_path / "out")
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out", keep_going=True)
     assert [row.title for row in rows] == ["long"]
     assert [(r.path, r.reason) for r in report.rejected] == [
         (short, "under 4 s of sound without its silences")

@@ -241,6 +241,7 @@ def build_audio(
         raise LmdError(
             f"nothing usable in {folder}", f"over {MIN_WINDOW_S:g} s of sound", "See rejected.json."
         )
+    _refuse_too_many(report, keep_going)  # now that the short ones are known, too
     write_manifest(out, rows)
     return rows, report
 
