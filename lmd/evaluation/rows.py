@@ -292,7 +292,7 @@ def _drift_aim(row: dict[str, Any]) -> dict[str, Any]:
     """Whether the distance's slope is compatible with none."""
     change = row["distance"]["slope_per_minute"]
     return {
-        "aim": f"{row['method']}: distance from real does not drift",
+        "aim": f"{row['method']}, {row['n_steps']} steps: distance from real does not drift",
         "found": f"{change['mean']:+.3g} ({change['low']:.3g} – {change['high']:.3g}) per minute "
         f"over {row['times_s'][-1] + row['times_s'][0]:.0f} s",
         "met": change["low"] <= 0 <= change["high"],
