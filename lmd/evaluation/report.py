@@ -323,8 +323,9 @@ def _drifts(rows: Sequence[Mapping[str, Any]]) -> Figure:
             for row in rows
         }
         plot_bands(curves, ax).set(title=words, xlabel="seconds")
-        if ax is not axes[0] and ax.get_legend():
+        if ax.get_legend():
             ax.get_legend().remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 

@@ -282,7 +282,7 @@ def _forcing_helps(streamed: list[dict[str, Any]], regime: str) -> dict[str, Any
         told.append(f"{n_steps} steps {change.mean:+.3g} ({change.low:.3g} – {change.high:.3g})")
         signs.append(change.high < 0)
     return {
-        "aim": f"warm-up and ARC-Forcing lower FD at up to 8 steps, {regime}",
+        "aim": f"distillation and ARC-Forcing lower FD (95 %) at up to 8 steps, {regime}",
         "found": "; ".join(told) or "–",
         "met": all(signs) if signs else None,
     }
