@@ -358,8 +358,8 @@ def test_aims_are_judged_seed_by_seed() -> None:
     slope_up = {"mean": 0.5, "low": 0.1, "high": 0.9}
     flat = {"mean": 0.1, "low": -0.1, "high": 0.3}
     drift = [
-        {"method": "ED+AF", "times_s": [5.0, 15.0], "distance": {"slope_per_minute": slope_up}},
-        {"method": "BC+AF", "times_s": [5.0, 15.0], "distance": {"slope_per_minute": flat}},
+        {"method": name, "n_steps": 4, "times_s": [5.0, 15.0], "distance": {"slope_per_minute": x}}
+        for name, x in (("ED+AF", slope_up), ("BC+AF", flat))
     ]
     rows = [
         a_line("ED", [5.0, 7.0, 9.0]),
@@ -372,6 +372,7 @@ def test_aims_are_judged_seed_by_seed() -> None:
     said = {"rows": rows, "anchors": anchors, "drift": drift}
     found = aims(said | {"recogniser": {"embedding": 10}})
     assert [one["met"] for one in found] == [True, False, True, True, True, False, True]
+    assert found[-1]["aim"].startswith("BC+AF, 4 steps: distance")
     few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
     assert few[2]["met"] is None
 
