@@ -147,28 +147,27 @@ class CodecTraining(L.LightningModule):
         raw = encoder.raw_latents(encoder.features(wave))
         mean, std = raw.mean((0, 1)), raw.std((0, 1)).clamp_min(1e-3)
         latents = (raw - mean) / std
-        noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step)).to(
-            latents
-        )
-        level, _, _ = self.codec.decoder((latents + self.plan.noise * noise).transpose(1, 2))
+        level, _, _ = self.codec.decoder(self._noised(latents).transpose(1, 2))
         power = self._spectrum(wave).abs().square()
         bins, mel = level_loss(level, power, self.mel, self.weights, self.codec.config.floor_db)
         change = latents.diff(dim=1).square().mean()
         loss = (bins + mel) / 10 + self.plan.slowness * change
         return {"loss": loss, "bin_db": bins, "mel_db": mel, "change": change}
 
+    def _noised(self, latents: Tensor) -> Tensor:
+        """Latents with this step's noise, so that a model's small errors will not matter."""
+        noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step))
+        return latents + self.plan.noise * noise.to(latents)
+
     def _decoder_losses(self, wave: Tensor) -> dict[str, Tensor]:
         """Levels and advances; with the discriminator also what the synthesised wave tells."""
         config = self.codec.config
         with torch.no_grad():
             latents = self.codec.encoder(wave)
-            noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step)).to(
-                latents
-            )
             spectrum = self._spectrum(wave)
             true = phase.advances(spectrum, config.n_fft, config.hop)
             magnitude = spectrum.abs()
-        level, *predicted = self.codec.decoder(latents + self.plan.noise * noise)
+        level, *predicted = self.codec.decoder(self._noised(latents))
         bins, mel = level_loss(level, magnitude.square(), self.mel, self.weights, config.floor_db)
         in_time, in_frequency = (
             advance_loss(p, t, magnitude) for p, t in zip(predicted, true, strict=True)

@@ -211,11 +211,10 @@ def stem_caption(about: Described, voice: int, draw: Draw) -> str:
     name = about.instruments[voice]
     if name not in SYNONYMS:  # a stem of someone's own music
         return draw.choice(f"stem form {voice}", (f"{name} alone", f"solo {name}", f"{name} stem"))
+    word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])
     if not about.tempo_bpm:  # someone's own music: neither the voices' order nor the tempo is known
-        word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])
         return draw.choice(f"stem form {voice}", (f"{word} alone", f"solo {word}"))
     last = len(about.instruments) - 1
     place = "bass line" if voice == last else "melody" if voice == 0 else "inner voice"
-    word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])
     forms = (f"solo {word}, {place}", f"{word} alone", f"{place}, {word}, single voice")
     return f"{draw.choice(f'stem form {voice}', forms)}, {_tempo(about, draw)}"
