@@ -18,7 +18,7 @@ from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.data.instruments import FAMILIES
 from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
-from lmd.evaluation.command import configure, main, planned, with_long_streams
+from lmd.evaluation.command import BUDGETS, configure, main, planned, with_long_streams
 from lmd.evaluation.generation import (
     METHODS,
     Budget,
@@ -56,6 +56,7 @@ from lmd.evaluation.rows import (
     row_of,
     tempo_share,
 )
+from lmd.evaluation.run import Evaluation, Sources
 from lmd.evaluation.train_recogniser import tempo_labels
 from lmd.instrument import open_instrument
 
@@ -153,9 +154,14 @@ def test_an_evaluation_writes_a_row_per_method_with_finite_intervals(report: Pat
             assert row[name]["low"] <= row[name]["mean"] <= row[name]["high"], name
             assert row[name]["n"] == 2
         assert row["speed"]["evaluations"] == row["n_steps"]
-        assert row["speed"]["rtf"] > 0
+        speed = row["speed"]["rtf"]
+        assert speed["low"] <= speed["mean"] <= speed["high"]
+        assert speed["mean"] > 0
+        assert speed["n"] == 3
     assert set(result["anchors"]) == {"real", "codec", "shuffled", "other prompts"}
     assert len(result["drift"]) == len(result["fades"]) == 1  # all but the naive one
+    assert set(result["drift_anchors"]) == {"real", "codec", "shuffled"}
+    assert all(row["distance"]["level"]["mean"] > 0 for row in result["drift_anchors"].values())
     assert result["random_weights"]
 
 
@@ -322,8 +328,8 @@ def test_a_row_counts_families_and_tempi_and_leaves_out_what_is_not_a_number() -
     )
     truth = Truths(
         family=np.array([0, 1, 1]),
-        tempo_bpm=np.array([120.0, 120.0, 100.0]),
-        tells_tempo=np.array([True, True, False]),
+        tempo_range=np.array([[111.0, 130.0], [111.0, 130.0], [math.nan, math.nan]]),
+        names_bpm=np.array([True, True, False]),
         real=said,
     )
     reference = Reference(gaussian(embedding.reshape(-1, 2)), 24)
@@ -337,6 +343,58 @@ def test_a_row_counts_families_and_tempi_and_leaves_out_what_is_not_a_number() -
     turned = rolled(truth)
     assert turned.family.tolist() == [1, 0, 1]
     assert tempo_share(said, truth) == 0.5
+    by_word = replace(truth, names_bpm=np.zeros(3, bool))
+    assert tempo_share(said, by_word) == 0.0  # half of a range of words is another range
+
+
+@pytest.mark.parametrize(
+    ("caption", "low", "high"),
+    [
+        ("organ, 120 BPM", 120 / 1.08, 120 * 1.08),
+        ("organ, allegro, 120 BPM", 120 / 1.08, 120 * 1.08),
+        ("very slow organ", 0.0, 60 * 1.08),
+        ("slow organ", 60 / 1.08, 76 * 1.08),
+        ("moderately fast organ", 100 / 1.08, 120 * 1.08),
+    ],
+)
+def test_a_caption_asks_for_a_number_or_for_the_range_of_its_word(
+    caption: str, low: float, high: float
+) -> None:
+    row = replace(a_row("a", "test", "piano", RATE, bpm=120.0), caption=caption)
+    clip = Clip(row, torch.zeros(1), torch.zeros(1))
+    assert clip.tempo_range == pytest.approx((low, high))
+    silent = Clip(replace(row, caption="organ"), torch.zeros(1), torch.zeros(1))
+    assert np.isnan(silent.tempo_range).all()
+
+
+def test_what_is_slow_is_repeated_less_often() -> None:
+    budget = Budget(n_seeds=8, slow_seeds=3, drift_steps=(8, 4, 2))
+    naive, streamed = METHODS[0], METHODS[2]
+    assert [budget.seeds_of(streamed, n) for n in (50, 8, 2)] == [3, 8, 8]
+    assert budget.seeds_of(naive, 2) == 3
+
+
+def test_every_seed_follows_long_streams_of_other_prompts(
+    world: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = Sources(
+        weights=Path("data/pretrained"),
+        data=world.corpus,
+        recogniser=world.recogniser,
+        parts=world.folder / "prompts",
+        random="tiny",
+    )
+    evaluation = Evaluation(sources, replace(BUDGETS["smoke"], drift_clips=1, drift_seeds=2))
+    heard: list[list[str]] = []
+
+    def follow(streamer: object, prompts: list[str], *rest: object) -> torch.Tensor:
+        heard.append(prompts)
+        return torch.zeros(1, 10 * RATE)
+
+    monkeypatch.setattr("lmd.evaluation.run.long_stream", follow)
+    evaluation.drift(METHODS[2], "0", 1)
+    assert len(heard) == 2
+    assert heard[0] != heard[1]
 
 
 def a_line(method: str, fd: list[float], family: float = 1.0) -> dict:
@@ -555,7 +613,7 @@ def test_what_no_time_is_left_for_is_named(world: argparse.Namespace, tmp_path: 
 
 def test_the_telling_rows_come_first_and_the_naive_ones_last() -> None:
     units = [str(unit) for unit in planned([(m, "0") for m in METHODS], Budget())]
-    assert len(units) == 5 * 4 * 2 + 4 * 3  # rows; a fade and long streams of 8 and 2 steps
+    assert len(units) == 5 * 4 * 2 + 4 * 4  # rows; a fade and long streams of 8, 4 and 2 steps
     assert units[0] == "ED, 8 steps, from silence"
     assert units.index("BC, 2 steps, long streams") < units.index("BC, 8 steps, primed")
     assert units[-1] == "naive, 50 steps, primed"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lmd.errors import LmdError
 from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
 from lmd.evaluation.report import write_report
-from lmd.evaluation.rows import anchor_rows, drift_rows
+from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
 from lmd.evaluation.run import BIN_S, Evaluation, OutOfTime, Sources
 from lmd.machine import machine_dict, tune_allocator
 
@@ -109,6 +109,7 @@ def evaluate(
     ]
     absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
     present = [(m, sha256) for m, sha256 in present if sha256]
+    levels = {name: levels_of(seeds) for name, seeds in evaluation.drift_anchors().items()}
     rows, drifting, fading = [], [], []
     evaluation.parts.until_s = until_s
     for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
@@ -138,6 +139,7 @@ def evaluate(
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,
         "rows": rows,
+        "drift_anchors": levels,
         "drift": drifting,
         "fades": fading,
         "other_listeners": evaluation.listener_words,

@@ -7,6 +7,7 @@ Source of the protocol: Live Music Diffusion Models (arXiv 2605.22717), tables a
 evaluation, at this project's scale.
 """
 
+import math
 import os
 import statistics
 import time
@@ -26,6 +27,7 @@ from lmd.data.corpus import Corpus, Row
 from lmd.dit import Condition
 from lmd.errors import LmdError
 from lmd.evaluation.judge import Waves
+from lmd.evaluation.recogniser_card import NEAR
 from lmd.flow import SamplerName
 from lmd.outpaint import both_branches
 from lmd.rng import derive_seed, generator
@@ -63,11 +65,14 @@ class Budget:
         n_clips: prompts, each from another held-out piece.
         n_blocks: blocks of a clip.
         n_seeds: repetitions, each with other noise and other excerpts.
+        slow_seeds: repetitions of what costs several times as much: the naive method, and more
+            steps than the long streams have.
         steps: model calls per block, most first.
         naive_steps: those that the naive method is measured at (it costs five times as much).
         primed: whether clips that go on from real music are made too.
-        drift_s, drift_clips, drift_steps: length, number and model calls per block of the long
-            streams; prompts fade with the first of these.
+        drift_s, drift_clips, drift_steps: length, number per seed and model calls per block of the
+            long streams; prompts fade with the first of these.
+        drift_seeds: repetitions of the long streams, each with other prompts.
         speed_blocks: blocks that are timed, one stream alone.
         reference_s: how much of every held-out piece forms the reference.
         block_frames: of every block.
@@ -75,22 +80,29 @@ class Budget:
 
     n_clips: int = 16
     n_blocks: int = 5
-    n_seeds: int = 3
+    n_seeds: int = 8
+    slow_seeds: int = 3
     steps: tuple[int, ...] = (50, 8, 4, 2)
     naive_steps: tuple[int, ...] = (50, 8, 4, 2)
     primed: bool = True
     drift_s: float = 300.0
     drift_clips: int = 4
-    drift_steps: tuple[int, ...] = (8, 2)
+    drift_steps: tuple[int, ...] = (8, 4, 2)
+    drift_seeds: int = 3
     speed_blocks: int = 8
     reference_s: float = 60.0
     block_frames: int = 48
 
+    def seeds_of(self, method: Method, n_steps: int) -> int:
+        """How often a line of the table is repeated."""
+        is_slow = method.regime == "full" or n_steps > max(self.drift_steps)
+        return self.slow_seeds if is_slow else self.n_seeds
+
 
 FULL = Budget()
-QUICK = Budget(16, 4, 3, (8, 4, 2), (2,), False, 120.0, 4, (8, 4, 2), 3, 20.0)
-BRIEF = Budget(8, 4, 3, (8, 2), (2,), False, 40.0, 1, (8,), 3, 20.0)
-SMOKE = Budget(2, 3, 2, (1,), (1,), False, 30.0, 1, (1,), 2, 10.0)
+QUICK = Budget(16, 4, 3, 3, (8, 4, 2), (2,), False, 120.0, 4, (8, 4, 2), 3, 3, 20.0)
+BRIEF = Budget(8, 4, 3, 3, (8, 2), (2,), False, 40.0, 1, (8,), 3, 3, 20.0)
+SMOKE = Budget(2, 3, 2, 2, (1,), (1,), False, 30.0, 1, (1,), 2, 2, 10.0)
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,26 @@ class Clip:
     real: Float[Tensor, " after"]
 
     @property
-    def tells_tempo(self) -> bool:
-        """Whether the caption says how fast."""
-        words = [word for _, words in TEMPO_WORDS for word in words]
-        return "BPM" in self.row.caption or any(word in self.row.caption for word in words)
+    def tempo_range(self) -> tuple[float, float]:
+        """What the caption asks for, BPM: around a number, or what a word stands for; else nan."""
+        if self.names_bpm:
+            return self.row.tempo_bpm / (1 + NEAR), self.row.tempo_bpm * (1 + NEAR)
+        ends = [0.0, *(end for end, _ in TEMPO_WORDS)]
+        said = [
+            (len(word), ends[place], ends[place + 1])
+            for place, (_, words) in enumerate(TEMPO_WORDS)
+            for word in words
+            if word in self.row.caption
+        ]
+        if not said:
+            return math.nan, math.nan
+        _, low, high = max(said)  # the longest: "very slow" holds "slow"
+        return low / (1 + NEAR), high * (1 + NEAR)
+
+    @property
+    def names_bpm(self) -> bool:
+        """Whether the caption gives the tempo as a number."""
+        return "BPM" in self.row.caption
 
 
 def choose_rows(rows: Sequence[Row], n: int, shortest_s: float) -> list[int]:

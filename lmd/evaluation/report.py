@@ -15,7 +15,7 @@ from lmd.evaluation.rows import aims
 from lmd.show import plot_bands, plot_intervals
 
 ANCHOR_WORDS = {
-    "real": "real music (KL: another excerpt of the piece)",
+    "real": "real music",
     "codec": "real music through the codec: the floor",
     "shuffled": "its latent frames in random order: the ceiling of FD",
     "other prompts": "real music, another piece's prompt: the ceiling of KL",
@@ -96,7 +96,7 @@ def report(result: Mapping[str, Any]) -> str:
         *_others_table(result),
         *_speed_table(result["rows"]),
         "",
-        *_drift_table(result["drift"]),
+        *_drift_table(result["drift"], result["drift_anchors"]),
         "",
         *_aims_table(result["aims"]),
         "",
@@ -119,15 +119,17 @@ def _setting(result: Mapping[str, Any]) -> str:
     real = result["anchors"]["real"]
     return (
         f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "
-        f"{budget['n_seeds']} seeds, clips of {result['clip_s']:.1f} s in blocks of "
-        f"{budget['block_frames']} frames. Values are means over seeds with 95 % intervals "
-        f"(Student, {budget['n_seeds'] - 1} degrees of freedom: wide where seeds are few). "
+        f"{budget['n_seeds']} seeds ({budget['slow_seeds']} for the naive method and for more than "
+        f"{max(budget['drift_steps'])} steps), clips of {result['clip_s']:.1f} s in blocks of "
+        f"{budget['block_frames']} frames. Values are means over seeds with Student's 95 % "
+        "intervals, wide where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
         f"{result['reference_windows']} of held-out music, in the embedding of the recogniser "
         f"{result['recogniser']['sha256'][:8]}, which knows this corpus and nothing else; compare "
         "it within a column only, for with so few windows most of it is the size of the sample. "
         "FD∞: all seeds together, extrapolated to endless samples. KL: "
-        "families heard in the real piece against those heard in the clip, nats. Joins, clicks: "
+        "families heard in the real piece against those heard in the clip, nats (for real music: "
+        "in another excerpt of the piece). Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}"
         f"Machine: {machine['cpu']}, "
         f"{machine['n_threads']} thread(s), torch {machine['torch']}."
@@ -208,7 +210,8 @@ def _others_table(result: Mapping[str, Any]) -> list[str]:
 
 def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "One stream alone; `load`: processes that wanted the machine's cores meanwhile.",
+        "One stream alone, three times; `load`: processes that wanted the machine's cores "
+        "meanwhile (its highest).",
         "",
         "| | steps | decoder calls per block | first block ms | block ms | decode ms "
         "| × real time | load |",
@@ -218,23 +221,28 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["primed"]:
             continue
         speed = row["speed"]
-        names = ("ttff_ms", "dit_ms", "decode_ms", "rtf", "load")
-        cells = " | ".join(_number(speed[name]) for name in names)
-        calls = f"{speed['evaluations']:.0f}"
-        lines.append(f"| {row['method']} | {row['n_steps']} | {calls} | {cells} |")
+        names = ("ttff_ms", "dit_ms", "decode_ms", "rtf")
+        cells = " | ".join([*(told(speed[name]) for name in names), _number(speed["load"])])
+        lines.append(f"| {row['method']} | {row['n_steps']} | {speed['evaluations']} | {cells} |")
     return lines
 
 
-def _drift_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _drift_table(
+    rows: Sequence[Mapping[str, Any]], anchors: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     if not rows:
         return ["No long streams were made."]
     lines = [
-        "Long streams, change per minute with its 95 % interval over streams "
-        "(**bold**: differs from 0).",
+        "Long streams: mean distance from real music, then changes per minute with their 95 % "
+        "intervals over streams (**bold**: differs from 0).",
         "",
-        f"| | steps | seconds | streams | {' | '.join(DRIFT_WORDS.values())} |",
-        "|---" * (4 + len(DRIFT_WORDS)) + "|",
+        "| | steps | seconds | streams | distance from real | "
+        f"{' | '.join(f'{words}, a minute' for words in DRIFT_WORDS.values())} |",
+        "|---" * (5 + len(DRIFT_WORDS)) + "|",
     ]
+    for name, level in anchors.items():
+        blank = " |" * (1 + len(DRIFT_WORDS))
+        lines.append(f"| *{ANCHOR_WORDS[name]}* | | | | {told(level['distance']['level'])}{blank}")
     for row in rows:
         cells = []
         for name in DRIFT_WORDS:
@@ -244,7 +252,7 @@ def _drift_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         seconds = row["times_s"][-1] + row["times_s"][0]
         lines.append(
             f"| {row['method']} | {row['n_steps']} | {seconds:.0f} | {row['streams']} "
-            f"| {' | '.join(cells)} |"
+            f"| {told(row['distance']['level'])} | {' | '.join(cells)} |"
         )
     return lines
 

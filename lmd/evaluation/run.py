@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lmd.evaluation.generation import (
     measure_speed,
 )
 from lmd.evaluation.judge import OTHER, Judge, Measured, Waves, drift, others_in
-from lmd.evaluation.metrics import gaussian
+from lmd.evaluation.metrics import gaussian, mean_interval
 from lmd.evaluation.other_listeners import open_listeners
 from lmd.evaluation.recogniser import load_recogniser
 from lmd.evaluation.rows import Reference, Truths, row_of
@@ -45,6 +45,8 @@ BIN_S = 10.0
 FADE_BLOCKS = 12
 FADE_CLIPS = 8
 CONTEXT_FRAMES = 192  # that a primed stream hears first
+SPEED_REPEATS = 3
+TIMINGS = ("ttff_ms", "dit_ms", "decode_ms", "rtf")
 
 
 class OutOfTime(Exception):
@@ -191,8 +193,8 @@ class Evaluation:
             found.append(
                 Truths(
                     family=np.array([self.listener.config.families.index(r.family) for r in rows]),
-                    tempo_bpm=np.array([row.tempo_bpm for row in rows]),
-                    tells_tempo=np.array([clip.tells_tempo for clip in clips]),
+                    tempo_range=np.array([clip.tempo_range for clip in clips]),
+                    names_bpm=np.array([clip.names_bpm for clip in clips]),
                     real=real,
                     texts={
                         name: listener.read([row.caption for row in rows])
@@ -253,7 +255,8 @@ class Evaluation:
         """One line of the table."""
         seeds, first = [], controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
         base = part_name(method, sha256, first)
-        for seed in range(self.budget.n_seeds):
+        n_seeds = self.budget.seeds_of(method, n_steps)
+        for seed in range(n_seeds):
             controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
             name = f"{base}-{'primed' if primed else 'silence'}-{seed}"
             seeds.append(
@@ -276,12 +279,12 @@ class Evaluation:
             "sampler": method.sampler,
             "cfg_scale": first.cfg_scale,
             "primed": primed,
-            **row_of(seeds, self.truths, self.reference),
+            **row_of(seeds, self.truths[:n_seeds], self.reference),
             "speed": self.speed(method, first, base),
         }
 
-    def speed(self, method: Method, controls: Controls, base: str) -> dict[str, float]:
-        """Timings of a method under some controls, one stream alone; kept on disk."""
+    def speed(self, method: Method, controls: Controls, base: str) -> dict[str, Any]:
+        """Timings of a method, one stream alone, with intervals over repetitions; kept on disk."""
 
         def time_it() -> dict[str, np.ndarray]:
             streamer = self.instrument(method.weights).streamer
@@ -289,15 +292,24 @@ class Evaluation:
             return {name: np.array(value) for name, value in found.items()}
 
         name = f"{base}-speed{self.budget.speed_blocks}-{torch.get_num_threads()}threads"
-        kept = self.parts.arrays(name, time_it)
-        return {name: float(value) for name, value in kept.items()}
+        kept = [self.parts.arrays(f"{name}-{k}", time_it) for k in range(SPEED_REPEATS)]
+        return {
+            "evaluations": int(kept[0]["evaluations"]),
+            "load": max(float(one["load"]) for one in kept),
+            **{each: asdict(mean_interval([float(one[each]) for one in kept])) for each in TIMINGS},
+        }
 
     def drift(self, method: Method, sha256: str, n_steps: int) -> list[dict[str, np.ndarray]]:
         """Long streams of a method, measured every ten seconds, per seed."""
         budget, found = self.budget, []
-        for seed in range(budget.n_seeds):
+        for seed in range(budget.drift_seeds):
             controls = controls_for(method, n_steps, budget, seed, self.cfg_scale)
-            prompts = [clip.row.caption for clip in self.clips(seed)[: budget.drift_clips]]
+            places = [
+                place % len(self.chosen)
+                for place in range(seed * budget.drift_clips, (seed + 1) * budget.drift_clips)
+            ]
+            captions = [self.corpus.rows[index].caption for index in self.chosen]
+            prompts = [captions[place] for place in places]
 
             def follow(controls: Any = controls, prompts: list[str] = prompts) -> dict:
                 streamer = self.instrument(method.weights).streamer
@@ -305,8 +317,28 @@ class Evaluation:
                 return drift(self.judge, waves, self.reference.gaussian, BIN_S)
 
             name = f"drift-{part_name(method, sha256, controls)}"
-            size = f"{budget.drift_s:g}s-{len(prompts)}"
+            size = f"{budget.drift_s:g}s-prompts{places[0]}to{places[-1]}"
             found.append(self.parts.arrays(f"{name}-{size}-{seed}", follow))
+        return found
+
+    def drift_anchors(self) -> dict[str, list[dict[str, np.ndarray]]]:
+        """What long streams are read against, measured as they are: real music before and through
+        the codec, and frames in random order; per seed."""
+        found: dict[str, list[dict[str, np.ndarray]]] = {"real": [], "codec": [], "shuffled": []}
+        for seed in tqdm(range(self.budget.drift_seeds), desc="real streams", mininterval=2):
+            waves = torch.stack([torch.cat([c.context, c.real]) for c in self.clips(seed)])
+            makes = {
+                "real": lambda waves=waves: waves,
+                "codec": lambda waves=waves: decoded(self.codec, waves),
+                "shuffled": lambda waves=waves, seed=seed: decoded(self.codec, waves, seed),
+            }
+            for name, make in makes.items():
+                found[name].append(
+                    self.parts.arrays(
+                        f"drift-{name}-{seed}",
+                        lambda make=make: drift(self.judge, make(), self.reference.gaussian, BIN_S),
+                    )
+                )
         return found
 
     def fade(self, method: Method, sha256: str) -> dict[str, Any]:
