@@ -253,7 +253,7 @@ def test_onsets_are_found_where_notes_begin():
     found = codec_metrics.onsets_s(torch.from_numpy(notes(0))[0], RATE)
     expected = torch.arange(1, 8) / 3
     nearest = (found[None] - expected[:, None]).abs().amin(1)
-    assert nearest.max() < 0.03  # a hop is 12 ms, the difference spans three
+    assert nearest.max() < 0.04  # a window of 93 ms sees a hard attack before its middle does
     assert len(found) <= 9
 
 
