@@ -293,4 +293,13 @@ def test_measuring_writes_figures_and_a_card_made_of_them(corpus_folder, tmp_pat
     assert "data build --seed 5" in text
     assert f"{scores['all']['log_mel_db']:.3f}" in text
     with pytest.raises(LmdError, match="scores of weights 0000"):
-        codec_card(weights, {**scores, "sha256": "0" * 64})
+        codec_card(weights, {**scores, "sha256": "0" * 64}, tmp_path / "base.md")
+    base = tmp_path / "base.md"
+    curve = "| 0 – 9 | 12.0 | 1.5000 |\n| 10 – 19 | 31.5 | 0.7500 |\n| 20 – 29 | 60.0 | 0.5000 |\n"
+    base.write_text(curve)
+    assert (
+        "loss 1.5000 in the first 10 steps, 0.7500 in steps 10 to 19, 31.5 minutes"
+        in codec_card(weights, scores, base)
+    )
+    base.write_text("| started from | `other` |\n" + curve)
+    assert "what a transformer learns" not in codec_card(weights, scores, base)

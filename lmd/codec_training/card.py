@@ -1,5 +1,6 @@
 """A codec's model card, made from its header and its measured scores."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ OWN_MUSIC = (
 )
 
 
-def codec_card(weights: Path, scores: dict[str, Any]) -> str:
+HALF_HOUR = 30.0  # minutes
+
+
+def codec_card(weights: Path, scores: dict[str, Any], base: Path) -> str:
     """Markdown about a spectral codec.
 
     Args:
         weights: the checkpoint.
         scores: what `python -m lmd train codec --evaluate` measured of it.
+        base: the card of the base that learned its latents, if there is one: what half an hour
+            taught it stands beside the scores.
 
     Raises:
         LmdError: the scores are of other weights.
@@ -48,6 +54,7 @@ def codec_card(weights: Path, scores: dict[str, Any]) -> str:
             "|---|---|",
             *_facts(header, weights),
             *_speed(scores),
+            *_learned(base),
             "",
             f"Held-out pieces of `{scores['data']}` (split by piece), "
             f"{scores['minutes']:.1f} minutes, against the input:",
@@ -99,6 +106,23 @@ def _speed(scores: dict[str, Any]) -> list[str]:
         f"{scores['stream_difference']:.1e} |",
         f"| predictability | next-frame R² of a ridge regression on four frames: "
         f"{scores['next_frame_r2']:.3f} |",
+    ]
+
+
+def _learned(base: Path) -> list[str]:
+    """What a transformer learned of these latents in half an hour, from the base's own card."""
+    text = base.read_text(encoding="utf-8") if base.is_file() else ""
+    if "| started from |" in text:  # it had learned before
+        return []
+    rows = re.findall(r"^\| (\d+) – (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    there = [row for row in rows if float(row[2]) >= HALF_HOUR]
+    if not there:
+        return []
+    (first, last, minutes, loss), start = there[0], rows[0][3]
+    return [
+        f"| what a transformer learns | `{base.stem}`, begun from nothing: training loss {start} "
+        f"in the first {int(rows[0][1]) + 1} steps, {loss} in steps {first} to {last}, "
+        f"{minutes} minutes after its start (hardware and curve: [{base.name}]({base.name})) |"
     ]
 
 

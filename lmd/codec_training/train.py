@@ -139,7 +139,8 @@ def measure(args: argparse.Namespace) -> int:
     if args.json:
         write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
     if args.card:
-        write_atomic(args.card, codec_card(args.evaluate, result).encode())
+        card = codec_card(args.evaluate, result, args.card.with_name("base.md"))
+        write_atomic(args.card, card.encode())
     return 0
 
 
