@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import WINDOW, streamer
 
 from lmd.attention import visibility, window_rule
 from lmd.config import preset
+from lmd.controls import Controls
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.flow import noised
@@ -38,6 +40,7 @@ from lmd.training.finetune import (
     packed_loss,
     packed_velocity,
 )
+from lmd.training.module import TrainOptions, stage_loss
 
 S, L, M, B, C = 16, 4, 5, 2, 8  # context, block, targets, batch, channels
 
@@ -99,15 +102,18 @@ def test_packed_blocks_lose_what_blocks_one_by_one_lose(model, condition):
     assert error < 1e-5, error  # measured 1e-6 on losses of about 2: float32 rounding
 
 
-def test_packed_blocks_see_what_a_cached_stream_sees(model, condition):
-    clean, t = latents(B, C, S + M * L), 0.6
+@pytest.mark.parametrize("memory_frames", [S, S // 2, L])
+def test_packed_blocks_see_what_a_cached_stream_sees(model, condition, memory_frames):
+    """Also after an earlier split: what a stream with so short a memory sees."""
+    s = memory_frames
+    clean, t = latents(B, C, s + M * L), 0.6
     noisy = latents(B, M, C, L)
     levels = torch.full((B, M), t)
     denoiser, memory = LiveDenoiser(model), None
     with torch.no_grad():
-        packed = packed_velocity(model, clean, noisy, levels, condition, pack_blocks(M, L, S))
+        packed = packed_velocity(model, clean, noisy, levels, condition, pack_blocks(M, L, s))
         for j in range(M):
-            context = clean[..., j * L : j * L + S]
+            context = clean[..., j * L : j * L + s]
             session = denoiser.open_block(context, condition, BlockPlan("block-causal", L), memory)
             streamed = session(noisy[:, j], t)
             memory = session.memory
@@ -200,6 +206,85 @@ def test_context_dropout_zeroes_whole_blocks_from_the_oldest_at_the_stated_rates
     assert (dropped.diff(dim=-1) >= 0).all()  # zeros first
     nothing = (lost == 0).float().mean()
     assert nothing == pytest.approx(0.5, abs=0.1)  # 0.2 all + 0.3 part; 4 sigma of 400 draws
+
+
+def test_what_is_forgotten_is_what_a_young_stream_does_not_have_yet():
+    """After two blocks from silence: the context of a row that kept its two newest blocks."""
+    stream, o = streamer(), WINDOW.block_frames
+    s = WINDOW.context_frames
+    controls = Controls("slow piano", n_steps=1, sampler="euler", block_frames=o)
+    state = stream.start()
+    for _ in range(2):
+        _, state = stream.step(state, controls)
+    before = latents(1, state.context.shape[1], s - 2 * o)
+    window = torch.cat([before, state.context[..., -2 * o :], before[..., :o]], dim=-1)
+    options = FinetuneOptions(
+        block_lengths=((o, 1.0),),
+        context_frames=s,
+        target_frames=o,
+        enc_dec_frames=o,
+        context_dropout_all=0.0,
+        context_dropout_part=1.0,
+    )
+    rows = Rows(0, 0, tuple(range(20)), 20)
+    dropped = drop_context(window.repeat(20, 1, 1), options, rows, o)[..., :s]
+    young = [bool((row == 0).all(0).sum() == s - 2 * o) for row in dropped]
+    assert any(young)
+    assert torch.equal(dropped[young.index(True)], state.context[0])
+
+
+def test_a_shorter_memory_is_another_computation_than_a_forgotten_one(model, condition):
+    """A block attends to zeros whose mask is 1, and cannot to frames that are not there."""
+    clean, noise, t = latents(B, C, S + L), latents(B, 1, C, L), torch.full((B, 1), 0.5)
+    forgotten = clean.clone()
+    forgotten[..., : S // 2] = 0
+    with torch.no_grad():
+        whole = packed_loss(model, forgotten, noise, t, condition, pack_copies(1, L, S))
+        short = clean[..., S // 2 :]
+        shorter = packed_loss(model, short, noise, t, condition, pack_copies(1, L, S // 2))
+    assert (whole - shorter).abs().min() > 1e-3
+
+
+def test_splits_are_drawn_at_their_share_and_all_shorter_ones_alike():
+    plans = [finetune_plan(FinetuneOptions(), 0, k) for k in range(3000)]
+    shorter = [plan for plan in plans if plan.context_frames < 192]
+    assert len(shorter) / len(plans) == pytest.approx(0.25, abs=0.03)  # 4 sigma
+    assert all(plan.context_frames % plan.block_frames == 0 for plan in plans)
+    for o in (12, 16, 24, 48):
+        drawn = [plan.context_frames for plan in shorter if plan.block_frames == o]
+        assert set(drawn) == set(range(o, 192, o))
+        assert sum(drawn) / len(drawn) == pytest.approx(96, abs=20)  # 4 sigma of the fewest
+    for plan in plans:
+        behind = 240 if plan.regime == "block-causal" else plan.block_frames
+        assert plan.n_frames == plan.context_frames + behind
+    always = FinetuneOptions(short_context=0.0)
+    assert {finetune_plan(always, 0, k).context_frames for k in range(200)} == {192}
+
+
+@pytest.mark.parametrize("regime", ["full", "enc-dec", "block-causal"])
+def test_a_step_with_a_shorter_memory_looks_at_nothing_older(model, regime):
+    """Its loss is finite, and neither window nor dropout reach back before the split."""
+    finetune = FinetuneOptions(
+        regimes=((regime, 1.0),),
+        block_lengths=((L, 1.0),),
+        context_frames=S,
+        short_context=1.0,
+        target_frames=2 * L,
+        enc_dec_frames=2 * L,
+        context_dropout_all=1.0,
+    )
+    options, rows = TrainOptions("finetune", 1, batch=B, finetune=finetune), Rows(0, 0, (0, 1), B)
+    plan = options.plan(0)
+    assert plan.context_frames < S
+    clean = latents(B, C, plan.n_frames)
+    other = torch.cat(
+        [clean[..., : plan.context_frames] + 1, clean[..., plan.context_frames :]], -1
+    )
+    condition = model.condition(torch.zeros(B, 8, 16), 5.0)
+    with torch.no_grad():
+        losses = [stage_loss(model, each, condition, options, rows) for each in (clean, other)]
+    assert torch.isfinite(losses[0]).all()
+    assert torch.equal(*losses)  # all of the shorter context was dropped, and no frame of a target
 
 
 def test_plans_follow_their_shares():

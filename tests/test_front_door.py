@@ -17,34 +17,22 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from matplotlib.image import imread
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from readme import README, command_with, lmd_commands, shell_lines
 
 from lmd.__main__ import COMMANDS
 from lmd.config import PRESETS
 from lmd.pipeline.notebook import parameters_of
 from lmd.pipeline.plan import ROOT, RunOptions, plan
-from lmd.pipeline.readme import BLOCKS, fill, publish
+from lmd.pipeline.readme import BLOCK, BLOCKS, fill, publish
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
-README = (ROOT / "README.md").read_text()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCKED = dict(line.split("==") for line in LOCK if not line.startswith("#"))
 NO_GIT = shutil.which("git") is None or not (ROOT / ".git").exists()
-
-
-def shell_lines() -> list[str]:
-    """Every command line of the README's `sh` blocks, continuation lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    text = "\n".join(blocks).replace("\\\n", " ")
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def lmd_commands() -> list[list[str]]:
-    """What stands after `-m lmd` in these lines."""
-    words = [shlex.split(line, comments=True) for line in shell_lines() if "-m lmd " in line]
-    return [line[line.index("lmd") + 1 :] for line in words]
 
 
 def tracked_files() -> list[Path]:
@@ -177,6 +165,18 @@ def test_data_check_reads_a_folder_of_ones_own_as_the_readme_says(tmp_path: Path
     assert result.returncode == 0, result.stderr
 
 
+def test_a_stream_is_written_as_the_readme_says(tmp_path: Path) -> None:
+    """Three seconds instead of a minute."""
+    places = {".venv/bin/python": sys.executable, "-o organ.wav": f"-o {tmp_path}/organ.wav"}
+    places["--seconds 60"] = "--seconds 3"
+    command = command_with('.venv/bin/python -m lmd stream "church organ', places)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    wave, rate = soundfile.read(tmp_path / "organ.wav")
+    assert len(wave) / rate == pytest.approx(3, abs=0.1)
+    assert np.abs(wave).max() > 0.01
+
+
 @pytest.mark.slow
 def test_ones_own_music_is_learned_and_played_as_the_readme_says(tmp_path: Path) -> None:
     """The commands of that section in their order, on half a minute of sound and two steps."""
@@ -207,6 +207,20 @@ def test_the_readme_is_filled_in_from_the_files() -> None:
     assert fill(README, ROOT) == README, "run `python -m lmd.pipeline.readme`"
     used = set(re.findall(r"<!-- begin (\w+)", README))
     assert {"bench", "notebooks", "durations"} <= used <= set(BLOCKS)
+
+
+def test_the_readme_shows_pictures_and_plays_sounds() -> None:
+    """Every block for one has its link, to a picture that is not blank or a sound one hears."""
+    blocks = [match for match in BLOCK.finditer(README) if match[2] == "media"]
+    links = [re.search(r"\]\(([^)]+)\)", match[4]) for match in blocks]
+    assert all(links), "run `python -m lmd.pipeline.readme --publish outputs/quick`"
+    paths = [ROOT / link[1] for link in links if link]
+    pictures = [path for path in paths if path.suffix == ".png"]
+    sounds = [path for path in paths if path.suffix == ".ogg"]
+    assert pictures
+    assert sounds
+    assert all(np.ptp(imread(path)) > 0.5 for path in pictures)
+    assert all(np.abs(soundfile.read(path)[0]).max() > 0.05 for path in sounds)
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

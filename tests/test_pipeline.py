@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -14,7 +15,9 @@ import zmq
 import zmq.asyncio
 from jupyter_client.session import Session
 
+from lmd.__main__ import main
 from lmd.errors import LmdError
+from lmd.pipeline.inputs import input_key
 from lmd.pipeline.kernel import PatientChannel
 from lmd.pipeline.notebook import max_silence_s
 from lmd.pipeline.plan import RunOptions, plan
@@ -144,6 +147,54 @@ def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: Ru
     assert runs() == (2, 3)
 
 
+def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
+    project: RunOptions,
+) -> None:
+    """A folder that a parameter names; that the notebook itself writes there is no change."""
+    count = "p = pathlib.Path('../runs'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    index = "(pathlib.Path(data) / 'index.csv').write_text('made here')"
+    parameters = f'{PARAMETERS}\ndata = "../music"\ncache = "../cache"'
+    write_notebook(project, "02_second", WRITE, count, index, parameters=parameters)
+    root = project.notebooks.parent
+    for folder in ("music/deep", "other", "cache"):
+        (root / folder).mkdir(parents=True)
+    (root / "music/deep/a.wav").write_text("one")
+
+    def n_runs(*settings: str) -> int:
+        assert run(with_(project, settings=settings)) == 0
+        return len((root / "runs").read_text())
+
+    assert [n_runs(), n_runs()] == [1, 1]
+    (root / "cache/scores").write_text("what can be made again")
+    (root / "other/unnamed.wav").write_text("nobody asked for it")
+    assert n_runs() == 1
+    (root / "music/deep/a.wav").write_text("another")
+    assert [n_runs(), n_runs()] == [2, 2]
+    (root / "music/b.wav").write_text("one more")
+    assert [n_runs(), n_runs()] == [3, 3]
+    assert n_runs("02.data=../other") == 4
+    os.utime(root / "other/unnamed.wav", ns=(0, 0))
+    assert [n_runs("02.data=../other"), n_runs("02.data=../other")] == [5, 5]
+
+
+def test_a_finished_notebook_runs_again_with_other_versions(
+    project: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notebook(project, "02_second", WRITE)
+    weights = project.weights
+    (task,) = plan(project)
+    before = input_key(task, [], weights)
+    assert input_key(task, [], weights) == before
+    assert run(project) == 0
+    first = records(project)["02_second"]
+    assert run(project) == 0
+    assert records(project)["02_second"] == first  # not run again
+    monkeypatch.setattr("lmd.pipeline.report.version", lambda name: "99.0")
+    assert input_key(task, [], weights) != before
+    assert run(project) == 0
+    assert records(project)["02_second"]["key"] != first["key"]
+
+
 def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(
     project: RunOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +204,7 @@ def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(
     assert run(project) == 1
     err = capsys.readouterr().err
     assert "02_second failed: In [4], `x = 1`: KeyError: 'bass'" in err
+    assert re.search(r"executed copy +\S*executed/02_second.ipynb\n", err)
     assert [entry["status"] for entry in records(project).values()] == ["done", "failed"]
     assert project.out is not None
     executed = nbformat.read(project.out / "executed" / "02_second.ipynb", as_version=4)
@@ -254,6 +306,15 @@ def test_misspellings_are_refused_before_anything_runs(
         run(with_(project, **changes))
     assert project.out is not None
     assert not project.out.exists()
+
+
+def test_a_misspelt_parameter_on_the_command_line_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--profile", "smoke", "--only", "02", "--out", str(tmp_path / "out")]
+    assert main([*words, "--set", "02.n_trian_steps=5"]) == 2
+    assert "'n_trian_steps' for 02_outpaint.ipynb" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_profile_that_names_an_unknown_notebook_is_refused(project: RunOptions) -> None:

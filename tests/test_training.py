@@ -1,32 +1,41 @@
-"""Runs: exact resume, processes that share a batch, refusals, LoRA, what a run leaves behind."""
+"""Runs: refusals, choices, LoRA, what a run leaves behind. That they go on: test_resume.py."""
 
+import argparse
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from latents_fake import write_latents
-from nodes import HERE, finish_nodes, start_nodes
+from matplotlib.image import imread
 
 from lmd.__main__ import main
-from lmd.checkpoint import load_model, read_header
-from lmd.config import preset
+from lmd.checkpoint import load_model, read_header, save_checkpoint
+from lmd.config import WindowConfig, preset
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.instrument import open_instrument
+from lmd.spectral import SpectralCodec
+from lmd.stream import Streamer
 from lmd.text import HashTextEncoder
 from lmd.training.card import run_log
 from lmd.training.curriculum import StepPlan
 from lmd.training.lora import add_lora, merged_state
 from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows
+from lmd.training.run import (
+    LONG_RUN,
+    choose_compile,
+    command_of,
+    compiles,
+    configure,
+    train_options,
+)
 from lmd.training.samples import averaged_model, picture, play_module
-from lmd.training.trainer import AtomicCheckpointIO, choose_precision, step_flops
+from lmd.training.trainer import choose_precision, step_flops
 from lmd.training.windows import LatentSource
 
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32"]
@@ -36,18 +45,6 @@ WORDS += ["--accelerator", "cpu", "--no-progress", "--warmup", "1", "--lr", "3e-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_latents(tmp_path_factory.mktemp("latents"))
-
-
-def start_worker(*words: object) -> subprocess.Popen:
-    """A training process that ends itself at the step that is its first word."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, [HERE / "training_worker.py", *words])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def losses(out: Path) -> np.ndarray:
@@ -69,32 +66,10 @@ def straight(data, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(data, straight, tmp_path):
-    """20 steps = checkpoint at 10, kill -9 at 13, and the rest: equal losses, equal weights."""
-    words = [*WORDS, "--steps", 20, "--checkpoint-every", 10, "--data", data, "--out", tmp_path]
-    killed = start_worker(13, "base", *words)
-    killed.communicate(timeout=900)  # on a machine that does much else
-    assert killed.returncode == -9
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step=0000010.ckpt"]
-    train_here("base", *words[len(WORDS) :])
-    assert run_log(tmp_path)["step"].tolist() == list(range(20))
-    assert np.array_equal(losses(tmp_path), losses(straight))  # bit for bit
-    ours, theirs = (read_header(p / "base.safetensors").sha256 for p in (tmp_path, straight))
-    assert ours == theirs
-
-
 def test_half_precision_learns_what_full_precision_does(data, straight, tmp_path):
     train_here("base", "--steps", 4, "--data", data, "--out", tmp_path, "--precision", "bf16")
     ratio = np.abs(losses(tmp_path) / losses(straight)[:4] - 1).max()
     assert ratio < 0.002  # measured 5e-5
-
-
-def test_two_nodes_lose_what_one_process_loses(data, straight, tmp_path):
-    """Two processes, two nodes by address, the same global batch: the same losses but rounding."""
-    words = [*WORDS, "--steps", 4, "--num-nodes", 2, "--data", data, "--out", tmp_path]
-    finish_nodes(start_nodes("-m", "lmd", "train", "base", *words))
-    both, one = losses(tmp_path), losses(straight)[:4]
-    assert np.abs(both - one).max() < 1e-5  # measured 2e-7: sums in another order
 
 
 def test_a_run_leaves_weights_logs_and_a_card(straight):
@@ -124,41 +99,6 @@ def test_a_finetune_starts_from_a_base_and_plays_every_regime(data, straight, tm
     assert np.isfinite(losses(tmp_path)).all()
 
 
-def test_a_live_model_is_distilled_from_itself_and_a_killed_run_goes_on(data, straight, tmp_path):
-    """The teacher is what the run was given, also after a restart; no checkpoint holds it."""
-    start = tmp_path / "start"
-    train_here(
-        "finetune",
-        "--steps",
-        4,
-        "--init",
-        straight / "base.safetensors",
-        "--data",
-        data,
-        "--out",
-        start,
-    )
-    init = start / "finetuned.safetensors"
-    words = ["--init", init, "--teacher-steps", 3, "--points", 2, "--data", data]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_here("distill", "--steps", 12, *words, "--out", whole)
-    words = [*WORDS, "--steps", 12, "--checkpoint-every", 6, *words, "--out", broken]
-    killed = start_worker(8, "distill", *words)
-    killed.communicate(timeout=900)
-    assert killed.returncode == -9
-    kept = torch.load(next((broken / "checkpoints").iterdir()), weights_only=False)
-    assert {name.split(".")[0] for name in kept["state_dict"]} == {"model", "ema"}
-    train_here("distill", *words[len(WORDS) :])
-    assert np.array_equal(losses(broken), losses(whole))
-    assert losses(whole)[-3:].mean() < losses(whole)[:3].mean()
-    header = read_header(whole / "finetuned.safetensors")
-    assert header.notes["init"]["sha256"] == read_header(init).sha256
-    assert header.sha256 != read_header(init).sha256
-    card = (whole / "finetuned.md").read_text(encoding="utf-8")
-    assert "python -m lmd train distill" in card
-    assert "started from" in card
-
-
 def test_a_base_is_not_distilled(data, straight, tmp_path, capsys):
     words = ["--init", straight / "base.safetensors", "--data", data, "--out", tmp_path]
     assert main(["train", "distill", *WORDS, "--steps", "2", *map(str, words)]) != 0
@@ -177,7 +117,7 @@ def test_latents_of_another_codec_are_refused(data, tmp_path, capsys):
     assert "latents of 8 channels" in capsys.readouterr().err
 
 
-def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys):
+def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys, monkeypatch):
     """Another start in its folder is refused; a precision that was left open stays the same."""
     words = ["--steps", 1, "--data", data, "--out", tmp_path]
     train_here("base", *words)
@@ -186,55 +126,12 @@ def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys):
     assert begun["precision"] == "32"
     train_here("base", *words, "--precision", "auto")
     assert json.loads(options.read_text(encoding="utf-8")) == begun
+    assert begun["compile"] is False  # too short to pay
+    monkeypatch.setattr("lmd.training.run.check_compiler", lambda: None)
     other = [*WORDS, *map(str, words), "--precision", "bf16", "--init", "other.safetensors"]
-    assert main(["train", "base", *other]) == 2
-    assert "(init None → other.safetensors, precision 32 → bf16)" in capsys.readouterr().err
-
-
-def test_a_gradient_that_is_not_finite_reaches_no_weight(data, tmp_path, monkeypatch, capsys):
-    """The loss of that step is finite; the weights that are kept are those before it."""
-
-    def poison(module):
-        if module.trainer.global_step == 2:
-            module.model.dit.project_in.weight.grad[0, 0] = torch.nan
-
-    monkeypatch.setattr(LiveTraining, "on_after_backward", poison)
-    words = ["--steps", 4, "--checkpoint-every", 1, "--data", data, "--out", tmp_path]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert main(["train", "base", *WORDS, *map(str, words)]) == 2
-    told = capsys.readouterr().err
-    assert "gradient of norm nan at step 2" in told
-    assert "step=0000002.ckpt" in told  # after two good steps
-    kept = load_model(tmp_path / "base.safetensors")
-    assert all(torch.isfinite(p).all() for p in kept.parameters())
-
-
-def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(data):
-    options = TrainOptions("base", n_steps=5, batch=2)
-    sizes = preset("tiny")
-    source = LatentSource(data, 0)
-    text = HashTextEncoder(sizes.text.n_tokens, sizes.text.dim)
-    module = LiveTraining(LiveModel(sizes.dit), text, source, sizes, options)
-    module.last_checkpoint = "step=3.ckpt"
-    rows = shard_rows(options, 4, 0, 1)
-    windows = source.windows(4, rows.positions, options.plan(4).n_frames)
-    windows.latents[0, 0, 0] = float("nan")
-    with pytest.raises(LmdError, match=r"nan at step 4 on \['sound.*step=3.ckpt"):
-        module.training_step({"rows": rows, **windows._asdict()}, 0)
-
-
-def test_a_checkpoint_survives_a_death_during_the_next_write(tmp_path, monkeypatch):
-    path, disk = tmp_path / "a.ckpt", AtomicCheckpointIO()
-    disk.save_checkpoint({"step": 1}, path)
-
-    def die(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", die)
-    with pytest.raises(KeyboardInterrupt):
-        disk.save_checkpoint({"step": 2}, path)
-    assert disk.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert main(["train", "base", *other, "--compile"]) == 2
+    told = "(compile False → True, init None → other.safetensors, precision 32 → bf16)"
+    assert told in capsys.readouterr().err
 
 
 def test_lora_changes_nothing_at_first_and_merges_into_ordinary_weights():
@@ -276,6 +173,29 @@ def test_a_run_can_be_heard_on_the_way(data, stage, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("stage", ["base", "finetune"])
+def test_sounds_and_pictures_come_every_so_often(data, stage, tmp_path):
+    """Two of four steps; the prompt stands over the picture."""
+    sizes, codec = preset("tiny"), tmp_path / "codec.safetensors"
+    weights = SpectralCodec(sizes.codec).state_dict()
+    save_checkpoint(codec, weights, kind="codec", config=sizes.codec)
+    words = ["--steps", 4, "--sample-every", 2, "--codec", codec]
+    train_here(stage, *words, "--data", data, "--out", tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
+    assert names == [f"step-000000{k}.{kind}" for k in (2, 4) for kind in ("png", "wav")]
+    for name in names:
+        path = tmp_path / "run/samples" / name
+        if path.suffix == ".wav":
+            wave, rate = soundfile.read(path)
+            assert rate == sizes.codec.sample_rate
+            assert len(wave) / rate == pytest.approx(240 / sizes.frame_rate_hz, rel=0.05)
+            assert np.abs(wave).max() > 0
+        else:
+            picture_of = imread(path)
+            assert picture_of.shape[0] > 100
+            assert np.ptp(picture_of) > 0.5
+
+
 def test_rows_of_parts_make_up_the_global_batch():
     options = TrainOptions("base", n_steps=50, batch=8)
     for step in range(50):
@@ -297,13 +217,80 @@ def test_flops_are_those_of_the_products():
     condition = model.condition(torch.zeros(2, 1, 16), 5.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 8, 240), torch.rand(2), condition)
-    ours = step_flops(sizes, StepPlan(None, 240), 2, 192) / 3
+    ours = step_flops(sizes, StepPlan(None, 240), 2) / 3
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)  # we leave out the text
 
 
 def test_precision_is_chosen_by_measurement_only_where_one_process_decides():
     assert choose_precision("bf16", 32) == "bf16"
     assert choose_precision("auto", 32) in ("32", "bf16")
+
+
+def chosen(stage: str, *words: str, before: dict | None = None) -> bool:
+    """Whether a run that these words describe would be compiled."""
+    parser = argparse.ArgumentParser()
+    configure(parser, stage)
+    return choose_compile(stage, parser.parse_args(words), before or {})
+
+
+def test_long_base_runs_are_compiled_where_that_works_unless_the_words_say_otherwise(monkeypatch):
+    monkeypatch.setattr("lmd.training.run.compiles", lambda: True)
+    monkeypatch.setattr("lmd.training.run.check_compiler", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert chosen("base")
+    assert not chosen("base", "--no-compile")
+    assert not chosen("base", "--steps", str(LONG_RUN - 1))
+    assert chosen("base", "--steps", "5", "--compile")
+    assert not chosen("base", "--devices", "2")
+    assert not chosen("finetune")
+    assert chosen("finetune", "--compile")
+    monkeypatch.setattr("lmd.training.run.compiles", lambda: False)
+    assert not chosen("base")
+
+
+def test_a_run_that_goes_on_is_compiled_as_it_was_begun(monkeypatch):
+    monkeypatch.setattr("lmd.training.run.compiles", lambda: True)
+    assert chosen("base", "--steps", "5", before={"compile": True})
+    assert not chosen("base", before={"compile": False})
+    assert not chosen("base", before={"precision": "32"})  # begun before this was written down
+    assert not chosen("base", "--no-compile", before={"compile": True})  # refused, see below
+
+
+def test_the_command_that_a_card_shows_gives_the_same_run():
+    parser = argparse.ArgumentParser()
+    configure(parser, "finetune")
+    words = ["--no-compile", "--short-context", "0.0", "--checkpointing"]
+    args = parser.parse_args(words)
+    told = command_of("finetune", args, parser).split()
+    assert told[:5] == ["python", "-m", "lmd", "train", "finetune"]
+    assert sorted(told[5:]) == sorted(words)
+    assert train_options("finetune", args).finetune.short_context == 0
+
+
+@pytest.mark.parametrize("memory_frames", [192, 96])
+def test_a_model_is_told_the_length_that_a_stream_of_that_memory_tells_it(data, memory_frames):
+    sizes = preset("tiny")
+    text = HashTextEncoder(sizes.text.n_tokens, sizes.text.dim)
+    model, codec = LiveModel(sizes.dit), SpectralCodec(sizes.codec)
+    stream = Streamer(model, codec, text, WindowConfig(memory_frames, 48))
+    options = TrainOptions("finetune", n_steps=5, batch=2)
+    module = LiveTraining(model, text, LatentSource(data, 0), sizes, options)
+    plan = StepPlan("enc-dec", memory_frames + 12, 12, 16, memory_frames)
+    assert module.window_s(plan) == pytest.approx(stream.window_s)
+    assert module.window_s(StepPlan(None, 768)) == pytest.approx(768 / sizes.frame_rate_hz)
+
+
+def test_a_trial_that_fails_is_no_reason_to_stop(monkeypatch):
+    """E.g. a compiler without Python's headers."""
+    monkeypatch.setattr("lmd.training.run.check_compiler", lambda: None)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("Python.h: no such file")
+
+    monkeypatch.setattr("torch.compile", lambda _: broken)
+    assert not compiles()
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    assert compiles()
 
 
 def test_a_source_of_ones_own_will_do(data):

@@ -1,6 +1,7 @@
 """`lmd bench train`: what it says is there and possible."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from latents_fake import write_latents
 from lmd.__main__ import main
 from lmd.config import preset
 from lmd.training.speed import Product, Student, kinds
+from lmd.training.windows import LatentSource
 
 ROW = {"step", "n_frames", "step_ms_p50", "step_ms_p95", "frames_per_s", "step_gflop"}
-ROW |= {"product_gflops", "share", "data_ms_p50"}
+ROW |= {"product_gflops", "share", "data_ms_p50", "wait_ms_p50"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -41,7 +43,20 @@ def test_no_step_is_faster_than_its_products_allow(dtype, tmp_path, capsys):
         assert 0 < row["share"] < 1.5
         assert 0 < row["step_ms_p50"] <= row["step_ms_p95"]
         assert row["data_ms_p50"] > 0
+        assert row["wait_ms_p50"] >= 0
         assert row["step"] in shown
+
+
+def test_waiting_is_what_a_step_does_not_hide_of_reading(tmp_path, monkeypatch):
+    """A disk that takes longer than any step here."""
+    monkeypatch.setattr(LatentSource, "windows", lambda *_: time.sleep(0.5))
+    data, path = write_latents(tmp_path), tmp_path / "speed.json"
+    words = ["--preset", "tiny", "--batch", "2", "--steps", "1", "--threads", "1"]
+    assert main(["bench", "train", *words, "--data", str(data), "--json", str(path)]) == 0
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        assert row["data_ms_p50"] >= 500
+        hidden = row["data_ms_p50"] - row["wait_ms_p50"]
+        assert hidden == pytest.approx(row["step_ms_p50"], abs=100)
 
 
 def test_the_products_are_those_of_the_linear_layers():

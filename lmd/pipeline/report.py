@@ -16,7 +16,8 @@ from typing import Any
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
 
-PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "papermill", "music21")
+PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
+PACKAGES += ("pretty_midi", "soundfile", "wordllama", "transformers", "diffusers")
 PICTURES = {".png": "image/png"}
 SOUNDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg"}
 EMBED_LIMIT = 12_000_000  # bytes of one file; a longer sound is named, not embedded

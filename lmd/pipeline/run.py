@@ -3,11 +3,11 @@
     python -m lmd run --profile quick --only 02,03 --set 02.n_train_steps=500
 
 A notebook that finished is not run again unless something that it depends on has changed: its
-cells, its parameters, the package, the shipped weights, or what earlier notebooks left.
+cells, its parameters and the data that they name, the package and those that decide results, the
+shipped weights, or what earlier notebooks left.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lmd.errors import LmdError
+from lmd.pipeline.inputs import data_key, input_key
 from lmd.pipeline.notebook import NotebookFailed, execute
-from lmd.pipeline.plan import PACKAGE, RunOptions, Task, plan
+from lmd.pipeline.plan import RunOptions, Task, plan
 from lmd.pipeline.report import read_metrics, write_report
 
-SOURCES = ("*.py", "*.js", "*.css")  # what of the package can change a result
 REDRAW_S = 30.0  # a new progress line this often where there is no terminal
 
 
@@ -57,6 +57,8 @@ class Run:
     def prepare(self, name: str, key: str, force: bool) -> None:
         """An empty output folder, or the one of an unfinished attempt at the same thing.
 
+        A finished notebook that is run again starts from an empty one.
+
         Raises:
             LmdError: the folder holds files that no run has written.
         """
@@ -68,7 +70,7 @@ class Run:
                     "an empty folder or one from an earlier run",
                     "Choose another --out.",
                 )
-            if force or record["key"] != key:
+            if force or record["key"] != key or record["status"] == "done":
                 shutil.rmtree(output)
         for folder in (output, self.executed(name).parent, self.log(name).parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -136,36 +138,14 @@ def run(options: RunOptions) -> int:
     return int(failed)
 
 
-def input_key(task: Task, current: Run, options: RunOptions) -> str:
-    """A digest of all that the notebook's result depends on, within the repository.
-
-    Music of the reader's own is not read for it: use `--force` after changing that.
-    """
-    cells = json.loads(task.source.read_text(encoding="utf-8"))["cells"]
-    sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([sources, task.parameters], sort_keys=True).encode())
-    package = sorted(path for pattern in SOURCES for path in PACKAGE.rglob(pattern))
-    weights = sorted(options.weights.glob("*.safetensors"))
-    earlier = sorted(
-        path
-        for name in current.records
-        if name < task.name
-        for path in current.output(name).rglob("*")
-        if path.is_file()
-    )
-    for path in (*package, *weights, *earlier):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "blake2b").hexdigest()
-        digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())
-    return digest.hexdigest()
-
-
 def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
     """Run one notebook unless it is up to date; whether later ones may go on."""
-    key = input_key(task, current, options)
+    earlier = [current.output(name) for name in current.records if name < task.name]
+    key = input_key(task, earlier, options.weights)
     record = current.records.get(task.name, {})
-    if not options.force and record.get("key") == key and record.get("status") == "done":
+    is_same = record.get("key") == key and record.get("status") == "done"
+    is_same = is_same and record["data"] == data_key(task, current.folder, options.weights)
+    if is_same and not options.force:
         print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
     current.prepare(task.name, key, options.force)
@@ -173,7 +153,9 @@ def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
     current.note(task.name, key=key, status="running", parameters=dict(task.parameters), error="")
     error = _attempt(current, task)
     seconds = round(time.perf_counter() - started, 2)
-    current.note(task.name, status="failed" if error else "done", error=error, seconds=seconds)
+    data = data_key(task, current.folder, options.weights)
+    status = "failed" if error else "done"
+    current.note(task.name, status=status, error=error, seconds=seconds, data=data)
     if error:
         print(f"{task.name} failed: {error}", file=sys.stderr)
         print(f"  executed copy  {_shown(current.executed(task.name))}", file=sys.stderr)

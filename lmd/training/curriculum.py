@@ -1,8 +1,8 @@
 """What every training step draws, as functions of (seed, purpose, step, row): rule 10.
 
-Regime, window and block length are drawn once for the whole global batch; noise levels, noise and
-dropout per row. Nothing depends on what was drawn before, so a run may stop and go on anywhere, and
-several processes draw what one would.
+Regime, split point and block length are drawn once for the whole global batch; noise levels, noise
+and dropout per row. Nothing depends on what was drawn before, so a run may stop and go on anywhere,
+and several processes draw what one would.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), fine-tuning settings.
 """
@@ -58,9 +58,16 @@ class BaseOptions:
 class FinetuneOptions:
     """What a fine-tuning step draws.
 
+    The split point is where known music ends and the first target block begins: at
+    `context_frames`, or earlier. An earlier one makes the window shorter, as a stream with a
+    shorter memory has it (`WindowConfig`). That is another computation than context dropout, which
+    keeps the window and zeroes its oldest frames, as a stream that began a moment ago has them. In
+    the block-causal regime the window goes on behind the split, so one pass teaches every later
+    split as well, with that memory before each.
+
     Sources: context and context dropout from arXiv 2605.22717 (configs: all 0.2, oldest part 0.3;
-    192 frames). Ours: the shares of regimes and block lengths, since one checkpoint is to play them
-    all; several targets per pass, since most of a pass is context.
+    192 frames, always). Ours: the shares of regimes, block lengths and shorter memories, since one
+    checkpoint is to play them all; several targets per pass, since most of a pass is context.
     """
 
     regimes: Shares = (
@@ -70,6 +77,7 @@ class FinetuneOptions:
     )
     block_lengths: tuple[tuple[int, float], ...] = ((48, 0.4), (24, 0.3), (16, 0.15), (12, 0.15))
     context_frames: int = 192
+    short_context: float = 0.25  # share of steps whose context is 1 … n − 1 blocks, all alike
     target_frames: int = 240  # block-causal: frames taught in one pass, a multiple of each length
     enc_dec_frames: int = 192  # enc-dec: the same, as noised copies of the one target block
     context_dropout_all: float = 0.2
@@ -102,12 +110,14 @@ class StepPlan:
         n_frames: window length.
         block_frames: of each target block.
         n_targets: noised blocks per window.
+        context_frames: known frames before the first target block: the split point.
     """
 
     regime: Regime | None
     n_frames: int
     block_frames: int = 0
     n_targets: int = 1
+    context_frames: int = 0
 
     @property
     def taught_frames(self) -> int:
@@ -136,23 +146,31 @@ def base_plan(options: BaseOptions, seed: int, step: int) -> StepPlan:
 
 
 def finetune_plan(options: FinetuneOptions, seed: int, step: int) -> StepPlan:
-    """Regime and block length of this step."""
+    """Regime, block length and split point of this step."""
     regime = pick(options.regimes, _uniform(seed, "regime", step))
     o = pick(options.block_lengths, _uniform(seed, "block length", step))
+    s = draw_split(options, o, seed, step)
     if regime == "block-causal":
-        n_frames = options.context_frames + options.target_frames
-        return StepPlan(regime, n_frames, o, options.target_frames // o)
+        return StepPlan(regime, s + options.target_frames, o, options.target_frames // o, s)
     n_targets = options.enc_dec_frames // o if regime == "enc-dec" else 1
-    return StepPlan(regime, options.context_frames + o, o, n_targets)
+    return StepPlan(regime, s + o, o, n_targets, s)
+
+
+def draw_split(options: FinetuneOptions, block_frames: int, seed: int, step: int) -> int:
+    """Context frames of this step: all of them, or 1 … n − 1 blocks."""
+    n = options.context_frames // block_frames
+    if n == 1 or _uniform(seed, "short context", step) >= options.short_context:
+        return options.context_frames
+    return block_frames * (1 + int((n - 1) * _uniform(seed, "split point", step)))
 
 
 def one_block_plan(
     options: FinetuneOptions, regimes: Shares, n_points: int, seed: int, step: int
 ) -> StepPlan:
-    """A step that looks at one block after its context, `n_points` times."""
+    """A step that looks at one block after a whole context, `n_points` times."""
     regime = pick(regimes, _uniform(seed, "regime", step))
     o = pick(options.block_lengths, _uniform(seed, "block length", step))
-    return StepPlan(regime, options.context_frames + o, o, n_points)
+    return StepPlan(regime, options.context_frames + o, o, n_points, options.context_frames)
 
 
 def noise_levels(options: NoiseOptions, u: Tensor, n_frames: int) -> Tensor:
@@ -217,13 +235,24 @@ def draw_kept(rows: Rows, purpose: str, dropout: float) -> PerItem:
 
 
 def drop_context(
-    clean: Latents, options: FinetuneOptions, rows: Rows, block_frames: int
+    clean: Latents,
+    options: FinetuneOptions,
+    rows: Rows,
+    block_frames: int,
+    context_frames: int | None = None,
 ) -> Latents:
     """Forget all of the context, or its oldest blocks, in some rows: zero latents, mask still 1.
 
-    That is also what a stream from silence starts with.
+    That is also what a stream from silence starts with, and has until its memory is full.
+
+    Args:
+        clean: windows, context in front.
+        options: the rates.
+        rows: which rows these are.
+        block_frames: what is forgotten is so many whole blocks.
+        context_frames: of these windows; None: those of the options.
     """
-    n = options.context_frames // block_frames
+    n = (context_frames or options.context_frames) // block_frames
     forgotten = []
     for p in rows.positions:
         u = _uniform(rows.seed, "context dropout", rows.step, p)

@@ -9,6 +9,7 @@ Taught in notebook 02_outpaint.
 
 import copy
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -47,6 +48,7 @@ from lmd.training.finetune import (
     pack_copies,
     packed_loss,
 )
+from lmd.training.read_ahead import read_ahead
 from lmd.training.sharding import shard
 from lmd.training.trajectory import DistillOptions, draw_points, trajectory_loss, walk
 
@@ -167,13 +169,14 @@ def stage_loss(
     if plan.regime is None:
         noise = draw_noise(rows, channels, plan.n_frames).to(device)
         return flow_loss(model, clean, noise, t[:, 0], condition)
-    clean = drop_context(clean, options.finetune, rows, plan.block_frames)
+    s, o = plan.context_frames, plan.block_frames
+    clean = drop_context(clean, options.finetune, rows, o, s)
     if plan.regime == "full":
         noise = draw_noise(rows, channels, plan.n_frames).to(device)
         return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
     pack = pack_blocks if plan.regime == "block-causal" else pack_copies
-    packing = pack(plan.n_targets, plan.block_frames, options.finetune.context_frames)
-    noise = draw_noise(rows, plan.n_targets, channels, plan.block_frames).to(device)
+    packing = pack(plan.n_targets, o, s)
+    noise = draw_noise(rows, plan.n_targets, channels, o).to(device)
     return packed_loss(model, clean, noise, t, condition, packing).mean(dim=1)
 
 
@@ -197,7 +200,8 @@ def distill_loss(
         options: of the run.
         rows: which rows these are.
     """
-    plan, s = options.plan(rows.step), options.finetune.context_frames
+    plan = options.plan(rows.step)
+    s = plan.context_frames
     kept = draw_kept(rows, "text dropout", options.finetune.text_dropout)
     context = drop_context(clean, options.finetune, rows, plan.block_frames)[..., :s]
     noise = draw_noise(rows, clean.shape[1], plan.block_frames).to(clean.device)
@@ -237,9 +241,18 @@ class StepBatches(IterableDataset):
         return self.module.options.n_steps * self.module.options.accumulate
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Read ahead, each with `waited_s`: for how long it was not there when it was asked for."""
+        batches = read_ahead(self.read(self.module.trainer.global_step))
+        asked = time.perf_counter()
+        for batch in batches:
+            yield {**batch, "waited_s": time.perf_counter() - asked}
+            asked = time.perf_counter()
+
+    def read(self, first_step: int) -> Iterator[dict[str, Any]]:
+        """One by one, functions of their number."""
         module, options = self.module, self.module.options
         n_shards = module.trainer.world_size * options.accumulate
-        for step in range(module.trainer.global_step, options.n_steps):
+        for step in range(first_step, options.n_steps):
             for part in range(options.accumulate):
                 shard = part * module.trainer.world_size + module.trainer.global_rank
                 rows = shard_rows(options, step, shard, n_shards)
@@ -281,17 +294,22 @@ class LiveTraining(L.LightningModule):
         """Batches addressed by step; made after a checkpoint was restored."""
         return DataLoader(StepBatches(self), batch_size=None)
 
-    def window_s(self, n_frames: int) -> float:
-        """The length that the model is told: of the base's window, or of the stream's."""
-        if self.options.stage != "base":
-            n_frames = self.preset.window.window_frames
+    def window_s(self, plan: StepPlan) -> float:
+        """The length that the model is told: of the base's window, or of the stream's.
+
+        A stream is told its memory and the preset's block, whatever block it plays now.
+        """
+        n_frames = plan.n_frames
+        if plan.regime is not None:
+            n_frames = plan.context_frames + self.preset.window.block_frames
         return n_frames / self.preset.frame_rate_hz
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """Mean loss of this process's rows."""
         clean = batch["latents"]
         tokens = self.text.encode(batch["prompts"]).to(self.device)
-        seconds, options, rows = self.window_s(clean.shape[-1]), self.options, batch["rows"]
+        options, rows = self.options, batch["rows"]
+        seconds = self.window_s(options.plan(rows.step))
         if self.teachers:
             teacher = self.teachers[0].to(self.device)
             losses = distill_loss(self.model, teacher, clean, tokens, seconds, options, rows)

@@ -47,6 +47,7 @@ STARTS: dict[Stage, Start] = {
 
 
 OPEN_ENDED = ("n_steps", "n_updates")  # a run may be made longer
+LONG_RUN = 2000  # steps after which compiling two lengths has paid even where it gains 5 %
 
 
 def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
@@ -67,7 +68,12 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
         default=start.init,
         help="weights, or a Stable Audio folder, to begin with",
     )
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile: a slow start at every new length, then faster steps; if left open, "
+        f"long base runs of one process on CPU do ({LONG_RUN} steps, and a C++ compiler)",
+    )
     add("--text-dropout", type=float, default=0.1)
     if stage == "distill":
         add("--teacher-steps", type=int, default=DistillOptions.n_steps, help="calls of its walk")
@@ -78,6 +84,8 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
     if is_base:
         add("--long-share", type=float, default=0.1, help="share of steps on 768 frames")
     else:
+        share = FinetuneOptions.short_context
+        add("--short-context", type=float, default=share, help="share of steps that remember less")
         add("--lora", type=int, default=0, metavar="RANK", help="train low-rank updates only")
 
 
@@ -111,6 +119,9 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
     if stage == "distill":
         distill = DistillOptions(args.teacher_steps, args.cfg_scale, args.points)
     base = BaseOptions(text_dropout=args.text_dropout, noise=noise)
+    finetune = FinetuneOptions(text_dropout=args.text_dropout, noise=noise)
+    if stage == "finetune":
+        finetune = dataclasses.replace(finetune, short_context=args.short_context)
     if stage == "base":
         base = dataclasses.replace(base, long_share=args.long_share)
     return TrainOptions(
@@ -124,7 +135,7 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
         ema=args.ema,
         checkpointing=args.checkpointing,
         base=base,
-        finetune=FinetuneOptions(text_dropout=args.text_dropout, noise=noise),
+        finetune=finetune,
         distill=distill,
     )
 
@@ -190,7 +201,47 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     )
 
 
-def remember_options(out: Path, options: Any, args: argparse.Namespace, data: LatentShards) -> str:
+def begun_as(out: Path) -> dict[str, Any]:
+    """What the run in a folder was begun with; empty if there is none."""
+    path = out / "options.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def compiles() -> bool:
+    """Whether a trial of `torch.compile` comes out here: compiler, headers, everything."""
+    try:
+        check_compiler()
+        torch.compile(torch.sin)(torch.zeros(8))
+    except (LmdError, RuntimeError):
+        return False
+    return True
+
+
+def choose_compile(stage: Stage, args: argparse.Namespace, before: dict[str, Any]) -> bool:
+    """Whether to compile: what the words say, else as the run was begun, else where it pays.
+
+    It pays in a long run of the base, which has two window lengths. A fine-tune has dozens, and
+    each would cost its start. Several processes and GPUs have not been tried: there the words
+    decide.
+
+    Raises:
+        LmdError: it is asked for on a machine without a compiler.
+    """
+    if args.compile:
+        check_compiler()
+    if args.compile is not None or before:
+        return before.get("compile", False) if args.compile is None else args.compile
+    is_alone = args.devices * args.num_nodes == 1 and not torch.cuda.is_available()
+    return stage == "base" and args.steps >= LONG_RUN and is_alone and compiles()
+
+
+def remember_options(
+    out: Path,
+    options: Any,
+    args: argparse.Namespace,
+    data: LatentShards,
+    compiled: bool = False,
+) -> str:
     """Write what the run is, or compare it with what it was begun as.
 
     Args:
@@ -198,6 +249,7 @@ def remember_options(out: Path, options: Any, args: argparse.Namespace, data: La
         options: of the run.
         args: the command's words.
         data: the latents.
+        compiled: see `choose_compile`.
 
     Returns:
         The precision: the one that the run was begun with where the words leave it open.
@@ -205,13 +257,13 @@ def remember_options(out: Path, options: Any, args: argparse.Namespace, data: La
     Raises:
         LmdError: the folder holds a run with other options (a longer one is welcome).
     """
-    path, width = out / "options.json", preset(args.preset).dit.width
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before, width = begun_as(out), preset(args.preset).dit.width
     precision = args.precision if args.precision != "auto" else before.get("precision", "auto")
     precision = choose_precision(precision, width, args.devices * args.num_nodes)
     known = {
         "preset": args.preset,
         "precision": precision,
+        "compile": compiled,
         "lora": getattr(args, "lora", 0),
         "init": str(args.init) if args.init else None,
         "latents": {k: v for k, v in data.settings.items() if k != "silence"},
@@ -226,7 +278,7 @@ def remember_options(out: Path, options: Any, args: argparse.Namespace, data: La
             "the same options, or an empty folder",
             "Give them again, or another --out.",
         )
-    write_atomic(path, json.dumps(present, indent=1).encode())
+    write_atomic(out / "options.json", json.dumps(present, indent=1).encode())
     return precision
 
 
@@ -247,7 +299,8 @@ def command_of(stage: str, args: argparse.Namespace, parser: argparse.ArgumentPa
     words = ["python", "-m", "lmd", "train", stage]
     for name, value in vars(args).items():
         if value != parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+            flag = f"{'no-' if value is False else ''}{name.replace('_', '-')}"
+            words += [f"--{flag}"] + ([] if isinstance(value, bool) else [str(value)])
     return shlex.join(words)
 
 
@@ -266,6 +319,13 @@ def notes_of(command: str, args: argparse.Namespace, data: LatentShards) -> dict
     }
 
 
+def compile_all(model: LiveModel) -> None:
+    """Compile at every length; else which steps run compiled would depend on where a run began."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit
+    model.dit.compile_blocks()
+
+
 def origin_of(path: Path) -> dict[str, Any]:
     """What a weights file says of the file that it was begun with."""
     header = read_header(path)
@@ -278,21 +338,19 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     Raises:
         LmdError: bad options, data or weights; a loss that is not finite.
     """
-    if args.compile:
-        check_compiler()
     tune_allocator()
     options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
     source = open_latents(args.data, sizes, args.seed)
-    run = dataclasses.replace(
-        run, precision=remember_options(run.out, options, args, source.shards)
-    )
+    compiled = choose_compile(stage, args, begun_as(run.out))
+    precision = remember_options(run.out, options, args, source.shards, compiled)
+    run = dataclasses.replace(run, precision=precision)
     model = start_model(stage, sizes, args.init, args.seed)
     if getattr(args, "lora", 0):
         model = add_lora(model, args.lora)
     text = build_text_encoder(sizes.text)
     module = LiveTraining(model, text, source, sizes, options)
-    if args.compile:
-        model.dit.compile_blocks()
+    if compiled:
+        compile_all(model)
     parser = argparse.ArgumentParser()
     configure(parser, stage)
     notes = notes_of(command_of(stage, args, parser), args, source.shards)

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +24,13 @@ from lmd.config import Preset, Regime, preset
 from lmd.errors import LmdError
 from lmd.machine import check_compiler, machine_dict, pick_device, tune_allocator
 from lmd.training.curriculum import BaseOptions, FinetuneOptions, Rows
-from lmd.training.module import TrainOptions, stage_loss
+from lmd.training.module import TrainOptions, WindowSource, stage_loss
 from lmd.training.run import open_latents
 from lmd.training.trainer import step_flops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = ("step", "n_frames", "step_ms_p50", "step_ms_p95", "frames_per_s", "step_gflop")
-COLUMNS += ("product_gflops", "share", "data_ms_p50")
+COLUMNS += ("product_gflops", "share", "data_ms_p50", "wait_ms_p50")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +86,7 @@ class Kind:
     step_s: list[float] = field(default_factory=list)
     products_s: list[float] = field(default_factory=list)
     data_s: list[float] = field(default_factory=list)
+    wait_s: list[float] = field(default_factory=list)
 
 
 def kinds(sizes: Preset, batch: int, device: torch.device) -> list[Kind]:
@@ -94,7 +96,9 @@ def kinds(sizes: Preset, batch: int, device: torch.device) -> list[Kind]:
     found = [("base", TrainOptions("base", 1, batch, base=base))]
     live: tuple[Regime, ...] = ("block-causal", "enc-dec")
     for regime in live:
-        finetune = FinetuneOptions(regimes=((regime, 1.0),), block_lengths=lengths)
+        finetune = FinetuneOptions(
+            regimes=((regime, 1.0),), block_lengths=lengths, short_context=0.0
+        )
         found.append((regime, TrainOptions("finetune", 1, batch, finetune=finetune)))
     shapes = [(batch, sizes.dit.latent_dim, o.plan(0).n_frames) for _, o in found]
     return [
@@ -174,16 +178,18 @@ def measure(args: argparse.Namespace) -> dict:
         student.model.dit.compile_blocks()
         for kind in tqdm(subjects, desc="compiling", mininterval=1, file=sys.stderr):
             student.step(kind, 0)
-    for index in tqdm(range(args.steps), desc="rounds", mininterval=1, file=sys.stderr):
-        for kind in subjects:
-            began = student.now()
-            student.step(kind, index)
-            kind.step_s.append(student.now() - began)
-            kind.products_s.append(student.time_products(kind.products))
-            if source:
-                began = time.perf_counter()
-                source.windows(index, range(args.batch), kind.clean.shape[-1])
-                kind.data_s.append(time.perf_counter() - began)
+    with ThreadPoolExecutor(1) as reader:
+        for index in tqdm(range(args.steps), desc="rounds", mininterval=1, file=sys.stderr):
+            for kind in subjects:
+                reading = reader.submit(time_reading, source, kind, index) if source else None
+                began = student.now()
+                student.step(kind, index)
+                ended = student.now()
+                kind.step_s.append(ended - began)
+                if reading:
+                    kind.data_s.append(reading.result())
+                    kind.wait_s.append(time.perf_counter() - ended)
+                kind.products_s.append(student.time_products(kind.products))
     return {
         "preset": args.preset,
         "dtype": args.dtype,
@@ -197,15 +203,23 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def time_reading(source: WindowSource, kind: Kind, index: int) -> float:
+    """Seconds for reading a batch in a thread, as a run does while the step before computes."""
+    began = time.perf_counter()
+    source.windows(index, range(len(kind.clean)), kind.clean.shape[-1])
+    return time.perf_counter() - began
+
+
 def row_of(kind: Kind, sizes: Preset) -> dict:
     """One line of the table.
 
     `share` is what a step reaches of the rate of its products (MFU): the median over the rounds,
-    each step beside the products that were timed right after it.
+    each step beside the products that were timed right after it. `data` is what reading the next
+    batch takes beside a step, `wait` what is left of that when the step has ended.
     """
     plan, n_rows = kind.options.plan(0), len(kind.clean)
     step_s, products_s = statistics.median(kind.step_s), statistics.median(kind.products_s)
-    flop = step_flops(sizes.dit, plan, n_rows, kind.options.finetune.context_frames)
+    flop = step_flops(sizes.dit, plan, n_rows)
     products_flop = sum(p.flop * count for p, count in kind.products.items())
     ratios = [products / step for step, products in zip(kind.step_s, kind.products_s, strict=True)]
     return {
@@ -218,6 +232,7 @@ def row_of(kind: Kind, sizes: Preset) -> dict:
         "product_gflops": products_flop / products_s / 1e9,
         "share": flop / products_flop * statistics.median(ratios),
         "data_ms_p50": 1e3 * statistics.median(kind.data_s) if kind.data_s else None,
+        "wait_ms_p50": 1e3 * statistics.median(kind.wait_s) if kind.wait_s else None,
     }
 
 

@@ -84,7 +84,7 @@ def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
     return "bf16" if gain >= BF16_GAIN else "32"
 
 
-def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int, context_frames: int) -> float:
+def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int) -> float:
     """Floating-point operations of a training step: three times its forward products.
 
     Counts the linear layers over frames and global tokens, attention scores and values over all
@@ -92,9 +92,9 @@ def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int, context_frames: i
     """
     d, frames = config.width, plan.n_frames
     if plan.regime == "block-causal":
-        frames = context_frames + (2 * plan.n_targets - 1) * plan.block_frames
+        frames = plan.context_frames + (2 * plan.n_targets - 1) * plan.block_frames
     elif plan.regime == "enc-dec":
-        frames = context_frames + plan.n_targets * plan.block_frames
+        frames = plan.context_frames + plan.n_targets * plan.block_frames
     tokens = frames + plan.n_targets
     linear = tokens * config.depth * (4 + 2 + 3 * config.ff_mult) * d * d
     attention = tokens * tokens * config.depth * 2 * d
@@ -122,7 +122,7 @@ class Throughput(Callback):
         if (index + 1) % o.accumulate:
             return
         plan, rows = o.plan(batch["rows"].step), batch["rows"]
-        flops = step_flops(module.preset.dit, plan, rows.n_global, o.finetune.context_frames)
+        flops = step_flops(module.preset.dit, plan, rows.n_global)
         done, took = trainer.global_step - self.first, now - self.last
         left = (o.n_steps - trainer.global_step) * (now - self.since) / max(1, done)
         self.last = now
@@ -138,7 +138,11 @@ class Throughput(Callback):
             batch_size=1,
         )
         module.log_dict(
-            {"seconds": now - self.since, "lr": trainer.optimizers[0].param_groups[0]["lr"]},
+            {
+                "seconds": now - self.since,
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "data wait ms": 1e3 * batch["waited_s"],
+            },
             batch_size=1,
         )
 
