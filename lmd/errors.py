@@ -13,3 +13,7 @@ class LmdError(ValueError):
     def __init__(self, found: str, expected: str, todo: str) -> None:
         self.found, self.expected, self.todo = found, expected, todo
         super().__init__(f"found {found}; expected {expected}. {todo}")
+
+    def __reduce__(self) -> tuple[type["LmdError"], tuple[str, str, str]]:
+        """How it gets from a process to the one that waits for it."""
+        return LmdError, (self.found, self.expected, self.todo)

@@ -244,7 +244,7 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
     """
     if isinstance(prompt, str):
         return ((prompt, 1.0),)
-    if not isinstance(prompt, tuple) or not all(_is_weighted_text(part) for part in prompt):
+    if not isinstance(prompt, tuple) or not all(is_weighted_text(part) for part in prompt):
         raise LmdError(
             f"prompt {prompt!r}",
             "a text, or a tuple of (text, weight) pairs",
@@ -264,7 +264,7 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
     return tuple((text, weight) for (text, _), weight in zip(prompt, weights, strict=True))
 
 
-def _is_weighted_text(part: object) -> bool:
+def is_weighted_text(part: object) -> bool:
     """Whether this is a (text, number) pair."""
     return (
         isinstance(part, tuple)

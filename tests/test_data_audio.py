@@ -1,113 +1,28 @@
-"""A person's own music: what is taken in, what is refused and why, and stem layouts."""
+"""A person's own music: how it is read, levelled, trimmed, cut and kept."""
 
 import hashlib
 import itertools
 import json
 import os
-import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import yaml
+from audio_files import RATE, make_bad, tone, write
 
 from lmd.__main__ import main
-from lmd.data import audio, check
-from lmd.data.audio import AudioSettings, build_audio, sounding, windows_of, with_splits
-from lmd.data.build import row_stem_caption
-from lmd.data.check import check_folder, fault
+from lmd.data import audio
+from lmd.data.audio import AudioSettings, build_audio, windows_of, with_splits
+from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
 from lmd.data.corpus import Corpus
-from lmd.data.layouts import caption_of, survey
 from lmd.data.levels import TARGET_LUFS, loudness_lufs
+from lmd.data.silence import hear, sounding
 from lmd.errors import LmdError
 
-RATE = 22_050
 
-
-def tone(seconds: float, rate: int = RATE, channels: int = 1, hz: float = 440) -> np.ndarray:
-    wave = 0.3 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
-    return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
-
-
-def write(path: Path, wave: np.ndarray, rate: int = RATE, **kwargs: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, rate, **kwargs)
-    return path
-
-
-def nan_wave() -> np.ndarray:
-    wave = tone(2)
-    wave[1000] = np.nan
-    return wave
-
-
-def make_bad(folder: Path, kind: str) -> Path:
-    """A file of a certain fault."""
-    path = folder / f"{kind}.wav"
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "zero":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("these are words, not sound\n" * 50)
-    elif kind in ("truncated", "truncated-flac"):
-        path = path.with_suffix(".flac" if "flac" in kind else ".wav")
-        write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (4 * RATE, 1)))
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "directory":
-        path.mkdir()
-    elif kind == "broken-link":
-        path.symlink_to(folder / "nowhere.wav")
-    elif kind == "link-to-itself":
-        path.symlink_to(path)
-    elif kind == "packed-stems":
-        path = folder / "song.stem.mp4"
-        path.write_bytes(b"\0" * 100)
-    else:
-        waves = {
-            "nan": (nan_wave(), RATE, "FLOAT"),
-            "short": (tone(0.1), RATE, "PCM_16"),
-            "8khz": (tone(2, 8000), 8000, "PCM_16"),
-            "7-channel": (tone(2, channels=7), RATE, "PCM_16"),
-            "silent": (0 * tone(2), RATE, "PCM_16"),
-        }
-        wave, rate, subtype = waves[kind]
-        write(path, wave, rate, subtype=subtype)
-    return path
-
-
-BAD = {
-    "zero": "empty file",
-    "text": "unreadable as audio",
-    "truncated": "truncated",
-    "truncated-flac": "truncated|unreadable",
-    "nan": "not finite",
-    "short": "shorter than 1 s",
-    "8khz": "8000 Hz",
-    "7-channel": "7 channels",
-    "silent": "silent",
-    "directory": "not a file",
-    "broken-link": "link",
-    "link-to-itself": "link",
-    "packed-stems": "MUSDB18-HQ",
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_each_bad_file_is_refused_for_its_own_reason(tmp_path: Path, kind: str) -> None:
-    import re
-
-    path = make_bad(tmp_path, kind)
-    write(tmp_path / "good.wav", tone(2))
-    report = check_folder(tmp_path, progress=False)
-    assert [item.path for item in report.rejected] == [path]
-    assert re.search(BAD[kind], report.rejected[0].reason), report.rejected[0].reason
-    assert report.accepted == [tmp_path / "good.wav"]
-
-
-@pytest.mark.parametrize("suffix", check.AUDIO_SUFFIXES)
+@pytest.mark.parametrize("suffix", AUDIO_SUFFIXES)
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
     how = {".aif": {"format": "AIFF"}, ".opus": {"format": "OGG", "subtype": "OPUS"}}
     rate = 48_000 if suffix == ".opus" else 44_100  # Opus knows no other
@@ -130,22 +45,6 @@ def test_names_in_any_script_are_welcome(tmp_path: Path) -> None:
     assert len(Corpus(tmp_path.parent / "corpus")) == 4
 
 
-def test_a_symlink_loop_is_reported_once_and_ends(tmp_path: Path) -> None:
-    write(tmp_path / "album/a.wav", tone(2))
-    (tmp_path / "album/again").symlink_to(tmp_path)
-    report = check_folder(tmp_path, progress=False)
-    assert report.accepted == [tmp_path / "album/a.wav"]
-    assert [(r.path.name, "symlink loop" in r.reason) for r in report.rejected] == [("again", True)]
-
-
-def test_a_folder_linked_twice_is_read_once(tmp_path: Path) -> None:
-    write(tmp_path / "a/x.wav", tone(2))
-    (tmp_path / "b").symlink_to(tmp_path / "a")
-    report = check_folder(tmp_path, progress=False)
-    assert len(report.accepted) == 1
-    assert not report.rejected
-
-
 def test_a_long_file_is_taken_in_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,36 +61,6 @@ def test_a_long_file_is_taken_in_piece_by_piece(
     assert sum(row.n_samples for row in rows) == 47 * RATE
     assert max(row.duration_s for row in rows) <= 6
     assert len({row.piece_id for row in rows}) == 1
-
-
-def test_a_three_hour_file_is_accepted(tmp_path: Path) -> None:
-    path = write(tmp_path / "three_hours.wav", tone(1, 16_000), 16_000)
-    n_bytes = 3 * 3600 * 16_000 * 2
-    with path.open("r+b") as file:  # a sparse file: two seconds of tone, then zeros
-        file.truncate(44 + n_bytes)
-        file.seek(4)
-        file.write((36 + n_bytes).to_bytes(4, "little"))
-        file.seek(40)
-        file.write(n_bytes.to_bytes(4, "little"))
-    assert soundfile.info(path).duration == pytest.approx(3 * 3600)
-    assert fault(path) is None
-
-
-def test_the_report_is_json_and_the_status_says_if_anything_was_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = write(tmp_path / "in/good.wav", tone(2))
-    out = tmp_path / "report.json"
-    assert main(["data", "check", str(tmp_path / "in"), "--json", str(out)]) == 0
-    assert json.loads(out.read_text()) == {"accepted": [str(good)], "rejected": []}
-    bad = make_bad(tmp_path / "in", "zero")
-    assert main(["data", "check", str(tmp_path / "in"), "--json", str(out)]) == 1
-    assert json.loads(out.read_text()) == {
-        "accepted": [str(good)],
-        "rejected": [{"path": str(bad), "reason": "empty file (0 bytes)"}],
-    }
-    assert "1 accepted, 1 rejected" in capsys.readouterr().out
-    assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
 
 
 def test_more_than_five_percent_rejects_stop_the_build_with_the_list(tmp_path: Path) -> None:
@@ -228,14 +97,54 @@ def test_music_arrives_resampled_at_the_stated_loudness(tmp_path: Path) -> None:
 
 
 def test_silences_are_trimmed_to_half_a_second_and_to_nothing_at_the_edges() -> None:
-    wave = np.concatenate([np.zeros(2 * RATE), tone(1)[:, 0], np.zeros(3 * RATE), tone(1)[:, 0]])
-    wave = np.concatenate([wave, np.zeros(RATE)])[None].astype(np.float32)
-    keep = sounding(wave, RATE)
-    assert keep.shape == (8 * RATE,)
+    steps = np.concatenate([np.full(n, level) for n, level in ((40, 0), (20, 1), (60, 1e-3))])
+    steps = np.concatenate([steps, np.ones(20), np.zeros(20)])
+    keep = sounding(steps, step_s=0.05)
+    kept = [20, 10, 20]  # sound, half a second of silence, sound
+    assert np.flatnonzero(keep).tolist() == [*range(40, 40 + sum(kept[:2])), *range(120, 140)]
+    assert not sounding(np.zeros(20), 0.05).any()
+    assert not len(sounding(np.zeros(0), 0.05))
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100, 96_000])
+def test_what_sounds_is_found_at_any_rate_and_from_any_place(tmp_path: Path, rate: int) -> None:
+    parts = [0 * tone(2, rate), tone(1, rate), 0 * tone(3, rate), tone(1, rate), 0 * tone(1, rate)]
+    heard = hear(write(tmp_path / "a.wav", np.concatenate(parts), rate))
+    assert heard.n_samples == 8 * rate
+    assert heard.peak == pytest.approx(0.3, abs=1e-3)
     # Steps of 50 ms: each border is right to one step.
-    assert keep.sum() / RATE == pytest.approx(1 + 0.5 + 1, abs=0.15)
-    assert not keep[: 2 * RATE - RATE // 20].any()
-    assert not sounding(np.zeros((1, RATE), np.float32), RATE).any()
+    assert heard.sounding_s == pytest.approx(1 + 0.5 + 1, abs=0.15)
+    whole = heard.kept(8 * RATE, RATE)
+    assert len(whole) == 8 * RATE
+    assert whole.sum() / RATE == pytest.approx(heard.sounding_s, abs=1e-3)
+    cut = [heard.kept(n * RATE, RATE, start_s) for start_s, n in ((0, 3), (3, 4), (7, 1))]
+    assert np.array_equal(np.concatenate(cut), whole)
+
+
+@pytest.mark.parametrize("seconds", [3.0, 1.4])
+def test_a_long_file_keeps_its_dynamics_across_its_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Quiet at first, loud at last: one gain for all of it, however it is cut."""
+    noise = 0.2 * np.random.default_rng(0).standard_normal(round(12.3 * RATE))
+    noise[: 6 * RATE] *= 0.1
+    noise[2 * RATE : round(5.6 * RATE)] = 0  # segments with too little sound to stand alone
+    write(tmp_path / "in/a.wav", noise, subtype="FLOAT")
+    found = []
+    for name, segment_s in (("whole", 600.0), ("cut", seconds)):
+        monkeypatch.setattr(audio, "SEGMENT_S", segment_s)
+        rows, _ = build_audio(tmp_path / "in", tmp_path / name)
+        corpus = Corpus(tmp_path / name)
+        assert min(row.duration_s for row in rows) >= 1
+        found.append(np.concatenate([corpus.wave(i)[0] for i in range(len(corpus))]))
+    assert len(rows) > 2
+    whole, cut = found
+    assert len(cut) == len(whole)
+    quiet, loud = slice(0, 2 * RATE), slice(3 * RATE, None)
+    gains_db = [20 * np.log10(np.std(cut[part]) / np.std(whole[part])) for part in (quiet, loud)]
+    assert gains_db[0] == pytest.approx(gains_db[1], abs=0.02)
+    assert gains_db[1] == pytest.approx(0, abs=0.1)  # blocks over the borders are not measured
+    assert 20 * np.log10(np.std(cut[loud]) / np.std(cut[quiet])) == pytest.approx(20, abs=0.1)
 
 
 def test_windows_cover_everything_once_and_none_is_too_long() -> None:
@@ -246,134 +155,7 @@ def test_windows_cover_everything_once_and_none_is_too_long() -> None:
         assert windows[-1][1] == round(seconds * RATE)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(windows))
         assert max(end - start for start, end in windows) <= 10 * RATE + 1
-    assert windows_of(3 * RATE, settings) == []
-
-
-def test_captions_come_from_text_then_json_then_tags_then_the_folder(tmp_path: Path) -> None:
-    path = write(tmp_path / "slow_piano-pieces/x.flac", tone(2))
-    assert caption_of(path) == "slow piano pieces"
-    with soundfile.SoundFile(path, "w", RATE, 1) as file:
-        file.genre, file.title = "Baroque", "Air"
-        file.write(tone(2))
-    assert caption_of(path) == "Baroque, Air"
-    path.with_suffix(".json").write_text('{"prompt": "a  slow\\n air"}')
-    assert caption_of(path) == "a slow air"
-    path.with_suffix(".json").write_text('{"prompt": "an air"}', "utf-8-sig")  # as Windows writes
-    assert caption_of(path) == "an air"
-    path.with_suffix(".txt").write_text("an air\nfor strings\n", "utf-8-sig")
-    assert caption_of(path) == "an air for strings"
-
-
-def test_the_folder_one_stands_in_has_a_name_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "slow_piano/x.wav", tone(5))
-    (tmp_path / "slow_piano/inner").mkdir()
-    monkeypatch.chdir(tmp_path / "slow_piano")
-    assert caption_of(Path("x.wav")) == "slow piano"
-    monkeypatch.chdir("inner")
-    assert caption_of(Path("../x.wav")) == "slow piano"
-
-
-def test_a_sidecar_that_is_no_json_is_reported(tmp_path: Path) -> None:
-    path = write(tmp_path / "in/x.wav", tone(5))
-    path.with_suffix(".json").write_text('{"caption": "an air",}')
-    tracks, report = survey(tmp_path / "in", progress=False)
-    assert (tracks, report.accepted) == ([], [])
-    assert "x.json is not JSON" in report.rejected[0].reason
-    assert main(["data", "check", str(tmp_path / "in")]) == 1
-
-
-def test_music_in_a_format_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
-    write(tmp_path / "in/a.wav", tone(2))
-    (tmp_path / "in/b.m4a").write_bytes(b"ftyp")
-    (tmp_path / "in/cover.jpg").write_bytes(b"picture")
-    report = check_folder(tmp_path / "in", progress=False)
-    assert [(r.path.name, r.reason) for r in report.rejected] == [
-        ("b.m4a", ".m4a cannot be read: convert it to WAV or FLAC")
-    ]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes")
-def test_a_name_that_is_not_utf8_is_refused_and_can_be_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / "in/x.wav", tone(2))
-    os.rename(path, os.fsencode(path.parent) + b"/M\xfcsic.wav")
-    assert main(["data", "check", str(tmp_path / "in")]) == 1
-    assert "M\\xfcsic.wav: its name is not valid UTF-8" in capsys.readouterr().out
-
-
-def make_slakh(root: Path) -> Path:
-    """A made-up track in the layout of Slakh2100 (BabySlakh lacks the split folder)."""
-    track = root / "train/Track00001"
-    parts = {"S00": tone(5, hz=110), "S01": tone(5, hz=660), "S02": 0 * tone(5)}
-    for name, wave in parts.items():
-        write(track / f"stems/{name}.flac", 0.5 * wave)
-    write(track / "mix.flac", 0.5 * sum(parts.values()))
-    about = {
-        "UUID": "1a81ae092884234f3264e2f45927f00a",
-        "stems": {
-            "S00": {"inst_class": "Bass", "program_num": 33, "audio_rendered": True},
-            "S01": {"inst_class": "Piano", "program_num": 0, "audio_rendered": True},
-            "S02": {"inst_class": "Drums", "is_drum": True, "audio_rendered": True},
-            "S03": {"inst_class": "Guitar", "audio_rendered": False},
-        },
-    }
-    (track / "metadata.yaml").write_text(yaml.safe_dump(about))
-    (track / "all_src.mid").write_bytes(b"MThd")
-    return track
-
-
-def test_slakh_tracks_bring_their_named_stems_and_their_split(tmp_path: Path) -> None:
-    make_slakh(tmp_path / "in")
-    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(stems=True))
-    assert not report.rejected
-    assert [(row.instruments, row.split) for row in rows] == [("bass|piano|drums", "train")]
-    corpus = Corpus(tmp_path / "out")
-    stems = corpus.stems(0)
-    assert stems.shape == (3, 1, 5 * RATE)
-    # Stems keep the mix's gain: their sum is the mix (16 bits: a step per stem, one for the mix).
-    assert np.abs(stems.sum(0) - corpus.wave(0)).max() < 3 / 32767
-    said = row_stem_caption(rows[0], 1)
-    assert "piano" in said
-    assert not re.search("BPM|slow|fast|melody|voice", said)  # nobody knows
-    assert rows[0].caption == "bass, drums, piano"
-
-
-def test_a_slakh_track_that_lacks_an_announced_stem_is_rejected(tmp_path: Path) -> None:
-    track = make_slakh(tmp_path / "in")
-    (track / "stems/S01.flac").unlink()
-    write(tmp_path / "in/other.wav", tone(5))
-    with pytest.raises(LmdError, match=r"S01\.flac"):
-        build_audio(tmp_path / "in", tmp_path / "out")
-
-
-@pytest.mark.parametrize("torn", ["stems: {S00: [", "- a list", "stems: \xff"])
-def test_a_slakh_track_with_a_torn_description_is_rejected(tmp_path: Path, torn: str) -> None:
-    track = make_slakh(tmp_path / "in")
-    (track / "metadata.yaml").write_bytes(torn.encode("latin-1"))
-    write(tmp_path / "in/other.wav", tone(5))
-    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(), keep_going=True)
-    assert [row.path for row in rows] != []
-    assert any("cannot be read" in reject.reason for reject in report.rejected)
-
-
-def test_musdb_tracks_bring_four_stems(tmp_path: Path) -> None:
-    song = tmp_path / "in/test/Some Band - Some Song"
-    names = ("drums", "bass", "other", "vocals")
-    parts = [0.3 * tone(5, 44_100, 2, hz) for hz in (150, 300, 450)] + [0 * tone(5, 44_100, 2)]
-    for name, wave in zip(names, parts, strict=True):
-        write(song / f"{name}.wav", wave, 44_100)
-    write(song / "mixture.wav", sum(parts), 44_100)
-    rows, report = build_audio(
-        tmp_path / "in", tmp_path / "out", AudioSettings(channels=2, stems=True)
-    )
-    assert not report.rejected  # silent vocals are no fault
-    assert [(row.instruments, row.split) for row in rows] == [("drums|bass|other|vocals", "test")]
-    assert rows[0].caption == "Some Band Some Song"
-    corpus = Corpus(tmp_path / "out")
-    assert np.abs(corpus.stems(0).sum(0) - corpus.wave(0)).max() < 4 / 32767
+    assert windows_of(0, settings) == []
 
 
 def test_a_second_run_takes_in_only_what_is_new(tmp_path: Path) -> None:
@@ -411,19 +193,6 @@ def test_the_corpus_may_not_lie_in_the_folder_that_is_taken_in(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.wav"]
 
 
-def test_a_track_with_too_little_sound_is_reported(tmp_path: Path) -> None:
-    write(tmp_path / "in/long.wav", tone(5))
-    short = write(tmp_path / "in/short.wav", tone(2.5))
-    with pytest.raises(LmdError, match="1 of 2 files rejected"):
-        build_audio(tmp_path / "in", tmp_path / "out")
-    rows, report = build_audio(tmp_path / "in", tmp_path / "out", keep_going=True)
-    assert [row.title for row in rows] == ["long"]
-    assert [(r.path, r.reason) for r in report.rejected] == [
-        (short, "under 4 s of sound without its silences")
-    ]
-    assert "short.wav" in (tmp_path / "out/rejected.json").read_text()
-
-
 def test_there_is_always_something_to_train_on(tmp_path: Path) -> None:
     write(tmp_path / "in/a.wav", tone(5))
     (row,), _ = build_audio(tmp_path / "in", tmp_path / "out")
@@ -450,3 +219,5 @@ def test_the_build_command_takes_in_a_folder(
     assert "text.wav" in capsys.readouterr().out
     with pytest.raises(LmdError, match="no stems"):
         Corpus(tmp_path / "out").stems(0)
+    with pytest.raises(LmdError, match="no score"):
+        Corpus(tmp_path / "out").notes(0)

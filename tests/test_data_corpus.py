@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from lmd.__main__ import main
+from lmd.data.analysis import find_key
 from lmd.data.build import BuildSettings, build_corpus, plan
-from lmd.data.corpus import COLUMNS, Corpus, read_manifest, write_wav
+from lmd.data.corpus import COLUMNS, Corpus, play_again, read_manifest, write_wav
 from lmd.data.levels import limit
 from lmd.data.render import sum_stems
 from lmd.data.scores import Shelf
@@ -116,6 +117,21 @@ def test_stems_played_again_give_the_stored_mix_to_the_bit(built: Path, cache: P
         stems = corpus.stems(index, cache)
         wave = limit(sum_stems(stems), corpus.sample_rate)
         assert np.array_equal(np.round(wave * 32767).astype(np.int16).T, corpus.pcm(index))
+
+
+def test_the_notes_are_those_that_the_voices_play(built: Path, cache: Path) -> None:
+    """A voice sounds from the first of its notes on, and is silent before."""
+    corpus = Corpus(built)
+    for index, row in enumerate(corpus.rows):
+        notes, stems = corpus.notes(index, cache), corpus.stems(index, cache)
+        assert np.array_equal(notes, play_again(row, corpus.settings(), cache).notes)
+        assert set(notes[:, 3]) <= set(range(len(stems)))
+        for voice, stem in enumerate(stems):
+            own = notes[notes[:, 3] == voice]
+            first = round(own[:, 0].min() * row.sample_rate) if len(own) else stem.shape[-1]
+            assert not stem[:, :first].any()
+            assert bool(stem[:, first : first + row.sample_rate].any()) == bool(len(own))
+        assert find_key(notes[:, 2], notes[:, 1]) == (row.key, row.mode)
 
 
 def test_stored_stems_are_those_played_again_in_16_bits(cache: Path, tmp_path: Path) -> None:

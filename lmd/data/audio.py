@@ -5,9 +5,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,21 +21,18 @@ import torchaudio.functional as audio
 from tqdm import tqdm
 
 from lmd.data.analysis import brightness_hz
-from lmd.data.check import MAX_REJECTED, Report
+from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Report
 from lmd.data.corpus import SETTINGS, Row, is_whole, write_manifest, write_wav
 from lmd.data.layouts import Track, survey
-from lmd.data.levels import limit, loudness_gain
+from lmd.data.levels import block_powers, gain_of, gated_lufs, limit
 from lmd.data.render import MAX_SECONDS
+from lmd.data.silence import Heard, hear
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 
-AUDIO_FORMAT = 1
+AUDIO_FORMAT = 2
 SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
-QUIET_DB = -55.0  # below the segment's peak level: silence
-KEEP_QUIET_S = 0.5  # of a silence, so much stays
-MIN_WINDOW_S = 4.0  # shorter remains are left out
 MAX_GAIN = 10 ** (30 / 20)  # what is softer stays soft: more would lift noise, not music
-_FRAME_S = 0.05  # silence is looked for in steps of this
 
 
 @dataclass(frozen=True)
@@ -77,76 +75,83 @@ def load_segment(
     return wave.numpy()
 
 
-def sounding(wave: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Which samples to keep: silences are cut down to half a second, at the edges to none.
-
-    Args:
-        wave: `[channel, sample]`.
-        sample_rate: Hz.
-
-    Returns:
-        bool `[sample]`.
-    """
-    step = max(1, round(_FRAME_S * sample_rate))
-    n_steps = math.ceil(wave.shape[-1] / step)
-    padded = np.pad(np.abs(wave).max(axis=0), (0, n_steps * step - wave.shape[-1]))
-    peaks = padded.reshape(n_steps, step).max(axis=1)
-    loud = np.flatnonzero(peaks > peaks.max(initial=0) * 10 ** (QUIET_DB / 20))
-    keep = np.zeros(n_steps, bool)
-    if len(loud) and peaks.max() > 0:
-        keep[loud] = True
-        stay = round(KEEP_QUIET_S / _FRAME_S)
-        for before, after in pairwise(loud):
-            keep[before : min(before + stay, after) + 1] = True
-    return np.repeat(keep, step)[: wave.shape[-1]]
-
-
 def windows_of(n_samples: int, settings: AudioSettings) -> list[tuple[int, int]]:
-    """Equal stretches, none longer than the window; none at all if it is too short for one."""
-    if n_samples < MIN_WINDOW_S * settings.sample_rate:
-        return []
+    """Equal stretches, none longer than the window."""
     n_windows = math.ceil(n_samples / (settings.window_s * settings.sample_rate))
-    edges = [round(i * n_samples / n_windows) for i in range(n_windows + 1)]
+    edges = [round(i * n_samples / max(1, n_windows)) for i in range(n_windows + 1)]
     return list(pairwise(edges))
 
 
 def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row]:
-    """Read, level, trim, cut and write one track."""
+    """Read, trim, level, cut and write one track."""
     track, folder, out, settings = job
     piece_id = track.mix.relative_to(folder).as_posix()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
     digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
+    heard = hear(track.mix)
+    load = lru_cache(maxsize=1)(load_segment)  # the only stretch of a short file is read once
+    gain = _gain(_segments([track.mix], heard, settings, load), settings)
+    paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
     rows: list[Row] = []
-    duration_s = soundfile.info(track.mix).duration
-    n_segments = math.ceil(duration_s / SEGMENT_S)
-    for number in range(n_segments):
-        stretch = (number * duration_s / n_segments, duration_s / n_segments)
-        wave = load_segment(track.mix, settings, *stretch)
-        stems = []
-        if settings.stems:
-            stems = [load_segment(path, settings, *stretch) for _, path in track.stems]
-        for part, stem_parts in _prepared(wave, stems, settings):
+    for segment in _joined(_segments(paths, heard, settings, load), settings):
+        mix, *stems = gain * segment
+        mix = limit(mix, settings.sample_rate)
+        for start, end in windows_of(mix.shape[-1], settings):
             name = f"{slug}-{digest[:10]}__w{len(rows)}"
-            rows.append(_write(track, piece_id, name, part, stem_parts, out, settings))
+            parts = [stem[:, start:end] for stem in stems]
+            rows.append(_write(track, piece_id, name, mix[:, start:end], parts, out, settings))
     return rows
 
 
-def _prepared(
-    wave: np.ndarray, stems: Sequence[np.ndarray], settings: AudioSettings
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """One segment at the corpus's loudness, without its silences, in windows; stems alike."""
-    keep = sounding(wave, settings.sample_rate)
-    wave = wave[:, keep]
-    if not wave.shape[-1]:
-        return
-    gain = np.float32(min(loudness_gain(wave, settings.sample_rate), MAX_GAIN))
-    aligned = []
-    for stem in stems:
-        padded = np.pad(stem, ((0, 0), (0, max(0, len(keep) - stem.shape[-1]))))
-        aligned.append(gain * padded[:, : len(keep)][:, keep])
-    level = limit(gain * wave, settings.sample_rate)
-    for start, end in windows_of(wave.shape[-1], settings):
-        yield level[:, start:end], [stem[:, start:end] for stem in aligned]
+def _segments(
+    paths: Sequence[Path],
+    heard: Heard,
+    settings: AudioSettings,
+    load: Callable[[Path, AudioSettings, float, float], np.ndarray],
+) -> Iterator[np.ndarray]:
+    """A track's equal stretches, one after another, without the silences of its mix.
+
+    Args:
+        paths: the mix, then its stems.
+        heard: where the mix sounds.
+        settings: format of the corpus.
+        load: `load_segment`.
+
+    Yields:
+        float32 `[file, channel, sample]`.
+    """
+    duration_s = soundfile.info(paths[0]).duration
+    n_segments = math.ceil(duration_s / SEGMENT_S)
+    length_s = duration_s / n_segments
+    for number in range(n_segments):
+        start_s = number * length_s
+        waves = [load(path, settings, start_s, length_s) for path in paths]
+        keep = heard.kept(waves[0].shape[-1], settings.sample_rate, start_s)
+        yield np.stack([_of_length(wave, len(keep))[:, keep] for wave in waves])
+
+
+def _of_length(wave: np.ndarray, n_samples: int) -> np.ndarray:
+    """`[channel, sample]`, cut or followed by silence."""
+    return np.pad(wave[:, :n_samples], ((0, 0), (0, max(0, n_samples - wave.shape[-1]))))
+
+
+def _gain(segments: Iterator[np.ndarray], settings: AudioSettings) -> np.float32:
+    """The one factor that brings a whole mix, however long, to the corpus's loudness."""
+    blocks = [block_powers(segment[0], settings.sample_rate) for segment in segments]
+    return np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
+
+
+def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator[np.ndarray]:
+    """The same sound; of what is under a second, nothing stands alone."""
+    shortest = MIN_SECONDS * settings.sample_rate
+    held = next(segments)
+    for segment in segments:
+        if min(held.shape[-1], segment.shape[-1]) < shortest:
+            held = np.concatenate([held, segment], axis=-1)
+        else:
+            yield held
+            held = segment
+    yield held
 
 
 def _write(
@@ -231,17 +236,11 @@ def build_audio(
     tracks, report = survey(folder)
     _refuse_too_many(report, keep_going)
     _check_settings(out, settings)
-    of_track = _taken_in(tracks, folder, out, settings, workers)
-    for track, found in zip(tracks, of_track, strict=True):
-        if not found:
-            report.reject(track.mix, f"under {MIN_WINDOW_S:g} s of sound without its silences")
     (out / "rejected.json").write_text(report.as_json() + "\n")
+    of_track = _taken_in(tracks, folder, out, settings, workers)
     rows = with_splits([row for found in of_track for row in found])
     if not rows:
-        raise LmdError(
-            f"nothing usable in {folder}", f"over {MIN_WINDOW_S:g} s of sound", "See rejected.json."
-        )
-    _refuse_too_many(report, keep_going)  # now that the short ones are known, too
+        raise LmdError(f"nothing usable in {folder}", "music", "See rejected.json.")
     write_manifest(out, rows)
     return rows, report
 

@@ -10,18 +10,19 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from lmd.data.silence import hear
+from lmd.data.truncation import truncation
 from lmd.errors import LmdError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff")
 UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".ape", ".wv", ".mpc", ".dsf", ".dff", ".mka", ".caf")
 STEM_MP4 = ".stem.mp4"  # MUSDB18's packed form, which soundfile cannot open
-MIN_SECONDS = 1.0
+MIN_SECONDS = 1.0  # of a file, and of what sounds in it
 MIN_SAMPLE_RATE = 16_000  # Hz; below, there is nothing over 8 kHz to learn from
 MAX_CHANNELS = 2
 MAX_REJECTED = 0.05  # of all files; more stop a build
 SILENT_PEAK = 1e-4  # -80 dB under full scale
 MUSDB_STEMS = ("drums", "bass", "other", "vocals")
-_BLOCK = 1 << 18  # samples read at once: a three-hour file takes no more memory than a short one
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,11 @@ def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path
 def fault(path: Path) -> str | None:
     """Why a file cannot be used; None if it can. Every sample is read.
 
-    Refused: empty, unreadable, truncated, not audio, shorter than a second, under 16 kHz, more
-    than two channels, values that are not finite, silence, a name in another encoding than UTF-8.
-    Long files and names in any script are welcome.
+    Refused: empty, unreadable, truncated, not audio, shorter than a second (without its silences,
+    too), under 16 kHz, more than two channels, values that are not finite, silence, a name in
+    another encoding than UTF-8. Long files and names in any script are welcome.
+
+    One thing cannot be known: an MP3 without a Xing or LAME header does not say how long it is.
     """
     try:
         str(path).encode()
@@ -120,38 +123,38 @@ def fault(path: Path) -> str | None:
             return "not a file"
         if path.stat().st_size == 0:
             return "empty file (0 bytes)"
-        lost = _bytes_lost(path)
-        if lost:
-            return f"truncated: {lost} bytes of sound are missing"
-        with soundfile.SoundFile(path) as sound:
-            return _header_fault(sound) or _sample_fault(sound)
+        return truncation(path) or _header_fault(path) or _sample_fault(path)
     except (soundfile.LibsndfileError, OSError) as error:
         said = getattr(error, "error_string", None) or error.strerror or str(error)
         return f"unreadable as audio: {str(said).strip().rstrip('.')}"
 
 
-def _header_fault(sound: soundfile.SoundFile) -> str | None:
+def _header_fault(path: Path) -> str | None:
     """What is wrong with a file's rate, channels or length."""
-    if sound.samplerate < MIN_SAMPLE_RATE:
-        return f"sample rate {sound.samplerate} Hz, under {MIN_SAMPLE_RATE} Hz"
-    if sound.channels > MAX_CHANNELS:
-        return f"{sound.channels} channels, more than {MAX_CHANNELS}"
-    seconds = sound.frames / sound.samplerate
-    return f"{seconds:.2f} s, shorter than {MIN_SECONDS:g} s" if seconds < MIN_SECONDS else None
+    about = soundfile.info(path)
+    if about.samplerate < MIN_SAMPLE_RATE:
+        return f"sample rate {about.samplerate} Hz, under {MIN_SAMPLE_RATE} Hz"
+    if about.channels > MAX_CHANNELS:
+        return f"{about.channels} channels, more than {MAX_CHANNELS}"
+    if about.duration < MIN_SECONDS:
+        return f"{about.duration:.2f} s, shorter than {MIN_SECONDS:g} s"
+    return None
 
 
-def _sample_fault(sound: soundfile.SoundFile) -> str | None:
-    """What is wrong with a file's samples; it is read to its end, block by block."""
-    n_read, peak = 0, 0.0
-    while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
-        n_read += len(block)
-        block_peak = float(np.abs(block).max())
-        if not np.isfinite(block_peak):
-            return "values that are not finite (NaN or infinite)"
-        peak = max(peak, block_peak)
-    if n_read < sound.frames:
-        return f"truncated: {n_read} of {sound.frames} samples can be read"
-    return "silent" if peak < SILENT_PEAK and not is_stem(Path(sound.name)) else None
+def _sample_fault(path: Path) -> str | None:
+    """What is wrong with a file's samples; it is read to its end."""
+    heard, announced = hear(path), soundfile.info(path).frames
+    if not np.isfinite(heard.peak):
+        return "values that are not finite (NaN or infinite)"
+    if heard.n_samples < announced:
+        return f"truncated: {heard.n_samples} of {announced} samples can be read"
+    if is_stem(path):
+        return None
+    if heard.peak < SILENT_PEAK:
+        return "silent"
+    if heard.sounding_s < MIN_SECONDS:
+        return f"{heard.sounding_s:.2f} s of sound without its silences, under {MIN_SECONDS:g} s"
+    return None
 
 
 def is_stem(path: Path) -> bool:
@@ -159,23 +162,6 @@ def is_stem(path: Path) -> bool:
     if path.stem in MUSDB_STEMS:
         return path.with_name("mixture" + path.suffix).is_file()
     return path.parent.name == "stems" and any(path.parent.parent.glob("mix.*"))
-
-
-def _bytes_lost(path: Path) -> int:
-    """How many bytes a WAV or AIFF lacks of what its header announces; 0 for other formats.
-
-    libsndfile shortens such files without a word. Writers that stream leave the length at 0 or at
-    its maximum: those announce nothing.
-    """
-    with path.open("rb") as file:
-        head = file.read(12)
-    order = {b"RIFF": "little", b"FORM": "big"}.get(head[:4])
-    if order is None or len(head) < 12 or head[8:12] not in (b"WAVE", b"AIFF", b"AIFC"):
-        return 0
-    announced = int.from_bytes(head[4:8], order)
-    if announced in (0, 0xFFFFFFFF):
-        return 0
-    return max(0, announced + 8 - path.stat().st_size - announced % 2)
 
 
 def check_folder(folder: Path, progress: bool = True) -> Report:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lmd.data.render import Rendered, draw_rendition, render
-from lmd.data.scores import DEFAULT_CACHE, Split, cached_piece
+from lmd.data.render import Rendered, Rendition, draw_rendition, note_times, render
+from lmd.data.scores import DEFAULT_CACHE, Piece, Split, cached_piece
 from lmd.data.tones import file_sha256, shared_bank
 from lmd.errors import LmdError
 
@@ -154,6 +154,22 @@ class Corpus:
             raise LmdError(f"no stems of {row.name}", "stems stored by --stems", "Build with it.")
         return play_again(row, settings, cache).stems
 
+    def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
+        """The notes of a rendition as they were played, float64 `[note, 5]`.
+
+        Rows (onset_s, gate_s, pitch, voice, level_db) of `lmd.data.render.note_times`, drawn again
+        from the score; voices are numbered as the stems are.
+
+        Raises:
+            LmdError: own music, of which there is no score.
+        """
+        row, settings = self.rows[index], self.settings()
+        if "soundfont" not in settings:
+            raise LmdError(
+                f"{row.name}, which has no score", "renditions of scores", "Use a rendered corpus."
+            )
+        return note_times(*_drawn_again(row, settings, cache))
+
     def settings(self) -> dict[str, Any]:
         """What the corpus was built with."""
         return json.loads((self.folder / SETTINGS).read_text())
@@ -226,6 +242,10 @@ def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) 
             "the one that the corpus was built with",
             "Restore it, or build the corpus again.",
         )
+    return render(*_drawn_again(row, settings, cache), bank, settings["channels"])
+
+
+def _drawn_again(row: Row, settings: dict[str, Any], cache: Path) -> tuple[Piece, Rendition]:
+    """The score of a row, and how it was played."""
     piece = cached_piece(row.piece_id, cache)
-    how = draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
-    return render(piece, how, bank, settings["channels"])
+    return piece, draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])

@@ -215,6 +215,7 @@ def encode_corpus(
         trainer.strategy.barrier()
     if trainer.is_global_zero:
         _write_index(out, [shard_name(n) for n in numbers], corpus)
+    trainer.strategy.barrier()  # nobody goes on before there is an index
     return torn
 
 

@@ -20,15 +20,24 @@ def loudness_lufs(wave: np.ndarray, sample_rate: int) -> float:
 
     Source: ITU-R BS.1770-4.
     """
+    return gated_lufs(block_powers(wave, sample_rate))
+
+
+def block_powers(wave: np.ndarray, sample_rate: int) -> np.ndarray:
+    """K-weighted power of each block of 0.4 s, every 0.1 s, of `[channel, sample]`: `[block]`."""
     step, n = round(0.1 * sample_rate), wave.shape[-1]
     if n < 4 * step:
-        return -math.inf
+        return np.zeros(0)
     power = np.zeros(n // step)
     for channel in wave:
         weighted = lfilter(*_high_pass(sample_rate), lfilter(*_shelf(sample_rate), channel))
         squares = np.square(weighted[: n // step * step]).reshape(-1, step)
         power += squares.mean(axis=1)
-    blocks = np.convolve(power, np.full(4, 0.25), mode="valid")
+    return np.convolve(power, np.full(4, 0.25), mode="valid")
+
+
+def gated_lufs(blocks: np.ndarray) -> float:
+    """Loudness of all blocks of a sound `[block]` in LUFS; -inf if none passes the gate."""
     blocks = blocks[_lufs(blocks) > -70]
     if not len(blocks):
         return -math.inf
@@ -59,10 +68,14 @@ def _high_pass(sample_rate: int) -> tuple[list[float], list[float]]:
     return [(1 + cos) / 2, -(1 + cos), (1 + cos) / 2], [1 + alpha, -2 * cos, 1 - alpha]
 
 
-def loudness_gain(wave: np.ndarray, sample_rate: int, target_lufs: float = TARGET_LUFS) -> float:
+def loudness_gain(wave: np.ndarray, sample_rate: int) -> float:
     """The factor that brings a wave `[channel, sample]` to the target; 1 for silence."""
-    value = loudness_lufs(wave, sample_rate)
-    return float(10 ** ((target_lufs - value) / 20)) if math.isfinite(value) else 1.0
+    return gain_of(loudness_lufs(wave, sample_rate))
+
+
+def gain_of(value_lufs: float) -> float:
+    """The factor from a loudness to the target; 1 for silence."""
+    return float(10 ** ((TARGET_LUFS - value_lufs) / 20)) if math.isfinite(value_lufs) else 1.0
 
 
 def limit(wave: np.ndarray, sample_rate: int, ceiling: float = CEILING) -> np.ndarray:

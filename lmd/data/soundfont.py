@@ -152,12 +152,25 @@ class Soundfont:
         if number not in self._samples:
             _, start, end, *_, kind = self._lists[b"shdr"][number]
             if kind & _VORBIS:
-                data, _ = soundfile.read(io.BytesIO(self._wave_bytes[start:end]), dtype="float32")
+                data = self._unpacked(number)
             else:
                 raw = np.frombuffer(self._wave_bytes[2 * start : 2 * end], "<i2")
                 data = raw.astype(np.float32) / 32768
             self._samples[number] = data
         return self._samples[number]
+
+    def _unpacked(self, number: int) -> np.ndarray:
+        """The values of a sample that an `.sf3` keeps as Ogg Vorbis."""
+        name, start, end, *_ = self._lists[b"shdr"][number]
+        try:
+            return soundfile.read(io.BytesIO(self._wave_bytes[start:end]), dtype="float32")[0]
+        except soundfile.LibsndfileError as error:
+            raise LmdError(
+                f"sample {name.rstrip(bytes(1)).decode('latin-1')!r} of {self.path.name}: "
+                f"{error.error_string}",
+                "Ogg Vorbis",
+                "Give another file, or its .sf2 form.",
+            ) from error
 
     def _zone(self, values: dict[int, int], key: int) -> Zone:
         """Pitch, level and loop of a zone for one key."""

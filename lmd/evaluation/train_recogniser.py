@@ -1,7 +1,7 @@
 """Fit the recogniser on a built corpus: `python -m lmd train recogniser`.
 
 The truth is known exactly: the manifest names the instruments and the tempo, and the scores, played
-again in thought (`note_times`), say which pitch classes sound when.
+again in thought (`Corpus.notes`), say which pitch classes sound when.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from lmd.codec import Codec
 from lmd.config import RecogniserConfig
 from lmd.data.corpus import MANIFEST, Corpus, Row
 from lmd.data.instruments import FAMILIES
-from lmd.data.render import draw_rendition, note_times
-from lmd.data.scores import DEFAULT_CACHE, cached_piece
+from lmd.data.scores import DEFAULT_CACHE
 from lmd.errors import LmdError
 from lmd.evaluation.recogniser import (
     HOP,
@@ -86,28 +85,28 @@ class Truth:
         return levels.transpose(1, 2), torch.from_numpy(sounding.astype(np.float32))
 
 
-def sounding_classes(row: Row, max_seconds: float, n_frames: int, cache: Path) -> np.ndarray:
-    """Which pitch classes the score of a rendition lets sound in each frame, bool `[frame, 12]`.
+def sounding_classes(notes: np.ndarray, sample_rate: int, n_frames: int) -> np.ndarray:
+    """Which pitch classes the notes let sound in each frame, bool `[frame, 12]`.
 
-    Raises:
-        LmdError: own music, of which there is no score.
+    Args:
+        notes: rows (onset_s, gate_s, pitch, …), as `Corpus.notes` gives them.
+        sample_rate: Hz.
+        n_frames: how many frames there are.
     """
-    if not row.composer:
-        raise LmdError(
-            f"{row.name}, which has no score", "renditions of scores", "Use a rendered corpus."
-        )
-    piece = cached_piece(row.piece_id, cache)
-    notes = note_times(piece, draw_rendition(piece, row.rendition, row.seed, max_seconds))
     sounding = np.zeros((n_frames, 12), bool)
     for onset_s, gate_s, pitch, *_ in notes:
-        start = int(onset_s * row.sample_rate / HOP)
-        end = max(start + 1, round((onset_s + gate_s) * row.sample_rate / HOP))
+        start = int(onset_s * sample_rate / HOP)
+        end = max(start + 1, round((onset_s + gate_s) * sample_rate / HOP))
         sounding[start:end, int(pitch) % 12] = True
     return sounding
 
 
 def read_truth(corpus: Corpus, cache: Path = DEFAULT_CACHE) -> Truth:
-    """Features and truth of a corpus; kept beside the parsed scores for the next time."""
+    """Features and truth of a corpus; kept beside the parsed scores for the next time.
+
+    Raises:
+        LmdError: own music, of which there is no score.
+    """
     key = hashlib.sha256((corpus.folder / MANIFEST).read_bytes()).hexdigest()[:16]
     names = ",".join(row.name for row in corpus.rows)
     key += "-" + hashlib.sha256(names.encode()).hexdigest()[:8]
@@ -115,13 +114,13 @@ def read_truth(corpus: Corpus, cache: Path = DEFAULT_CACHE) -> Truth:
     if path.is_file():
         with np.load(path) as kept:
             return Truth(kept["levels"], kept["sounding"], kept["first"], corpus.rows)
-    max_seconds = corpus.settings()["max_seconds"]
     levels, sounding = [], []
     for index, row in enumerate(tqdm(corpus.rows, desc="levels", mininterval=2)):
         wave = torch.from_numpy(corpus.wave(index)).mean(0)
         found = (band_levels(wave, row.sample_rate) - BOTTOM_DB) / STEP_DB
         levels.append(found.round().clamp(0, 255).to(torch.uint8).numpy().T)
-        sounding.append(sounding_classes(row, max_seconds, found.shape[1], cache))
+        notes = corpus.notes(index, cache)
+        sounding.append(sounding_classes(notes, row.sample_rate, found.shape[1]))
     first = np.concatenate([[0], np.cumsum([len(part) for part in levels])])
     truth = Truth(np.concatenate(levels), np.concatenate(sounding), first, corpus.rows)
     path.parent.mkdir(parents=True, exist_ok=True)

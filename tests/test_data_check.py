@@ -1,0 +1,194 @@
+"""Which files of a folder are refused, and why."""
+
+import errno
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from audio_files import RATE, make_bad, tone, write
+
+from lmd.__main__ import main
+from lmd.data.audio import build_audio
+from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
+from lmd.errors import LmdError
+
+BAD = {
+    "zero": "empty file",
+    "text": "unreadable as audio",
+    "nan": "not finite",
+    "short": "shorter than 1 s",
+    "8khz": "8000 Hz",
+    "7-channel": "7 channels",
+    "silent": "silent",
+    "hardly-a-sound": r"0\.3\d s of sound without its silences, under 1 s",
+    "directory": "not a file",
+    "broken-link": "link",
+    "link-to-itself": "link",
+    "packed-stems": "MUSDB18-HQ",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_each_bad_file_is_refused_for_its_own_reason(tmp_path: Path, kind: str) -> None:
+    path = make_bad(tmp_path, kind)
+    write(tmp_path / "good.wav", tone(2))
+    report = check_folder(tmp_path, progress=False)
+    assert [item.path for item in report.rejected] == [path]
+    assert re.search(BAD[kind], report.rejected[0].reason), report.rejected[0].reason
+    assert report.accepted == [tmp_path / "good.wav"]
+
+
+WRITERS: dict[str, tuple[int, dict[str, str]]] = {  # rate, and what soundfile must be told
+    suffix: (44_100, {}) for suffix in AUDIO_SUFFIXES
+} | {
+    ".aif": (44_100, {"format": "AIFF"}),
+    ".opus": (48_000, {"format": "OGG", "subtype": "OPUS"}),
+    ".rf64.wav": (44_100, {"format": "RF64"}),
+}
+
+
+def write_noise(path: Path, seconds: float = 4.0) -> Path:
+    rate, how = WRITERS["".join(path.suffixes)]
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * rate), 1))
+    return write(path, noise, rate, **how)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_file_that_ends_early_is_refused(tmp_path: Path, suffix: str, share: float) -> None:
+    path = write_noise(tmp_path / f"a{suffix}")
+    assert fault(path) is None
+    whole = path.read_bytes()
+    path.write_bytes(whole[: round(share * len(whole))])
+    assert re.match("truncated|unreadable as audio", fault(path) or "")
+
+
+def test_an_mp3_without_a_header_does_not_say_how_long_it_was(tmp_path: Path) -> None:
+    """What the documentation states as a limit: nothing in the file tells."""
+    path = write_noise(tmp_path / "a.mp3")
+    data = path.read_bytes().replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+    path.write_bytes(data[: len(data) // 2])
+    assert fault(path) is None
+    assert soundfile.info(path).duration < 3
+
+
+def test_the_check_accepts_what_the_build_takes_in_and_nothing_else(tmp_path: Path) -> None:
+    waves = {"short": tone(0.9), "brief": tone(1.5), "long": tone(6)}
+    pauses = np.concatenate([tone(0.3), 0 * tone(2)] * 4)
+    for name, wave in {**waves, "pauses": pauses, "hardly": pauses[: 2 * RATE]}.items():
+        write(tmp_path / f"in/{name}.wav", wave)
+    checked = check_folder(tmp_path / "in", progress=False)
+    rows, built = build_audio(tmp_path / "in", tmp_path / "out", keep_going=True)
+    assert [path.stem for path in checked.accepted] == ["brief", "long", "pauses"]
+    assert sorted(row.title for row in rows) == ["brief", "long", "pauses"]
+    assert built == checked
+    assert json.loads((tmp_path / "out/rejected.json").read_text()) == json.loads(built.as_json())
+    with pytest.raises(LmdError, match=r"2 of 5 files rejected:\n .*hardly\.wav: 0\.3\d s"):
+        build_audio(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_file_that_may_not_be_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "mine.wav", tone(2))
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # nothing is forbidden to an administrator
+        refuse_to(monkeypatch, "open", path)
+    (reject,) = check_folder(tmp_path, progress=False).rejected
+    assert (reject.path, reject.reason) == (path, "unreadable as audio: Permission denied")
+
+
+def test_a_folder_that_may_not_be_opened_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.wav", tone(2))
+    (tmp_path / "closed").mkdir()
+    refuse_to(monkeypatch, "iterdir", tmp_path / "closed")
+    report = check_folder(tmp_path, progress=False)
+    assert report.accepted == [tmp_path / "a.wav"]
+    (reject,) = report.rejected
+    assert reject.path == tmp_path / "closed"
+    assert reject.reason == "folder cannot be opened: Permission denied"
+
+
+def refuse_to(monkeypatch: pytest.MonkeyPatch, what: str, path: Path) -> None:
+    """Make one method of one path fail as the system does."""
+    real = getattr(Path, what)
+
+    def method(self: Path, *args: object) -> object:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *args)
+
+    monkeypatch.setattr(Path, what, method)
+
+
+def test_a_symlink_loop_is_reported_once_and_ends(tmp_path: Path) -> None:
+    write(tmp_path / "album/a.wav", tone(2))
+    (tmp_path / "album/again").symlink_to(tmp_path)
+    report = check_folder(tmp_path, progress=False)
+    assert report.accepted == [tmp_path / "album/a.wav"]
+    assert [(r.path.name, "symlink loop" in r.reason) for r in report.rejected] == [("again", True)]
+
+
+def test_a_folder_linked_twice_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "a/x.wav", tone(2))
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    report = check_folder(tmp_path, progress=False)
+    assert len(report.accepted) == 1
+    assert not report.rejected
+
+
+def test_a_three_hour_file_is_accepted(tmp_path: Path) -> None:
+    path = write(tmp_path / "three_hours.wav", tone(2, 16_000), 16_000)
+    n_bytes = 3 * 3600 * 16_000 * 2
+    with path.open("r+b") as file:  # a sparse file: two seconds of tone, then zeros
+        file.truncate(44 + n_bytes)
+        file.seek(4)
+        file.write((36 + n_bytes).to_bytes(4, "little"))
+        file.seek(40)
+        file.write(n_bytes.to_bytes(4, "little"))
+    assert soundfile.info(path).duration == pytest.approx(3 * 3600)
+    assert fault(path) is None
+
+
+def test_the_report_is_json_and_the_status_says_if_anything_was_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(tmp_path / "in/good.wav", tone(2))
+    out = tmp_path / "report.json"
+    assert main(["data", "check", str(tmp_path / "in"), "--json", str(out)]) == 0
+    assert json.loads(out.read_text()) == {"accepted": [str(good)], "rejected": []}
+    bad = make_bad(tmp_path / "in", "zero")
+    assert main(["data", "check", str(tmp_path / "in"), "--json", str(out)]) == 1
+    assert json.loads(out.read_text()) == {
+        "accepted": [str(good)],
+        "rejected": [{"path": str(bad), "reason": "empty file (0 bytes)"}],
+    }
+    assert "1 accepted, 1 rejected" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
+
+
+def test_music_in_a_format_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.wav", tone(2))
+    (tmp_path / "in/b.m4a").write_bytes(b"ftyp")
+    (tmp_path / "in/cover.jpg").write_bytes(b"picture")
+    report = check_folder(tmp_path / "in", progress=False)
+    assert [(r.path.name, r.reason) for r in report.rejected] == [
+        ("b.m4a", ".m4a cannot be read: convert it to WAV or FLAC")
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes")
+def test_a_name_that_is_not_utf8_is_refused_and_can_be_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "in/x.wav", tone(2))
+    os.rename(path, os.fsencode(path.parent) + b"/M\xfcsic.wav")
+    assert main(["data", "check", str(tmp_path / "in")]) == 1
+    assert "M\\xfcsic.wav: its name is not valid UTF-8" in capsys.readouterr().out

@@ -1,0 +1,143 @@
+"""How music lies in a folder: stem layouts of data sets, captions beside the sound."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from audio_files import RATE, tone, write
+
+from lmd.__main__ import main
+from lmd.data.audio import AudioSettings, build_audio
+from lmd.data.build import row_stem_caption
+from lmd.data.corpus import Corpus
+from lmd.data.layouts import caption_of, survey
+from lmd.errors import LmdError
+
+
+def make_slakh(track: Path, suffix: str = ".flac", rate: int = 44_100) -> Path:
+    """A made-up track as Slakh2100 (flac, 44.1 kHz) or BabySlakh (wav, 16 kHz) keeps it."""
+    parts = {"S00": tone(5, rate, hz=110), "S01": tone(5, rate, hz=660), "S02": 0 * tone(5, rate)}
+    for name, wave in parts.items():
+        write(track / f"stems/{name}{suffix}", 0.5 * wave, rate)
+    write(track / f"mix{suffix}", 0.5 * sum(parts.values()), rate)
+    stems = {
+        "S00": {"inst_class": "Bass", "is_drum": False, "program_num": 33},
+        "S01": {"inst_class": "Piano", "is_drum": False, "program_num": 0},
+        "S02": {"inst_class": "Drums", "is_drum": True, "program_num": 128},
+        "S03": {"inst_class": "Guitar", "is_drum": False, "program_num": 27},
+    }
+    for name, stem in stems.items():
+        stem |= {"audio_rendered": name in parts, "midi_saved": True, "plugin_name": "none.nkm"}
+        stem |= {"midi_program_name": stem["inst_class"], "integrated_loudness": -20.0}
+        midi = track / f"MIDI/{name}.mid"
+        midi.parent.mkdir(exist_ok=True)
+        midi.write_bytes(b"MThd")
+    about = {"UUID": "1a81ae092884234f3264e2f45927f00a", "audio_dir": "stems", "midi_dir": "MIDI"}
+    about |= {"normalized": True, "normalization_factor": -13.0, "overall_gain": 0.5}
+    about |= {"target_peak": -1.0, "stems": stems}
+    (track / "metadata.yaml").write_text(yaml.safe_dump(about))
+    (track / "all_src.mid").write_bytes(b"MThd")
+    return track
+
+
+@pytest.mark.parametrize(
+    ("place", "suffix", "rate", "split"),
+    [
+        ("slakh2100_flac_redux/train", ".flac", 44_100, "train"),
+        ("slakh2100_flac_redux/validation", ".flac", 44_100, "validation"),
+        ("babyslakh_16k", ".wav", 16_000, ""),
+    ],
+)
+def test_slakh_tracks_bring_their_named_stems_and_their_split(
+    tmp_path: Path, place: str, suffix: str, rate: int, split: str
+) -> None:
+    make_slakh(tmp_path / "in" / place / "Track00001", suffix, rate)
+    tracks, _ = survey(tmp_path / "in", progress=False)
+    assert [track.split for track in tracks] == [split]
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(stems=True))
+    assert not report.rejected
+    assert [(row.instruments, row.split) for row in rows] == [
+        ("bass|piano|drums", split or "train")
+    ]
+    corpus = Corpus(tmp_path / "out")
+    stems = corpus.stems(0)
+    assert stems.shape == (3, 1, 5 * RATE)
+    # Stems keep the mix's gain: their sum is the mix (16 bits: a step per file on either side).
+    assert np.abs(stems.sum(0) - corpus.wave(0)).max() < 12 / 32767
+    said = row_stem_caption(rows[0], 1)
+    assert "piano" in said
+    assert not re.search("BPM|slow|fast|melody|voice", said)  # nobody knows
+    assert rows[0].caption == "bass, drums, piano"
+
+
+def test_a_slakh_track_that_lacks_an_announced_stem_is_rejected(tmp_path: Path) -> None:
+    track = make_slakh(tmp_path / "in/train/Track00001")
+    (track / "stems/S01.flac").unlink()
+    write(tmp_path / "in/other.wav", tone(5))
+    with pytest.raises(LmdError, match=r"S01\.flac"):
+        build_audio(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("torn", ["stems: {S00: [", "- a list", "stems: \xff"])
+def test_a_slakh_track_with_a_torn_description_is_rejected(tmp_path: Path, torn: str) -> None:
+    track = make_slakh(tmp_path / "in/train/Track00001")
+    (track / "metadata.yaml").write_bytes(torn.encode("latin-1"))
+    write(tmp_path / "in/other.wav", tone(5))
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(), keep_going=True)
+    assert [row.path for row in rows] != []
+    assert any("cannot be read" in reject.reason for reject in report.rejected)
+
+
+def test_musdb_tracks_bring_four_stems(tmp_path: Path) -> None:
+    song = tmp_path / "in/test/Some Band - Some Song"
+    names = ("drums", "bass", "other", "vocals")
+    parts = [0.3 * tone(5, 44_100, 2, hz) for hz in (150, 300, 450)] + [0 * tone(5, 44_100, 2)]
+    for name, wave in zip(names, parts, strict=True):
+        write(song / f"{name}.wav", wave, 44_100)
+    write(song / "mixture.wav", sum(parts), 44_100)
+    rows, report = build_audio(
+        tmp_path / "in", tmp_path / "out", AudioSettings(channels=2, stems=True)
+    )
+    assert not report.rejected  # silent vocals are no fault
+    assert [(row.instruments, row.split) for row in rows] == [("drums|bass|other|vocals", "test")]
+    assert rows[0].caption == "Some Band Some Song"
+    corpus = Corpus(tmp_path / "out")
+    assert np.abs(corpus.stems(0).sum(0) - corpus.wave(0)).max() < 4 / 32767
+
+
+def test_captions_come_from_text_then_json_then_tags_then_the_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / "slow_piano-pieces/x.flac", tone(2))
+    assert caption_of(path) == "slow piano pieces"
+    with soundfile.SoundFile(path, "w", RATE, 1) as file:
+        file.genre, file.title = "Baroque", "Air"
+        file.write(tone(2))
+    assert caption_of(path) == "Baroque, Air"
+    path.with_suffix(".json").write_text('{"prompt": "a  slow\\n air"}')
+    assert caption_of(path) == "a slow air"
+    path.with_suffix(".json").write_text('{"prompt": "an air"}', "utf-8-sig")  # as Windows writes
+    assert caption_of(path) == "an air"
+    path.with_suffix(".txt").write_text("an air\nfor strings\n", "utf-8-sig")
+    assert caption_of(path) == "an air for strings"
+
+
+def test_the_folder_one_stands_in_has_a_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "slow_piano/x.wav", tone(5))
+    (tmp_path / "slow_piano/inner").mkdir()
+    monkeypatch.chdir(tmp_path / "slow_piano")
+    assert caption_of(Path("x.wav")) == "slow piano"
+    monkeypatch.chdir("inner")
+    assert caption_of(Path("../x.wav")) == "slow piano"
+
+
+def test_a_sidecar_that_is_no_json_is_reported(tmp_path: Path) -> None:
+    path = write(tmp_path / "in/x.wav", tone(5))
+    path.with_suffix(".json").write_text('{"caption": "an air",}')
+    tracks, report = survey(tmp_path / "in", progress=False)
+    assert (tracks, report.accepted) == ([], [])
+    assert "x.json is not JSON" in report.rejected[0].reason
+    assert main(["data", "check", str(tmp_path / "in")]) == 1
