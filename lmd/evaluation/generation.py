@@ -64,9 +64,9 @@ class Budget:
     Attributes:
         n_clips: prompts, each from another held-out piece.
         n_blocks: blocks of a clip.
-        n_seeds: repetitions, each with other noise and other excerpts.
-        slow_seeds: repetitions of what costs several times as much: the naive method, and more
-            steps than the long streams have.
+        n_seeds: repetitions, each with other noise and other excerpts, of what the aims are judged
+            by: streams from silence in few steps.
+        other_seeds: repetitions of every other line.
         steps: model calls per block, most first.
         naive_steps: those that the naive method is measured at (it costs five times as much).
         primed: whether clips that go on from real music are made too.
@@ -81,7 +81,7 @@ class Budget:
     n_clips: int = 16
     n_blocks: int = 5
     n_seeds: int = 8
-    slow_seeds: int = 3
+    other_seeds: int = 3
     steps: tuple[int, ...] = (50, 8, 4, 2)
     naive_steps: tuple[int, ...] = (50, 8, 4, 2)
     primed: bool = True
@@ -93,10 +93,10 @@ class Budget:
     reference_s: float = 60.0
     block_frames: int = 48
 
-    def seeds_of(self, method: Method, n_steps: int) -> int:
+    def seeds_of(self, method: Method, n_steps: int, primed: bool) -> int:
         """How often a line of the table is repeated."""
         is_slow = method.regime == "full" or n_steps > max(self.drift_steps)
-        return self.slow_seeds if is_slow else self.n_seeds
+        return self.other_seeds if is_slow or primed else self.n_seeds
 
 
 FULL = Budget()

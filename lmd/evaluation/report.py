@@ -119,8 +119,9 @@ def _setting(result: Mapping[str, Any]) -> str:
     real = result["anchors"]["real"]
     return (
         f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "
-        f"{budget['n_seeds']} seeds ({budget['slow_seeds']} for the naive method and for more than "
-        f"{max(budget['drift_steps'])} steps), clips of {result['clip_s']:.1f} s in blocks of "
+        f"{budget['n_seeds']} seeds ({budget['other_seeds']} for primed streams, for the naive "
+        f"method and for more than {max(budget['drift_steps'])} steps), clips of "
+        f"{result['clip_s']:.1f} s in blocks of "
         f"{budget['block_frames']} frames. Values are means over seeds with Student's 95 % "
         "intervals, wide where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "

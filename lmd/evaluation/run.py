@@ -255,7 +255,7 @@ class Evaluation:
         """One line of the table."""
         seeds, first = [], controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
         base = part_name(method, sha256, first)
-        n_seeds = self.budget.seeds_of(method, n_steps)
+        n_seeds = self.budget.seeds_of(method, n_steps, primed)
         for seed in range(n_seeds):
             controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
             name = f"{base}-{'primed' if primed else 'silence'}-{seed}"
