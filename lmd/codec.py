@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmd.errors import LmdError
-from lmd.shapes import Latents, Wave
+from lmd.shapes import BlockLatents, Latents, Wave
 
 Seam = Literal["exact", "fade"]
 
@@ -52,8 +52,11 @@ class StreamingCodec(Codec, Protocol):
         """The streaming state before the first latent."""
         ...
 
-    def stream_decode(self, state: Any, latents: Latents) -> tuple[Wave, Any]:
-        """The samples that are certain now (`lookahead_frames` late) and the next state."""
+    def stream_decode(self, state: Any, latents: Latents, last: bool = False) -> tuple[Wave, Any]:
+        """The samples that are certain now (`lookahead_frames` late) and the next state.
+
+        With `last` the stream ends behind these latents, and the rest of the samples comes, too.
+        """
         ...
 
 
@@ -65,7 +68,7 @@ class DecodeState:
         latents: the most recent latents, those still to be heard last.
         n_waiting: how many of them have not been emitted yet (the look-ahead of an exact seam).
         overhang: samples guessed past the last block's end, to be faded out (fading seam).
-        running: the codec's own streaming state, where it has one (exact seam).
+        running: the codec's own streaming state, where it has one.
     """
 
     latents: Latents | None = None
@@ -104,17 +107,16 @@ def decode_block(
     n_emit = max(0, n_ready - codec.lookahead_frames) if seam == "exact" else n_ready
     past = latents[..., :0] if state.latents is None else state.latents
     joined = torch.cat([past, latents], dim=-1)
+    n_guess = math.ceil(n_fade / hop) if seam == "fade" else 0
+    guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
     overhang, running = state.overhang, None
-    if seam == "exact" and isinstance(codec, StreamingCodec):
-        decoded, running = _decode_running(codec, state, latents)
-        wave = decoded[..., decoded.shape[-1] - n_emit * hop :].clone()
+    if isinstance(codec, StreamingCodec):
+        decoded, running = _decode_running(codec, state, latents, guess)
+        end = decoded.shape[-1] - n_guess * hop
     else:
-        n_guess = math.ceil(n_fade / hop) if seam == "fade" else 0
-        guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
-        start = (past.shape[-1] - state.n_waiting) * hop
-        end = start + n_emit * hop
         decoded = codec.decode(torch.cat([joined, guess], dim=-1))
-        wave = decoded[..., start:end].clone()
+        end = (past.shape[-1] - state.n_waiting + n_emit) * hop
+    wave = decoded[..., end - n_emit * hop : end].clone()
     if n_emit:
         if overhang is not None:
             n = min(overhang.shape[-1], wave.shape[-1])
@@ -127,15 +129,22 @@ def decode_block(
 
 
 def _decode_running(
-    codec: "StreamingCodec", state: DecodeState, latents: Latents
+    codec: "StreamingCodec", state: DecodeState, latents: Latents, guess: BlockLatents
 ) -> tuple[Wave, Any]:
-    """Decode with the codec's own streaming state; a new one is fed the latents before it."""
+    """Decode with the codec's own streaming state; a new one is fed the latents before it.
+
+    With a guess the samples go on to its end; the state knows nothing of it.
+    """
     running = state.running
     if running is None:
         running = codec.stream_start()
         if state.latents is not None and state.latents.shape[-1]:
             _, running = codec.stream_decode(running, state.latents)
-    return codec.stream_decode(running, latents)
+    wave, running = codec.stream_decode(running, latents)
+    if guess.shape[-1]:
+        rest, _ = codec.stream_decode(running, guess, last=True)
+        wave = torch.cat([wave, rest], dim=-1)
+    return wave, running
 
 
 def equal_power_fade(n_samples: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,11 @@ class QuietCodec:
             noise = model.decode(normal((1, model.latent_dim, 48), 0, "loudness"))
         self.gain = self.level / max(float(noise.square().mean().sqrt()), 1e-6)
 
+    @property
+    def device(self) -> torch.device:
+        """The codec's own."""
+        return self.model.device
+
     def encode(self, wave: Wave) -> Latents:
         """The codec's own."""
         return self.model.encode(wave)

@@ -59,8 +59,10 @@ def integrate(
     in_frequency: Spectrum,
     start: Int[Tensor, "batch step"],
     hop_turn: Complex[Tensor, " bin"],
-) -> Spectrum:
-    """The spectrum of given magnitudes whose phases follow the advances.
+    n_past: int = 0,
+    last: Complex[Tensor, "batch bin 1"] | None = None,
+) -> Complex[Tensor, "batch bin new_step"]:
+    """Phases that follow the advances, as unit complex numbers.
 
     A step turns the phases of the step before; then, in `N_SWEEPS` sweeps, loud and sure bins lead
     their neighbours. A step without a past sums the advances to the next bin up from bin 0. NumPy
@@ -72,37 +74,53 @@ def integrate(
         in_frequency: advance to the next bin.
         start: for every step the step its phase counts from (`restarts`).
         hop_turn: `bin_turn` of the transform.
+        n_past: so many steps at the beginning have their phases already.
+        last: the spectrum of the last of these.
+
+    Returns:
+        The phases of all other steps.
     """
+    runs = _runs(start.cpu().numpy(), n_past)
+    lowest = int(runs[:, 1].min())  # nothing before it is looked at
+    magnitude, in_time, in_frequency = (t[..., lowest:] for t in (magnitude, in_time, in_frequency))
+    runs[:, 1:3] -= lowest
     turned = in_time * hop_turn[None, :, None]
     up = in_frequency[:, :-1] * magnitude[:, :-1]
     down = in_frequency[:, :-1].conj() * magnitude[:, 1:]
     angle = torch.angle(in_frequency[:, :-1]).cumsum(1)
     first = torch.polar(torch.ones_like(angle), angle)
     first = torch.cat([torch.ones_like(first[:, :1]), first], dim=1)
+    last = turned[..., :0] if last is None else last
     # steps first, so that one step of one row is contiguous
     arrays = [
         t.detach().resolve_conj().cpu().transpose(1, 2).contiguous().numpy()
-        for t in (first, turned, magnitude, up, down)
+        for t in (first, turned, magnitude, up, down, last)
     ]
-    made = _integrate_runs(*arrays, _runs(start.cpu().numpy()))
+    made = _integrate_runs(*arrays, runs, n_past - lowest)
     return torch.from_numpy(made).to(magnitude.device).transpose(1, 2)
 
 
-def _runs(start: np.ndarray) -> np.ndarray:
+def _runs(start: np.ndarray, n_past: int) -> np.ndarray:
     """Runs of steps that count from the same step, longest way first.
+
+    A run that goes on from the last step of the past begins right behind it.
 
     Args:
         start: `[row, step]`, as `restarts` gives it.
+        n_past: steps at the beginning that have their phases.
 
     Returns:
-        Rows (row, start, first step, length counted from the start).
+        Rows (row, where it begins, first step, length counted from the beginning, 1 if it goes on).
     """
     runs = []
     for row, starts in enumerate(start):
-        firsts = np.flatnonzero(np.diff(starts, prepend=-1))
+        firsts = n_past + np.flatnonzero(np.diff(starts[n_past:], prepend=-1))
         ends = np.append(firsts[1:], len(starts))
-        begins = starts[firsts]
-        runs.append(np.stack([np.full_like(firsts, row), begins, firsts, ends - begins], axis=1))
+        begins, goes_on = starts[firsts], np.zeros_like(firsts)
+        if n_past and begins[0] == starts[n_past - 1]:
+            begins[0], goes_on[0] = n_past, 1
+        columns = (np.full_like(firsts, row), begins, firsts, ends - begins, goes_on)
+        runs.append(np.stack(columns, axis=1))
     joined = np.concatenate(runs)
     return joined[np.argsort(-joined[:, 3], kind="stable")]
 
@@ -113,13 +131,20 @@ def _integrate_runs(
     magnitude: np.ndarray,
     up: np.ndarray,
     down: np.ndarray,
+    last: np.ndarray,
     runs: np.ndarray,
+    n_past: int,
 ) -> np.ndarray:
     """`integrate` for arrays `[row, step, bin]`: all runs go on together, one step at a time.
 
-    A run that starts before its first step only passes through the steps between.
+    A run that begins before its first step only passes through the steps between; one that goes on
+    from the past begins with the step after `last`.
     """
-    out = np.empty_like(turned)
+    rows = runs[runs[:, 4] == 1, 0]
+    at = (rows, n_past)
+    if len(rows):
+        first[at] = _next_unit(last[rows, 0], turned[at], up[at], down[at])
+    out = np.empty_like(turned[:, n_past:])
     current = first[:0, 0]
     for age in range(runs[0, 3]):
         n = int(np.searchsorted(-runs[:, 3], -age))  # runs still going
@@ -128,7 +153,7 @@ def _integrate_runs(
         unit = first[at] if age == 0 else _next_unit(current[:n], turned[at], up[at], down[at])
         current = unit * magnitude[at]
         heard = step >= runs[:n, 2]
-        out[row[heard], step[heard]] = current[heard]
+        out[row[heard], step[heard] - n_past] = unit[heard]
     return out
 
 

@@ -5,6 +5,7 @@ decoder, in the Vocos family, predicts magnitudes and phase advances (`lmd.phase
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,7 @@ from lmd import phase
 from lmd.config import SpectralCodecConfig
 from lmd.errors import LmdError
 from lmd.shapes import Latents, Wave
-
-Decibels = Float[Tensor, "batch bin step"]
-DB_SCALE = 20.0  # network units per decibel are 1 / DB_SCALE
-KERNEL = 7
-TILE = 64  # rows of a matrix product while decoding
+from lmd.spectral_decoder import DB_SCALE, Advances, Decibels, Past, SpectralDecoder
 
 
 def stft(wave: Float[Tensor, "batch sample"], n_fft: int, hop: int) -> phase.Spectrum:
@@ -123,117 +120,29 @@ class SpectralEncoder(nn.Module):
         return ((raw - self.latent_mean) / self.latent_std).transpose(1, 2)
 
 
-def same_linear(
-    layer: nn.Linear, x: Float[Tensor, "*rows inputs"]
-) -> Float[Tensor, "*rows outputs"]:
-    """A linear layer whose rows do not depend, not even in rounding, on how many there are.
+@dataclass(frozen=True)
+class SpectralStream:
+    """Where a streamed decode is; a value (`lmd.codec.StreamingCodec`).
 
-    Matrix products of other sizes round otherwise, and phases that are integrated for a second
-    make that audible. So without gradients rows are taken `TILE` at a time.
-    """
-    if torch.is_grad_enabled():
-        return layer(x)
-    rows = x.reshape(-1, x.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
-    out = x.new_empty(len(padded), layer.out_features)
-    for tile, part in zip(padded.split(TILE), out.split(TILE), strict=True):
-        torch.addmm(layer.bias, tile, layer.weight.T, out=part)
-    return out[: len(rows)].reshape(*x.shape[:-1], -1)
-
-
-def same_depthwise(
-    layer: nn.Conv1d, x: Float[Tensor, "batch padded width"]
-) -> Float[Tensor, "batch frame width"]:
-    """A depthwise convolution over padded frames, tap by tap, for the same reason."""
-    if torch.is_grad_enabled():
-        return layer(x.transpose(1, 2)).transpose(1, 2)
-    n = x.shape[1] - KERNEL + 1
-    out = layer.bias.expand(len(x), n, -1)
-    for tap in range(KERNEL):
-        out = torch.addcmul(out, x[:, tap : tap + n], layer.weight[:, 0, tap])
-    return out
-
-
-class ConvBlock(nn.Module):
-    """ConvNeXt in one dimension: depthwise convolution, then a network per frame, added on.
-
-    Args:
-        width: channels.
-        n_ahead: frames after the present one that the convolution sees; the rest lies before it.
+    Attributes:
+        layers: what the decoder's convolutions will see again; `()` at the beginning.
+        level: decibels of the last step.
+        magnitude, in_time, in_frequency, onset: of the steps that a phase may still count from.
+        spectrum: of the steps whose grains reach into samples to come.
     """
 
-    def __init__(self, width: int, n_ahead: int) -> None:
-        super().__init__()
-        self.pad = (KERNEL - 1 - n_ahead, n_ahead)
-        self.depthwise = nn.Conv1d(width, width, KERNEL, groups=width)
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 2 * width)
-        self.contract = nn.Linear(2 * width, width)
-        self.scale = nn.Parameter(torch.full((width,), 0.3))
-
-    def forward(self, x: Float[Tensor, "batch frame width"]) -> Float[Tensor, "batch frame width"]:
-        """The same shape."""
-        y = same_depthwise(self.depthwise, F.pad(x, (0, 0, *self.pad)))
-        y = F.gelu(same_linear(self.expand, self.norm(y)))
-        return x + self.scale * same_linear(self.contract, y)
+    layers: tuple[Past, ...] = ()
+    level: Tensor | None = None
+    magnitude: Tensor | None = None
+    in_time: Tensor | None = None
+    in_frequency: Tensor | None = None
+    onset: Tensor | None = None
+    spectrum: Tensor | None = None
 
 
-class SpectralDecoder(nn.Module):
-    """Latents to magnitudes and phase advances.
-
-    Blocks at the latent rate, then at the STFT rate. One frame of look-ahead each for the first
-    convolution, the first block, and four steps at the STFT rate.
-    """
-
-    def __init__(self, config: SpectralCodecConfig) -> None:
-        super().__init__()
-        self.config = config
-        n_bins = config.n_fft // 2 + 1
-        self.enter = nn.Conv1d(config.latent_dim, config.width, 3, padding=1)
-        self.blocks = nn.Sequential(
-            *(ConvBlock(config.width, int(i == 0)) for i in range(config.depth))
-        )
-        self.split = nn.Linear(config.width, config.hops_per_frame * config.step_width)
-        steps_ahead = [config.hops_per_frame // 2 if i < 2 else 0 for i in range(config.step_depth)]
-        self.step_blocks = nn.Sequential(*(ConvBlock(config.step_width, n) for n in steps_ahead))
-        self.norm = nn.LayerNorm(config.step_width)
-        self.level = nn.Linear(config.step_width, n_bins)
-        self.advance = nn.Linear(config.step_width, 4 * n_bins)
-
-    @property
-    def lookback_frames(self) -> int:
-        """Frames before a frame that its magnitudes and advances depend on."""
-        at_frames = 1 + sum(block.pad[0] for block in self.blocks)
-        at_steps = sum(block.pad[0] for block in self.step_blocks)
-        return at_frames + math.ceil(at_steps / self.config.hops_per_frame)
-
-    @property
-    def lookahead_frames(self) -> int:
-        """Frames after a frame that its magnitudes and advances depend on."""
-        at_frames = 1 + sum(block.pad[1] for block in self.blocks)
-        at_steps = sum(block.pad[1] for block in self.step_blocks)
-        return at_frames + math.ceil(at_steps / self.config.hops_per_frame)
-
-    def forward(self, latents: Latents) -> tuple[Decibels, phase.Spectrum, phase.Spectrum]:
-        """Levels in decibels, advances in time and to the next bin: all `[batch, bin, step]`."""
-        x = self.blocks(self._enter(latents))
-        x = same_linear(self.split, x).reshape(len(x), -1, self.config.step_width)
-        x = self.norm(self.step_blocks(x))
-        level = same_linear(self.level, x).transpose(1, 2).float() * DB_SCALE
-        in_time, in_frequency = torch.view_as_complex(
-            same_linear(self.advance, x).float().unflatten(-1, (2, -1, 2)).contiguous()
-        ).unbind(2)
-        return level, in_time.transpose(1, 2), in_frequency.transpose(1, 2)
-
-    def _enter(self, latents: Latents) -> Float[Tensor, "batch frame width"]:
-        """The first convolution, as one linear map of three frames."""
-        if torch.is_grad_enabled():
-            return self.enter(latents).transpose(1, 2)
-        x = F.pad(latents, (1, 1)).unfold(-1, 3, 1).transpose(1, 2).flatten(2)
-        weights = nn.Linear(x.shape[-1], self.config.width, device="meta")
-        weights.weight = nn.Parameter(self.enter.weight.flatten(1), requires_grad=False)
-        weights.bias = self.enter.bias
-        return same_linear(weights, x)
+def appended(past: Tensor | None, new: Tensor) -> Tensor:
+    """Steps behind steps, in the memory layout of the new ones (sums over bins depend on it)."""
+    return new if past is None else torch.cat([past.mT, new.mT], dim=1).mT
 
 
 class SpectralCodec(nn.Module):
@@ -252,10 +161,18 @@ class SpectralCodec(nn.Module):
         self.encoder, self.decoder = SpectralEncoder(config), SpectralDecoder(config)
         overlap = math.ceil((config.n_fft - config.hop) / 2 / config.samples_per_frame)
         self.lookahead_frames = self.decoder.lookahead_frames + overlap
+        per_frame = config.hops_per_frame
+        self.n_before = overlap * per_frame  # steps whose grains reach into samples after them
+        self.n_waiting = self.lookahead_frames * per_frame - self.decoder.lookahead_steps
         # one step more: an onset is a rise over the step before
         self.lookback_frames = self.decoder.lookback_frames + overlap + config.horizon_frames + 1
         turn = phase.bin_turn(config.n_fft // 2 + 1, config.n_fft, config.hop)
         self.register_buffer("hop_turn", turn, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; waves and latents may come from anywhere."""
+        return self.hop_turn.device
 
     @torch.no_grad()
     def encode(self, wave: Wave) -> Latents:
@@ -278,11 +195,34 @@ class SpectralCodec(nn.Module):
             )
         if not torch.isfinite(wave).all():
             raise LmdError("samples that are not finite", "finite samples", "Check the source.")
-        return self.encoder(wave.float())
+        return self.encoder(wave.to(self.device, torch.float32))
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Wave:
         """The wave of some latents.
+
+        Raises:
+            LmdError: another number of latent channels, or values that are not finite.
+        """
+        return self.stream_decode(SpectralStream(), latents, last=True)[0]
+
+    def stream_start(self) -> SpectralStream:
+        """The streaming state before the first latent."""
+        return SpectralStream()
+
+    @torch.no_grad()
+    def stream_decode(
+        self, state: SpectralStream, latents: Latents, last: bool = False
+    ) -> tuple[Wave, SpectralStream]:
+        """Decode the next frames of a stream, computing nothing twice.
+
+        The samples equal those of one decode of the whole stream; they come `lookahead_frames`
+        late.
+
+        Args:
+            state: what the previous call returned; `stream_start()` to begin.
+            latents: `[batch, latent, frame]`.
+            last: the stream ends here: return the rest, too.
 
         Raises:
             LmdError: another number of latent channels, or values that are not finite.
@@ -295,22 +235,63 @@ class SpectralCodec(nn.Module):
             )
         if not torch.isfinite(latents).all():
             raise LmdError("latents that are not finite", "finite latents", "Check the model.")
+        latents = latents.to(self.device, torch.float32)
         if not latents.shape[-1]:
-            return latents.new_zeros(len(latents), self.channels, 0)
-        return self.synthesize(*self.decoder(latents.float()))[:, None]
+            return latents.new_zeros(len(latents), self.channels, 0), state
+        advances, layers = self.decoder.step(latents, state.layers, last)
+        state = replace(state, layers=layers)
+        if not advances[0].shape[-1]:  # still within the look-ahead
+            return latents.new_zeros(len(latents), self.channels, 0), state
+        wave, state = self._sound(state, advances, last)
+        return wave[:, None], state
 
     def synthesize(
         self, level: Decibels, in_time: phase.Spectrum, in_frequency: phase.Spectrum
     ) -> Float[Tensor, "batch sample"]:
         """The wave of predicted levels and advances; gradients reach the levels alone."""
-        config = self.config
-        magnitude = amplitude(level, config.floor_db)
+        return self._sound(SpectralStream(), (level, in_time, in_frequency), last=True)[0]
+
+    def _sound(
+        self, state: SpectralStream, advances: Advances, last: bool
+    ) -> tuple[Float[Tensor, "batch sample"], SpectralStream]:
+        """The samples that some more steps make certain, and the next state."""
+        config, n = self.config, advances[0].shape[-1]
+        loud = amplitude(advances[0], config.floor_db)
         with torch.no_grad():
+            levels = appended(state.level, advances[0])
+            onset = onset_strength(levels, config.floor_db)[..., levels.shape[-1] - n :]
+            if state.onset is not None:
+                onset = torch.cat([state.onset, onset], dim=-1)
+            magnitude = appended(state.magnitude, loud)
+            in_time = appended(state.in_time, advances[1])
+            in_frequency = appended(state.in_frequency, advances[2])
             horizon = config.horizon_frames * config.hops_per_frame
-            start = phase.restarts(onset_strength(level, config.floor_db), horizon)
-            spectrum = phase.integrate(magnitude, in_time, in_frequency, start, self.hop_turn)
-            unit = spectrum / magnitude.clamp_min(1e-12)
-        return inverse_stft(magnitude * unit, config.n_fft, config.hop)
+            start = phase.restarts(onset, horizon)
+            known = None if state.spectrum is None else state.spectrum[..., -1:]
+            n_past = magnitude.shape[-1] - n
+            unit = phase.integrate(
+                magnitude, in_time, in_frequency, start, self.hop_turn, n_past, known
+            )
+        wave, tail = self._overlap_add(state.spectrum, loud * unit, last)
+        kept = horizon + 1  # the last step's own horizon
+        return wave, SpectralStream(
+            state.layers,
+            levels[..., -1:],
+            *(t[..., -kept:] for t in (magnitude, in_time, in_frequency, onset)),
+            tail,
+        )
+
+    def _overlap_add(
+        self, past: Tensor | None, new: phase.Spectrum, last: bool
+    ) -> tuple[Float[Tensor, "batch sample"], Tensor]:
+        """The inverse STFT as far as it is certain, and the steps that are needed again."""
+        n_before, hop = self.n_before, self.config.hop
+        if past is None:
+            past = torch.zeros_like(new[..., :1]).expand(*new.shape[:-1], n_before)
+        steps = torch.cat([past, new], dim=-1)
+        end = max(0, steps.shape[-1] - (0 if last else self.n_waiting))
+        wave = inverse_stft(steps, self.config.n_fft, hop)[:, n_before * hop : end * hop]
+        return wave, steps[..., -n_before - self.n_waiting :]
 
 
 def amplitude(level: Decibels, floor_db: float) -> phase.Magnitude:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from lmd.config import preset
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.instrument import Instrument
-from lmd.play.desk import check_live
 from lmd.play.play_queue import PlayQueue
 from lmd.play.player import HERE, SCRIPTS, LivePlayer
+from lmd.play.player_fields import CONTROL_NAMES
 from lmd.play.takes import read_take
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -64,6 +65,13 @@ class Front:
 
     def wait_kind(self, kind: str, after: int = 0) -> dict[str, Any]:
         return self.wait_for(lambda message: message["kind"] == kind, after)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -197,6 +205,22 @@ def test_a_trait_set_in_a_notebook_is_the_same_as_a_slider(front: Front) -> None
     assert front.player.n_steps == 3
 
 
+def test_a_player_that_is_too_slow_says_what_would_help_and_auto_steps_does_it(
+    tmp_path: Path,
+) -> None:
+    front = Front(tmp_path, sink="null", controls=Controls("organ", n_steps=8, block_frames=4))
+    player, streamer = front.player, front.streamer
+    streamer.clock = SimpleNamespace(spend=time.sleep)  # type: ignore[assignment]
+    streamer.cost_s = lambda index, controls: 0.04 * controls.n_steps  # 0.32 s; a block has 0.2 s
+    player.play()
+    wait_until(lambda: "fewer steps" in player.message)
+    wait_until(lambda: any("fewer steps" in line for line in player.meters.get("advice", ())))
+    player.auto_steps = True
+    wait_until(lambda: player.meters["n_steps"] < 8)
+    assert player.n_steps == 8  # what was asked for stays
+    player.stop()
+
+
 def test_commands_pause_resume_forget_roll_restart_stop(front: Front) -> None:
     player = front.player
     front.say(kind="command", command="play")
@@ -245,37 +269,113 @@ def test_two_players_do_not_disturb_each_other(tmp_path: Path) -> None:
     fronts[1].player.stop()
 
 
-def test_ten_thousand_messages_of_nonsense_are_refused_in_the_panel(front: Front) -> None:
-    rng = random.Random(5)
+NEVER = [None, [], {}, math.inf, math.nan, [["a", 0.5]]]
+NO_INT = [*NEVER, True, "8", 2.5, -1]
+NO_CHOICE = [*NEVER, True, "eight", "", 0]
+NO_SWITCH = [*NEVER, 0, 1, 0.5, "on"]
+WRONG: dict[Any, list[Any]] = {
+    "prompt_a": [*NEVER, True, 0, "x" * 501],
+    "prompt_b": [*NEVER, True, 2.5, "x" * 501],
+    "mix": [*NEVER, True, "0.5", -1, 1.5, 10**12],
+    "cfg_scale": [*NEVER, True, "8", -1, 101],
+    "n_steps": [*NO_INT, 0, 65, 10**12],
+    "sampler": NO_CHOICE,
+    "regime": NO_CHOICE,
+    "block_frames": [*NO_INT, 0, 7, 10**12],
+    "seam": NO_CHOICE,
+    "forget_frames": [*NO_INT, 193, 10**12],
+    "seed": [*NO_INT, 2**63],
+    "roll_seed": NO_SWITCH,
+    "queue_blocks": [*NEVER, True, "2", 0.5, 9],
+    "auto_steps": NO_SWITCH,
+    "volume": [*NEVER, True, "1", -1, 2],
+    **{name: [0, "x", None] for name in ["engine", "_esm", "state", "take_folder", None, 7]},
+}
+RIGHT: dict[Any, list[Any]] = {
+    "prompt_a": ["organ", HOSTILE, ""],
+    "prompt_b": ["harp", ""],
+    "mix": [0, 0.25, 1],
+    "cfg_scale": [1, 0.5, 8],
+    "n_steps": [1, 8, 64],
+    "sampler": ["euler", "dpmpp", "pingpong++", "euler++"],
+    "regime": ["full", "enc-dec", "block-causal"],
+    "block_frames": [4, 12, 48],
+    "seam": ["exact", "fade"],
+    "forget_frames": [0, 96, 192],
+    "seed": [0, 7, 2**31 - 1],
+    "roll_seed": [True, False],
+    "queue_blocks": [1, 1.5, 4],
+    "auto_steps": [True, False],
+    "volume": [0, 0.5, 1],
+}
+SAID = {"prompt_a": ["a prompt of"], "prompt_b": ["a prompt of"], "block_frames": ["a block of"]}
+
+
+def fit_together(controls: Controls) -> bool:
+    """Guidance wants a text, and the `++` samplers a scale of at most 1."""
+    scale = controls.cfg_scale
+    return (scale == 1 or controls.prompt != "") and not (
+        controls.sampler.endswith("++") and scale > 1
+    )
+
+
+def test_ten_thousand_settings_are_taken_if_right_and_refused_in_the_panel_if_wrong(
+    front: Front,
+) -> None:
+    rng, player = random.Random(5), front.player
     front.say(kind="command", command="play")
     front.wait_kind("run")
-    player, refused = front.player, 0
-    names = [*[f["name"] for f in player.fields], "engine", "_esm", "state", "take_folder", None, 7]
-    values = [None, True, False, -1, 0, 1, 0.5, 8, 10**12, math.inf, math.nan, "", "euler",
-              "x" * 600, HOSTILE, [], {}, [["a", 0.5]], "block-causal", 12, 48]  # fmt: skip
-    kinds = ["set"] * 20 + ["command", "report", "hello", "", None, 3]
-    state_before = player.state
+    assert set(RIGHT) == {field["name"] for field in player.fields}
+    counts = {"wrong": 0, "right": 0, "together": 0}
     for _ in range(10_000):
-        kind, name, value = rng.choice(kinds), rng.choice(names), rng.choice(values)
+        name = rng.choice(list(WRONG))
+        is_wrong = name not in RIGHT or rng.random() < 0.5
+        value = rng.choice(WRONG[name] if is_wrong else RIGHT[name])
+        old, n_sent = getattr(player, str(name), None), len(front.sent)
+        others = player.controls()
+        change = {name: value} if name in CONTROL_NAMES and not is_wrong else {}
+        taken = not is_wrong and fit_together(player.controls(**change))
         player.message = ""
-        n_sent = len(front.sent)
-        command = rng.choice(["explode", "__init__", None])
-        front.say(kind=kind, name=name, value=value, id=rng.choice(values), command=command,
-                  epoch=rng.choice(values), heard=value)  # fmt: skip
-        if kind == "set" and any(m["kind"] == "refused" for m in front.sent[n_sent:]):
-            refused += 1
-            assert "Refused: " in player.message
-        check_live(player.controls(), front.streamer.window)
-    player._on_message(player, "not even a dict", [])
-    assert refused > 3000
-    assert player.state == state_before
+        front.say(kind="set", name=name, value=value, id=rng.choice([1, 2, None, "x"]))
+        told = [m for m in front.sent[n_sent:] if m["kind"] == "refused"]
+        if taken:
+            assert told == []
+            assert getattr(player, name) == value
+            counts["right"] += 1
+            continue
+        counts["wrong" if is_wrong else "together"] += 1
+        assert player.controls() == others
+        assert getattr(player, str(name), None) == old
+        assert [m["name"] for m in told] == [str(name)]
+        assert told[0]["value"] == old
+        assert player.message.startswith("Refused: ")
+        if is_wrong:
+            called = [str(name), *SAID.get(name, [])]
+            assert any(word in player.message for word in called)
+    assert min(counts["wrong"], counts["right"]) > 3000
+    assert counts["together"] > 100
     assert player.engine is not None
     assert player.engine.failure is None
-    n_blocks = player.engine.meters().n_blocks
-    player.block_frames, player.queue_blocks = 4, 2.0
+    assert player.state == "playing"
+
+
+def test_messages_of_nonsense_change_nothing(front: Front) -> None:
+    rng, player = random.Random(6), front.player
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    values = [None, True, -1, 0.5, 10**12, math.inf, math.nan, "", HOSTILE, [], {}]
+    before = player.controls()
+    for _ in range(1000):
+        kind, value = rng.choice(["command", "report", "hello", "", None, 3]), rng.choice(values)
+        player.message = ""
+        command = rng.choice(["explode", "__init__", None])
+        front.say(kind=kind, name="seed", value=1, id=value, command=command,
+                  epoch=rng.choice(values), heard=value)  # fmt: skip
+        assert (kind == "command") == player.message.startswith("Refused: the command")
+    player._on_message(player, "not even a dict", [])
+    assert (player.state, player.controls()) == ("playing", before)
     front.say(kind="command", command="restart")
     front.wait_for(lambda m: m["kind"] == "made", len(front.sent))
-    assert n_blocks > 0
 
 
 def test_a_wrong_value_is_told_to_the_page_with_the_right_one(front: Front) -> None:
@@ -390,6 +490,23 @@ def node(script: str, values: Any = None) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_moves_that_never_get_a_promise_are_forgotten_oldest_first() -> None:
+    script = (SOURCES["player_view.js"] + SOURCES["player.js"]).replace("export default", "void")
+    script += """
+    let sent = 0;
+    const model = { get: () => "playing", send: () => sent++ };
+    const player = Object.create(Player.prototype);
+    Object.assign(player, { model, view: "a", asked: new Map(), timers: {}, nextId: 1 });
+    for (let i = 0; i < input; i++) player.ask(`control ${i}`, i);
+    const ids = [...player.asked.keys()];
+    console.log(JSON.stringify({ sent, n: ids.length, most: MAX_ASKED, last: ids.at(-1) }));
+    process.exit();
+    """
+    kept = node(script, 1000)
+    assert kept["sent"] == kept["last"] == 1000
+    assert kept["n"] == kept["most"] < 100
 
 
 WORKLET_RUN = """

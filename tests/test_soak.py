@@ -2,7 +2,11 @@
 
 import json
 import mmap
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +14,18 @@ from fake_streamer import SAMPLE_RATE, FakeStreamer, VirtualClock
 
 from lmd.config import preset
 from lmd.controls import Controls
-from lmd.instrument import Instrument
+from lmd.instrument import Instrument, open_instrument
 from lmd.play import soak
-from lmd.play.soak import centroid_hz, flat, latency, main, paced
+from lmd.play.guard import Piece
+from lmd.play.pace import Ledger
+from lmd.play.play_queue import WallClock
+from lmd.play.player_fields import PROMPTS
+from lmd.play.soak import latency, main, paced
+from lmd.play.soak_flat import centroid_hz, flat, round_of
+from lmd.play.takes import TakeWriter
 
 BLOCK_S = 2.4
+LEAKED: list[mmap.mmap] = []
 
 
 def fake(clock: VirtualClock | None = None, cost_s: float = 0.3) -> Instrument:
@@ -55,13 +66,53 @@ def test_latency_grows_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert long["p50_ms"] > 2 * short["p50_ms"]
 
 
-def test_a_leak_and_a_drift_would_be_seen() -> None:
-    kept: list[mmap.mmap] = []  # fresh pages, whatever the allocator has kept back for itself
+def test_an_hour_is_played_by_the_whole_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Controls] = []
+    threads: set[str] = set()
+    piece = TakeWriter.piece
 
+    def noting(self: TakeWriter, played: Piece, controls: Controls) -> None:
+        seen.append(controls)
+        threads.add(threading.current_thread().name)
+        piece(self, played, controls)
+
+    monkeypatch.setattr(TakeWriter, "piece", noting)
+    start, instrument = Controls(prompt="organ"), fake()
+    unhurried = SimpleNamespace(spend=lambda seconds: time.sleep(0.005))  # texts are read beside
+    instrument.streamer.clock = unhurried  # type: ignore[attr-defined]
+    found = flat(instrument, start, 64 * BLOCK_S)
+    assert threads == {"lmd-live"}
+    assert found["n_changes"] == 16
+    assert found["meters"]["n_blocks"] == len(seen) == 64
+    assert found["meters"]["underruns"] == 0
+    assert found["take_bytes"] > 1000
+    assert len(found["parts"]) == 10
+    assert {c.seam for c in seen} == {"exact", "fade"}
+    assert len({c.prompt for c in seen}) == len({c.seed for c in seen}) == 2
+    assert sum(c.forget_frames > 0 for c in seen) == 2
+    # A round of seven changes, one every four blocks, ends where it began.
+    assert seen[29] == start
+
+
+def test_a_round_of_changes_ends_where_it_began() -> None:
+    start = Controls(prompt="organ", seam="fade", n_steps=1)
+    end = start
+    for change in round_of(start):
+        end = replace(end, **change)
+        end.validate(preset("small").window)
+    assert replace(end, forget_frames=0) == start
+
+
+def leak() -> None:
+    """2 MB of fresh pages, whatever the allocator has kept back for itself."""
+    LEAKED.append(mmap.mmap(-1, 2_000_000))
+    LEAKED[-1].write(b"x" * 2_000_000)
+
+
+def test_a_leak_and_a_drift_would_be_seen() -> None:
     class Leaky(FakeStreamer):
         def step(self, state, controls):  # type: ignore[no-untyped-def]
-            kept.append(mmap.mmap(-1, 2_000_000))
-            kept[-1].write(b"x" * 2_000_000)
+            leak()
             block, following = super().step(state, controls)
             block.wave.mul_(0.98**state.index)
             return block, following
@@ -75,19 +126,50 @@ def test_a_leak_and_a_drift_would_be_seen() -> None:
     assert leaky["level_db_per_minute"] == pytest.approx(-25 * 0.1755, rel=0.05)
 
 
+def test_a_leak_beside_the_streamer_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Ledger.note
+
+    def leaking(self: Ledger, *args: object) -> None:
+        leak()
+        note(self, *args)
+
+    monkeypatch.setattr(Ledger, "note", leaking)
+    assert flat(fake(), Controls(), 100 * BLOCK_S)["rss_mb_per_minute"] > 25
+
+
 def test_brightness_of_a_tone_is_its_frequency() -> None:
     t = torch.arange(SAMPLE_RATE) / SAMPLE_RATE
-    wave = torch.sin(2 * torch.pi * 440 * t)[None, None]
+    wave = torch.sin(2 * torch.pi * 440 * t).numpy()
     assert centroid_hz(wave, SAMPLE_RATE) == pytest.approx(440, rel=1e-3)
 
 
-@pytest.mark.slow
-def test_stalls_of_the_real_streamer_are_counted_and_over(tmp_path: Path) -> None:
+def test_stalls_are_counted_and_over_and_say_with_what(tmp_path: Path) -> None:
     path = tmp_path / "stalls.json"
-    words = ["stalls", "--source", "random:tiny:0", "--steps", "1", "--block-frames", "16"]
-    assert main([*words, "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["stalls"]
-    for row in rows.values():
+    words = ["stalls", "--source", "random:tiny:0", "--steps", "1", "--block-frames", "8"]
+    assert main([*words, "--skip-waits", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    for row in found["stalls"].values():
         assert row["underruns"] >= 1
         assert row["silent_s"] < row["stall_s"] + 0.5
+    assert (found["source"], found["n_steps"], found["block_frames"]) == ("random:tiny:0", 1, 8)
+    assert (found["seam"], found["clock"]) == ("exact", "SkippingClock")
+    assert found["machine"]["n_cores"] > 0
     assert main(["flat", "--source", "magic", "--json", str(path)]) == 2
+
+
+def test_what_is_measured_is_what_a_player_would_play(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The best weights there are, as they sound best, in real time."""
+    asked: list[tuple[object, ...]] = []
+
+    def noting(instrument: Instrument, controls: Controls, seconds: float, clock: object) -> dict:
+        asked.append((instrument.source, controls, type(clock)))
+        return {}
+
+    monkeypatch.setattr(soak, "paced", noting)
+    path = tmp_path / "paced.json"
+    assert main(["paced", "--json", str(path)]) == 0
+    best = open_instrument()
+    assert asked == [(best.source, best.controls(PROMPTS[0]), WallClock)]
+    assert json.loads(path.read_text())["n_steps"] == best.controls("").n_steps

@@ -1,6 +1,7 @@
 // The live player: buttons, fields, meters, MIDI, and the traffic with the kernel (lmd/play/player.py).
 
 const REPORT_MS = 200, SILENT_KERNEL_MS = 8000, TICK_MS = 100, TYPING_MS = 60;
+const MAX_ASKED = 64; // moves that wait for a promise; those refused or overtaken never get one
 
 const METERS = [
   ["queue", "in the queue", "seconds of sound that wait to be played"],
@@ -141,13 +142,17 @@ class Player {
       pending.latest = { value, movedAt };
       return;
     }
-    if (this.model.get("state") === "playing") this.asked.set(id, movedAt); // else nothing is heard
+    if (this.model.get("state") === "playing") this.expect(id, movedAt); // else nothing is heard
     this.tell({ kind: "set", id, name, value });
     const timer = (this.timers[name] = {});
     setTimeout(() => {
       delete this.timers[name];
       if (timer.latest) this.ask(name, timer.latest.value, timer.latest.movedAt);
     }, TYPING_MS);
+  }
+  expect(id, movedAt) {
+    this.asked.set(id, movedAt);
+    if (this.asked.size > MAX_ASKED) this.asked.delete(this.asked.keys().next().value);
   }
   command(command) {
     this.tell({ kind: "command", command });
@@ -303,7 +308,7 @@ class Player {
       if (!navigator.requestMIDIAccess) throw new Error("this browser has no WebMIDI (Chrome and Edge have)");
       this.midi ??= await navigator.requestMIDIAccess();
     } catch (error) {
-      this.say(`No MIDI: ${error.message}.`);
+      this.say(`No MIDI: ${error.message.replace(/\.+$/, "")}.`);
       this.midiLearn = false;
       this.buttons.midi.setAttribute("aria-pressed", "false");
       return;

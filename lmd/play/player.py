@@ -240,20 +240,20 @@ class LivePlayer(PlayerTraits):
 
     # --- to the engine ---------------------------------------------------------------------
 
-    @traitlets.validate(*CONTROL_NAMES)
+    @traitlets.validate(*CONTROL_NAMES, "forget_frames", "queue_blocks", "volume")
     def _check(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
+        if isinstance(value, float) and not math.isfinite(value):  # NaN passes min and max
+            raise traitlets.TraitError(f"{name} = {value}: no number")
+        changes = [] if name in ("queue_blocks", "volume") else [{name: value}]
+        if name in ("prompt_a", "prompt_b"):  # the mix must be free to move
+            changes.append({name: value, "mix": 0.5})
         try:
-            check_live(self.controls(**{name: value}), self._streamer.window)
+            for change in changes:
+                check_live(self.controls(**change), self._streamer.window)
         except LmdError as error:
             raise traitlets.TraitError(str(error)) from error
         return value
-
-    @traitlets.validate("queue_blocks", "volume")
-    def _check_number(self, proposal: Any) -> float:
-        if not math.isfinite(proposal["value"]):  # NaN passes min and max
-            raise traitlets.TraitError(f"{proposal['trait'].name} = {proposal['value']}: no number")
-        return proposal["value"]
 
     def _on_control(self, change: Any) -> None:
         name = change["name"]

@@ -115,13 +115,13 @@ class Picture {
   // Colours follow the page's theme; all columns are painted anew when it changes.
   dress() {
     const style = getComputedStyle(this.canvas);
-    const theme = style.backgroundColor + style.color;
+    const accent = style.getPropertyValue("--lmd-accent").trim() || "#e8710a";
+    const theme = style.backgroundColor + style.color + accent;
     if (theme === this.theme) return;
     this.theme = theme;
     const [r, g, b] = style.backgroundColor.match(/[\d.]+/g).map(Number);
     this.dark = 0.3 * r + 0.6 * g + 0.1 * b < 128;
-    this.colors = { text: style.color, ground: style.backgroundColor,
-      accent: style.getPropertyValue("--lmd-accent").trim() || "#e8710a" };
+    this.colors = { text: style.color, ground: style.backgroundColor, accent };
     const stops = this.dark
       ? [[r, g, b], [24, 38, 92], [28, 94, 138], [42, 160, 148], [140, 212, 122], [248, 250, 196]]
       : [[r, g, b], [205, 226, 240], [125, 178, 213], [55, 118, 176], [28, 60, 122], [8, 16, 54]];

@@ -1,12 +1,13 @@
-"""Long measurements of a live stream.
+"""Long measurements of a live stream, with what a player plays with: its engine and its defaults.
 
     python -m lmd.play.soak paced|flat|latency|stalls --json FILE
 
 paced    real time: underruns and the shortest queue
-flat     as fast as it goes: memory, cost, loudness and brightness over the minutes
+flat     as fast as it goes, a take written, controls moved: memory, cost, loudness, brightness
 latency  slider to sound over block lengths, changes at random moments
-stalls   stalls of 0.5, 1 and 3 blocks in real time: what is counted, how soon it is over
+stalls   stalls of 0.5, 1 and 3 blocks: what is counted, how soon it is over
 
+With `--skip-waits` the clock counts computing and skips waiting (`flat` always does).
 `latency` and `flat` also draw a picture beside the JSON.
 """
 
@@ -16,28 +17,27 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from tqdm import tqdm
 
 from lmd.checkpoint import write_atomic
-from lmd.controls import Controls
+from lmd.controls import SEAMS, Controls
 from lmd.errors import LmdError
 from lmd.instrument import Instrument, open_instrument
 from lmd.machine import machine_dict
-from lmd.play.guard import Guarded, guarded_step
 from lmd.play.live import EngineOptions, LiveEngine
-from lmd.play.pace import Made, level_db, percentile
+from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import Clock, SkippingClock, WallClock
+from lmd.play.player_fields import PROMPTS
 from lmd.play.sinks import NullSink
-from lmd.shapes import Wave
+from lmd.play.soak_flat import flat, play_out
 from lmd.stream import Block, Streamer, StreamState
 
 LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
+SETTABLE = ("n_steps", "block_frames", "seam")
 
 
 def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Clock) -> dict:
@@ -45,62 +45,10 @@ def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Clo
     engine = LiveEngine(
         instrument.streamer, NullSink(clock), controls, EngineOptions(limit_s=seconds)
     )
-    _run(engine, seconds)
+    play_out(engine, seconds)
     meters = engine.meters()
     lowest = (meters.lowest_s or 0.0) / meters.target_s
     return {"meters": asdict(meters), "lowest_queue_fraction": lowest}
-
-
-def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: int = 10) -> dict:
-    """A stream as fast as it goes, in parts: each one's memory, cost, loudness and brightness."""
-    streamer, process = instrument.streamer, psutil.Process()
-    rate = streamer.codec.sample_rate
-    guarded, parts, played = Guarded(streamer.start()), [], 0
-    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
-        for part in range(n_parts):
-            costs, levels, centroids = [], [], []
-            while played < (part + 1) * seconds * rate / n_parts:
-                began = time.process_time()
-                piece, guarded = guarded_step(streamer, guarded, controls)
-                costs.append(time.process_time() - began)
-                levels.append(level_db(piece.wave))
-                centroids.append(centroid_hz(piece.wave, rate))
-                played += piece.wave.shape[-1]
-                bar.update(round(played / rate) - bar.n)
-            parts.append(
-                {
-                    "minutes": played / rate / 60,
-                    "rss_mb": process.memory_info().rss / 2**20,
-                    "cpu_ms_p50": 1e3 * (percentile(costs, 50) or 0.0),
-                    "level_db": float(np.mean(levels)),
-                    "centroid_hz": float(np.mean(centroids)),
-                }
-            )
-    return {"parts": parts} | _slopes(parts)
-
-
-def _slopes(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Straight lines through the parts after the first, which warms up."""
-    later = parts[1:]
-    minutes = [part["minutes"] for part in later]
-    slope = {k: float(np.polyfit(minutes, [p[k] for p in later], 1)[0]) for k in later[0]}
-    half = len(later) // 2
-    first, second = (
-        float(np.median([p["cpu_ms_p50"] for p in some])) for some in (later[:half], later[half:])
-    )
-    return {
-        "rss_mb_per_minute": slope["rss_mb"],
-        "cost_second_half_to_first": second / first,
-        "level_db_per_minute": slope["level_db"],
-        "centroid_hz_per_minute": slope["centroid_hz"],
-    }
-
-
-def centroid_hz(wave: Wave, sample_rate: int) -> float:
-    """Where the middle of the power spectrum lies: brightness."""
-    power = np.abs(np.fft.rfft(wave[0, 0].numpy())) ** 2
-    freqs = np.fft.rfftfreq(wave.shape[-1], 1 / sample_rate)
-    return float((power * freqs).sum() / max(power.sum(), 1e-12))
 
 
 def latency(
@@ -112,10 +60,10 @@ def latency(
         block_s = block_frames * _frame_s(instrument.streamer)
         shaker = _Shaker(random.Random(block_frames), block_s, clock())
         options = EngineOptions(queue_s=block_s, limit_s=(1.5 * n_changes + 10) * block_s)
-        start = Controls(**{**asdict(controls), "block_frames": block_frames})
+        start = replace(controls, block_frames=block_frames)
         engine = LiveEngine(instrument.streamer, NullSink(shaker), start, options)
         shaker.engine = engine
-        _run(engine, options.limit_s or 0.0)
+        play_out(engine, options.limit_s or 0.0)
         meters = engine.meters()
         rows[str(block_frames)] = {
             "block_ms": 1e3 * block_s,
@@ -165,15 +113,15 @@ class _Stalling(Streamer):
         return super().step(state, controls)
 
 
-def stalls(instrument: Instrument, controls: Controls) -> dict:
-    """Stalls in real time, with a queue of one block: counts, silence, depth before and after."""
+def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], Clock]) -> dict:
+    """Stalls with a queue of one block: counts, silence, depth before and after."""
     rows = {}
     block_s = controls.block_frames * _frame_s(instrument.streamer)
     for blocks in (0.5, 1.0, 3.0):
         streamer = _Stalling(instrument.streamer, {8: blocks * block_s})
-        options = EngineOptions(queue_s=block_s, safety_s=0.15, limit_s=20 * block_s)
-        engine = LiveEngine(streamer, NullSink(), controls, options)
-        _run(engine, options.limit_s or 0.0)
+        options = EngineOptions(queue_s=block_s, limit_s=20 * block_s)
+        engine = LiveEngine(streamer, NullSink(clock()), controls, options)
+        play_out(engine, options.limit_s or 0.0)
         history: list[Made] = list(engine.ledger.history)
         rows[str(blocks)] = {
             "underruns": engine.meters().underruns,
@@ -189,29 +137,13 @@ def _frame_s(streamer: Streamer) -> float:
     return streamer.codec.samples_per_frame / streamer.codec.sample_rate
 
 
-def _run(engine: LiveEngine, seconds: float) -> None:
-    """Play to the end behind a progress bar.
-
-    Raises:
-        RuntimeError: the engine failed.
-    """
-    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
-        engine.start()
-        while not engine.wait(1.0):
-            bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
-    engine.stop()
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, with what it was measured on."""
     instrument = open_instrument(args.source, preset_name=args.preset)
-    controls = Controls(
-        prompt="church organ, slow, minor",
-        n_steps=args.steps,
-        block_frames=args.block_frames,
-        seam=args.seam,
-    )
-    clock = SkippingClock if args.skip_waits else WallClock
+    asked = {name: value for name in SETTABLE if (value := getattr(args, name)) is not None}
+    controls = instrument.controls(PROMPTS[0], **asked)
+    skips = args.skip_waits or args.what == "flat"
+    clock = SkippingClock if skips else WallClock
     if args.what == "paced":
         result = paced(instrument, controls, args.seconds, clock())
     elif args.what == "flat":
@@ -219,11 +151,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     elif args.what == "latency":
         result = latency(instrument, controls, args.changes, clock)
     else:
-        result = stalls(instrument, controls)
-    load = psutil.getloadavg()[0]
-    about = {"source": instrument.source, "preset": instrument.preset.name, "n_steps": args.steps}
-    about |= {"block_frames": args.block_frames, "seam": args.seam}
-    about |= {"waits_skipped": args.skip_waits, "load_at_end": load, "machine": machine_dict()}
+        result = stalls(instrument, controls, clock)
+    about = {"source": instrument.source, "preset": instrument.preset.name, **asdict(controls)}
+    about |= {"clock": clock.__name__, "waits_skipped": skips}
+    about |= {"load_at_end": psutil.getloadavg()[0], "machine": machine_dict()}
     return {"what": args.what, **about, **result}
 
 
@@ -235,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--changes", type=int, default=40, help="per block length (latency)")
     parser.add_argument("--source", default="best")
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--block-frames", type=int, default=48)
-    parser.add_argument("--seam", choices=("exact", "fade"), default="exact")
+    parser.add_argument("--steps", type=int, dest="n_steps", help="(default: the weights' own)")
+    parser.add_argument("--block-frames", type=int)
+    parser.add_argument("--seam", choices=SEAMS)
     parser.add_argument("--skip-waits", action="store_true", help="computing counts, waiting not")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)

@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from torch import nn
 
 from lmd.config import from_dict
 from lmd.controls import Controls
@@ -25,6 +24,7 @@ from lmd.play.desk import NAMES, with_changes
 from lmd.play.guard import Guarded, Piece, guarded_step
 from lmd.shapes import Wave
 from lmd.stream import Streamer
+from lmd.weights import fingerprint
 
 FORMAT = "lmd-take-1"
 COUNT_EVERY = 8  # blocks
@@ -114,18 +114,6 @@ class SampleHash:
     def hexdigest(self) -> str:
         """The hash so far."""
         return self._hash.hexdigest()
-
-
-def fingerprint(part: object) -> str:
-    """The SHA-256 of a module's names and weights; of the class's name where there are none."""
-    module = part if isinstance(part, nn.Module) else getattr(part, "model", None)
-    digest = hashlib.sha256(type(part).__name__.encode())
-    if isinstance(module, nn.Module):
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def header_of(streamer: Streamer, source: str) -> TakeHeader:

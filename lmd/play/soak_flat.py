@@ -1,0 +1,179 @@
+"""An hour of music as fast as it goes, by everything that plays: does anything grow or drift?
+
+The engine's thread fills its queue by a clock that skips the waits, a take is written, and a hand
+moves a control every few blocks, always through the same round, so that the parts of the hour are
+alike.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from lmd.controls import Controls
+from lmd.instrument import Instrument
+from lmd.play.live import EngineOptions, Event, LiveEngine
+from lmd.play.pace import Made, percentile
+from lmd.play.play_queue import SkippingClock
+from lmd.play.player_fields import PROMPTS, mixed
+from lmd.play.sinks import NullSink
+from lmd.play.takes import TakeWriter, header_of
+
+CHANGE_EVERY = 4  # blocks
+
+
+class Ear(NullSink):
+    """A sink that notes the brightness of what it is given, and what noting it costs."""
+
+    def __init__(self) -> None:
+        super().__init__(SkippingClock())
+        self.centroids_hz: list[float] = []
+        self.spent_s = 0.0
+
+    def write(self, samples: np.ndarray) -> None:
+        """Append to the queue."""
+        super().write(samples)
+        began = time.thread_time()
+        self.centroids_hz.append(centroid_hz(samples[0], self.sample_rate))
+        self.spent_s += time.thread_time() - began
+
+
+class Hour:
+    """Listens to an engine and sums up its blocks, part by part.
+
+    Args:
+        sink: the engine's.
+        controls: those it begins with, to which every round of changes returns.
+        seconds, n_parts: of music, and in how many parts.
+    """
+
+    def __init__(self, sink: Ear, controls: Controls, seconds: float, n_parts: int) -> None:
+        self.engine: LiveEngine | None = None
+        self.parts: list[dict[str, float]] = []
+        self.n_asked = 0
+        self._sink, self._part_s = sink, seconds / n_parts
+        self._round, self._process = itertools.cycle(round_of(controls)), psutil.Process()
+        self._costs_s: list[float] = []
+        self._levels_db: list[float] = []
+        self._cpu_s = self._own_cpu_s()
+
+    def follow(self, event: Event) -> None:
+        """Take note of a block; move a control now and then (`LiveEngine.on_event`)."""
+        if not isinstance(event, Made) or self.engine is None:
+            return
+        cpu_s = self._own_cpu_s()
+        self._costs_s.append(cpu_s - self._cpu_s)
+        self._levels_db.append(event.level_db)
+        played_s = (event.first_sample + event.n_samples) / self._sink.sample_rate
+        if played_s >= (len(self.parts) + 1) * self._part_s:
+            self._close_part(played_s)
+        if event.number % CHANGE_EVERY == CHANGE_EVERY - 1:
+            self.n_asked += 1
+            self.engine.change(**next(self._round))
+        self._cpu_s = self._own_cpu_s()
+
+    def _own_cpu_s(self) -> float:
+        """Processor time of all threads, less what the measuring took."""
+        return time.process_time() - self._sink.spent_s
+
+    def _close_part(self, played_s: float) -> None:
+        self.parts.append(
+            {
+                "minutes": played_s / 60,
+                "rss_mb": self._process.memory_info().rss / 2**20,
+                "cpu_ms_p50": 1e3 * (percentile(self._costs_s, 50) or 0.0),
+                "level_db": float(np.mean(self._levels_db)),
+                "centroid_hz": float(np.mean(self._sink.centroids_hz)),
+            }
+        )
+        for values in (self._costs_s, self._levels_db, self._sink.centroids_hz):
+            values.clear()
+
+
+def round_of(controls: Controls) -> list[dict[str, Any]]:
+    """Changes that end where they began."""
+    prompt = controls.prompt
+    text = prompt if isinstance(prompt, str) else prompt[0][0]
+    seams = ("exact", "fade") if controls.seam == "fade" else ("fade", "exact")
+    return [
+        {"prompt": mixed(text, PROMPTS[1], 0.5)},
+        {"prompt": prompt},
+        {"seed": controls.seed + 1},
+        {"n_steps": max(1, controls.n_steps - 1)},
+        {"n_steps": controls.n_steps, "forget_frames": controls.block_frames},
+        {"seam": seams[0]},
+        {"seam": seams[1], "seed": controls.seed},
+    ]
+
+
+def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: int = 10) -> dict:
+    """A stream as fast as it goes, in parts: each one's memory, cost, loudness and brightness.
+
+    Raises:
+        RuntimeError: the engine failed.
+    """
+    sink = Ear()
+    listener = Hour(sink, controls, seconds, n_parts)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "take.jsonl"
+        listener.engine = LiveEngine(
+            instrument.streamer,
+            sink,
+            controls,
+            EngineOptions(limit_s=seconds),
+            take=TakeWriter(path, header_of(instrument.streamer, instrument.source)),
+            on_event=listener.follow,
+        )
+        play_out(listener.engine, seconds)
+        take_bytes = path.stat().st_size
+    return {
+        "parts": listener.parts,
+        **slopes(listener.parts),
+        "n_changes": listener.n_asked,
+        "take_bytes": take_bytes,
+        "meters": asdict(listener.engine.meters()),
+    }
+
+
+def play_out(engine: LiveEngine, seconds: float) -> None:
+    """Play to the end behind a progress bar.
+
+    Raises:
+        RuntimeError: the engine failed.
+    """
+    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
+        engine.start()
+        while not engine.wait(1.0):
+            bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
+    engine.stop()
+
+
+def slopes(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Straight lines through the parts after the first, which warms up."""
+    later = parts[1:]
+    minutes = [part["minutes"] for part in later]
+    slope = {k: float(np.polyfit(minutes, [p[k] for p in later], 1)[0]) for k in later[0]}
+    half = len(later) // 2
+    first, second = (
+        float(np.median([p["cpu_ms_p50"] for p in some])) for some in (later[:half], later[half:])
+    )
+    return {
+        "rss_mb_per_minute": slope["rss_mb"],
+        "cost_second_half_to_first": second / first,
+        "level_db_per_minute": slope["level_db"],
+        "centroid_hz_per_minute": slope["centroid_hz"],
+    }
+
+
+def centroid_hz(samples: np.ndarray, sample_rate: int) -> float:
+    """Where the middle of the power spectrum lies: brightness."""
+    power = np.abs(np.fft.rfft(samples)) ** 2
+    freqs = np.fft.rfftfreq(samples.shape[-1], 1 / sample_rate)
+    return float((power * freqs).sum() / max(power.sum(), 1e-12))
