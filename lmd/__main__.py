@@ -14,6 +14,7 @@ from lmd.errors import LmdError
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench",): ("lmd.bench", "measure speed on this machine"),
     ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
+    ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
     ("convert",): ("lmd.convert", "turn a foreign checkpoint into files of ours"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),

@@ -1,35 +1,28 @@
-"""ARC-Forcing's parts: losses on closed forms, labels on their frames, rollouts that play."""
+"""ARC-Forcing's judge: losses on closed forms, labels on their frames."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from engine import CONFIG, WINDOW, random_model, streamer
+from engine import CONFIG, WINDOW, random_model
 from torch import Tensor, nn
 
 from lmd.arc.discriminator import PATCH_FRAMES, Discriminator, HeadConfig, ScoreHead
 from lmd.arc.forcing import (
     Asked,
     LossWeights,
-    RolloutPlan,
     Trial,
     contrastive_loss,
     derangement,
     discriminator_loss,
-    draw_calls,
     frozen,
     generator_loss,
     relativistic_loss,
-    rollout,
     smoothness,
-    text_memory,
 )
-from lmd.controls import Controls
-from lmd.dit import Condition, LiveModel
+from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.flow import schedule
-from lmd.outpaint import BlockPlan, LiveDenoiser
 
 HEAD = HeadConfig(channels=(8, 8, 12, 16), n_blocks=1)
 CONTEXT, BLOCK = WINDOW.context_frames, WINDOW.block_frames
@@ -261,235 +254,6 @@ def test_the_discriminator_is_a_copy_that_ends_at_the_named_block():
 
 
 def test_a_rollout_that_is_no_whole_number_of_patches_is_refused():
+    heard = asked(1).for_model(random_model(seed=5), 2.0)
     with pytest.raises(LmdError, match="multiple of 4"):
-        discriminator()(torch.zeros(1, 4, CONTEXT + 6), torch.ones(1), one_condition(), CONTEXT)
-
-
-# Rollouts
-
-
-def one_condition(batch: int = 1) -> Condition:
-    return asked(batch).for_model(random_model(seed=5), 2.0)
-
-
-def context_of(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 4, CONTEXT, generator=draws(8))
-
-
-def stream_latents(regime, context, seed, n_blocks=5, n_steps=3, sampler="pingpong"):
-    stream = streamer()
-    controls = Controls(
-        "slow piano",
-        n_steps=n_steps,
-        sampler=sampler,
-        block_frames=BLOCK,
-        regime=regime,
-        seed=seed,
-        seam="fade",
-    )
-    state = replace(stream.start(), context=context)
-    blocks = stream.stream(controls, n_blocks=n_blocks, state=state)
-    return torch.cat([block.latents for block in blocks], dim=-1)
-
-
-def rolled_latents(regime, context, seeds, with_grad, n_blocks=5, n_steps=3, sampler="pingpong"):
-    stream = streamer()
-    tokens = stream.text.encode(["slow piano"]).expand(len(seeds), -1, -1)
-    condition = stream.denoiser.condition(tokens, stream.window_s)
-    plan = RolloutPlan(BlockPlan(regime, BLOCK), n_steps, (n_steps,) * n_blocks, seeds, sampler)
-    memory = text_memory(stream.denoiser.model, condition) if with_grad else None
-    return rollout(
-        stream.denoiser, context, condition, plan, with_grad=with_grad, memory=memory
-    ).detach()
-
-
-@pytest.mark.parametrize("sampler", ["pingpong", "dpmpp", "euler"])
-@pytest.mark.parametrize("regime", REGIMES)
-def test_a_rollout_is_what_the_streamer_plays_bit_for_bit(regime, sampler):
-    context = context_of(1)
-    played = stream_latents(regime, context, seed=11, sampler=sampler)
-    for with_grad in (False, True):  # building the graph does not change the numbers
-        rolled = rolled_latents(regime, context, (11,), with_grad, sampler=sampler)
-        assert torch.equal(rolled[..., CONTEXT:], played)
-        assert torch.equal(rolled[..., :CONTEXT], context)
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_every_item_of_a_rollout_plays_its_own_stream(regime):
-    context = context_of(3)
-    rolled = rolled_latents(regime, context, (11, 12, 13), with_grad=False)
-    for i, seed in enumerate((11, 12, 13)):
-        played = stream_latents(regime, context[i : i + 1], seed)
-        # products of another batch size round differently; measured 1e-6
-        torch.testing.assert_close(rolled[i : i + 1, :, CONTEXT:], played, rtol=0, atol=2e-5)
-
-
-class Recorder:
-    """A denoiser whose sessions note who was called at which level; every call has a weight."""
-
-    latent_dim = 4
-
-    def __init__(self, n_blocks: int, n_steps: int) -> None:
-        self.weight = torch.full((n_blocks, n_steps), 0.5, requires_grad=True)
-        self.levels: list[list[float]] = []
-        self.conditions: list[Condition] = []
-        self.contexts: list[Tensor] = []
-
-    def open_block(self, context, condition, plan, memory):
-        self.levels.append([])
-        self.conditions.append(condition)
-        self.contexts.append(context)
-        return RecordedBlock(self, context, len(self.levels) - 1)
-
-
-class RecordedBlock:
-    memory = None
-
-    def __init__(self, owner: Recorder, context: Tensor, index: int) -> None:
-        self.owner, self.index = owner, index
-        self.level = context.mean()
-
-    def __call__(self, noisy, t):
-        levels = self.owner.levels[self.index]
-        levels.append(t)
-        return self.owner.weight[self.index, len(levels) - 1] * noisy + self.level
-
-
-def test_a_block_that_ends_after_call_k_walks_the_first_k_levels():
-    fake, calls = Recorder(4, 4), (1, 2, 4, 3)
-    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 4, calls, (0, 1))
-    rollout(fake, context_of(), one_condition(2), plan, with_grad=True)
-    assert [tuple(levels) for levels in fake.levels] == [schedule(4)[:k] for k in calls]
-
-
-def test_the_last_call_jumps_to_clean():
-    fake = Recorder(1, 4)
-    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 4, (2,), (7, 8))
-    out = rollout(fake, torch.zeros(2, 4, CONTEXT), one_condition(2), plan, with_grad=False)
-    start, fresh = plan.noise(4, "noise", 0), plan.noise(4, "renoise", 0, 0)
-    t1 = schedule(4)[1]
-    x = (1 - t1) * (start - 0.5 * start) + t1 * fresh
-    torch.testing.assert_close(out[..., CONTEXT:], x - t1 * 0.5 * x, rtol=1e-6, atol=1e-6)
-
-
-def test_only_the_last_call_of_every_block_gets_gradient():
-    fake, calls = Recorder(3, 4), (2, 4, 1)
-    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 4, calls, (0, 1))
-    out = rollout(fake, context_of(), one_condition(2), plan, with_grad=True)
-    out.square().sum().backward()
-    reached = fake.weight.grad != 0
-    expected = torch.zeros(3, 4, dtype=torch.bool)
-    for block, k in enumerate(calls):
-        expected[block, k - 1] = True
-    assert torch.equal(reached, expected)
-
-
-def test_no_gradient_crosses_blocks():
-    """The last block's music depends on the first block, its gradient does not."""
-    fake = Recorder(3, 2)
-    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 2, (2, 2, 2), (0, 1))
-    out = rollout(fake, context_of(), one_condition(2), plan, with_grad=True)
-    out[..., -BLOCK:].sum().backward()
-    assert fake.weight.grad[2, 1] != 0
-    assert not fake.weight.grad[:2].any()
-    with torch.no_grad():
-        other = Recorder(3, 2)
-        other.weight[0, 1] += 0.1
-        moved = rollout(other, context_of(), one_condition(2), plan, with_grad=False)
-    assert not torch.equal(moved[..., -BLOCK:], out[..., -BLOCK:].detach())
-    assert not any(context.requires_grad for context in fake.contexts)
-
-
-def test_one_condition_serves_the_whole_rollout():
-    fake, condition = Recorder(3, 2), one_condition(2)
-    plan = RolloutPlan(BlockPlan("enc-dec", BLOCK), 2, (1, 2, 2), (0, 1))
-    rollout(fake, context_of(), condition, plan, with_grad=False)
-    assert all(seen is condition for seen in fake.conditions)
-
-
-def test_dropped_items_get_zeroed_tokens_and_the_others_keep_theirs():
-    model, question = random_model(), asked(3, dropped=(1,))
-    condition, whole = question.for_model(model, 2.0), asked(3).for_model(model, 2.0)
-    assert not condition.tokens[1].any()
-    assert torch.equal(condition.tokens[[0, 2]], whole.tokens[[0, 2]])
-    null = model.null_condition(whole)
-    assert torch.equal(condition.tokens[1], null.tokens[1])
-    assert torch.equal(condition.global_cond, null.global_cond)
-
-
-class Perturbed:
-    """Plays recorded contexts and memories; only the last call of each block uses other weights."""
-
-    def __init__(self, model: LiveModel, moved: LiveModel, calls: tuple[int, ...]) -> None:
-        self.model, self.moved, self.calls = LiveDenoiser(model), LiveDenoiser(moved), calls
-        self.latent_dim = 4
-
-    def play(self, recorded: Tensor, condition: Condition, plan: RolloutPlan) -> Tensor:
-        """The blocks as functions of the moved weights, everything before them held still."""
-        times, memory, blocks = schedule(plan.n_steps), None, []
-        for index, k in enumerate(plan.n_calls):
-            window = recorded[..., index * BLOCK : index * BLOCK + CONTEXT]
-            sessions = [
-                denoiser.open_block(window, condition, plan.block, memory)
-                for denoiser in (self.model, self.model)
-            ]
-            sessions[1].dit = self.moved.model.dit
-            x = plan.noise(4, "noise", index)
-            for step in range(k - 1):
-                clean = x - times[step] * sessions[0](x, times[step])
-                fresh = plan.noise(4, "renoise", index, step)
-                x = (1 - times[step + 1]) * clean + times[step + 1] * fresh
-            if k > 1:
-                sessions[1].memory, sessions[1].finished = sessions[0].memory, None
-            blocks.append(x - times[k - 1] * sessions[1](x, times[k - 1]))
-            if k == 1:
-                sessions[0](x, times[0])  # what the unmoved model would remember
-            memory = sessions[0].memory
-        return torch.cat(blocks, dim=-1)
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_gradient_is_that_of_moving_the_last_calls_alone(regime):
-    """Finite differences, with contexts, keys and earlier calls held at the unmoved weights."""
-    model, calls = random_model(), (2, 1, 3)
-    plan = RolloutPlan(BlockPlan(regime, BLOCK), 3, calls, (5, 6))
-    condition = asked(2).for_model(model, 2.0)
-    condition = Condition(condition.tokens.detach(), condition.global_cond.detach())
-    out = rollout(LiveDenoiser(model), context_of(), condition, plan, with_grad=True)
-    probe = torch.randn(2, 4, 3 * BLOCK, generator=draws(9))
-    (out[..., CONTEXT:] * probe).sum().backward()
-    direction = {
-        name: torch.randn(p.shape, generator=draws(i)) * p.abs().mean()
-        for i, (name, p) in enumerate(model.named_parameters())
-        if p.grad is not None
-    }
-    slope = sum(
-        (direction[n] * p.grad).sum() for n, p in model.named_parameters() if n in direction
-    )
-
-    def shifted(by: float) -> float:
-        moved = random_model()
-        with torch.no_grad():
-            for name, parameter in moved.named_parameters():
-                parameter += by * direction.get(name, 0)
-            played = Perturbed(model, moved, calls).play(out.detach(), condition, plan)
-        return (played * probe).sum().double().item()
-
-    step = 2e-3
-    measured = (shifted(step) - shifted(-step)) / (2 * step)
-    assert shifted(0.0) == pytest.approx((out[..., CONTEXT:] * probe).sum().item(), rel=1e-4)
-    # measured: 5e-7 (enc-dec), 2e-5 (block-causal)
-    assert measured == pytest.approx(slope.item(), rel=1e-3)
-
-
-def test_calls_are_drawn_uniformly_over_all_steps():
-    calls = draw_calls(4000, 8, draws())
-    counts = torch.bincount(torch.tensor(calls), minlength=9)
-    assert counts[0] == 0
-    # 500 expected, standard deviation 21: five of them
-    assert all(395 < n < 605 for n in counts[1:].tolist())
-
-
-def test_impossible_calls_are_refused():
-    with pytest.raises(LmdError, match="from 1 to n_steps = 2"):
-        RolloutPlan(BlockPlan("enc-dec", BLOCK), 2, (3,), (0,))
+        discriminator()(torch.zeros(1, 4, CONTEXT + 6), torch.ones(1), heard, CONTEXT)

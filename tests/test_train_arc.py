@@ -1,8 +1,11 @@
 """`lmd train arc`: whose weights move, exact resume, processes, warnings, what a run leaves."""
 
+import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +17,9 @@ from latents_fake import write_latents
 from lmd.__main__ import main
 from lmd.arc.card import arc_log, costs
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.forcing import Asked, LossWeights, Trial
+from lmd.arc.forcing import LossWeights, Trial, Verdict
 from lmd.arc.module import ArcRun, ArcTraining, make_part
 from lmd.arc.plan import (
-    ArcBatch,
     ArcOptions,
     draw_dropped,
     draw_judged_levels,
@@ -29,8 +31,10 @@ from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
+from lmd.rng import normal
 from lmd.text import HashTextEncoder
 from lmd.training.curriculum import Rows
+from lmd.training.module import Windows
 from lmd.training.trainer import RunOptions
 from lmd.training.windows import LatentSource
 
@@ -194,12 +198,28 @@ def test_an_update_is_a_function_of_its_number():
     assert {plan.n_calls for plan in plans} == {(1,), (2,)}
 
 
-def test_rows_are_dealt_other_rows_prompts_however_the_batch_is_split(data):
+class Numbered:
+    """A source in which every row has a prompt of its own."""
+
+    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
+        prompts = [f"row {p} of {step}" for p in positions]
+        return Windows(normal((len(prompts), 8, n_frames), step, "numbered"), prompts, prompts)
+
+
+def test_rows_are_dealt_other_rows_prompts_however_the_batch_is_split():
+    run = replace(RUN, batch=4)
+    for update in range(20):
+        whole = make_part(run, Numbered(), update, 0, 1)
+        parts = [make_part(run, Numbered(), update, shard, 2) for shard in range(2)]
+        assert whole.wrong_prompts == [prompt for part in parts for prompt in part.wrong_prompts]
+        assert sorted(whole.wrong_prompts) == sorted(whole.prompts)
+        assert all(a != b for a, b in zip(whole.prompts, whole.wrong_prompts, strict=True))
+
+
+def test_a_part_has_its_rows_of_the_whole_batch(data):
     run, source = replace(RUN, batch=4), LatentSource(data, 0)
     whole = make_part(run, source, 3, 0, 1)
     parts = [make_part(run, source, 3, shard, 2) for shard in range(2)]
-    assert whole.wrong_prompts == [prompt for part in parts for prompt in part.wrong_prompts]
-    assert sorted(whole.wrong_prompts) == sorted(whole.prompts)
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
 
 
@@ -211,13 +231,36 @@ def test_text_is_dropped_at_the_given_rate_once_per_update():
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.08)  # five standard deviations: 0.08
 
 
-def trial_of(data: Path, options: ArcOptions, update: int = 2) -> Trial:
-    module = module_of(data, replace(RUN, arc=options))
-    part = make_part(module.run, module.source, update, 0, 1)
-    prompts = [module.text.encode(p) for p in (part.prompts, part.wrong_prompts)]
-    asked, wrong = (Asked(prompt, draw_dropped(options, part.rows)) for prompt in prompts)
-    batch = ArcBatch(part.latents, asked, wrong, part.rows)
-    return play_trial(module.generator, batch, plan_update(options, 0, update), options)
+def trial_of(data: Path, options: ArcOptions, update: int = 2, batch: int = 2) -> Trial:
+    """What an update of a run sets before the discriminator."""
+    module, seen = module_of(data, replace(RUN, arc=options, batch=batch)), []
+
+    def note(*arguments):
+        seen.append(play_trial(*arguments))
+        return seen[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmd.arc.module.play_trial", note)
+        patch.setattr(module, "manual_backward", lambda loss: None)
+        part = make_part(module.run, module.source, update, 0, 1)
+        module.backward_part(part, plan_update(options, RUN.seed, update))
+    return seen[0]
+
+
+def test_a_row_is_played_and_judged_with_its_prompt_throughout_or_without_it(data):
+    """Each row of a rollout is that of a run that drops all, or none: no call drew anew."""
+    options = replace(OPTIONS, n_blocks=((3, 1.0),), n_steps=((3, 1.0),))
+    none, half, everything = (
+        trial_of(data, replace(options, text_dropout=rate), batch=6) for rate in (0.0, 0.5, 1.0)
+    )
+    dropped = half.asked.dropped
+    assert 0 < dropped.sum() < 6
+    assert torch.equal(half.wrong.dropped, dropped)
+    assert not none.asked.dropped.any()
+    expected = torch.where(dropped[:, None, None], everything.fake, none.fake)
+    torch.testing.assert_close(half.fake, expected)
+    rows = (everything.fake - none.fake).flatten(1).abs().amax(dim=1)
+    assert rows.min() > 1e-3, "a prompt can be heard in every row"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
@@ -283,13 +326,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(data, straight, tmp_path):
         assert torch.equal(tensor, kept[1]["state_dict"][name]), name
 
 
-@pytest.mark.parametrize("how", ["--devices", "--accumulate"])
-def test_a_split_batch_has_the_curves_of_a_whole_one(data, straight, tmp_path, how):
-    """Two processes, or two parts one after the other: equal but for the order of sums."""
-    if how == "--devices":
-        finish(start(*words(data, tmp_path, 8, how, 2)))
+@pytest.mark.parametrize(("n_devices", "n_parts"), [(2, 1), (1, 2), (2, 2)])
+def test_a_split_batch_has_the_curves_of_a_whole_one(data, straight, tmp_path, n_devices, n_parts):
+    """Among processes, or into parts one after the other, or both: but for the order of sums."""
+    arguments = words(data, tmp_path, 8, "--devices", n_devices, "--accumulate", n_parts)
+    if n_devices > 1:
+        finish(start(*arguments))
     else:
-        assert main(["train", "arc", *words(data, tmp_path, 8, how, 2)]) == 0
+        assert main(["train", "arc", *arguments]) == 0
     one, both = curves(straight)[:8], curves(tmp_path)
     assert np.array_equal(np.isnan(one), np.isnan(both))
     assert np.nanmax(np.abs(both - one)) < 1e-4
@@ -314,6 +358,14 @@ def test_a_run_leaves_weights_logs_and_a_card(data, straight):
     assert table["updates"].sum() == 20
 
 
+def test_a_run_with_several_block_lengths_rolls_out_in_all_of_them(data, tmp_path):
+    lengths = ["--block-frames", "48,24,12", "--blocks", "2", "--steps", "2"]
+    assert main(["train", "arc", *words(data, tmp_path, 12), *lengths]) == 0
+    assert set(arc_log(tmp_path)["rollout_frames"]) == {24, 48, 96}
+    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
+    assert kept["arc"]["block_lengths"] == [[48, 1.0], [24, 1.0], [12, 1.0]]
+
+
 # What stops or warns
 
 
@@ -321,6 +373,30 @@ def test_a_discriminator_that_has_won_is_reported_with_advice(data, tmp_path):
     run = replace(RUN, n_updates=3, winning_accuracy=-1.0, winning_updates=2)
     with pytest.warns(UserWarning, match=r"2 of its updates.*Lower --lr-discriminator"):
         fit(module_of(data, run), here(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "warns"),
+    [
+        ([1.0] * 30, True),
+        ([0.99] * 40, True),
+        ([1.0] * 29, False),
+        ([0.975] * 40, False),
+        ([*[1.0] * 29, 0.97, *[1.0] * 29], False),
+    ],
+)
+def test_only_thirty_updates_in_a_row_above_98_percent_are_a_victory(data, accuracies, warns):
+    """As a run has it unless told otherwise; said once."""
+    module = module_of(data, ArcRun(n_updates=100, batch=2, arc=OPTIONS))
+    module.log_dict = lambda *args, **kwargs: None
+    plan, nothing = plan_update(OPTIONS, 0, 0), torch.zeros(())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for share in accuracies:
+            told_apart = (torch.arange(1000)[None] < 1000 * share).float()
+            verdict = Verdict(*[nothing] * 3, real=told_apart, fake=torch.full((1, 1000), 0.5))
+            module.report(plan, [verdict], 1.0)
+    assert len(seen) == warns
 
 
 def test_a_loss_that_is_not_finite_names_update_rows_and_checkpoint(data):

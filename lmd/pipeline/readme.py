@@ -69,6 +69,7 @@ PLAY_COLUMNS = {
     "against naive": "speedup_vs_naive",
     "possible": "bound_speedup",
     "reached of the bound": "of_bound",
+    "after a change ms": "rebuild_ms_p50",
 }
 TRAIN_COLUMNS = {
     "step": "step",
@@ -79,6 +80,7 @@ TRAIN_COLUMNS = {
     "products, GFLOP/s": "product_gflops",
     "reached of that": "share",
     "reading data ms": "data_ms_p50",
+    "waiting for data ms": "wait_ms_p50",
 }
 
 
@@ -144,7 +146,11 @@ def live(root: Path, _: str) -> str:
         path = folder / f"live_{name}.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            where = f"`{found['preset']}`, {found['n_steps']} steps, {found['machine']['cpu']}"
+            waits = ", waits skipped" if found["waits_skipped"] else ""
+            where = (
+                f"`{found['source']}`, {found['n_steps']} steps, seam {found['seam']}{waits}, "
+                f"{found['machine']['cpu']}"
+            )
             rows += [[*row, where] for row in words(found)]
     return _table(["measured", "found", "with"], rows) if rows else ""
 
