@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmd.dit import KeyValue, RotaryEmbedding
 from lmd.operations import rotate
-from lmd.shapes import Heads
+from lmd.shapes import Heads, SeenHeads
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,15 @@ class ContextCache:
 
     @classmethod
     def of(cls, layers: list[KeyValue], rope: RotaryEmbedding) -> "ContextCache":
-        """Cache these keys and values as the context of the present window (detached)."""
-        layers = [KeyValue(kv.key.detach(), kv.value.detach()) for kv in layers]
+        """Cache copies of these keys and values as the context of the present window.
+
+        Copies, because a compiled model writes into the same memory at its next call.
+        """
+        return cls._placed([KeyValue(_own(kv.key), _own(kv.value)) for kv in layers], rope)
+
+    @classmethod
+    def _placed(cls, layers: list[KeyValue], rope: RotaryEmbedding) -> "ContextCache":
+        """These very keys and values, as the context of the present window."""
         rotation = rope(torch.arange(1, layers[0].key.shape[2] + 1))
         return cls(tuple(layers), tuple(rotate(kv.key, rotation) for kv in layers))
 
@@ -49,13 +56,20 @@ class ContextCache:
     def absorb(self, fresh: list[KeyValue], n_frames: int, rope: RotaryEmbedding) -> "ContextCache":
         """Drop the oldest `n_frames`, take in the first `n_frames` of `fresh`: constant shape."""
         layers = [
-            KeyValue(
-                torch.cat([old.key[:, :, n_frames:], new.key[:, :, :n_frames]], dim=2),
-                torch.cat([old.value[:, :, n_frames:], new.value[:, :, :n_frames]], dim=2),
-            )
+            KeyValue(*(_slid(*pair, n_frames) for pair in zip(old, new, strict=True)))
             for old, new in zip(self.layers, fresh, strict=True)
         ]
-        return ContextCache.of(layers, rope)
+        return ContextCache._placed(layers, rope)
+
+
+def _own(heads: Heads) -> Heads:
+    """A copy in memory of its own, without a gradient."""
+    return heads.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _slid(old: Heads, new: SeenHeads, n_frames: int) -> Heads:
+    """`old` without its first `n_frames`, then those of `new`, without a gradient."""
+    return torch.cat([old[:, :, n_frames:], new[:, :, :n_frames]], dim=2).detach()
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 import math
 import numbers
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lmd.codec import Seam
 from lmd.config import REGIMES, Regime, WindowConfig, check_block
 from lmd.errors import LmdError
 from lmd.flow import SAMPLERS, SamplerName
-from lmd.text import Prompt, as_mix
+from lmd.text import Prompt, as_mix, is_weighted_text
 
 MAX_STEPS = 1000
 MAX_CFG_SCALE = 100.0
 SEAMS = ("exact", "fade")
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Controls:
     forget_frames: int = 0
     seam: Seam = "exact"
 
+    def __post_init__(self) -> None:
+        """Make numbers of other kinds (NumPy's) Python's own; `validate` refuses the rest."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name), field.type))
+
     @property
     def is_guided(self) -> bool:
         """Whether a second, unprompted branch runs."""
@@ -65,17 +72,13 @@ class Controls:
         self._check_guidance(any(text.strip() and weight for text, weight in texts))
 
     def _check_types(self) -> None:
-        """Whole numbers are ints, guidance is a number, names are texts."""
-        expected = {"int": numbers.Integral, "float": numbers.Real}
+        """Whole numbers are ints, guidance is a number."""
         for field in fields(self):
-            kind = field.type.__name__ if isinstance(field.type, type) else ""
             value = getattr(self, field.name)
-            if kind in expected and (
-                isinstance(value, bool) or not isinstance(value, expected[kind])
-            ):
+            if field.type in NUMBERS and type(value) is not field.type:
                 raise LmdError(
                     f"{field.name} = {value!r}",
-                    f"a number ({kind})",
+                    f"a number ({field.type.__name__})",
                     f"Set {field.name} to a number.",
                 )
 
@@ -99,6 +102,15 @@ class Controls:
                 "a prompt to be guided towards",
                 "Give a prompt, or set cfg_scale to 1 (off).",
             )
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A control's number, or its prompt's weights, as Python's own; anything else as it is."""
+    if kind in NUMBERS and isinstance(value, NUMBERS[kind]) and not isinstance(value, bool):
+        return kind(value)
+    if isinstance(value, tuple) and all(is_weighted_text(part) for part in value):
+        return tuple((text, float(weight)) for text, weight in value)
+    return value
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lmd.config import OobleckConfig
+from lmd.machine import now_s
 from lmd.oobleck import OobleckCodec, build_reference, decoder_flops_per_frame
 
 PRODUCT = (4096, 1024, 1024)  # rows, inner, columns of the product that the bound is taken from
@@ -58,11 +59,11 @@ def measure_decoder(
     latents = torch.randn(batch, codec.latent_dim, block_frames)
     state, block_s, product_s = codec.stream_start(), [], []
     for index in range(n_blocks + 2):
-        begin = _now(codec.device)
+        begin = now_s(codec.device)
         _, state = codec.stream_decode(state, latents)
-        middle = _now(codec.device)
+        middle = now_s(codec.device)
         left @ right
-        end = _now(codec.device)
+        end = now_s(codec.device)
         if index >= 2:
             block_s.append(middle - begin)
             product_s.append(end - middle)
@@ -102,10 +103,3 @@ def fastest_dtype(
             codec.decode(latents)
             best[dtype] = min(best[dtype], time.perf_counter() - begin)
     return min(best, key=best.__getitem__)
-
-
-def _now(device: torch.device) -> float:
-    """The clock, once the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

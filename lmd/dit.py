@@ -185,6 +185,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # trade compute for memory in training
+        self.replays_graphs = False  # blocks compiled to CUDA graphs
         d, c = config.width, config.latent_dim
         self.timestep_features = nn.Parameter(torch.randn(config.timestep_features // 2, 1))
         self.to_timestep_embed = nn.Sequential(
@@ -212,6 +213,7 @@ class DiT(nn.Module):
         """Let `torch.compile` make one program of every block: seconds of warm-up per shape."""
         for block in self.blocks:
             block.compile(dynamic=False, mode=mode)
+        self.replays_graphs = mode == "reduce-overhead"
 
     def text_key_values(self, tokens: Tokens) -> list[KeyValue]:
         """Per layer, the keys and values of a prompt: computed once for all steps of all blocks."""
@@ -255,6 +257,8 @@ class DiT(nn.Module):
         n_blocks: int | None = None,
     ) -> tuple[Tokens, list[KeyValue]]:
         """All blocks (or the first `n_blocks`); returns hidden states and every layer's keys."""
+        if self.replays_graphs:  # which overwrites what the call before returned
+            torch.compiler.cudagraph_mark_step_begin()
         rotation, fresh = self.rope(positions), []
         visible = None if visible is None else visible.to(x.device)
         for index, block in enumerate(self.blocks[:n_blocks]):

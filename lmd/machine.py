@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -51,6 +52,29 @@ def memory_gb(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
     return psutil.Process().memory_info().rss / 1e9
+
+
+def peak_mb(device: torch.device) -> float:
+    """The most memory this process has held, in MiB: the GPU's on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", None)  # Windows
+    if peak is None:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak / 2**20
+
+
+def now_s(device: torch.device) -> float:
+    """The clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -19,6 +19,8 @@ from lmd.oobleck_fast import (
     State,
     decoder_stages,
     encoder_stages,
+    moved,
+    named_tensors,
     step_stages,
     to_signal,
 )
@@ -69,7 +71,26 @@ class OobleckCodec:
         self.lookback_frames, self.lookahead_frames = decoder_reach_frames(config)
         self.decoder: tuple[Stage, ...] = decoder_stages(reference.decoder, dtype)
         self.encoder: tuple[Stage, ...] = encoder_stages(reference.encoder, dtype)
-        self.device = next(reference.parameters()).device
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; waves and latents may come from anywhere."""
+        return self.decoder[0].layers[0].conv.weight.device
+
+    def to(self, device: str | torch.device) -> "OobleckCodec":
+        """Move all weights to a device, in place, as modules do; states stay where they are."""
+        device = torch.device(device)
+        self.decoder, self.encoder = moved(self.decoder, device), moved(self.encoder, device)
+        return self
+
+    def let_encoder_go(self) -> "OobleckCodec":
+        """Free the encoder's weights, half of all, in place: a stream from silence needs none."""
+        self.encoder = ()
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor it computes with, for telling codecs apart."""
+        return named_tensors(self.decoder, "decoder") | named_tensors(self.encoder, "encoder")
 
     @classmethod
     def from_tensors(
@@ -180,6 +201,10 @@ class OobleckCodec:
         )
 
     def _check_wave(self, wave: Wave) -> None:
+        if not self.encoder:
+            raise LmdError(
+                "a codec whose encoder was let go", "a whole codec", "Load the codec again."
+            )
         _, channels, n = wave.shape
         if channels != self.channels or n == 0 or n % self.samples_per_frame:
             raise LmdError(

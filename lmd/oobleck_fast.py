@@ -13,7 +13,7 @@ whole decodes are the same code.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -318,6 +318,32 @@ def step_stages(
         y, after = step_stages(stages[1:], y, after, ends)
         outputs.append(y)
     return (outputs[0] if n_pieces == 1 else torch.cat(outputs, dim=-1)), (memory, *after)
+
+
+def moved(part: Any, device: torch.device) -> Any:
+    """The same stages, layers or tensors on a device."""
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, tuple):
+        return tuple(moved(each, device) for each in part)
+    if is_dataclass(part):
+        parts = {field.name: moved(getattr(part, field.name), device) for field in fields(part)}
+        return replace(part, **parts)
+    return part
+
+
+def named_tensors(part: Any, name: str) -> dict[str, Tensor]:
+    """Every tensor of some stages or layers, under where it stands."""
+    if isinstance(part, Tensor):
+        return {name: part}
+    if isinstance(part, tuple):
+        inner = enumerate(part)
+    elif is_dataclass(part):
+        inner = ((field.name, getattr(part, field.name)) for field in fields(part))
+    else:
+        return {}
+    found = (named_tensors(each, f"{name}.{place}") for place, each in inner)
+    return {key: tensor for tensors in found for key, tensor in tensors.items()}
 
 
 def decoder_stages(decoder: nn.Module, dtype: torch.dtype) -> tuple[Stage, ...]:

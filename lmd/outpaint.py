@@ -76,7 +76,11 @@ class LiveDenoiser:
     def __init__(self, model: LiveModel) -> None:
         self.model = model
         self.latent_dim = model.config.latent_dim
-        self.device = model.dit.project_in.weight.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        return self.model.dit.project_in.weight.device
 
     def condition(self, prompt_tokens: Tensor, seconds: float) -> Condition:
         """See `LiveModel.condition`."""
@@ -242,10 +246,10 @@ def add_controls(model: LiveModel, *controls: ControlChannel) -> LiveModel:
     grown = LiveModel(config, model.seconds.max_seconds)
     weights = model.state_dict()
     name = "dit.to_input_add.weight"
-    widened = torch.zeros_like(grown.state_dict()[name])
+    widened = weights[name].new_zeros(grown.state_dict()[name].shape)
     widened[:, : weights[name].shape[1]] = weights[name]
-    grown.load_state_dict({**weights, name: widened})
-    return grown.to(model.dit.dtype)
+    grown.to(widened).load_state_dict({**weights, name: widened})
+    return grown
 
 
 def both_branches(condition: Condition, null: Condition) -> Condition:

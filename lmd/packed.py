@@ -8,6 +8,7 @@ missing, the plain blocks stay.
 
 import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,14 @@ class PackedLinear(nn.Module):
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """`(x W^T + b) * other`."""
         return self._with(x, other, "mul")
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """The plain layer's weights."""
+        destination[prefix + "weight"] = self.packed.to_dense()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias
 
     def _with(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
         flat, beside = x.reshape(-1, self.in_features), other.reshape(-1, self.out_features)
@@ -94,6 +103,18 @@ class PackedBlock(nn.Module):
         h = b.ff_norm(x)
         return b.ff.to_out.plus(self.value.times(h, self.gate(h, "swish")), x), fresh
 
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The plain block's weights under its names, unpacked."""
+        destination = self.block.state_dict(
+            destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        value, gate = self.value.state_dict(), self.gate.state_dict()
+        for name in value:
+            destination[f"{prefix}ff.to_gated.{name}"] = torch.cat([value[name], gate[name]])
+        return destination
+
     @property
     def cross_attn(self) -> nn.Module:
         """For the text's keys and values."""
@@ -137,8 +158,8 @@ def packing_pays(model: LiveModel, n_tokens: int = 49) -> bool:
 def pack(model: LiveModel, n_tokens: int = 49) -> LiveModel:
     """Repack the transformer's blocks for playing on the CPU, in place, one by one.
 
-    A packed model can be played but neither trained nor saved. Where packing is impossible the
-    model stays as it is.
+    A packed model can be played but not trained; its state dict holds the plain weights. Where
+    packing is impossible the model stays as it is.
 
     Args:
         model: to be played.

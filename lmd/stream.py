@@ -29,6 +29,7 @@ from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.stream_state import StreamState
 from lmd.text import TextEncoder, mix
+from lmd.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class Streamer:
             )
         denoised = time.perf_counter()
         wave, decode = decode_block(self.codec, state.decode, latents, controls.seam)
+        wave = wave.cpu()  # waits for the device
         decoded = time.perf_counter()
         block = Block(
             index=state.index,
             latents=latents,
-            wave=wave.cpu(),
+            wave=wave,
             start_sample=state.n_samples,
             controls=controls,
             n_evaluations=controls.n_steps,
@@ -178,18 +180,24 @@ class Streamer:
             block, state = self.step(state, present)
             yield block
 
+    def save_state(self, state: StreamState, path: str | Path) -> None:
+        """Write a state of this streamer to a safetensors file, with what its weights are."""
+        state.save(path, self._weights())
+
     def load_state(self, path: str | Path) -> StreamState:
-        """Read a state that `StreamState.save` wrote.
+        """Read a state that `save_state` wrote, on whatever device, to this streamer's device.
 
         Raises:
-            LmdError: not such a file, or made with a model of another shape.
+            LmdError: not such a file, or made with another model or codec.
         """
-        expected = (self.denoiser.latent_dim, self.window.context_frames)
-        return StreamState.load(path, expected, self._stream_start())
+        context_shape = (self.denoiser.latent_dim, self.window.context_frames)
+        devices = (self.denoiser.device, getattr(self.codec, "device", self.denoiser.device))
+        running = self.codec.stream_start() if isinstance(self.codec, StreamingCodec) else None
+        return StreamState.load(path, context_shape, self._weights(), devices, running)
 
-    def _stream_start(self) -> object:
-        """The codec's own streaming state, if it has one: the pattern that a file is read by."""
-        return self.codec.stream_start() if isinstance(self.codec, StreamingCodec) else None
+    def _weights(self) -> dict[str, str]:
+        """What a state goes on with: the SHA-256 of all weights, by part."""
+        return {"model": fingerprint(self.denoiser), "codec": fingerprint(self.codec)}
 
     def _denoise(
         self, state: StreamState, context: Latents, controls: Controls

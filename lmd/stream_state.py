@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from lmd.codec import DecodeState
 from lmd.errors import LmdError
 from lmd.shapes import Latents
 
-STATE_FORMAT = "lmd-stream-state-1"
+STATE_FORMAT = "lmd-stream-state-2"
+CODECS_OWN = ("decode.overhang", "decode.running")  # lie where the codec computes
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,19 @@ class StreamState:
     memory_key: tuple = ()
     decode: DecodeState = field(default_factory=DecodeState)
 
-    def save(self, path: str | Path) -> None:
-        """Write everything to a safetensors file; `Streamer.load_state` reads it."""
+    def save(self, path: str | Path, weights: Mapping[str, str]) -> None:
+        """Write everything to a safetensors file; see `Streamer.save_state`.
+
+        Args:
+            path: where to.
+            weights: the SHA-256 of what made the state, by part.
+        """
         tensors = {"context": self.context}
         if self.memory is not None:
             tensors |= {f"memory.{name}": t for name, t in self.memory.tensors().items()}
         header = {
             "format": STATE_FORMAT,
+            "weights": dict(weights),
             "index": self.index,
             "n_samples": self.n_samples,
             "memory_key": self.memory_key,
@@ -60,32 +68,43 @@ class StreamState:
 
     @classmethod
     def load(
-        cls, path: str | Path, context_shape: tuple[int, int], running: Any = None
+        cls,
+        path: str | Path,
+        context_shape: tuple[int, int],
+        weights: Mapping[str, str],
+        devices: tuple[torch.device, torch.device],
+        running: Any = None,
     ) -> "StreamState":
-        """Read a state back.
+        """Read a state back; see `Streamer.load_state`.
 
         Args:
             path: what `save` wrote.
             context_shape: (latent channels, context frames) that the model expects.
+            weights: the SHA-256 of what is to go on from the state, by part.
+            devices: of the model and of the codec.
             running: a fresh streaming state of the codec, or None if it has none.
 
         Raises:
-            LmdError: not such a file, or made with a model or codec of another shape.
+            LmdError: not such a file, or made with another model or codec.
         """
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("lmd", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {
+                    name: file.get_tensor(name).to(devices[name.startswith(CODECS_OWN)])
+                    for name in file.keys()  # noqa: SIM118
+                }
         except (SafetensorError, OSError) as error:
             raise LmdError(
-                f"{path}: {error}", "a saved stream state", "Save it again with state.save(path)."
+                f"{path}: {error}", "a saved stream state", "Save it again with save_state."
             ) from error
-        found = tuple(tensors["context"].shape[1:]) if "context" in tensors else None
-        if header.get("format") != STATE_FORMAT or found != context_shape:
+        _check_header(header, path, weights)
+        found = tuple(tensors["context"].shape[1:])
+        if found != context_shape:
             raise LmdError(
-                f"{path}: format {header.get('format')!r}, context {found}",
-                f"format {STATE_FORMAT!r}, context {context_shape}",
-                "Load it with the model that it was saved with.",
+                f"{path}: context {found}",
+                f"{context_shape} (latent channels, frames)",
+                "Load it with the window that it was saved with.",
             )
         memory = {k[len("memory.") :]: v for k, v in tensors.items() if k.startswith("memory.")}
         pattern = DecodeState(running=running)
@@ -97,6 +116,24 @@ class StreamState:
             memory_key=_rebuild(header["memory_key"], None, tensors),
             decode=_rebuild(header["decode"], pattern, tensors),
         )
+
+
+def _check_header(header: dict[str, Any], path: str | Path, weights: Mapping[str, str]) -> None:
+    """Refuse a file of another kind or version, and a state that other weights made."""
+    if header.get("format") != STATE_FORMAT:
+        raise LmdError(
+            f"{path}: format {header.get('format')!r}",
+            f"format {STATE_FORMAT!r}, which says what weights it was made with",
+            "Make the state again and write it with save_state.",
+        )
+    for part, expected in weights.items():
+        found = header["weights"].get(part, "none")
+        if found != expected:
+            raise LmdError(
+                f"{path}: a state of the {part} with SHA-256 {found[:12]}…",
+                f"{expected[:12]}…, the {part} that is loaded",
+                f"Load it with the {part} that it was saved with, in the same precision.",
+            )
 
 
 def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -120,12 +157,6 @@ def _rebuild(described: Any, pattern: Any, tensors: dict[str, Tensor]) -> Any:
         return described
     if "tensor" in described:
         return tensors[described["tensor"]]
-    if not dataclasses.is_dataclass(pattern):
-        raise LmdError(
-            "a state with a codec's streaming state",
-            "a codec that streams in the same way",
-            "Load it with the codec that it was saved with.",
-        )
     parts = {
         name: _rebuild(part, getattr(pattern, name, None), tensors)
         for name, part in described["fields"].items()

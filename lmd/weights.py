@@ -1,7 +1,9 @@
-"""Copying named weights into a module, all or nothing."""
+"""Named weights: copying them into a module, all or nothing, and telling them apart."""
 
+import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lmd.errors import LmdError
@@ -41,3 +43,19 @@ def refuse_unmatched(
             "exactly this model's weights",
             "The file belongs to another model or config: load it with its own.",
         )
+
+
+def fingerprint(part: object) -> str:
+    """The SHA-256 of names and weights, whatever the device; without weights, of the class's name.
+
+    Args:
+        part: a module, anything else with a `state_dict`, or what wraps one as `model`.
+    """
+    holder = part if hasattr(part, "state_dict") else getattr(part, "model", None)
+    digest = hashlib.sha256(type(part).__name__.encode())
+    if hasattr(holder, "state_dict"):
+        for name, tensor in sorted(holder.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy())
+    return digest.hexdigest()

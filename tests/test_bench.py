@@ -2,24 +2,32 @@
 
 import json
 import weakref
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from engine import CONFIG, HoldCodec, random_model, streamer
 
 from lmd.__main__ import main
-from lmd.bench import tokens_of_passes
-from lmd.config import DiTConfig, WindowConfig
+from lmd.bench import COMPILE_TOLERANCE, open_parts, rebuilds, table
+from lmd.bound import Rates, tokens_of_passes
+from lmd.config import PRESETS, DiTConfig, OobleckConfig, WindowConfig
 from lmd.controls import Controls
+from lmd.decoder_speed import DecoderSpeed
+from lmd.dit import DiT
 from lmd.outpaint import BlockPlan, LiveDenoiser
 from lmd.packed import PackedLinear, can_pack, is_packed, pack, packing_pays
 from lmd.rng import normal
 from lmd.stream import Streamer
+from lmd.weights import fingerprint
 
 KEYS = {
     "regime", "n_steps", "tokens_per_block", "dit_ms_p50", "dit_ms_p95", "decode_ms_p50",
     "ttff_ms", "rtf", "peak_mb", "cache_mb", "speedup_vs_naive", "bound_speedup",
+    "rebuild_ms_p50", "rebuild_ms",
 }  # fmt: skip
+
+CAUSES = {"prompt", "block_frames", "regime", "forget_frames"}
 
 
 def test_bench_writes_a_row_per_regime_and_step_count(tmp_path, capsys):
@@ -42,8 +50,44 @@ def test_bench_writes_a_row_per_regime_and_step_count(tmp_path, capsys):
             assert row.keys() >= KEYS
             assert row["dit_ms_p95"] >= row["dit_ms_p50"] > 0
             assert row["rtf"] > 0
+            assert row["rebuild_ms"].keys() == CAUSES
+            assert min(row["rebuild_ms"].values()) > 0
         assert [row["tokens_per_block"] for row in report["rows"][:3]] == [482, 290, 146]
     assert "block-causal" in printed
+    assert all(f"by {cause}" in printed for cause in CAUSES)
+
+
+@pytest.mark.parametrize("regime", ["full", "enc-dec", "block-causal"])
+def test_what_is_timed_as_a_rebuild_is_one(regime, monkeypatch):
+    stream = streamer()
+    base = Controls(prompt="organ", n_steps=2, block_frames=6, regime=regime)
+    made, before = [], []
+    step = stream.step
+
+    def noting(state, controls):
+        block, following = step(state, controls)
+        made.append((controls, block, before[-1] if state.index else None))
+        before.append(controls)
+        return block, following
+
+    state = stream.step(stream.start(), base)[1]
+    monkeypatch.setattr(stream, "step", noting)
+    before.append(base)
+    blocks = rebuilds(stream, state, base)
+    assert blocks.keys() == CAUSES
+    for cause, timed in blocks.items():
+        assert len(timed) == 2
+        for block in timed:
+            assert block.rebuilt, cause
+            asked = replace(block.controls, forget_frames=0)
+            assert asked == base
+            assert (block.controls.forget_frames > 0) == (cause == "forget_frames")
+    earlier = [controls for controls, block, _ in made if controls.n_steps == 1]
+    moved = [
+        {name for name in CAUSES if getattr(controls, name) != getattr(base, name)}
+        for controls in earlier
+    ]
+    assert moved == [{"prompt"}, {"block_frames"}, {"regime"}, set()]
 
 
 def test_token_counts_are_those_that_the_transformer_sees(monkeypatch):
@@ -90,6 +134,20 @@ needs_packing = pytest.mark.skipif(not can_pack(), reason="oneDNN's packed produ
 
 
 @needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_has_the_state_of_the_plain_one(dtype):
+    if not can_pack(dtype):
+        pytest.skip("oneDNN has no such products on this processor")
+    model = random_model().to(dtype)
+    plain, before = {k: v.clone() for k, v in model.state_dict().items()}, fingerprint(model)
+    packed = pack(model)
+    assert is_packed(packed)
+    torch.testing.assert_close(dict(packed.state_dict()), plain, atol=0, rtol=0)
+    assert fingerprint(packed) == before
+    assert fingerprint(pack(random_model(seed=1).to(dtype))) != before
+
+
+@needs_packing
 def test_packing_lets_every_plain_weight_go_before_it_takes_the_next(monkeypatch):
     model = random_model(CONFIG)
     layers = [m for m in model.dit.blocks.modules() if isinstance(m, torch.nn.Linear)]
@@ -124,19 +182,89 @@ def test_whether_packing_pays_is_measured_on_this_processor(monkeypatch):
         assert packing_pays(random_model(CONFIG)) == (slow == 0)
 
 
-def test_block_one_thousand_costs_the_passes_of_block_ten():
-    """The work of a block, counted in tokens and cache bytes, does not grow with the stream."""
+def test_block_one_thousand_costs_the_passes_of_block_ten(monkeypatch):
+    """The work of a block, in tokens, keys, shapes and cache bytes, does not grow with it."""
     config = DiTConfig(latent_dim=4, width=8, depth=1, n_heads=1, text_dim=8, global_dim=8)
     stream = Streamer(random_model(config), HoldCodec(), streamer().text, WindowConfig(4, 2))
     state, controls = stream.start(), Controls(prompt="a", n_steps=1, block_frames=2)
-    sizes = {}
-    for index in range(1001):
+    passes, block_class = [], type(stream.denoiser.model.dit.blocks[0])
+    forward = block_class.forward
+
+    def counting(self, x, rotation, text, visible=None, past=None):
+        passes.append((x.shape[1], len(rotation.cos), 0 if past is None else past.key.shape[2]))
+        return forward(self, x, rotation, text, visible, past)
+
+    monkeypatch.setattr(block_class, "forward", counting)
+    costs = []
+    for _ in range(1001):
+        passes.clear()
         block, state = stream.step(state, controls)
         held = (state.context, state.decode.latents, *state.memory.tensors().values())
-        sizes[index] = [tuple(tensor.shape) for tensor in held]
-    assert sizes[1000] == sizes[10]
+        shapes = [tuple(tensor.shape) for tensor in held]
+        costs.append((shapes, state.memory.n_bytes, block.wave.shape, tuple(passes)))
+    assert costs[10][-1] == (
+        (5, 5, 4),
+    )  # finished block, new block, global token; four cached frames
+    assert all(cost == costs[10] for cost in costs[10:])
     assert torch.isfinite(block.latents).all()
-    assert CONFIG.depth == 2
+
+
+def test_a_compiled_stream_that_moves_too_far_from_eager_is_an_error(monkeypatch, capsys):
+    """Compiling is replaced by a change of the weights: none, a rounding step, a large one."""
+
+    def scaled(factor):
+        def compile_blocks(self, mode="default"):
+            assert mode == "default"
+            for parameter in self.blocks.parameters():
+                parameter.mul_(factor)
+
+        monkeypatch.setattr(DiT, "compile_blocks", compile_blocks)
+        words = ["bench", "--preset", "tiny", "--steps", "1", "--blocks", "2", "--threads", "1"]
+        status = main([*words, "--compile", "--json", "-"])
+        printed = capsys.readouterr().out
+        report = json.loads(printed)
+        assert report["compile_tolerance"] == COMPILE_TOLERANCE[torch.float32]
+        assert report["compile_s"] > 0
+        return status, report["compile_max_difference"]
+
+    monkeypatch.setattr("lmd.bench.check_compiler", lambda: None)
+    monkeypatch.setattr("lmd.bench.machine_rates", lambda *args: Rates(1e9, 1e9))
+    threads = torch.get_num_threads()
+    assert scaled(1.0) == (0, 0.0)
+    status, difference = scaled(1 + 2**-22)
+    assert status == 0
+    assert 0 < difference <= COMPILE_TOLERANCE[torch.float32]
+    status, difference = scaled(1.01)
+    assert status == 1
+    assert difference > COMPILE_TOLERANCE[torch.float32]
+    torch.set_num_threads(threads)
+
+
+def test_the_decoder_of_stable_audio_is_measured_on_request(monkeypatch, capsys):
+    sizes = OobleckConfig(latent_dim=8, channels=8, c_mults=(1, 2), strides=(2, 4))
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], codec=sizes))
+    words = ["bench", "--preset", "tiny", "--steps", "1", "--blocks", "2", "--threads", "1"]
+    monkeypatch.setattr("lmd.bench.machine_rates", lambda *args: Rates(1e9, 1e9))
+    threads = torch.get_num_threads()
+    assert main([*words, "--decoder", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["decoder"].keys() == {field.name for field in fields(DecoderSpeed)}
+    assert report["decoder"]["rtf"] > 0
+    assert "decoder alone, float32" in table(report)
+    monkeypatch.undo()
+    assert main([*words, "--decoder"]) == 2
+    assert "Stable Audio's autoencoder" in capsys.readouterr().err
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["tiny", "oobleck"])
+def test_the_bench_moves_model_and_codec_to_the_device(name):
+    sizes = OobleckConfig(latent_dim=8, channels=8, c_mults=(1, 2), strides=(2, 4))
+    chosen = PRESETS["tiny"] if name == "tiny" else replace(PRESETS["tiny"], codec=sizes)
+    model, codec = open_parts(chosen, None, None, torch.bfloat16, torch.device("meta"))
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert codec.device.type == "meta"
+    assert {tensor.device.type for tensor in codec.state_dict().values()} == {"meta"}
 
 
 def test_bad_bench_arguments_are_refused(capsys):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmd.cache import Memory
-from lmd.config import ControlChannel, DiTConfig, WindowConfig, preset
+from lmd.config import PRESETS, ControlChannel, DiTConfig, WindowConfig, preset
 from lmd.controls import Controls
 from lmd.dit import LiveModel
 from lmd.flow import Guidance, sample, schedule
@@ -18,8 +18,8 @@ from lmd.rng import normal
 from lmd.stream import forget
 from lmd.text import mix
 
-# float32 against an independently written pass; measured 5e-6 over 13 blocks of a random model,
-# whose latents are of size 1.
+# The largest absolute difference in float32 from an independently written pass; measured 5e-5 over
+# 13 blocks of a random model with latents up to 8, and 1e-5 over 400 drawn shapes and plans.
 TOLERANCE = 1e-4
 
 
@@ -58,18 +58,22 @@ class Reference:
             controls.cfg_scale,
             lambda step: normal(shape, controls.seed, "renoise", index, step),
         )
-        self.known = torch.cat([self.known, latents], dim=-1)
         return latents
+
+    def goes_on_from(self, latents):
+        self.known = torch.cat([self.known, latents], dim=-1)
 
 
 def worst_difference(stream, model, batch, plan):
-    """The largest absolute difference over a list of controls, relative to latents of size 1."""
+    """The largest absolute difference over a list of controls.
+
+    Both go on from the streamer's blocks: a random model doubles whatever rounding it is given.
+    """
     state, reference, worst = stream.start(batch=batch), Reference(model, stream, batch), 0.0
     for index, controls in enumerate(plan):
         block, state = stream.step(state, controls)
-        expected = reference.step(index, controls)
-        scale = max(1.0, expected.abs().max().item())
-        worst = max(worst, (block.latents - expected).abs().max().item() / scale)
+        worst = max(worst, (block.latents - reference.step(index, controls)).abs().max().item())
+        reference.goes_on_from(block.latents)
     return worst
 
 
@@ -91,19 +95,52 @@ def test_cached_stream_equals_one_masked_pass_over_the_history(regime, guidance,
     assert worst_difference(streamer(model), model, batch, plan) < TOLERANCE
 
 
+FREE = st.fixed_dictionaries(
+    {
+        "prompt": st.sampled_from(["organ slow", "harp", (("organ", 0.25), ("harp", 0.75))]),
+        "guidance": st.sampled_from([{}, GUIDED, PLUS_PLUS, {"sampler": "euler"}]),
+        "regime": st.sampled_from(["enc-dec", "block-causal"]),
+        "n_steps": st.integers(1, 2),
+        "length": st.integers(0, 100),
+        "forget": st.sampled_from([0, 0, 0, 0.5, 1]),
+    }
+)
+
+
+@st.composite
+def plans(draw, window):
+    """Eight blocks or more of few or many changes: some controls stay, some are drawn anew."""
+    lengths, drawn, plan = window.block_lengths(), draw(FREE), []
+    for _ in range(draw(st.integers(8, 9))):
+        fresh = draw(FREE)
+        moved = draw(st.sets(st.sampled_from(sorted(fresh)), max_size=2))
+        drawn = {**drawn, "forget": 0} | {name: fresh[name] for name in moved}
+        plan.append(
+            Controls(
+                prompt=drawn["prompt"],
+                n_steps=drawn["n_steps"],
+                block_frames=lengths[drawn["length"] % len(lengths)],
+                regime=drawn["regime"],
+                forget_frames=int(drawn["forget"] * window.context_frames),
+                **drawn["guidance"],
+            )
+        )
+    return plan
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     n_context=st.integers(1, 4),
-    block=st.integers(1, 5),
+    block=st.integers(1, 3),
     n_heads=st.integers(1, 3),
-    half_head=st.integers(1, 3),
+    half_head=st.integers(2, 3),  # a norm over four numbers now and then divides by almost nothing
     depth=st.integers(1, 3),
-    regime=st.sampled_from(["enc-dec", "block-causal"]),
-    batch=st.integers(1, 2),
+    batch=st.sampled_from([1, 3]),
     seed=st.integers(0, 2**32 - 1),
+    data=st.data(),
 )
-def test_cached_equals_uncached_for_any_shape(
-    n_context, block, n_heads, half_head, depth, regime, batch, seed
+def test_cached_equals_uncached_for_any_shape_and_any_changes(
+    n_context, block, n_heads, half_head, depth, batch, seed, data
 ):
     config = DiTConfig(
         latent_dim=4, width=n_heads * 4 * half_head, depth=depth, n_heads=n_heads,
@@ -111,8 +148,8 @@ def test_cached_equals_uncached_for_any_shape(
     )  # fmt: skip
     model = random_model(config, seed)
     window = WindowConfig(n_context * block, block)
-    controls = Controls(prompt="a", n_steps=2, block_frames=block, regime=regime, seed=seed)
-    assert worst_difference(streamer(model, window), model, batch, [controls] * 4) < TOLERANCE
+    plan = data.draw(plans(window))
+    assert worst_difference(streamer(model, window), model, batch, plan) < TOLERANCE
 
 
 @torch.no_grad()
@@ -244,6 +281,19 @@ def test_paper_preset_has_the_published_number_of_parameters():
     n_added = dit.to_input_add.weight.numel()
     assert sum(parameter.numel() for parameter in dit.parameters()) - n_added == 340_879_488
     assert n_added == 66_560
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_the_one_latent_geometry(name):
+    chosen = preset(name)
+    assert chosen.frame_rate_hz == pytest.approx(21.53, abs=0.005)
+    channels = chosen.dit.latent_dim
+    assert channels == chosen.codec.latent_dim
+    assert (channels < 64) if name == "tiny" else (channels == 64)
+    assert chosen.window.context_frames == 192
+    assert {12, 16, 24, 48} <= set(chosen.window.block_lengths())
+    assert chosen.window.block_frames in chosen.window.block_lengths()
+    assert all(192 % length == 0 for length in chosen.window.block_lengths())
 
 
 def test_shape_checks_are_on():

@@ -215,6 +215,15 @@ def test_audio_with_nan_and_latents_that_do_not_fit_are_refused():
         codec.stream_decode(state, torch.zeros(1, 8, 4))
 
 
+def test_a_codec_without_its_encoder_decodes_the_same_and_refuses_to_encode():
+    codec, latents = random_codec(CONFIGS["fixture-like"]), torch.randn(1, 8, 4)
+    expected, whole = codec.decode(latents), codec.state_dict()
+    assert torch.equal(codec.let_encoder_go().decode(latents), expected)
+    assert codec.state_dict().keys() == {k for k in whole if k.startswith("decoder")}
+    with pytest.raises(LmdError, match="encoder was let go"):
+        codec.encode(torch.zeros(1, 2, 32))
+
+
 def test_odd_strides_are_refused():
     with pytest.raises(LmdError, match="all strides even"):
         random_codec(OobleckConfig(latent_dim=2, channels=4, c_mults=(1, 2), strides=(3, 2)))

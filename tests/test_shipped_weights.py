@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lmd.checkpoint import load_bundle, load_codec, load_tensors, read_header
+from lmd.codec import DecodeState, Seam, decode_block
 from lmd.evaluation.recogniser import load_recogniser
 from lmd.flow import Guidance, dpmpp_2m, schedule
 from lmd.instrument import SHIPPED, open_instrument
@@ -105,3 +106,44 @@ def test_a_live_model_streams_two_blocks_that_can_be_heard(kind: str) -> None:
     assert [block.latents.shape[-1] for block in blocks] == [controls.block_frames] * 2
     for block in blocks:
         assert -50 < level_db(block.wave) < 0  # measured -24 and -25
+
+
+@pytest.fixture(scope="module")
+def joined_latents() -> tuple[torch.Tensor, ...]:
+    """A held chord, behind which no click can hide, as short blocks with 108 joins."""
+    codec = load_codec(SHIPPED / "codec.safetensors")
+    time_s = torch.arange(109 * 2 * codec.samples_per_frame) / codec.sample_rate
+    wave = sum(torch.sin(2 * torch.pi * hz * time_s) for hz in (220.0, 277.2, 329.6))
+    return codec.encode(0.1 * wave[None, None]).split(2, dim=-1)
+
+
+def click(waves: list[Wave], n_after: int = 0) -> float:
+    """The peak second difference at 100 joins, over that elsewhere between them.
+
+    A place `n_after` samples behind each join counts as a join, too. The first and last few joins
+    stay out: the chord's own beginning and end are steps.
+    """
+    joins = torch.tensor([wave.shape[-1] for wave in waves]).cumsum(0)[-109:-1]
+    bend = torch.cat(waves, dim=-1)[0, 0].diff().diff().abs()
+    near = torch.zeros(len(bend), dtype=torch.bool)
+    for join in (*joins, *(joins + n_after)):
+        near[join - 4 : join + 2] = True
+    inside = slice(int(joins[3]) + 10, int(joins[-4]) - 10)
+    assert len(joins[4:-4]) == 100
+    bend, near = bend[inside], near[inside]
+    return float(bend[near].max() / bend[~near].max())
+
+
+@pytest.mark.parametrize("seam", ["exact", "fade"])
+def test_no_click_at_a_hundred_joins_of_the_shipped_codec(seam: Seam, joined_latents) -> None:
+    codec, state, waves = load_codec(SHIPPED / "codec.safetensors"), DecodeState(), []
+    for latents in joined_latents:
+        wave, state = decode_block(codec, state, latents, seam)
+        waves.append(wave)
+    n_fade = round(0.02 * codec.sample_rate) if seam == "fade" else 0  # where the fade ends
+    assert click(waves, n_fade) < 1.5  # measured 0.69 and 0.80
+
+
+def test_blocks_decoded_apart_would_click(joined_latents) -> None:
+    codec = load_codec(SHIPPED / "codec.safetensors")
+    assert click([codec.decode(latents) for latents in joined_latents]) > 1.5  # measured 3.3

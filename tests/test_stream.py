@@ -1,15 +1,19 @@
 """The streamer: a value in, a value out, the same bytes, no clicks, clear refusals."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine import HoldCodec, random_model, streamer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lmd.codec import DecodeState, StreamingCodec, decode_block, equal_power_fade
 from lmd.config import OobleckConfig, WindowConfig
@@ -20,6 +24,7 @@ from lmd.flow import SAMPLERS
 from lmd.oobleck import random_codec
 from lmd.rng import normal
 from lmd.stream import Streamer
+from lmd.weights import fingerprint
 
 BASE = Controls(prompt="organ", n_steps=2, block_frames=6)
 
@@ -91,7 +96,7 @@ def test_a_step_leaves_the_state_it_was_given_untouched():
 def test_a_saved_state_goes_on_to_the_same_bytes(at, tmp_path):
     whole, _ = play(streamer(), LIVELY)
     _, state = play(streamer(), LIVELY[:at])
-    state.save(tmp_path / "state.safetensors")
+    streamer().save_state(state, tmp_path / "state.safetensors")
     fresh = streamer()
     rest, _ = play(fresh, LIVELY[at:], fresh.load_state(tmp_path / "state.safetensors"))
     assert torch.equal(wave_of(rest), wave_of(whole[at:]))
@@ -305,12 +310,14 @@ def test_no_click_at_a_hundred_joins(seam):
     assert bend[near].max() / bend[~near].max() < 1.5
 
 
+OOBLECK = OobleckConfig(
+    sample_rate=800, audio_channels=1, latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4)
+)
+
+
 def convolutional():
     """A small convolutional codec that keeps its own streaming state."""
-    config = OobleckConfig(
-        sample_rate=800, audio_channels=1, latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4)
-    )
-    return random_codec(config)
+    return random_codec(OOBLECK)
 
 
 def test_a_codec_with_its_own_streaming_state_gives_the_same_samples():
@@ -348,12 +355,10 @@ def test_a_saved_state_holds_the_codecs_streaming_state(tmp_path):
 
     whole, _ = play(fresh(), [BASE] * 6)
     _, state = play(fresh(), [BASE] * 3)
-    state.save(tmp_path / "state.safetensors")
+    fresh().save_state(state, tmp_path / "state.safetensors")
     again = fresh()
     rest, _ = play(again, [BASE] * 3, again.load_state(tmp_path / "state.safetensors"))
     assert torch.equal(wave_of(rest), wave_of(whole[3:]))
-    with pytest.raises(LmdError, match="codec that it was saved with"):
-        streamer().load_state(tmp_path / "state.safetensors")
 
 
 def test_an_unknown_seam_is_refused():
@@ -423,10 +428,83 @@ def test_poisoned_weights_are_reported_and_the_state_is_kept():
     assert torch.isfinite(block.wave).all()
 
 
+def with_codec(seed):
+    return Streamer(
+        random_model(), random_codec(OOBLECK, seed), streamer().text, WindowConfig(24, 6)
+    )
+
+
+def test_a_state_of_other_weights_is_refused(tmp_path):
+    path, stream = tmp_path / "state.safetensors", with_codec(0)
+    stream.save_state(play(stream, [BASE])[1], path)
+    assert with_codec(0).load_state(path).index == 1
+    others = {
+        "model": Streamer(random_model(seed=1), stream.codec, stream.text, stream.window),
+        "codec": with_codec(1),
+    }
+    for part, other in others.items():
+        with pytest.raises(LmdError, match=f"a state of the {part} with SHA-256") as refused:
+            other.load_state(path)
+        found = fingerprint(stream.denoiser if part == "model" else stream.codec)
+        wanted = fingerprint(other.denoiser if part == "model" else other.codec)
+        assert found[:12] in refused.value.found
+        assert wanted[:12] in refused.value.expected
+        assert f"the {part} that it was saved with" in refused.value.todo
+    with pytest.raises(LmdError, match="a state of the codec"):
+        streamer().load_state(path)  # a codec without weights
+
+
+def test_a_state_in_other_precision_is_refused(tmp_path):
+    path, stream = tmp_path / "state.safetensors", streamer()
+    stream.save_state(play(stream, [BASE])[1], path)
+    with pytest.raises(LmdError, match="in the same precision"):
+        streamer(random_model().to(torch.bfloat16)).load_state(path)
+
+
+def test_a_state_that_names_no_weights_is_refused(tmp_path):
+    """As the first version of the format wrote it."""
+    path, stream = tmp_path / "state.safetensors", streamer()
+    stream.save_state(play(stream, [BASE])[1], path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["lmd"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["weights"]
+    header["format"] = "lmd-stream-state-1"
+    save_file(tensors, path, {"lmd": json.dumps(header)})
+    with pytest.raises(LmdError, match="lmd-stream-state-1") as refused:
+        stream.load_state(path)
+    assert "what weights it was made with" in refused.value.expected
+    assert "write it with save_state" in refused.value.todo
+
+
+def test_numbers_of_numpy_are_as_good_as_python_s(tmp_path):
+    path = tmp_path / "state.safetensors"
+    numpys = Controls(
+        prompt=(("organ", np.float64(0.5)), ("harp", np.float32(0.5))),
+        cfg_scale=np.float32(1.5),
+        n_steps=np.int64(2),
+        block_frames=np.int32(6),
+        seed=np.uint8(3),
+        forget_frames=np.int16(6),
+    )
+    plain = Controls((("organ", 0.5), ("harp", 0.5)), 1.5, 2, block_frames=6, seed=3)
+    plain = replace(plain, forget_frames=6)
+    assert repr(numpys) == repr(plain)
+    stream = streamer()
+    expected, _ = play(stream, [plain, plain])
+    blocks, state = play(stream, [numpys])
+    stream.save_state(state, path)
+    rest, _ = play(stream, [numpys], stream.load_state(path))
+    assert torch.equal(wave_of([*blocks, *rest]), wave_of(expected))
+    for value in (np.float64(2.5), np.bool_(True), np.array([2, 3])):
+        with pytest.raises(LmdError, match="n_steps"):
+            stream.step(state, replace(BASE, n_steps=value))
+
+
 def test_a_state_of_another_model_or_no_state_at_all_is_refused(tmp_path):
     path = tmp_path / "state.safetensors"
-    play(streamer(), [BASE])[1].save(path)
-    with pytest.raises(LmdError, match="Load it with the model"):
+    streamer().save_state(play(streamer(), [BASE])[1], path)
+    with pytest.raises(LmdError, match="Load it with the window"):
         streamer(window=WindowConfig(12, 6)).load_state(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(LmdError, match="a saved stream state"):

@@ -1,0 +1,70 @@
+"""What a machine allows: its own matrix products and memory reading, and the passes they bound."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lmd.config import Preset
+from lmd.machine import now_s
+from lmd.packed import PackedLinear, can_pack
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do: matrix products and reading."""
+
+    product_flops: float  # floating-point operations per second in the model's precision
+    read_bytes: float  # bytes per second
+
+
+def machine_rates(chosen: Preset, dtype: torch.dtype, device: torch.device) -> Rates:
+    """This machine's best matrix product of the model's widths, and its reading speed."""
+    width, wide = chosen.dit.width, 2 * chosen.dit.ff_mult * chosen.dit.width
+    best = 0.0
+    for n_rows in (chosen.window.window_frames + 1, 1024):
+        a = torch.randn(n_rows, width, device=device).to(dtype)
+        layer = torch.nn.Linear(width, wide, bias=False, device=device).to(dtype)
+        layers = [layer]
+        if device.type == "cpu" and can_pack(dtype):
+            layers.append(PackedLinear(layer, n_rows))
+        for way in layers:
+            with torch.no_grad():
+                seconds = fastest(lambda a=a, way=way: way(a), device)
+            best = max(best, 2 * n_rows * width * wide / seconds)
+    buffer = torch.zeros(2**26, device=device)
+    seconds = fastest(lambda: buffer.sum(), device)
+    return Rates(best, buffer.nbytes / seconds)
+
+
+def fastest(work: Callable[[], object], device: torch.device, n: int = 7) -> float:
+    """The shortest of a few timings, in seconds."""
+    seconds = []
+    for _ in range(n + 2):
+        began = time.perf_counter()
+        work()
+        seconds.append(now_s(device) - began)
+    return min(seconds[2:])
+
+
+def tokens_of_passes(regime: str, context: int, block: int, n_steps: int) -> list[int]:
+    """How many tokens each transformer pass of a block computes, once a stream is under way."""
+    if regime == "full":
+        return [context + block + 1] * n_steps
+    if regime == "enc-dec":
+        return [context] + [block + 1] * n_steps
+    return [2 * block + 1] + [block + 1] * (n_steps - 1)
+
+
+def bound_ms(passes: list[int], rates: Rates, n_weights: int, n_bytes: int) -> float:
+    """What passes over so many tokens take if nothing but products or reading holds them up.
+
+    Args:
+        passes: tokens of each pass.
+        rates: of the machine.
+        n_weights: that every pass reads.
+        n_bytes: of one weight.
+    """
+    reading_s = n_weights * n_bytes / rates.read_bytes
+    return 1e3 * sum(max(2 * n_weights * n / rates.product_flops, reading_s) for n in passes)

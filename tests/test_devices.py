@@ -1,0 +1,143 @@
+"""What a machine without a GPU can know of playing on one.
+
+Fake tensors carry a device and compute nothing, but refuse to mix devices as real ones do; tensors
+on `meta` have a device that something can be left behind from.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine import CONFIG, WINDOW, random_model, streamer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lmd.config import ControlChannel, OobleckConfig, SpectralCodecConfig
+from lmd.controls import Controls
+from lmd.dit import LiveModel
+from lmd.oobleck import random_codec
+from lmd.oobleck_fast import named_tensors
+from lmd.outpaint import add_controls
+from lmd.spectral import SpectralCodec
+from lmd.stream import Streamer
+
+OOBLECK = OobleckConfig(
+    sample_rate=800, audio_channels=1, latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4)
+)
+SPECTRAL = SpectralCodecConfig(
+    latent_dim=4, n_fft=1024, n_linear=32, n_bands=64, encoder_width=8, width=8, depth=1,
+    step_width=8, step_depth=1, horizon_frames=2,
+)  # fmt: skip
+CODECS = {"oobleck": lambda: random_codec(OOBLECK), "spectral": lambda: SpectralCodec(SPECTRAL)}
+
+
+def devices_of(state):
+    """Where the tensors of a state are: those that the codec made, and the others."""
+    found = named_tensors(state, "")
+    codecs = {name for name in found if name.startswith((".decode.overhang", ".decode.running"))}
+    return [
+        {found[name].device.type for name in names} for names in (codecs, found.keys() - codecs)
+    ]
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A streamer, all of fake tensors, whose model and codec are on a GPU."""
+    monkeypatch.setattr(torch, "isfinite", lambda x: SimpleNamespace(all=lambda: True))
+    monkeypatch.setattr("lmd.stream.schedule", lambda n_steps: (1.0, 0.5, 0.0))  # fakes have none
+    with FakeTensorMode():
+        codec = random_codec(OOBLECK).to("cuda")
+        with torch.device("cuda"):
+            model = LiveModel(CONFIG)
+        yield Streamer(model, codec, streamer().text, WINDOW)
+
+
+@pytest.mark.parametrize("regime", ["full", "enc-dec", "block-causal"])
+def test_a_stream_never_mixes_devices(on_cuda, regime):
+    assert on_cuda.start().context.device.type == "cuda"
+    state = on_cuda.start(context=torch.zeros(1, 1, 8 * 40))
+    assert state.context.device.type == "cuda"
+    base = {"regime": regime, "n_steps": 2, "block_frames": 6}
+    for controls in (
+        Controls("a", **base),
+        Controls("a", **base),
+        Controls("b", cfg_scale=2.0, forget_frames=6, seam="fade", **base),
+        Controls("b", cfg_scale=0.5, sampler="pingpong++", **base),
+    ):
+        block, state = on_cuda.step(state, controls)
+        assert block.latents.device.type == "cuda"
+        assert block.wave.device.type == "cpu"
+        assert devices_of(state)[1] == {"cuda"}
+        assert devices_of(state)[0] <= {"cuda"}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_state_is_loaded_to_where_the_model_and_the_codec_are(codec, tmp_path, monkeypatch):
+    path, made = tmp_path / "state.safetensors", []
+    for device in ("cpu", "meta"):
+        model, own = random_model().to(device), CODECS[codec]().to(device)
+        made.append(Streamer(model, own, streamer().text, WINDOW))
+    monkeypatch.setattr("lmd.stream.fingerprint", lambda part: "the same")
+    state = made[0].start()
+    for seam in ("exact", "fade", "exact"):
+        _, state = made[0].step(state, Controls("a", n_steps=1, block_frames=12, seam=seam))
+    made[0].save_state(state, path)
+    assert devices_of(made[0].load_state(path)) == [{"cpu"}, {"cpu"}]
+    assert devices_of(made[1].load_state(path)) == [{"meta"}, {"meta"}]
+    halves = Streamer(made[0].denoiser.model, made[1].codec, made[0].text, WINDOW)
+    assert devices_of(halves.load_state(path)) == [{"meta"}, {"cpu"}]
+
+
+def test_added_controls_are_where_the_model_is_and_as_precise():
+    grown = add_controls(random_model().to("meta", torch.bfloat16), ControlChannel("sketch", 3))
+    assert {(p.device.type, p.dtype) for p in grown.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_codec_moves_with_everything_it_computes_with(codec):
+    made = CODECS[codec]()
+    assert made.device.type == "cpu"
+    weights = made.state_dict()
+    assert len(weights) > 10
+    assert made.to("meta") is made
+    assert made.device.type == "meta"
+    parts = (made.decoder, made.encoder) if codec == "oobleck" else ()
+    buffers = [*made.buffers()] if codec == "spectral" else []
+    left = [*named_tensors(parts, "").values(), *made.state_dict().values(), *buffers]
+    assert {tensor.device.type for tensor in left} == {"meta"}
+    assert {k: v.shape for k, v in made.state_dict().items()} == {
+        k: v.shape for k, v in weights.items()
+    }
+
+
+@torch.no_grad()
+def test_what_outlives_a_call_is_not_in_the_memory_of_the_blocks_results(monkeypatch):
+    """CUDA graphs write into the same memory at every call; so do these blocks."""
+    results = {}
+
+    def replaying(self, x, rotation, text, visible=None, past=None):
+        out, fresh = forward(self, x, rotation, text, visible, past)
+        key = (id(self), x.shape)
+        if key not in results:
+            results[key] = [torch.empty_strided(t.shape, t.stride()) for t in (out, *fresh)]
+        for held, new in zip(results[key], (out, *fresh), strict=True):
+            held.copy_(new)
+        return results[key][0], type(fresh)(*results[key][1:])
+
+    plans = [
+        Controls("a", n_steps=2, block_frames=6, regime=regime)
+        for regime in ("enc-dec", "block-causal", "block-causal", "block-causal")
+    ]
+    model = random_model()
+    plain = [block.latents for block in streamer(model).stream(plans)]
+    block_class = type(model.dit.blocks[0])
+    forward = block_class.forward
+    monkeypatch.setattr(block_class, "forward", replaying)
+    state, stream = streamer(model).start(), streamer(model)
+    for controls, expected in zip(plans, plain, strict=True):
+        block, state = stream.step(state, controls)
+        for held in results.values():
+            for tensor in held:
+                tensor.fill_(float("nan"))
+        assert torch.equal(block.latents, expected)
+        assert all(torch.isfinite(t).all() for t in state.memory.tensors().values())
+    assert len(results) > 2
