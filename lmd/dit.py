@@ -10,6 +10,7 @@ Taught in notebook 02_outpaint.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,14 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim: int, base: float) -> None:
         super().__init__()
         self.register_buffer("inv_freq", base ** (-torch.arange(0, dim, 2).float() / dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        """Move with the model but stay float32: bfloat16 turns far positions 0.1 rad off."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if not (exact.is_meta or self.inv_freq.is_meta):
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
     def forward(self, positions: Positions) -> Rotation:
         """Cosines and sines in float32, whatever the precision of the model."""

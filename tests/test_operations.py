@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmd.dit import RotaryEmbedding
 from lmd.errors import LmdError
 from lmd.machine import check_compiler
 from lmd.operations import CHUNK_SCORES, Rotation, attend, gated, rotate
@@ -104,3 +105,12 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LmdError, match="without a C"):
         check_compiler()
+
+
+def test_positions_stay_exact_in_a_model_of_bfloat16():
+    positions = torch.arange(240)
+    exact = RotaryEmbedding(32, 10_000.0)
+    half = RotaryEmbedding(32, 10_000.0).to(torch.bfloat16)
+    assert half.inv_freq.dtype == torch.float32
+    for found, expected in zip(half(positions), exact(positions), strict=True):
+        assert torch.equal(found, expected)
