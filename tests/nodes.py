@@ -51,6 +51,15 @@ def start_nodes(*words: object) -> list[subprocess.Popen]:
     return processes
 
 
+def run_pair(*words: object) -> None:
+    """A command that starts its second process itself, to its end."""
+    done = subprocess.run(
+        [*map(str, words)], cwd=HERE.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+
+
 def finish_nodes(processes: list[subprocess.Popen]) -> None:
     """Wait for all; what they said, if one failed or one was not at its own address alone."""
     try:

@@ -1,7 +1,6 @@
 """Two processes, which Lightning starts itself: the shards and the windows of one."""
 
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from corpus_fake import make_corpus
 from data_worker import GLOBAL_BATCH, STEPS, main
-from nodes import HERE
+from nodes import HERE, run_pair
 
 from lmd.checkpoint import save_checkpoint
 from lmd.config import preset
@@ -31,15 +30,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         main(*words, str(folder / "one"), "1", "0")
-    done = subprocess.run(
-        [sys.executable, HERE / "data_worker.py", *words, folder / "two", "2", "2"],
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "MEMBER: 2/2" in done.stderr
+    run_pair(sys.executable, HERE / "data_worker.py", *words, folder / "two", "2", "2")
     return folder / "one", folder / "two"
 
 

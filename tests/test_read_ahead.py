@@ -2,9 +2,12 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
+import torch
 from latents_fake import write_latents
 
 from lmd.__main__ import main
@@ -91,3 +94,20 @@ def test_a_fault_while_reading_ends_the_run_with_its_message(tmp_path, monkeypat
     assert "shard 7: its checksum differs" in capsys.readouterr().err
     assert not readers()
     assert run_log(tmp_path / "run")["step"].tolist() == [0, 1, 2]
+
+
+def test_reading_starts_no_threads_of_torch(tmp_path):
+    source = LatentSource(write_latents(tmp_path, latent_dim=64), 0)
+    rows = range(16)  # enough for torch to share the work, if it had any
+    process, before_n = psutil.Process(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as reader:
+            reader.submit(int).result()
+            alone = process.num_threads()
+            reader.submit(source.windows, 0, rows, 240).result()
+            assert process.num_threads() == alone
+            reader.submit(torch.randn(16, 64, 240).double).result()  # what would be seen
+            assert process.num_threads() > alone
+    finally:
+        torch.set_num_threads(before_n)

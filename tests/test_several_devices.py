@@ -1,6 +1,5 @@
 """The README's lines for several devices and machines: the losses of one process, but rounding."""
 
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latents_fake import write_latents
-from nodes import ADDRESSES, HERE, finish_nodes, free_port, start
+from nodes import ADDRESSES, finish_nodes, free_port, run_pair, start
 from readme import command_with
 
 from lmd.__main__ import main
@@ -43,15 +42,7 @@ def test_several_devices_as_the_readme_says(one, tmp_path):
     places = {".venv/bin": str(BIN), "small": "tiny", "data/latents": str(one / "latents")}
     words = command_with(".venv/bin/python -m lmd train base --preset", places)
     words[words.index("--devices") + 1] = "2"
-    done = subprocess.run(
-        [*words, *WORDS, "--out", tmp_path],
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "MEMBER: 2/2" in done.stderr
+    run_pair(*words, *WORDS, "--out", tmp_path)
     assert distance(one, tmp_path) < 1e-5  # measured 2e-7: sums in another order
 
 
