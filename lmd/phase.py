@@ -140,17 +140,19 @@ def _integrate_runs(
     A run that begins before its first step only passes through the steps between; one that goes on
     from the past begins with the step after `last`.
     """
-    rows = runs[runs[:, 4] == 1, 0]
+    goes_on = runs[:, 4] == 1
+    rows = runs[goes_on, 0]
     at = (rows, n_past)
+    begun = first[runs[:, 0], runs[:, 1]]  # another run may begin anew where one goes on
     if len(rows):
-        first[at] = _next_unit(last[rows, 0], turned[at], up[at], down[at])
+        begun[goes_on] = _next_unit(last[rows, 0], turned[at], up[at], down[at])
     out = np.empty_like(turned[:, n_past:])
     current = first[:0, 0]
     for age in range(runs[0, 3]):
         n = int(np.searchsorted(-runs[:, 3], -age))  # runs still going
         row, step = runs[:n, 0], runs[:n, 1] + age
         at = (row, step)
-        unit = first[at] if age == 0 else _next_unit(current[:n], turned[at], up[at], down[at])
+        unit = begun if age == 0 else _next_unit(current[:n], turned[at], up[at], down[at])
         current = unit * magnitude[at]
         heard = step >= runs[:n, 2]
         out[row[heard], step[heard] - n_past] = unit[heard]

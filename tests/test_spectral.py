@@ -248,3 +248,16 @@ def test_onset_strength_is_zero_for_held_levels_and_at_the_first_step():
     level = torch.full((1, 5, 4), -30.0)
     level[..., 2:] = -20.0
     assert onset_strength(level, -80.0).tolist() == [[0.0, 0.0, 10.0, 0.0]]
+
+
+def test_a_run_may_begin_anew_at_the_step_where_another_goes_on():
+    shape, turn = (1, 9, 7), phase.bin_turn(9, 16, 4)
+    magnitude = normal(shape, 0, "magnitude").abs()
+    in_time, in_frequency = (
+        torch.polar(torch.ones(shape), normal(shape, 0, name)) for name in ("time", "frequency")
+    )
+    start = torch.tensor([[0, 0, 0, 0, 0, 3, 3]])  # step 3 counts from 0, step 5 from step 3
+    given = (magnitude, in_time, in_frequency, start, turn)
+    whole = phase.integrate(*given)
+    last = (magnitude * whole)[..., 2:3]
+    assert (phase.integrate(*given, 3, last) - whole[..., 3:]).abs().max() < 1e-5
