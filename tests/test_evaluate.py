@@ -611,6 +611,71 @@ def test_what_no_time_is_left_for_is_named(world: argparse.Namespace, tmp_path: 
     assert len(again["rows"]) == len(again["fades"]) == 1
 
 
+def test_an_earlier_result_is_extended_and_only_its_timings_are_made_again(
+    world: argparse.Namespace, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("generated although the earlier result holds it")
+
+    with monkeypatch.context() as patch:
+        for name in ("generate", "long_stream", "fade_prompts"):
+            patch.setattr(f"lmd.evaluation.run.{name}", refuse)
+        words = ("--random", "tiny", "--methods", *MEASURED, "--parts", tmp_path / "parts")
+        earlier = report / "evaluation.json"
+        assert run(world, tmp_path / "out", *words, "--extend", earlier) == 0
+    whole, extended = (
+        json.loads((folder / "evaluation.json").read_text())
+        for folder in (report, tmp_path / "out")
+    )
+    assert extended["extended"]["kept"] == 4  # two rows, a long stream, a fade
+    assert (extended["drift"], extended["fades"]) == (whole["drift"], whole["fades"])
+    for old, new in zip(whole["rows"], extended["rows"], strict=True):
+        assert new | {"speed": None} == old | {"speed": None}
+        assert new["speed"]["rtf"] != old["speed"]["rtf"]
+    assert "4 of the lines' measures" in (tmp_path / "out" / "evaluation.md").read_text()
+    # of one method, the other's lines are missing: they are measured, the rest is kept
+    part = whole | {"rows": whole["rows"][1:]}
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    assert run(world, tmp_path / "more", *words, "--extend", tmp_path / "part.json") == 0
+    more = json.loads((tmp_path / "more" / "evaluation.json").read_text())
+    assert more["extended"]["kept"] == 3
+    assert [r | {"speed": None} for r in more["rows"]] == [
+        r | {"speed": None} for r in whole["rows"]
+    ]
+
+
+def spoil(result: dict, *keys: str, value: object) -> dict:
+    """The same with one value changed."""
+    first, *rest = keys
+    return result | {first: spoil(result[first], *rest, value=value) if rest else value}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "told"),
+    [
+        (("recogniser", "sha256"), "0" * 64, "recogniser 0000"),
+        (("reference_windows",), 1, "reference windows 1"),
+        (("anchors", "codec", "fd", "mean"), 1e9, "fd 1e.09 of 'codec'"),
+        (("budget", "n_clips"), 99, "'n_clips': 99"),
+        (("budget",), None, "an evaluation"),
+    ],
+)
+def test_an_earlier_result_of_something_else_is_refused(
+    world: argparse.Namespace,
+    report: Path,
+    tmp_path: Path,
+    keys: tuple[str, ...],
+    value: object,
+    told: str,
+) -> None:
+    result = json.loads((report / "evaluation.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(spoil(result, *keys, value=value)))
+    words = ("--random", "tiny", "--methods", *MEASURED, "--extend", tmp_path / "other.json")
+    with pytest.raises(LmdError, match=told):
+        run(world, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_telling_rows_come_first_and_the_naive_ones_last() -> None:
     units = [str(unit) for unit in planned([(m, "0") for m in METHODS], Budget())]
     assert len(units) == 5 * 4 * 2 + 4 * 4  # rows; a fade and long streams of 8, 4 and 2 steps

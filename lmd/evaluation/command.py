@@ -3,6 +3,7 @@
     python -m lmd evaluate --quick
     python -m lmd evaluate --out outputs/published
     python -m lmd evaluate --minutes 30    what can be had in that time, the telling rows first
+    python -m lmd evaluate --extend outputs/published/evaluation.json    only what is not there
 
 Every finished unit is kept under --parts: a run that was stopped goes on where it was, and weights
 that arrive later add their rows. What is missing is named, not invented.
@@ -19,12 +20,15 @@ import torch
 from tqdm import tqdm
 
 from lmd.errors import LmdError
+from lmd.evaluation.earlier import Earlier
 from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
 from lmd.evaluation.report import write_report
 from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
 from lmd.evaluation.run import BIN_S, Evaluation, OutOfTime, Sources
 from lmd.machine import machine_dict, tune_allocator
 
+Kind = Literal["silence", "primed", "drift", "fade"]
+Table = Literal["rows", "drift", "fades"]
 BUDGETS = {"full": FULL, "quick": QUICK, "brief": BRIEF, "smoke": SMOKE}
 
 
@@ -43,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--drift-seconds", type=float, metavar="S", help="length of the long streams")
     add("--drift-steps", type=int, nargs="+", metavar="N", help="their model calls per block")
     add("--minutes", type=float, help="begin nothing that is not there after these")
+    add("--extend", type=Path, metavar="JSON", help="an earlier result, whose rows are kept")
     add("--random", default="", metavar="PRESET", help="random weights: tests the machinery")
     add("--threads", type=int, help="of torch")
 
@@ -65,9 +70,10 @@ def main(args: argparse.Namespace) -> int:
     )
     name = "quick" if args.quick else args.budget
     budget = with_long_streams(BUDGETS[name], args.drift_seconds, args.drift_steps)
+    earlier = Earlier.read(args.extend, budget) if args.extend else None
     evaluation = Evaluation(sources, budget, args.cfg_scale)
     chosen = [m for m in METHODS if not args.methods or m.name in args.methods]
-    measured = evaluate(evaluation, chosen, args.minutes)
+    measured = evaluate(evaluation, chosen, args.minutes, earlier)
     result = {"budget": {"name": name, **asdict(budget)}, **measured}
     print(write_report(result, args.out))
     return 0
@@ -92,7 +98,10 @@ def with_long_streams(budget: Budget, seconds: float | None, steps: list[int] | 
 
 
 def evaluate(
-    evaluation: Evaluation, methods: list[Method], minutes: float | None = None
+    evaluation: Evaluation,
+    methods: list[Method],
+    minutes: float | None = None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Everything as plain values, ready for JSON.
 
@@ -100,6 +109,10 @@ def evaluate(
         evaluation: where things are and how much is made.
         methods: which methods to measure; those without weights are listed in `not_measured`.
         minutes: what is not there by then and would begin later is listed there too; None: all.
+        earlier: results that are kept; None: everything is measured.
+
+    Raises:
+        LmdError: `earlier` was measured with another recogniser, corpus or codec.
     """
     until_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
     anchors = anchor_rows(evaluation.anchors(), evaluation.truths, evaluation.reference)
@@ -110,23 +123,7 @@ def evaluate(
     absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
     present = [(m, sha256) for m, sha256 in present if sha256]
     levels = {name: levels_of(seeds) for name, seeds in evaluation.drift_anchors().items()}
-    rows, drifting, fading = [], [], []
-    evaluation.parts.until_s = until_s
-    for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
-        method, sha256, n_steps = unit.method, unit.sha256, unit.n_steps
-        try:
-            if unit.kind == "drift":
-                measured = drift_rows(evaluation.drift(method, sha256, n_steps), BIN_S)
-                drifting.append({"method": method.name, "n_steps": n_steps, **measured})
-            elif unit.kind == "fade":
-                fading.append(evaluation.fade(method, sha256))
-            else:
-                rows.append(evaluation.row(method, n_steps, unit.kind == "primed", sha256))
-        except OutOfTime:
-            absent.append(f"{unit}: no time left (--minutes {minutes:g})")
-    order = [method.name for method in METHODS]
-    rows.sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
-    return {
+    head = {
         "machine": machine_dict(),
         "recogniser": {
             "sha256": evaluation.listener_header.sha256,
@@ -134,19 +131,33 @@ def evaluate(
             "scores": evaluation.listener_header.notes.get("scores", {}),
         },
         "random_weights": bool(evaluation.sources.random),
-        "not_measured": absent,
         "reference_windows": evaluation.reference.windows,
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,
-        "rows": rows,
         "drift_anchors": levels,
-        "drift": drifting,
-        "fades": fading,
         "other_listeners": evaluation.listener_words,
     }
+    if earlier:
+        earlier.check(head)
+    evaluation.parts.until_s = until_s
+    found: dict[Table, list[dict[str, Any]]] = {"rows": [], "drift": [], "fades": []}
+    n_kept = 0
+    for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
+        kept = earlier_unit(earlier, evaluation, unit) if earlier else None
+        n_kept += kept is not None
+        try:
+            one = kept or measure(evaluation, unit)
+            if unit.table == "rows":
+                one["speed"] = evaluation.speed(unit.method, unit.n_steps, unit.sha256)
+            found[unit.table].append(one)
+        except OutOfTime:
+            absent.append(f"{unit}: no time left (--minutes {minutes:g})")
+    order = [method.name for method in METHODS]
+    found["rows"].sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
+    extended = {"extended": {"kept": n_kept, "machine": earlier.machine}} if earlier else {}
+    return {**head, **found, "not_measured": absent, **extended}
 
 
-Kind = Literal["silence", "primed", "drift", "fade"]
 KINDS: dict[Kind, str] = {
     "silence": "from silence",
     "primed": "primed",
@@ -166,6 +177,40 @@ class Unit:
 
     def __str__(self) -> str:
         return f"{self.method.name}, {self.n_steps} steps, {KINDS[self.kind]}"
+
+    @property
+    def primed(self) -> bool:
+        """Whether it goes on from real music."""
+        return self.kind == "primed"
+
+    @property
+    def table(self) -> Table:
+        """Of which of the result's lists it is a line."""
+        return "drift" if self.kind == "drift" else "fades" if self.kind == "fade" else "rows"
+
+
+def measure(evaluation: Evaluation, unit: Unit) -> dict[str, Any]:
+    """A unit's line, without timings; made now if it is not on disk.
+
+    Raises:
+        OutOfTime: it is not there, and there is no time left to make it.
+    """
+    method, sha256, n_steps = unit.method, unit.sha256, unit.n_steps
+    if unit.kind == "drift":
+        measured = drift_rows(evaluation.drift(method, sha256, n_steps), BIN_S)
+        return {"method": method.name, "n_steps": n_steps, **measured}
+    if unit.kind == "fade":
+        return evaluation.fade(method, sha256)
+    return evaluation.row(method, n_steps, unit.primed, sha256)
+
+
+def earlier_unit(earlier: Earlier, evaluation: Evaluation, unit: Unit) -> dict[str, Any] | None:
+    """A unit's line, without timings, where an earlier evaluation holds it."""
+    line = evaluation.line(unit.method, unit.n_steps, unit.primed, unit.sha256)
+    if unit.table != "rows":
+        return earlier.streams(unit.table, line)
+    n_seeds = evaluation.budget.seeds_of(unit.method, unit.n_steps, unit.primed)
+    return earlier.row(line, n_seeds)
 
 
 def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:

@@ -131,7 +131,7 @@ def _setting(result: Mapping[str, Any]) -> str:
         "FD∞: all seeds together, extrapolated to endless samples. KL: "
         "families heard in the real piece against those heard in the clip, nats (for real music: "
         "in another excerpt of the piece). Joins, clicks: "
-        f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}"
+        f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}{_kept(result)}"
         f"Machine: {machine['cpu']}, "
         f"{machine['n_threads']} thread(s), torch {machine['torch']}."
     )
@@ -144,6 +144,19 @@ def _guidance(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
     }
     return f"Weights: {'; '.join(sorted(used))} (1 = no guidance). " if used else ""
+
+
+def _kept(result: Mapping[str, Any]) -> str:
+    """What was measured before, and where."""
+    extended = result.get("extended")
+    if not extended:
+        return ""
+    amx = " with AMX" if extended["machine"]["amx"] else ""
+    return (
+        f"{extended['kept']} of the lines' measures of sound come from an earlier run on "
+        f"{extended['machine']['cpu']}{amx}, whose anchors were measured again and agree; "
+        "all timings are of one run here. "
+    )
 
 
 def quality_table(result: Mapping[str, Any]) -> list[str]:

@@ -251,17 +251,29 @@ class Evaluation:
                 found[name].append(self.measured(f"{name}-{seed}", make))
         return found
 
+    def line(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
+        """What a line of the table is called: all that its measures depend on."""
+        controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
+        return {
+            "method": method.name,
+            "weights": method.weights,
+            "sha256": sha256,
+            "n_steps": n_steps,
+            "sampler": method.sampler,
+            "cfg_scale": controls.cfg_scale,
+            "primed": primed,
+        }
+
     def row(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
-        """One line of the table."""
-        seeds, first = [], controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
-        base = part_name(method, sha256, first)
+        """One line of the table, without its timings."""
+        seeds = []
         n_seeds = self.budget.seeds_of(method, n_steps, primed)
         for seed in range(n_seeds):
             controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
-            name = f"{base}-{'primed' if primed else 'silence'}-{seed}"
+            begins = "primed" if primed else "silence"
             seeds.append(
                 self.measured(
-                    name,
+                    f"{part_name(method, sha256, controls)}-{begins}-{seed}",
                     lambda controls=controls, seed=seed: generate(
                         self.instrument(method.weights).streamer,
                         self.clips(seed),
@@ -271,27 +283,20 @@ class Evaluation:
                     ),
                 )
             )
-        return {
-            "method": method.name,
-            "weights": method.weights,
-            "sha256": sha256,
-            "n_steps": n_steps,
-            "sampler": method.sampler,
-            "cfg_scale": first.cfg_scale,
-            "primed": primed,
-            **row_of(seeds, self.truths[:n_seeds], self.reference),
-            "speed": self.speed(method, first, base),
-        }
+        line = self.line(method, n_steps, primed, sha256)
+        return {**line, **row_of(seeds, self.truths[:n_seeds], self.reference)}
 
-    def speed(self, method: Method, controls: Controls, base: str) -> dict[str, Any]:
+    def speed(self, method: Method, n_steps: int, sha256: str) -> dict[str, Any]:
         """Timings of a method, one stream alone, with intervals over repetitions; kept on disk."""
+        controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
 
         def time_it() -> dict[str, np.ndarray]:
             streamer = self.instrument(method.weights).streamer
             found = measure_speed(streamer, controls, self.budget.speed_blocks)
             return {name: np.array(value) for name, value in found.items()}
 
-        name = f"{base}-speed{self.budget.speed_blocks}-{torch.get_num_threads()}threads"
+        how = f"speed{self.budget.speed_blocks}-{torch.get_num_threads()}threads"
+        name = f"{part_name(method, sha256, controls)}-{how}"
         kept = [self.parts.arrays(f"{name}-{k}", time_it) for k in range(SPEED_REPEATS)]
         return {
             "evaluations": int(kept[0]["evaluations"]),
