@@ -1,8 +1,10 @@
 """What an ARC run's own logs say: cost by rollout length, curves, a model card."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from lmd.arc.plan import CONDITIONS
@@ -72,6 +74,30 @@ def curve_table(out: Path, n_parts: int = 8) -> str:
         first, last = int(part["step"].min()), int(part["step"].max())
         lines.append(f"| {first} – {last} | {part['minutes'].max():.1f} | {told} |")
     return "\n".join(lines)
+
+
+def save_curves(out: Path) -> Path:
+    """Draw the run in `out`: losses and accuracy over updates, each network's where it trained.
+
+    Returns:
+        The picture, `curves.png` in that folder.
+    """
+    log = arc_log(out)
+    figure, (losses, shares) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for name in ("discriminator/pair", "discriminator/contrastive", "generator/pair"):
+        if name in log:
+            curve = log[["step", name]].dropna()
+            losses.plot(curve["step"], curve[name], ".-", markersize=3, linewidth=0.8, label=name)
+    losses.axhline(math.log(2), color="grey", linestyle=":", label="log 2: cannot tell")
+    losses.set(xlabel="update", ylabel="loss", ylim=(0, None))
+    judged = log[log["is_generator"] == 0]
+    shares.plot(judged["step"], judged["accuracy"], ".-", markersize=3, linewidth=0.8)
+    shares.axhline(0.5, color="grey", linestyle=":")
+    shares.set(xlabel="update", ylabel="pairs told apart", ylim=(0, 1.02))
+    losses.legend(frameon=False, fontsize=8)
+    figure.savefig(out / "curves.png", dpi=100)
+    plt.close(figure)
+    return out / "curves.png"
 
 
 def arc_card(out: Path, weights: Path) -> str:

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.arc.card import arc_card, cost_table
+from lmd.arc.card import arc_card, cost_table, save_curves
 from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.forcing import LossWeights
 from lmd.arc.module import ArcRun, ArcTraining
@@ -177,6 +177,7 @@ def main(args: argparse.Namespace) -> int:
     export.export(trainer, module)  # a run that was complete before has not done it now
     if trainer.is_global_zero:
         write_atomic(where.out / "arc.md", arc_card(where.out, export.path).encode())
+        save_curves(where.out)
         print(cost_table(where.out))
         print(f"{export.path} after {trainer.global_step} updates, {time.time() - start:.0f} s")
     return 0
