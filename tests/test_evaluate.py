@@ -18,6 +18,7 @@ from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.data.instruments import FAMILIES
 from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
+from lmd.evaluation.aims import aims, difference
 from lmd.evaluation.command import BUDGETS, configure, main, planned, with_long_streams
 from lmd.evaluation.generation import (
     METHODS,
@@ -49,7 +50,6 @@ from lmd.evaluation.report import told
 from lmd.evaluation.rows import (
     Reference,
     Truths,
-    aims,
     drift_rows,
     other_values,
     rolled,
@@ -416,8 +416,9 @@ def test_aims_are_judged_seed_by_seed() -> None:
     slope_up = {"mean": 0.5, "low": 0.1, "high": 0.9}
     flat = {"mean": 0.1, "low": -0.1, "high": 0.3}
     drift = [
-        {"method": name, "n_steps": 4, "times_s": [5.0, 15.0], "distance": {"slope_per_minute": x}}
-        for name, x in (("ED+AF", slope_up), ("BC+AF", flat))
+        {"method": name, "n_steps": 4, "times_s": [5.0, 15.0]}
+        | {"distance": {"slope_per_minute": slope, "level": {"mean": 2.0}}}
+        for name, slope in (("ED+AF", slope_up), ("BC+AF", flat))
     ]
     rows = [
         a_line("ED", [5.0, 7.0, 9.0]),
@@ -430,9 +431,24 @@ def test_aims_are_judged_seed_by_seed() -> None:
     said = {"rows": rows, "anchors": anchors, "drift": drift}
     found = aims(said | {"recogniser": {"embedding": 10}})
     assert [one["met"] for one in found] == [True, False, True, True, True, False, True]
-    assert found[-1]["aim"].startswith("BC+AF, 4 steps: distance")
+    assert found[-1]["aim"].startswith("BC+AF, 4 steps: no drift")
+    assert "at most 0.1 over 20 s; the distance is 2" in found[-1]["found"]
     few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
     assert few[2]["met"] is None
+
+
+def test_lines_of_fewer_seeds_are_not_the_best_and_are_compared_on_those_they_share() -> None:
+    often, seldom = a_line("BC", [5.0, 6.0, 7.0, 8.0]), a_line("BC+AF", [4.0, 5.1], family=0.5)
+    shipped = a_line("BC+AF", [6.0, 7.0, 8.0, 9.0], family=0.85) | {"n_steps": 4}
+    anchors = {"real": a_line("real", [1.0]), "codec": a_line("codec", [9.0])}
+    result = {"rows": [often, seldom, shipped], "anchors": anchors, "drift": []}
+    found = aims(result | {"recogniser": {"embedding": 1}})
+    told = {one["aim"].rpartition(": ")[2]: one for one in found if "family" in one["aim"]}
+    assert told["the lowest FD"]["found"].startswith("100.0%")
+    assert "BC, 8 steps" in told["the lowest FD"]["found"]
+    assert (told["as shipped"]["met"], told["the lowest FD"]["met"]) == (False, True)
+    change = difference(often, seldom)
+    assert (change.mean, change.n) == (pytest.approx(-0.95), 2)
 
 
 def test_drift_rows_find_the_slope_of_each_measure() -> None:
@@ -657,7 +673,11 @@ def spoil(result: dict, *keys: str, value: object) -> dict:
         (("reference_windows",), 1, "reference windows 1"),
         (("anchors", "codec", "fd", "mean"), 1e9, "fd 1e.09 of 'codec'"),
         (("budget", "n_clips"), 99, "'n_clips': 99"),
+        (("budget", "n_seeds"), 99, "'n_seeds': 99"),
         (("budget",), None, "an evaluation"),
+        (("anchors",), {}, "anchors"),
+        (("anchors", "codec", "fd", "mean"), None, "fd nan of 'codec'"),
+        (("anchors", "codec"), None, "an evaluation"),
     ],
 )
 def test_an_earlier_result_of_something_else_is_refused(

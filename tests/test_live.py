@@ -128,8 +128,11 @@ def test_a_stall_is_counted_faded_and_over_within_two_blocks(stall_blocks: float
     # No click: the fake's sine moves by at most its slope between samples.
     slope = 0.25 * 2 * np.pi * tone_hz(Controls()) / SAMPLE_RATE
     assert np.abs(np.diff(heard)).max() <= slope + 0.25 / (FADE_S * SAMPLE_RATE) + 1e-6
-    # The clock did not shift: sound and silence add up to the time that passed.
-    assert heard.size == sink.queue.heard + sink.queue.silent
+    # The clock did not shift: all 60 s are heard, and take as long as they are, plus the silence.
+    assert sink.queue.heard == 60 * SAMPLE_RATE
+    passed_s = sink.clock.now() - ordinary_s  # since the first block was there
+    assert heard.size / SAMPLE_RATE == pytest.approx(passed_s, abs=0.001)
+    assert passed_s == pytest.approx(60 + meters.silent_s, abs=0.001)
     # From the second block after the stall on, the queue is as deep as before it.
     depths = [made.queued_s for made in engine.ledger.history]
     before, after = depths[4:stalled], depths[stalled + 2 : -1]

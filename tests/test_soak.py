@@ -150,7 +150,8 @@ def test_stalls_are_counted_and_over_and_say_with_what(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     for row in found["stalls"].values():
         assert row["underruns"] >= 1
-        assert row["silent_s"] < row["stall_s"] + 0.5
+        # A queue of one block was in hand; what the block itself takes comes on top.
+        assert row["stall_s"] - 0.4 < row["silent_s"] < row["stall_s"] + 0.5
     assert (found["source"], found["n_steps"], found["block_frames"]) == ("random:tiny:0", 1, 8)
     assert (found["seam"], found["clock"]) == ("exact", "SkippingClock")
     assert found["machine"]["n_cores"] > 0

@@ -202,7 +202,8 @@ def evaluate(codec: Codec, corpus: Corpus, hours: float) -> dict[str, Any]:
 
     Args:
         codec: any mono codec of the corpus's sample rate.
-        corpus: held-out music; excerpts from the middle of its pieces, spread over all rows.
+        corpus: held-out music; excerpts from the middle of its pieces, as large a share of every
+            instrument family.
         hours: about how much of it.
 
     Raises:
@@ -211,7 +212,8 @@ def evaluate(codec: Codec, corpus: Corpus, hours: float) -> dict[str, Any]:
     if len(corpus) < 2:
         raise LmdError(f"{len(corpus)} held-out sound", "two or more", "Build a larger corpus.")
     n = int(min(len(corpus), max(2, hours * 3600 / EXCERPT_S)))
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, n).round().astype(int)).tolist()
+    by_family = np.argsort([row.family for row in corpus.rows], kind="stable")
+    chosen = by_family[np.unique(np.linspace(0, len(corpus) - 1, n).round().astype(int))].tolist()
     per_family: dict[str, list[Scores]] = {}
     sequences, heard_s, spent = [], 0.0, np.zeros((2, 2))
     for index in tqdm(chosen, desc="codec on held-out pieces"):

@@ -146,15 +146,20 @@ def evaluate(
         kept = earlier_unit(earlier, evaluation, unit) if earlier else None
         n_kept += kept is not None
         try:
-            one = kept or measure(evaluation, unit)
-            if unit.table == "rows":
-                one["speed"] = evaluation.speed(unit.method, unit.n_steps, unit.sha256)
-            found[unit.table].append(one)
+            found[unit.table].append(kept or measure(evaluation, unit))
         except OutOfTime:
             absent.append(f"{unit}: no time left (--minutes {minutes:g})")
+            continue
+        if unit.table == "rows":
+            try:
+                timings = evaluation.speed(unit.method, unit.n_steps, unit.sha256)
+            except OutOfTime:
+                timings = None
+                absent.append(f"{unit}, timings: no time left (--minutes {minutes:g})")
+            found["rows"][-1]["speed"] = timings
     order = [method.name for method in METHODS]
     found["rows"].sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
-    extended = {"extended": {"kept": n_kept, "machine": earlier.machine}} if earlier else {}
+    extended = {"extended": {"kept": n_kept, "machines": earlier.machines}} if earlier else {}
     return {**head, **found, "not_measured": absent, **extended}
 
 

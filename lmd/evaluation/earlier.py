@@ -16,9 +16,21 @@ from lmd.errors import LmdError
 from lmd.evaluation.generation import Budget
 
 ROUNDING = 0.01  # by which two machines' anchors may differ, as a share
-SIZES = ("n_clips", "n_blocks", "block_frames", "reference_s")  # of a row
+TABLES = ("anchors", "rows", "drift", "fades")
+SIZES = ("n_clips", "n_blocks", "n_seeds", "block_frames", "reference_s")  # of all lines
 STREAMS = ("drift_s", "drift_clips", "drift_seeds")  # of long streams
-LEVELS = ("fd", "kl", "key_share", "key_clarity", "consonance")
+# Of the anchors: they change with what is listened to and with how it is measured.
+LEVELS = (
+    "fd",
+    "kl",
+    "family",
+    "tempo",
+    "key_share",
+    "key_clarity",
+    "consonance",
+    "joins",
+    "clicks",
+)
 
 
 @dataclass(frozen=True)
@@ -45,19 +57,26 @@ class Earlier:
         todo = "Name the evaluation.json of an earlier run, or leave --extend out."
         try:
             result = json.loads(path.read_text())
-            result |= {name: _with_nan(result[name]) for name in ("rows", "drift", "fades")}
+            result |= {name: _with_nan(result[name]) for name in TABLES}
             theirs = {name: result["budget"][name] for name in SIZES}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            shared = result["recogniser"]["sha256"], result["reference_windows"], result["machine"]
+            levels = [anchor[x]["mean"] for anchor in result["anchors"].values() for x in LEVELS]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LmdError(f"{path}: {error!r}", "an evaluation", todo) from error
+        if not all(shared) or not all(isinstance(level, float) for level in levels):
+            raise LmdError(f"{path} with values that are no numbers", "an evaluation", todo)
         ours = {name: getattr(budget, name) for name in SIZES}
         if theirs != ours:
             raise LmdError(f"{path} with {theirs}", f"{ours}, this budget's sizes", todo)
         return cls(path, result, budget)
 
     @property
-    def machine(self) -> Mapping[str, Any]:
-        """What its lines were measured on, the first ones where it has kept some itself."""
-        return self.result.get("extended", self.result)["machine"]
+    def machines(self) -> list[str]:
+        """What its lines were measured on, those included that it has kept itself."""
+        before = self.result.get("extended", {}).get("machines", [])
+        machine = self.result["machine"]
+        now = f"{machine['cpu']}{' with AMX' if machine['amx'] else ''}"
+        return list(dict.fromkeys([*before, now]))
 
     def check(self, head: Mapping[str, Any]) -> None:
         """Hold what both must share against what was measured now.
@@ -66,12 +85,13 @@ class Earlier:
             head: `recogniser`, `reference_windows` and `anchors` as measured now.
 
         Raises:
-            LmdError: another recogniser, corpus or codec.
+            LmdError: another recogniser, corpus, codec or way to measure.
         """
         todo = "Measure everything: leave --extend out."
         for theirs, ours, what in (
             (self.result["recogniser"]["sha256"], head["recogniser"]["sha256"], "recogniser"),
             (self.result["reference_windows"], head["reference_windows"], "reference windows"),
+            (sorted(self.result["anchors"]), sorted(head["anchors"]), "anchors"),
         ):
             if theirs != ours:
                 raise LmdError(f"{self.path}: {what} {theirs}", str(ours), todo)
@@ -79,7 +99,8 @@ class Earlier:
             for level in LEVELS:
                 theirs = self.result["anchors"][name][level]["mean"]
                 ours = anchor[level]["mean"]
-                if abs(theirs - ours) > ROUNDING * abs(ours):
+                same = abs(theirs - ours) <= ROUNDING * max(abs(theirs), abs(ours))
+                if not same and not (math.isnan(theirs) and math.isnan(ours)):
                     found = f"{self.path}: {level} {theirs:.4g} of {name!r}"
                     raise LmdError(found, f"{ours:.4g} within {ROUNDING:.0%}", todo)
 
@@ -100,7 +121,7 @@ class Earlier:
             wanted: the values of the line from silence with as many steps.
         """
         sizes = self.result["budget"]
-        if kind == "drift" and any(sizes[x] != getattr(self.budget, x) for x in STREAMS):
+        if kind == "drift" and any(sizes.get(x) != getattr(self.budget, x) for x in STREAMS):
             return None
         if not any(_holds(row, wanted) for row in self.result["rows"]):
             return None

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lmd.checkpoint import write_atomic
-from lmd.evaluation.rows import aims
+from lmd.evaluation.aims import aims, difference, name_of
 from lmd.show import plot_bands, plot_intervals
 
 ANCHOR_WORDS = {
@@ -151,10 +152,9 @@ def _kept(result: Mapping[str, Any]) -> str:
     extended = result.get("extended")
     if not extended:
         return ""
-    amx = " with AMX" if extended["machine"]["amx"] else ""
     return (
-        f"{extended['kept']} of the lines' measures of sound come from an earlier run on "
-        f"{extended['machine']['cpu']}{amx}, whose anchors were measured again and agree; "
+        f"{extended['kept']} of the lines' measures of sound come from earlier runs on "
+        f"{', '.join(extended['machines'])}, whose anchors were measured again and agree; "
         "all timings are of one run here. "
     )
 
@@ -227,14 +227,14 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "One stream alone, three times; `load`: processes that wanted the machine's cores "
         "meanwhile (its highest).",
         "",
-        "| | steps | decoder calls per block | first block ms | block ms | decode ms "
+        "| | steps | model calls per block | first block ms | block ms | decode ms "
         "| × real time | load |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["primed"]:
-            continue
         speed = row["speed"]
+        if row["primed"] or speed is None:
+            continue
         names = ("ttff_ms", "dit_ms", "decode_ms", "rtf")
         cells = " | ".join([*(told(speed[name]) for name in names), _number(speed["load"])])
         lines.append(f"| {row['method']} | {row['n_steps']} | {speed['evaluations']} | {cells} |")
@@ -280,20 +280,22 @@ def _aims_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _order_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which of two is closer to real music, here and in the paper; pairs that were measured."""
     lines = [
-        "| closer to real music? (FD) | in the paper | here | the same order |",
+        "| closer to real music? (FD) | in the paper | here, on the seeds that both have | "
+        "the same order |",
         "|---|---|---|---|",
     ]
     by_name = {(row["method"], row["n_steps"], row["primed"]): row for row in rows}
     for first, second, theirs in PAPER_FD:
-        ours = [_at_most(by_name, *each) for each in (first, second)]
-        if None in ours:
+        nearer, farther = (_at_most(by_name, *each) for each in (first, second))
+        if nearer is None or farther is None:
             continue
-        names = [f"{r['method']}, {r['n_steps']} steps{', primed' * r['primed']}" for r in ours]
-        found = [row["fd"]["mean"] for row in ours]
-        same = (found[0] < found[1]) == (theirs[0] < theirs[1])
+        more = difference(nearer, farther)
+        decided = not more.low <= 0 <= more.high
+        same = ("yes" if (more.mean > 0) == (theirs[1] > theirs[0]) else "no") * decided
         lines.append(
-            f"| {names[0]} than {names[1]} | {theirs[0]:.3g} against {theirs[1]:.3g} "
-            f"| {found[0]:.3g} against {found[1]:.3g} | {'yes' if same else 'no'} |"
+            f"| {name_of(nearer)} than {name_of(farther)} "
+            f"| {theirs[0]:.3g} against {theirs[1]:.3g} "
+            f"| nearer by {told(asdict(more))} | {same or 'undecided'} |"
         )
     return [*lines, ""] if len(lines) > 2 else []
 
@@ -325,10 +327,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _distances(result: Mapping[str, Any]) -> Figure:
     anchors = result["anchors"]
-    estimates = {
-        f"{row['method']}, {row['n_steps']} steps{', primed' if row['primed'] else ''}": row["fd"]
-        for row in result["rows"]
-    }
+    estimates = {name_of(row): row["fd"] for row in result["rows"]}
     estimates = estimates or {"real music": anchors["real"]["fd"]}
     names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
     levels = {words: anchors[name]["fd"]["mean"] for name, words in names.items()}
