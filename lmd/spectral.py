@@ -236,7 +236,7 @@ class SpectralCodec(nn.Module):
         if not torch.isfinite(latents).all():
             raise LmdError("latents that are not finite", "finite latents", "Check the model.")
         latents = latents.to(self.device, torch.float32)
-        if not latents.shape[-1]:
+        if not latents.shape[-1] and not (last and state.layers):  # and nothing held back
             return latents.new_zeros(len(latents), self.channels, 0), state
         advances, layers = self.decoder.step(latents, state.layers, last)
         state = replace(state, layers=layers)

@@ -121,6 +121,14 @@ def test_what_sounds_is_found_at_any_rate_and_from_any_place(tmp_path: Path, rat
     assert np.array_equal(np.concatenate(cut), whole)
 
 
+def test_sound_whose_channels_cancel_is_no_silence(tmp_path: Path) -> None:
+    left = tone(12, RATE)
+    right = left.copy()
+    right[4 * RATE : 8 * RATE] *= -1
+    heard = hear(write(tmp_path / "wide.wav", np.concatenate([left, right], axis=1), RATE))
+    assert heard.sounding_s == pytest.approx(12, abs=0.05)
+
+
 @pytest.mark.parametrize("seconds", [3.0, 1.4])
 def test_a_long_file_keeps_its_dynamics_across_its_segments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float

@@ -5,7 +5,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ import soundfile
 import torch
 from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualClock, tone_hz
 
+from lmd.config import WindowConfig
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.play.browser_sink import BrowserSink
@@ -342,6 +343,25 @@ def test_a_new_text_is_encoded_beside_the_music() -> None:
     assert engine.meters().underruns == 0
     assert threads[0] == threading.current_thread().name  # the first, before the music
     assert set(threads[1:]) == {"lmd-text"}
+
+
+def test_a_text_that_fails_after_another_was_asked_for_changes_nothing() -> None:
+    refused: list[str] = []
+
+    def encode(texts: Sequence[str]) -> None:
+        if "harp" in texts:
+            desk.ask(0.0, prompt="lute")  # while the harp is still being read
+            raise LmdError("no harp", "another text", "Try the lute.")
+
+    desk = ControlDesk(Controls(prompt="organ"), WindowConfig(), encode, refused.append)
+    desk.warm()
+    desk.take()
+    desk.ask(0.0, prompt="harp")
+    desk.close()
+    assert desk._worker is not None
+    desk._worker.join(20)
+    assert desk.asked().prompt == "lute"
+    assert refused == []
 
 
 def test_a_text_that_cannot_be_encoded_is_refused_and_the_old_one_plays_on() -> None:

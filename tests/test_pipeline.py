@@ -177,6 +177,28 @@ def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
     assert [n_runs("02.data=../other"), n_runs("02.data=../other")] == [5, 5]
 
 
+def test_a_failed_notebook_does_not_go_on_with_what_other_data_left(project: RunOptions) -> None:
+    """The same data: it finds its own half-made work; other data: an empty folder."""
+    count = (
+        "import pathlib; half = pathlib.Path(output_dir) / 'half'\n"
+        "pathlib.Path('../found').write_text(str(half.exists()))"
+    )
+    stop = "half.write_text('x'); raise KeyError('bass')"
+    parameters = f'{PARAMETERS}\ndata = "../music"'
+    write_notebook(project, "02_second", count, stop, parameters=parameters)
+    root = project.notebooks.parent
+    (root / "music").mkdir()
+    (root / "music/a.wav").write_text("one")
+
+    def found_its_own() -> str:
+        assert run(project) == 1
+        return (root / "found").read_text()
+
+    assert [found_its_own(), found_its_own()] == ["False", "True"]
+    (root / "music/a.wav").write_text("another")
+    assert [found_its_own(), found_its_own()] == ["False", "True"]
+
+
 def test_a_finished_notebook_runs_again_with_other_versions(
     project: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_streamer import SAMPLE_RATE, FakeStreamer, VirtualClock
+from scipy import stats
 
 from lmd.config import preset
 from lmd.controls import Controls
+from lmd.errors import LmdError
 from lmd.instrument import Instrument, open_instrument
 from lmd.play import soak
 from lmd.play.guard import Piece
@@ -21,7 +23,7 @@ from lmd.play.pace import Ledger
 from lmd.play.play_queue import WallClock
 from lmd.play.player_fields import PROMPTS
 from lmd.play.soak import latency, main, paced
-from lmd.play.soak_flat import centroid_hz, flat, round_of
+from lmd.play.soak_flat import centroid_hz, flat, round_of, slopes
 from lmd.play.takes import TakeWriter
 
 BLOCK_S = 2.4
@@ -121,9 +123,27 @@ def test_a_leak_and_a_drift_would_be_seen() -> None:
     steady = flat(fake(), Controls(), seconds)
     leaky = flat(Instrument(Leaky(), preset("tiny"), "fake", False), Controls(), seconds)
     assert abs(steady["level_db_per_minute"]) < 0.01
+    assert steady["level_db_per_minute_95"] < 0.01 < 4 < -leaky["level_db_per_minute"]
+    assert leaky["level_db_per_minute_95"] < 0.5
     # 25 blocks a minute: 2 MB each, and 0.175 dB each.
     assert leaky["rss_mb_per_minute"] > 25
     assert leaky["level_db_per_minute"] == pytest.approx(-25 * 0.1755, rel=0.05)
+
+
+def test_an_hour_of_less_than_a_block_a_part_is_refused() -> None:
+    with pytest.raises(LmdError, match=r"expected 24\.0, 10 parts of a block or more"):
+        flat(fake(), Controls(), 9 * BLOCK_S)
+
+
+def test_slopes_say_how_sure_they_are() -> None:
+    names = ("rss_mb", "cpu_ms_p50", "level_db", "centroid_hz")
+    noise = [0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0]
+    parts = [{"minutes": float(i)} | dict.fromkeys(names, 2.0 * i + noise[i]) for i in range(8)]
+    found = slopes(parts)
+    line = stats.linregress(range(1, 8), [part["level_db"] for part in parts[1:]])
+    assert found["level_db_per_minute"] == pytest.approx(line.slope)
+    # 2.571: Student's quantile of 97.5 % with 5 degrees of freedom (a table's)
+    assert found["level_db_per_minute_95"] == pytest.approx(2.571 * line.stderr, rel=1e-3)
 
 
 def test_a_leak_beside_the_streamer_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

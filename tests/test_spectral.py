@@ -154,6 +154,19 @@ def test_streamed_decode_equals_whole_decode(codec, block_frames):
     assert (streamed - whole[..., : streamed.shape[-1]]).abs().max() < 1e-5
 
 
+def test_what_was_held_back_comes_when_the_stream_ends_without_another_frame(codec):
+    latents = normal((2, 8, 20), 1, "test latents")
+    none = latents[..., :0]
+    first, state = codec.stream_decode(codec.stream_start(), latents)
+    more, state = codec.stream_decode(state, none)
+    rest, _ = codec.stream_decode(state, none, last=True)
+    assert more.shape[-1] == 0
+    assert rest.shape[-1] == codec.lookahead_frames * 1024
+    # measured 0
+    assert (torch.cat([first, rest], -1) - codec.decode(latents)).abs().max() < 1e-5
+    assert codec.stream_decode(codec.stream_start(), none, last=True)[0].shape == (2, 1, 0)
+
+
 class NotStreaming:
     """The codec with whole decodes only."""
 

@@ -326,6 +326,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(data, straight, tmp_path):
         assert torch.equal(tensor, kept[1]["state_dict"][name]), name
 
 
+@pytest.mark.parametrize("which", ["init", "base"])
+def test_a_run_does_not_go_on_from_other_weights(data, tmp_path, which):
+    assert main(["train", "arc", *words(data, tmp_path, 2)]) == 0
+    other = {"init": "base", "base": "finetuned"}[which]
+    more = words(data, tmp_path, 4, f"--{which}", data / f"{other}.safetensors")
+    assert main(["train", "arc", *more]) != 0
+    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
+    name = {"init": "finetuned", "base": "base"}[which]
+    assert kept[f"{which}_from"] == read_header(data / f"{name}.safetensors").sha256
+
+
 @pytest.mark.parametrize(("n_devices", "n_parts"), [(2, 1), (1, 2), (2, 2)])
 def test_a_split_batch_has_the_curves_of_a_whole_one(data, straight, tmp_path, n_devices, n_parts):
     """Among processes, or into parts one after the other, or both: but for the order of sums."""

@@ -29,6 +29,7 @@ from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows
 from lmd.training.run import (
     LONG_RUN,
     choose_compile,
+    choose_samples,
     command_of,
     compiles,
     configure,
@@ -171,6 +172,25 @@ def test_a_run_can_be_heard_on_the_way(data, stage, tmp_path):
     assert torch.equal(wave, play_module(module, model, codec, "organ", seed=0))
     picture(wave, codec.sample_rate, tmp_path / "a.png", "organ")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_run_plays_now_and_then_if_the_codec_is_its_own(tmp_path):
+    sizes, codec = preset("tiny"), tmp_path / "codec.safetensors"
+    weights = SpectralCodec(sizes.codec).state_dict()
+    save_checkpoint(codec, weights, kind="codec", config=sizes.codec)
+    parser = argparse.ArgumentParser()
+    configure(parser, "base")
+
+    def every(*words: object) -> int:
+        return choose_samples(parser.parse_args([str(word) for word in words]), sizes)
+
+    assert every("--codec", codec) == 500
+    assert every("--codec", tmp_path / "none.safetensors") == 0
+    assert (
+        every("--codec", Path(__file__).parents[1] / "data/pretrained/codec.safetensors") == 0
+    )  # that of `small`
+    assert every("--codec", codec, "--sample-every", 0) == 0
+    assert every("--sample-every", 7) == 7
 
 
 @pytest.mark.parametrize("stage", ["base", "finetune"])

@@ -89,12 +89,12 @@ def save_curves(out: Path) -> Path:
             curve = log[["step", name]].dropna()
             losses.plot(curve["step"], curve[name], ".-", markersize=3, linewidth=0.8, label=name)
     losses.axhline(math.log(2), color="grey", linestyle=":", label="log 2: cannot tell")
-    losses.set(xlabel="update", ylabel="loss", ylim=(0, None))
+    losses.set(xlabel="update", ylabel="loss", yscale="log")
     judged = log[log["is_generator"] == 0]
     shares.plot(judged["step"], judged["accuracy"], ".-", markersize=3, linewidth=0.8)
     shares.axhline(0.5, color="grey", linestyle=":")
     shares.set(xlabel="update", ylabel="pairs told apart", ylim=(0, 1.02))
-    losses.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(out / "curves.png", dpi=100)
     plt.close(figure)
     return out / "curves.png"

@@ -22,7 +22,8 @@ class Heard:
         n_samples: how many could be read.
         peak: highest absolute value in any channel; not finite where a sample is not.
         step_s: length of a step in seconds, a whole number of the file's samples.
-        steps: highest absolute value of the mono mix in each step `[step]`.
+        steps: highest absolute value of each step, in any channel: opposite channels would cancel
+            in a mono mix `[step]`.
     """
 
     n_samples: int
@@ -81,9 +82,9 @@ def hear(path: Path) -> Heard:
         while len(block := sound.read(_BLOCK_STEPS * step, dtype="float32", always_2d=True)):
             n_samples += len(block)
             peaks.append(float(np.abs(block).max()))
-            mono = np.abs(block.mean(axis=1))
-            mono = np.pad(mono, (0, -len(mono) % step))
-            steps.append(mono.reshape(-1, step).max(axis=1))
+            loud = np.abs(block).max(axis=1)
+            loud = np.pad(loud, (0, -len(loud) % step))
+            steps.append(loud.reshape(-1, step).max(axis=1))
         return Heard(
             n_samples, float(np.max(peaks)), step / sound.samplerate, np.concatenate(steps)
         )

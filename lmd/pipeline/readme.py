@@ -164,12 +164,15 @@ def _paced(found: dict[str, Any]) -> list[list[str]]:
 
 def _flat(found: dict[str, Any]) -> list[list[str]]:
     what = f"{found['parts'][-1]['minutes']:.0f} minutes of music as fast as it goes"
-    level, centroid = found["level_db_per_minute"], found["centroid_hz_per_minute"]
+    level, centroid = (
+        f"{found[name]:+.4f} ± {found[f'{name}_95']:.4f}"
+        for name in ("level_db_per_minute", "centroid_hz_per_minute")
+    )
     cost = (
         f"a block costs {found['cost_second_half_to_first']:.3f} times as much in the second half"
     )
-    drift = f"per minute {found['rss_mb_per_minute']:+.3f} MB of memory, {level:+.4f} dB of level"
-    return [[what, f"{cost}; {drift}, {centroid:+.2f} Hz of brightness"]]
+    drift = f"per minute {found['rss_mb_per_minute']:+.3f} MB of memory, {level} dB of level"
+    return [[what, f"{cost}; {drift}, {centroid} Hz of brightness (95 %)"]]
 
 
 def _latency(found: dict[str, Any]) -> list[list[str]]:

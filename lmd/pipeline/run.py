@@ -54,7 +54,7 @@ class Run:
         draft.write_text(text + "\n", encoding="utf-8")
         draft.replace(self.record_path)
 
-    def prepare(self, name: str, key: str, force: bool) -> None:
+    def prepare(self, name: str, key: str, begun_with: str, force: bool) -> None:
         """An empty output folder, or the one of an unfinished attempt at the same thing.
 
         A finished notebook that is run again starts from an empty one.
@@ -70,7 +70,8 @@ class Run:
                     "an empty folder or one from an earlier run",
                     "Choose another --out.",
                 )
-            if force or record["key"] != key or record["status"] == "done":
+            is_same = (record["key"], record.get("begun_with")) == (key, begun_with)
+            if force or not is_same or record["status"] == "done":
                 shutil.rmtree(output)
         for folder in (output, self.executed(name).parent, self.log(name).parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,9 +149,11 @@ def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
     if is_same and not options.force:
         print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
-    current.prepare(task.name, key, options.force)
+    begun_with = data_key(task, current.folder, options.weights)
+    current.prepare(task.name, key, begun_with, options.force)
     started = time.perf_counter()
-    current.note(task.name, key=key, status="running", parameters=dict(task.parameters), error="")
+    begun = {"key": key, "begun_with": begun_with, "parameters": dict(task.parameters)}
+    current.note(task.name, status="running", error="", **begun)
     error = _attempt(current, task)
     seconds = round(time.perf_counter() - started, 2)
     data = data_key(task, current.folder, options.weights)

@@ -197,21 +197,23 @@ class ControlDesk:
             try:
                 self._encode(texts)
             except Exception as error:  # whatever it is, later prompts must still be encoded
-                self._give_up(texts)
-                told = isinstance(error, LmdError)
-                self._refused(str(error) if told else f"{type(error).__name__}: {error}")
+                if self._give_up(texts):
+                    told = isinstance(error, LmdError)
+                    self._refused(str(error) if told else f"{type(error).__name__}: {error}")
             else:
                 with self._lock:
                     self._remember(texts)
 
-    def _give_up(self, texts: tuple[str, ...]) -> None:
-        """Go back to the prompt that is playing."""
+    def _give_up(self, texts: tuple[str, ...]) -> bool:
+        """Go back to the prompt that is playing; False if others have been asked for meanwhile."""
         with self._lock:
-            if texts_of(self._asked.prompt) == texts:
-                candidate = replace(self._asked, prompt=self._ready.prompt)
-                try:
-                    check_live(candidate, self.window)
-                    self._asked = candidate
-                except LmdError:
-                    self._asked = self._ready
-                self._waiting = [c for c in self._waiting if "prompt" not in c.names]
+            if texts_of(self._asked.prompt) != texts:
+                return False
+            candidate = replace(self._asked, prompt=self._ready.prompt)
+            try:
+                check_live(candidate, self.window)
+                self._asked = candidate
+            except LmdError:
+                self._asked = self._ready
+            self._waiting = [c for c in self._waiting if "prompt" not in c.names]
+            return True

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import psutil
+from scipy import stats
 from tqdm import tqdm
 
 from lmd.controls import Controls
+from lmd.errors import LmdError
 from lmd.instrument import Instrument
 from lmd.play.live import EngineOptions, Event, LiveEngine
 from lmd.play.pace import Made, percentile
@@ -117,8 +119,14 @@ def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: in
     """A stream as fast as it goes, in parts: each one's memory, cost, loudness and brightness.
 
     Raises:
+        LmdError: not a block for every part.
         RuntimeError: the engine failed.
     """
+    codec = instrument.streamer.codec
+    block_s = controls.block_frames * codec.samples_per_frame / codec.sample_rate
+    if not seconds >= n_parts * block_s:
+        least = f"{n_parts * block_s:.1f}, {n_parts} parts of a block or more"
+        raise LmdError(f"{seconds:g} s of music", least, "Raise --seconds.")
     sink = Ear()
     listener = Hour(sink, controls, seconds, n_parts)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,10 +164,15 @@ def play_out(engine: LiveEngine, seconds: float) -> None:
 
 
 def slopes(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Straight lines through the parts after the first, which warms up."""
+    """Straight lines through the parts after the first, which warms up.
+
+    Of loudness and brightness `…_95` says within how much of the slope the true one lies, at 95 %.
+    """
     later = parts[1:]
     minutes = [part["minutes"] for part in later]
-    slope = {k: float(np.polyfit(minutes, [p[k] for p in later], 1)[0]) for k in later[0]}
+    lines = {k: stats.linregress(minutes, [part[k] for part in later]) for k in later[0]}
+    slope = {k: float(line.slope) for k, line in lines.items()}
+    spread = float(stats.t.ppf(0.975, len(later) - 2))
     half = len(later) // 2
     first, second = (
         float(np.median([p["cpu_ms_p50"] for p in some])) for some in (later[:half], later[half:])
@@ -168,7 +181,9 @@ def slopes(parts: Sequence[dict[str, float]]) -> dict[str, float]:
         "rss_mb_per_minute": slope["rss_mb"],
         "cost_second_half_to_first": second / first,
         "level_db_per_minute": slope["level_db"],
+        "level_db_per_minute_95": spread * float(lines["level_db"].stderr),
         "centroid_hz_per_minute": slope["centroid_hz"],
+        "centroid_hz_per_minute_95": spread * float(lines["centroid_hz"].stderr),
     }
 
 

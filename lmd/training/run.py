@@ -47,6 +47,7 @@ STARTS: dict[Stage, Start] = {
 
 
 OPEN_ENDED = ("n_steps", "n_updates")  # a run may be made longer
+SAMPLE_EVERY = 500
 LONG_RUN = 2000  # steps after which compiling two lengths has paid even where it gains 5 %
 
 
@@ -60,7 +61,12 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
     add("--warmup", type=int, default=100, help="steps of rising learning rate")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights that are shipped")
     add("--strategy", choices=("ddp", "fsdp"), default="ddp", help="copy or split the weights")
-    add("--sample-every", type=int, default=0, help="steps between sounds and pictures; 0 = none")
+    add(
+        "--sample-every",
+        type=int,
+        help="steps between sounds and pictures of them; 0 = none; if left open, "
+        f"{SAMPLE_EVERY} where the codec is of the preset",
+    )
     add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
     add(
         "--init",
@@ -235,6 +241,14 @@ def choose_compile(stage: Stage, args: argparse.Namespace, before: dict[str, Any
     return stage == "base" and args.steps >= LONG_RUN and is_alone and compiles()
 
 
+def choose_samples(args: argparse.Namespace, sizes: Preset) -> int:
+    """How often a run plays something: as told, else now and then if it can be heard; 0: never."""
+    if args.sample_every is not None:
+        return args.sample_every
+    fits = args.codec.is_file() and read_header(args.codec).config == sizes.codec
+    return SAMPLE_EVERY if fits else 0
+
+
 def remember_options(
     out: Path,
     options: Any,
@@ -265,7 +279,7 @@ def remember_options(
         "precision": precision,
         "compile": compiled,
         "lora": getattr(args, "lora", 0),
-        "init": str(args.init) if args.init else None,
+        **started_from(args),
         "latents": {k: v for k, v in data.settings.items() if k != "silence"},
         **to_dict(options),
     }
@@ -280,6 +294,15 @@ def remember_options(
         )
     write_atomic(out / "options.json", json.dumps(present, indent=1).encode())
     return precision
+
+
+def started_from(args: argparse.Namespace) -> dict[str, str | None]:
+    """What a run is begun with, by option: SHA-256 of the weights in a file, or a folder's name."""
+    paths = {name: getattr(args, name) for name in ("init", "base") if hasattr(args, name)}
+    return {
+        f"{name}_from": read_header(path).sha256 if path and path.is_file() else path and str(path)
+        for name, path in paths.items()
+    }
 
 
 def changes(before: dict[str, Any], present: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -359,8 +382,8 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     path = run.out / ("base.safetensors" if stage == "base" else "finetuned.safetensors")
     export = Export(path, run.checkpoint_every, sizes, notes)
     callbacks: list[Callback] = [export]
-    if args.sample_every:
-        callbacks.append(Samples(run.out / "samples", args.sample_every, args.codec))
+    if every := choose_samples(args, sizes):
+        callbacks.append(Samples(run.out / "samples", every, args.codec))
     start = time.time()
     trainer = fit(module, run, callbacks)
     export.export(trainer, module)  # a run that was complete before has not done it now
