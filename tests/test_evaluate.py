@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import socket
 from dataclasses import fields, replace
 from pathlib import Path
@@ -171,6 +172,12 @@ def test_the_tables_and_figures_come_from_the_json(report: Path) -> None:
     assert text.count("**BC+AF**") == 1
     assert told(result["anchors"]["codec"]["fd"]) in text
     assert "Random weights" in text
+    command = re.search(r"Repeated by `python -m lmd evaluate (.+?)`", text)
+    assert command is not None
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    args = parser.parse_args(command[1].split())
+    assert (args.budget, args.methods, args.drift_seconds) == ("smoke", list(MEASURED), 30.0)
     for name in ("distance", "drift", "fade"):
         assert (report / f"evaluation_{name}.png").stat().st_size > 5_000
 

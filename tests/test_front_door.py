@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 from readme import README, command_with, lmd_commands, shell_lines
 
 from lmd.__main__ import COMMANDS
+from lmd.checkpoint import read_header
 from lmd.config import PRESETS
 from lmd.pipeline.notebook import parameters_of
 from lmd.pipeline.plan import ROOT, RunOptions, plan
@@ -178,6 +179,21 @@ def test_a_stream_is_written_as_the_readme_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def carry_out(text: str, cwd: Path) -> None:
+    """Every line of a block of shell commands, one after the other."""
+    for line in text.replace("\\\n", "").splitlines():
+        words = shlex.split(line, comments=True)
+        words[0] = words[0].replace(".venv/bin/python", sys.executable)
+        result = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+
+
+def block_of(title: str) -> str:
+    """The first block of shell commands in a section of the README."""
+    section = README[README.index(f"## {title}") :]
+    return section.partition("```sh\n")[2].partition("```")[0]
+
+
 def test_ones_own_music_is_learned_and_played_as_the_readme_says(tmp_path: Path) -> None:
     """The commands of that section in their order, on half a minute of sound and two steps."""
     music = tmp_path / "music"
@@ -185,22 +201,40 @@ def test_ones_own_music_is_learned_and_played_as_the_readme_says(tmp_path: Path)
     for hz in (220, 330):
         tone = np.sin(np.arange(16 * 22_050) * 2 * np.pi * hz / 22_050) / 3
         soundfile.write(music / f"tone {hz}.wav", tone, 22_050)
-    section = README[README.index("## Your own music") :].partition("```sh\n")[2]
+    text = block_of("Your own music")
     places = {"MY_MUSIC": str(music), "-o mine.wav": f"-o {tmp_path}/mine.wav --seconds 3"}
     places |= {name: f"{tmp_path}/{name}" for name in ("data/mine-latents", "runs/mine")}
     places |= {"data/mine ": f"{tmp_path}/data/mine ", "data/mine\n": f"{tmp_path}/data/mine\n"}
-    text = section.partition("```")[0].replace("\\\n", "")
+    places["--lora 16"] = "--lora 16 --steps 2 --batch 2 --no-progress"
     for name, place in places.items():
+        assert name in text
         text = text.replace(name, place)
-    text = text.replace("--lora 16", "--lora 16 --steps 2 --batch 2 --no-progress")
-    for line in text.splitlines():
-        words = shlex.split(line.partition("#")[0])
-        words[0] = words[0].replace(".venv/bin/python", sys.executable)
-        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+    carry_out(text, ROOT)
     wave, rate = soundfile.read(tmp_path / "mine.wav")
     assert len(wave) / rate == pytest.approx(3, abs=0.1)
     assert np.abs(wave).max() > 0.001
+
+
+@pytest.mark.slow
+def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
+    """The commands of that section in their order, on a minute of music and two steps each."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/pretrained").symlink_to(ROOT / "data/pretrained")
+    text, few = block_of("The whole line by hand"), "--batch 2 --no-progress"
+    places = {"--hours 12": "--hours 0.02", "train base": f"train base --steps 2 {few}"}
+    places |= {f"train {name}": f"train {name} --steps 2 {few}" for name in ("finetune", "distill")}
+    places["train arc"] = f"train arc --updates 4 --warmup 2 --blocks 2 {few}"
+    for name, place in places.items():
+        assert name in text
+        text = text.replace(name, place)
+    carry_out(text, tmp_path)
+    header = read_header(tmp_path / "runs/arc/arc.safetensors")
+    made = read_header(tmp_path / "runs/distill/finetuned.safetensors")
+    assert header.notes["init"]["sha256"] == made.sha256
+    command = [sys.executable, "-m", "lmd", "stream", "organ", "--seconds", "3", "-o", "a.wav"]
+    (tmp_path / "runs/arc/codec.safetensors").symlink_to(ROOT / "data/pretrained/codec.safetensors")
+    subprocess.run([*command, "--source", "runs/arc:arc"], cwd=tmp_path, check=True)
+    assert np.isfinite(soundfile.read(tmp_path / "a.wav")[0]).all()
 
 
 def test_the_readme_is_filled_in_from_the_files() -> None:

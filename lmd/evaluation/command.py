@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 from lmd.evaluation.earlier import Earlier
 from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
@@ -132,6 +133,7 @@ def evaluate(
         },
         "random_weights": bool(evaluation.sources.random),
         "reference_windows": evaluation.reference.windows,
+        "corpus_hours": Corpus(evaluation.sources.data).duration_s / 3600,
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,
         "drift_anchors": levels,

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lmd.checkpoint import write_atomic
 from lmd.evaluation.aims import aims, difference, name_of
+from lmd.evaluation.generation import METHODS
 from lmd.show import plot_bands, plot_intervals
 
 ANCHOR_WORDS = {
@@ -102,7 +103,8 @@ def report(result: Mapping[str, Any]) -> str:
         *_aims_table(result["aims"]),
         "",
         *_order_table(result["rows"]),
-        f"Repeated by `python -m lmd data build --hours 24`, then `{_command(result)}`. "
+        f"Repeated by `{_command(result)}` with the same corpus, here of "
+        f"{result['corpus_hours']:.1f} h (`python -m lmd data build` makes one). "
         f"Not measured: {'; '.join(missing) or 'nothing was left out'}. Other listeners: {others}.",
     ]
     return "\n".join(lines)
@@ -310,9 +312,14 @@ def _at_most(
 
 def _command(result: Mapping[str, Any]) -> str:
     """What measures all this again."""
-    steps = result["budget"]["drift_steps"]
-    name = result["budget"]["name"]
-    return f"python -m lmd evaluate --budget {name} --drift-steps {' '.join(map(str, steps))}"
+    budget, methods = result["budget"], {row["method"]: row for row in result["rows"]}
+    words = ["python -m lmd evaluate --budget", budget["name"], "--drift-steps"]
+    words += [*map(str, budget["drift_steps"]), f"--drift-seconds {budget['drift_s']:g}"]
+    guided = {row["cfg_scale"] for row in methods.values() if row["weights"] != "arc"}
+    words += [f"--cfg-scale {scale:g}" for scale in guided]
+    if len(methods) < len(METHODS):
+        words += ["--methods", *methods]
+    return " ".join(words)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:

@@ -65,7 +65,7 @@ PLAY_COLUMNS = {
     "decode ms p50": "decode_ms_p50",
     "first sound ms": "ttff_ms",
     "real-time factor": "rtf",
-    "memory MB": "peak_mb",
+    "memory MiB": "peak_mb",
     "against naive": "speedup_vs_naive",
     "possible": "bound_speedup",
     "reached of the bound": "of_bound",
