@@ -13,6 +13,7 @@ from lmd.errors import LmdError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench",): ("lmd.bench", "measure speed on this machine"),
+    ("bench", "data"): ("lmd.training.data_speed", "measure how fast music is rendered and read"),
     ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
     ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),

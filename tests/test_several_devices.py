@@ -21,12 +21,16 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """A folder with `latents`, and what one process made of them."""
-    folder = tmp_path_factory.mktemp("one")
+    return alone("base", tmp_path_factory.mktemp("one"))
+
+
+def alone(stage: str, folder: Path) -> Path:
+    """The run of one process, in a folder with its `latents`."""
     data = write_latents(folder / "latents")
     words = ["--preset", "tiny", "--data", str(data), "--out", str(folder), *WORDS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert main(["train", "base", *words]) == 0
+        assert main(["train", stage, *words]) == 0
     return folder
 
 
@@ -44,6 +48,17 @@ def test_several_devices_as_the_readme_says(one, tmp_path):
     words[words.index("--devices") + 1] = "2"
     run_pair(*words, *WORDS, "--out", tmp_path)
     assert distance(one, tmp_path) < 1e-5  # measured 2e-7: sums in another order
+
+
+def test_several_devices_teach_blocks_as_one_does(tmp_path):
+    """The same line for the fine-tune, whose steps take turns between regimes and lengths."""
+    one = alone("finetune", tmp_path / "one")
+    places = {".venv/bin": str(BIN), "small": "tiny", "data/latents": str(one / "latents")}
+    places["train base"] = "train finetune"
+    words = command_with(".venv/bin/python -m lmd train base --preset", places)
+    words[words.index("--devices") + 1] = "2"
+    run_pair(*words, *WORDS, "--out", tmp_path / "two")
+    assert distance(one, tmp_path / "two") < 1e-5
 
 
 def test_two_machines_as_the_readme_says(one, tmp_path):

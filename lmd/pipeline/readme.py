@@ -94,6 +94,19 @@ def training(root: Path, _: str) -> str:
     return _speed_tables(root, "train*.json", TRAIN_COLUMNS)
 
 
+def data(root: Path, _: str) -> str:
+    """The table of `python -m lmd bench data --json`."""
+    path = _published(root) / "data_speed.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    names = {"what": "", "unit": "unit", "per_second": "a second", "ms_p50": "ms p50"}
+    names["ms_p95"] = "p95"
+    rows = [[row[name] for name in names] for row in found["rows"]]
+    how = f"One thread, batches of {found['batch']} ({found['machine']['cpu']}):"
+    return f"{how}\n\n{_table(list(names.values()), rows)}"
+
+
 def _speed_tables(root: Path, pattern: str, columns: dict[str, str]) -> str:
     """A line on sizes and machine, then a table, for every published file of that name."""
     parts = []
@@ -230,6 +243,7 @@ def media(root: Path, argument: str) -> str:
 BLOCKS: dict[str, Callable[[Path, str], str]] = {
     "aims": aims,
     "bench": bench,
+    "data": data,
     "durations": durations,
     "figures": figures,
     "live": live,
