@@ -7,7 +7,6 @@ is ready.
 
 import dataclasses
 import itertools
-import numbers
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -66,7 +65,7 @@ def check_live(controls: Controls, window: WindowConfig) -> None:
 
 
 def with_changes(controls: Controls, changes: dict[str, Any]) -> Controls:
-    """Controls with some values replaced; numbers of other libraries become plain ones.
+    """Controls with some values replaced, a prompt's parts in lists, as JSON has them, or tuples.
 
     Raises:
         LmdError: a name that is no control.
@@ -74,17 +73,10 @@ def with_changes(controls: Controls, changes: dict[str, Any]) -> Controls:
     unknown = sorted(set(changes) - set(NAMES))
     if unknown:
         raise LmdError(f"unknown controls {unknown}", f"some of {', '.join(NAMES)}", "Check them.")
-    return replace(controls, **{name: _plain(name, value) for name, value in changes.items()})
-
-
-def _plain(name: str, value: Any) -> Any:
-    if name == "prompt" and isinstance(value, list):  # as JSON has it
-        return tuple(tuple(part) if isinstance(part, list) else part for part in value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return value
-    if name == "cfg_scale":
-        return float(value)
-    return int(value) if isinstance(value, numbers.Integral) else value
+    if isinstance(prompt := changes.get("prompt"), list):
+        parts = (tuple(part) if isinstance(part, list) else part for part in prompt)
+        changes = changes | {"prompt": tuple(parts)}
+    return replace(controls, **changes)
 
 
 class ControlDesk:
