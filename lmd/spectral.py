@@ -151,10 +151,19 @@ class SpectralCodec(nn.Module):
     Look-ahead: three frames for the decoder's convolutions and one for the inverse STFT, whose
     grains of `n_fft` samples reach into the frame before. Look-back: the same on the other side,
     and `horizon_frames`, the furthest onset that a phase counts from.
+
+    Raises:
+        LmdError: sizes for more than one channel.
     """
 
     def __init__(self, config: SpectralCodecConfig) -> None:
         super().__init__()
+        if config.channels != 1:
+            raise LmdError(
+                f"a spectral codec of {config.channels} channels",
+                "1",
+                "Mix down, or use the other codec (`paper`), which is stereo.",
+            )
         self.config = config
         self.sample_rate, self.channels = config.sample_rate, config.channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame

@@ -1,6 +1,7 @@
 """The spectral codec: shapes, refusals, what a frame depends on, phases of known signals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,11 @@ def test_codec_has_what_the_protocol_asks_for(codec):
     assert (made.sample_rate, made.channels, made.latent_dim) == (22_050, 1, 8)
     assert made.samples_per_frame == 1024
     assert SpectralCodec(SMALL).lookahead_frames == 4  # as promised: at most 4
+
+
+def test_more_channels_than_it_hears_are_refused():
+    with pytest.raises(LmdError, match="2 channels"):
+        SpectralCodec(replace(SMALL, channels=2))
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 7])
