@@ -96,11 +96,13 @@ def _encoder(header: Header) -> str:
 
 
 def _speed(scores: dict[str, Any]) -> list[str]:
-    encode, decode = (scores[f"{way}_seconds_per_cpu_second"] for way in ("encode", "decode"))
+    encode, decode = (scores[f"{way}_times_real_time"] for way in ("encode", "decode"))
     n_threads = scores["machine"]["n_threads"]
     return [
-        f"| speed | seconds of music per second of processor time ({n_threads} threads): "
-        f"encode {encode:.0f}, decode {decode:.0f} |",
+        f"| speed | {n_threads} threads: encode {encode:.0f}, decode {decode:.0f} times real time; "
+        "per second of processor time "
+        f"{scores['encode_seconds_per_cpu_second']:.0f} and "
+        f"{scores['decode_seconds_per_cpu_second']:.0f} seconds of music |",
         f"| streaming | looks {scores['lookahead_frames']} frames ahead, "
         f"{scores['lookback_frames']} back; largest difference from a whole decode "
         f"{scores['stream_difference']:.1e} |",
