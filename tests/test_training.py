@@ -131,7 +131,7 @@ def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("lmd.training.run.check_compiler", lambda: None)
     other = [*WORDS, *map(str, words), "--precision", "bf16", "--init", "other.safetensors"]
     assert main(["train", "base", *other, "--compile"]) == 2
-    told = "(compile False → True, init None → other.safetensors, precision 32 → bf16)"
+    told = "(compile False → True, init_from None → other.safetensors, precision 32 → bf16)"
     assert told in capsys.readouterr().err
 
 
