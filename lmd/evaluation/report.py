@@ -35,7 +35,8 @@ COLUMNS = {
     "clicks": "clicks",
 }
 PERCENT = ("family", "tempo", "key_share")
-RANGES = {"kl": (0.0,), "family": (0.0, 1.0), "tempo": (0.0, 1.0), "key_share": (0.0, 1.0)}
+RANGES = dict.fromkeys(("kl", "joins", "clicks"), (0.0,))
+RANGES |= dict.fromkeys(PERCENT, (0.0, 1.0))
 DRIFT_WORDS = {
     "distance": "distance from real",
     "loudness_lufs": "loudness, LU",
@@ -120,11 +121,13 @@ def _setting(result: Mapping[str, Any]) -> str:
     """What was done, in words."""
     budget, machine = result["budget"], result["machine"]
     real = result["anchors"]["real"]
+    fewer = (
+        f" ({budget['other_seeds']} for primed streams, for the naive method and for more than "
+        f"{max(budget['drift_steps'])} steps)"
+    ) * (budget["other_seeds"] < budget["n_seeds"])
     return (
         f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "
-        f"{budget['n_seeds']} seeds ({budget['other_seeds']} for primed streams, for the naive "
-        f"method and for more than {max(budget['drift_steps'])} steps), clips of "
-        f"{result['clip_s']:.1f} s in blocks of "
+        f"{budget['n_seeds']} seeds{fewer}, clips of {result['clip_s']:.1f} s in blocks of "
         f"{budget['block_frames']} frames. Values are means over seeds with Student's 95 % "
         "intervals, wide where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
