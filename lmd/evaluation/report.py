@@ -347,16 +347,33 @@ def _distances(result: Mapping[str, Any]) -> Figure:
 
 
 def _drifts(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    figure, axes = plt.subplots(1, len(DRIFT_WORDS), figsize=(12, 2.8), layout="constrained")
-    for ax, (name, words) in zip(axes, DRIFT_WORDS.items(), strict=True):
-        curves = {
-            f"{row['method']}, {row['n_steps']} steps": (row["times_s"], row[name]["curve"])
-            for row in rows
-        }
-        plot_bands(curves, ax).set(title=words, xlabel="seconds")
-        if ax.get_legend():
-            ax.get_legend().remove()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    """A row of pictures for each number of steps, the same axis for each measure."""
+    steps = list(dict.fromkeys(row["n_steps"] for row in rows))
+    size = (len(steps), len(DRIFT_WORDS))
+    figure, axes = plt.subplots(
+        *size,
+        figsize=(12, 0.6 + 2.1 * size[0]),
+        sharex=True,
+        sharey="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, n_steps in zip(axes, steps, strict=True):
+        line[0].set_ylabel(f"{n_steps} steps")
+        for ax, name in zip(line, DRIFT_WORDS, strict=True):
+            curves = {
+                row["method"]: (row["times_s"], row[name]["curve"])
+                for row in rows
+                if row["n_steps"] == n_steps
+            }
+            plot_bands(curves, ax)
+            if ax.get_legend():
+                ax.get_legend().remove()
+    for ax, words in zip(axes[0], DRIFT_WORDS.values(), strict=True):
+        ax.set_title(words)
+    for ax in axes[-1]:
+        ax.set_xlabel("seconds")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
