@@ -378,6 +378,7 @@ def _drifts(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _fades(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """What the recogniser hears while one prompt gives way to another, a picture per method."""
     figure, axes = plt.subplots(
         1, len(rows), figsize=(4 * len(rows), 2.8), squeeze=False, layout="constrained"
     )
@@ -391,8 +392,12 @@ def _fades(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 {"mean": m, "low": m - e, "high": m + e} for m, e in zip(mean, error, strict=True)
             ]
             curves[name] = (middles, bands)
-        plot_bands(curves, ax).set(title=row["method"], xlabel="seconds", ylim=(0, 1))
+        plot_bands(curves, ax).set(title=row["method"], xlabel="seconds", ylim=(0, 1.02))
+        ax.get_legend().remove()
         starts = np.arange(len(row["weights"]) + 1) * row["block_s"]
-        ax.stairs(row["weights"], starts, color="grey", ls=":", label="weight of the second")
+        words = "second prompt's weight"
+        ax.stairs(row["weights"], starts, baseline=None, color="grey", ls=":", label=words)
     axes[0][0].set_ylabel("belief (± 1 sd over pairs)")
+    shown = axes[0][0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=3, frameon=False)
     return figure
