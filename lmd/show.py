@@ -129,12 +129,14 @@ def latentplot(latents: Samples, frame_rate_hz: float, ax: Axes | None = None) -
 def plot_bands(
     curves: Mapping[str, tuple[Sequence[float], Sequence[Mapping[str, float]]]],
     ax: Axes | None = None,
+    legend: bool = True,
 ) -> Axes:
     """Draw named curves with their intervals as bands.
 
     Args:
         curves: name -> (x, one mapping with `mean`, `low`, `high` for each x).
         ax: where to draw.
+        legend: name them in the picture, if there are several.
     """
     ax = plt.subplots(figsize=(7, 2.8), layout="constrained")[1] if ax is None else ax
     for name, (x, intervals) in curves.items():
@@ -145,7 +147,7 @@ def plot_bands(
         known = np.isfinite(low) & np.isfinite(high)
         (line,) = ax.plot(x, mean, label=name)
         ax.fill_between(x, low, high, where=known, color=line.get_color(), alpha=0.15, lw=0)
-    if len(curves) > 1:
+    if legend and len(curves) > 1:
         ax.legend(frameon=False, fontsize=8)
     return ax
 

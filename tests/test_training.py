@@ -186,9 +186,8 @@ def test_a_run_plays_now_and_then_if_the_codec_is_its_own(tmp_path):
 
     assert every("--codec", codec) == 500
     assert every("--codec", tmp_path / "none.safetensors") == 0
-    assert (
-        every("--codec", Path(__file__).parents[1] / "data/pretrained/codec.safetensors") == 0
-    )  # that of `small`
+    of_small = Path(__file__).parents[1] / "data/pretrained/codec.safetensors"
+    assert every("--codec", of_small) == 0
     assert every("--codec", codec, "--sample-every", 0) == 0
     assert every("--sample-every", 7) == 7
 

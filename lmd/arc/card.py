@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lmd.arc.plan import CONDITIONS
 from lmd.checkpoint import read_header
@@ -83,7 +83,8 @@ def save_curves(out: Path) -> Path:
         The picture, `curves.png` in that folder.
     """
     log = arc_log(out)
-    figure, (losses, shares) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    losses, shares = figure.subplots(1, 2)
     for name in ("discriminator/pair", "discriminator/contrastive", "generator/pair"):
         if name in log:
             curve = log[["step", name]].dropna()
@@ -95,9 +96,9 @@ def save_curves(out: Path) -> Path:
     shares.axhline(0.5, color="grey", linestyle=":")
     shares.set(xlabel="update", ylabel="pairs told apart", ylim=(0, 1.02))
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(out / "curves.png", dpi=100)
-    plt.close(figure)
-    return out / "curves.png"
+    path = out / "curves.png"
+    figure.savefig(path, dpi=100)
+    return path
 
 
 def arc_card(out: Path, weights: Path) -> str:

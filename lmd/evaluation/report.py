@@ -121,10 +121,12 @@ def _setting(result: Mapping[str, Any]) -> str:
     """What was done, in words."""
     budget, machine = result["budget"], result["machine"]
     real = result["anchors"]["real"]
-    fewer = (
-        f" ({budget['other_seeds']} for primed streams, for the naive method and for more than "
-        f"{max(budget['drift_steps'])} steps)"
-    ) * (budget["other_seeds"] < budget["n_seeds"])
+    fewer = ""
+    if budget["other_seeds"] < budget["n_seeds"]:
+        fewer = (
+            f" ({budget['other_seeds']} for primed streams, for the naive method and for more than "
+            f"{max(budget['drift_steps'])} steps)"
+        )
     return (
         f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "
         f"{budget['n_seeds']} seeds{fewer}, clips of {result['clip_s']:.1f} s in blocks of "
@@ -295,12 +297,13 @@ def _order_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if nearer is None or farther is None:
             continue
         more = difference(nearer, farther)
-        decided = not more.low <= 0 <= more.high
-        same = ("yes" if (more.mean > 0) == (theirs[1] > theirs[0]) else "no") * decided
+        same = "yes" if (more.mean > 0) == (theirs[1] > theirs[0]) else "no"
+        if more.low <= 0 <= more.high:
+            same = "undecided"
         lines.append(
             f"| {name_of(nearer)} than {name_of(farther)} "
             f"| {theirs[0]:.3g} against {theirs[1]:.3g} "
-            f"| nearer by {told(asdict(more))} | {same or 'undecided'} |"
+            f"| nearer by {told(asdict(more))} | {same} |"
         )
     return [*lines, ""] if len(lines) > 2 else []
 
@@ -366,9 +369,7 @@ def _drifts(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 for row in rows
                 if row["n_steps"] == n_steps
             }
-            plot_bands(curves, ax)
-            if ax.get_legend():
-                ax.get_legend().remove()
+            plot_bands(curves, ax, legend=False)
     for ax, words in zip(axes[0], DRIFT_WORDS.values(), strict=True):
         ax.set_title(words)
     for ax in axes[-1]:
@@ -392,8 +393,8 @@ def _fades(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 {"mean": m, "low": m - e, "high": m + e} for m, e in zip(mean, error, strict=True)
             ]
             curves[name] = (middles, bands)
-        plot_bands(curves, ax).set(title=row["method"], xlabel="seconds", ylim=(0, 1.02))
-        ax.get_legend().remove()
+        plot_bands(curves, ax, legend=False)
+        ax.set(title=row["method"], xlabel="seconds", ylim=(0, 1.02))
         starts = np.arange(len(row["weights"]) + 1) * row["block_s"]
         words = "second prompt's weight"
         ax.stairs(row["weights"], starts, baseline=None, color="grey", ls=":", label=words)

@@ -144,12 +144,12 @@ def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
     earlier = [current.output(name) for name in current.records if name < task.name]
     key = input_key(task, earlier, options.weights)
     record = current.records.get(task.name, {})
+    begun_with = data_key(task, current.folder, options.weights)
     is_same = record.get("key") == key and record.get("status") == "done"
-    is_same = is_same and record["data"] == data_key(task, current.folder, options.weights)
+    is_same = is_same and record["data"] == begun_with
     if is_same and not options.force:
         print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
-    begun_with = data_key(task, current.folder, options.weights)
     current.prepare(task.name, key, begun_with, options.force)
     started = time.perf_counter()
     begun = {"key": key, "begun_with": begun_with, "parameters": dict(task.parameters)}

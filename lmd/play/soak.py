@@ -33,7 +33,7 @@ from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import Clock, SkippingClock, WallClock
 from lmd.play.player_fields import PROMPTS
 from lmd.play.sinks import NullSink
-from lmd.play.soak_flat import flat, play_out
+from lmd.play.soak_flat import flat, frame_s, play_out
 from lmd.stream import Block, Streamer, StreamState
 
 LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
@@ -57,7 +57,7 @@ def latency(
     """Slider to sound with a queue of one block, for several block lengths."""
     rows = {}
     for block_frames in LATENCY_BLOCKS_FRAMES:
-        block_s = block_frames * _frame_s(instrument.streamer)
+        block_s = block_frames * frame_s(instrument.streamer)
         shaker = _Shaker(random.Random(block_frames), block_s, clock())
         options = EngineOptions(queue_s=block_s, limit_s=(1.5 * n_changes + 10) * block_s)
         start = replace(controls, block_frames=block_frames)
@@ -116,7 +116,7 @@ class _Stalling(Streamer):
 def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], Clock]) -> dict:
     """Stalls with a queue of one block: counts, silence, depth before and after."""
     rows = {}
-    block_s = controls.block_frames * _frame_s(instrument.streamer)
+    block_s = controls.block_frames * frame_s(instrument.streamer)
     for blocks in (0.5, 1.0, 3.0):
         streamer = _Stalling(instrument.streamer, {8: blocks * block_s})
         options = EngineOptions(queue_s=block_s, limit_s=20 * block_s)
@@ -131,10 +131,6 @@ def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], Clock
             "queued_after_ms": [1e3 * made.queued_s for made in history[10:13]],
         }
     return {"stalls": rows}
-
-
-def _frame_s(streamer: Streamer) -> float:
-    return streamer.codec.samples_per_frame / streamer.codec.sample_rate
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

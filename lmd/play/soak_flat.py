@@ -27,6 +27,7 @@ from lmd.play.play_queue import SkippingClock
 from lmd.play.player_fields import PROMPTS, mixed
 from lmd.play.sinks import NullSink
 from lmd.play.takes import TakeWriter, header_of
+from lmd.stream import Streamer
 
 CHANGE_EVERY = 4  # blocks
 
@@ -122,8 +123,7 @@ def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: in
         LmdError: not a block for every part.
         RuntimeError: the engine failed.
     """
-    codec = instrument.streamer.codec
-    block_s = controls.block_frames * codec.samples_per_frame / codec.sample_rate
+    block_s = controls.block_frames * frame_s(instrument.streamer)
     if not seconds >= n_parts * block_s:
         least = f"{n_parts * block_s:.1f}, {n_parts} parts of a block or more"
         raise LmdError(f"{seconds:g} s of music", least, "Raise --seconds.")
@@ -161,6 +161,11 @@ def play_out(engine: LiveEngine, seconds: float) -> None:
         while not engine.wait(1.0):
             bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
     engine.stop()
+
+
+def frame_s(streamer: Streamer) -> float:
+    """How long a latent frame lasts, in seconds."""
+    return streamer.codec.samples_per_frame / streamer.codec.sample_rate
 
 
 def slopes(parts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -298,11 +298,13 @@ def remember_options(
 
 def started_from(args: argparse.Namespace) -> dict[str, str | None]:
     """What a run is begun with, by option: SHA-256 of the weights in a file, or a folder's name."""
-    paths = {name: getattr(args, name) for name in ("init", "base") if hasattr(args, name)}
-    return {
-        f"{name}_from": read_header(path).sha256 if path and path.is_file() else path and str(path)
-        for name, path in paths.items()
-    }
+    found: dict[str, str | None] = {}
+    for name in ("init", "base"):
+        if hasattr(args, name):
+            path = getattr(args, name)
+            begun = str(path) if path else None
+            found[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else begun
+    return found
 
 
 def changes(before: dict[str, Any], present: dict[str, Any]) -> list[tuple[str, Any, Any]]:
