@@ -36,7 +36,7 @@ from lmd.machine import (
     tune_allocator,
 )
 from lmd.oobleck import OobleckCodec, random_codec
-from lmd.packed import is_packed, pack, packing_pays
+from lmd.packed import fastest_layout, is_packed, pack
 from lmd.spectral import SpectralCodec
 from lmd.stream import Block, Streamer, StreamState
 from lmd.text import HashTextEncoder
@@ -119,8 +119,8 @@ def measure(args: argparse.Namespace) -> dict:
     named = model.dit.blocks.named_parameters()
     n_weights = sum(p.numel() for name, p in named if "to_kv" not in name)  # the text's: once
     n_tokens = args.block_frames + 1
-    if not args.no_pack and not args.compile and packing_pays(model, n_tokens):
-        pack(model, n_tokens)
+    layout = "plain" if args.no_pack or args.compile else fastest_layout(model, n_tokens)
+    pack(model, n_tokens, layout)
     trim_memory()
     tune_allocator()
     text = HashTextEncoder(chosen.text.n_tokens, chosen.dit.text_dim)
@@ -148,6 +148,7 @@ def measure(args: argparse.Namespace) -> dict:
         "threads": args.threads,
         "device": str(device),
         "packed": is_packed(model),
+        "layout": layout,
         "weights": str(args.model or "random"),
         "block_s": block_s,
         "product_gflops": rates.product_flops / 1e9,

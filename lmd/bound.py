@@ -8,7 +8,7 @@ import torch
 
 from lmd.config import Preset
 from lmd.machine import now_s
-from lmd.packed import PackedLinear, can_pack
+from lmd.packed import layouts
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def machine_rates(chosen: Preset, dtype: torch.dtype, device: torch.device) -> R
         a = torch.randn(n_rows, width, device=device).to(dtype)
         layer = torch.nn.Linear(width, wide, bias=False, device=device).to(dtype)
         layers = [layer]
-        if device.type == "cpu" and can_pack(dtype):
-            layers.append(PackedLinear(layer, n_rows))
+        if device.type == "cpu":
+            layers += [lay_out(layer) for lay_out in layouts(dtype, n_rows).values()]
         for way in layers:
             with torch.no_grad():
                 seconds = fastest(lambda a=a, way=way: way(a), device)

@@ -52,10 +52,14 @@ class StreamingCodec(Codec, Protocol):
         """The streaming state before the first latent."""
         ...
 
-    def stream_decode(self, state: Any, latents: Latents, last: bool = False) -> tuple[Wave, Any]:
+    def stream_decode(
+        self, state: Any, latents: Latents, last: bool = False, guess: BlockLatents | None = None
+    ) -> tuple[Wave, Any]:
         """The samples that are certain now (`lookahead_frames` late) and the next state.
 
         With `last` the stream ends behind these latents, and the rest of the samples comes, too.
+        With a `guess` the rest comes as if the stream ended behind that; the next state knows
+        nothing of it.
         """
         ...
 
@@ -131,20 +135,13 @@ def decode_block(
 def _decode_running(
     codec: "StreamingCodec", state: DecodeState, latents: Latents, guess: BlockLatents
 ) -> tuple[Wave, Any]:
-    """Decode with the codec's own streaming state; a new one is fed the latents before it.
-
-    With a guess the samples go on to its end; the state knows nothing of it.
-    """
+    """Decode with the codec's own streaming state; a new one is fed the latents before it."""
     running = state.running
     if running is None:
         running = codec.stream_start()
         if state.latents is not None and state.latents.shape[-1]:
             _, running = codec.stream_decode(running, state.latents)
-    wave, running = codec.stream_decode(running, latents)
-    if guess.shape[-1]:
-        rest, _ = codec.stream_decode(running, guess, last=True)
-        wave = torch.cat([wave, rest], dim=-1)
-    return wave, running
+    return codec.stream_decode(running, latents, guess=guess if guess.shape[-1] else None)
 
 
 def equal_power_fade(n_samples: int, like: Tensor) -> tuple[Tensor, Tensor]:

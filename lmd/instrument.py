@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmd.checkpoint import MODEL_KINDS, build_model, load_bundle, load_codec, read_header
+from lmd.checkpoint import (
+    MODEL_KINDS,
+    Bundle,
+    build_model,
+    load_bundle,
+    load_codec,
+    read_header,
+)
 from lmd.codec import Codec
 from lmd.config import OobleckConfig, Preset, preset
 from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.oobleck import random_codec
+from lmd.packed import pack
+from lmd.panels import can_use_panels, use_panels
 from lmd.rng import derive_seed, normal
 from lmd.shapes import Latents, Wave
 from lmd.spectral import SpectralCodec
@@ -126,8 +135,18 @@ def open_instrument(source: str = "best", *, preset_name: str = "small") -> Inst
             "Pick one of these.",
         )
     bundle = load_bundle(Path(folder) if folder else SHIPPED, kind)
-    streamer = Streamer(bundle.model, bundle.codec, bundle.text, bundle.preset.window)
-    return Instrument(streamer, bundle.preset, source, is_trained=True)
+    return _instrument(bundle, source, is_trained=True)
+
+
+def _instrument(parts: Bundle, source: str, is_trained: bool) -> Instrument:
+    """The parts put together, their weights laid out for playing where that is possible."""
+    if can_use_panels():
+        pack(parts.model, layout="panels")
+        codec = parts.codec.model if isinstance(parts.codec, QuietCodec) else parts.codec
+        if isinstance(codec, SpectralCodec):
+            use_panels(codec.decoder)
+    streamer = Streamer(parts.model, parts.codec, parts.text, parts.preset.window)
+    return Instrument(streamer, parts.preset, source, is_trained)
 
 
 def _best(wanted: Preset) -> str:
@@ -153,8 +172,8 @@ def _random(source: str) -> Instrument:
         model = build_model(chosen).eval()
         _leave_no_zeros(model)
         own = load_codec(SHIPPED / "codec.safetensors") if parts[3:] else _random_codec(chosen)
-    streamer = Streamer(model, own, build_text_encoder(chosen.text), chosen.window)
-    return Instrument(streamer, chosen, source, is_trained=False)
+    parts = Bundle(chosen, model, own, build_text_encoder(chosen.text))
+    return _instrument(parts, source, is_trained=False)
 
 
 def _leave_no_zeros(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ import torch
 from lmd.errors import LmdError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameter numbers of glibc's malloc.h
+_PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5's omp.h
 
 
 def tune_allocator() -> bool:
@@ -43,6 +45,30 @@ def trim_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do without
         if trim is not None:
             trim(0)
+
+
+def release_idle_threads() -> bool:
+    """End this thread's waiting OpenMP workers; its next parallel operation starts new ones.
+
+    Every thread that computes has workers of its own, and as soon as all together are more than
+    there are cores, those that wait are put to sleep at once instead of a little later: every
+    parallel operation then begins with waking them. So a thread that hands its work to another one
+    calls this first. Measurements stand in docs/log.md.
+
+    Returns:
+        Whether there is an OpenMP runtime that could be asked, and it did.
+    """
+    library = openmp_library()
+    if library is None:
+        return False
+    pause = getattr(ctypes.CDLL(str(library)), "omp_pause_resource_all", None)
+    return pause is not None and pause(_PAUSE_SOFT) == 0
+
+
+def openmp_library() -> Path | None:
+    """GNU's OpenMP runtime that came with torch and runs its threads; None where it is another."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    return found[0] if found else None
 
 
 def memory_gb(device: torch.device) -> float:

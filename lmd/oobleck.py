@@ -24,7 +24,7 @@ from lmd.oobleck_fast import (
     step_stages,
     to_signal,
 )
-from lmd.shapes import Latents, Wave
+from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.weights import load_strict
 
 RESIDUAL_REACH = 3 * (1 + 3 + 9)  # positions that a block's three units see on either side
@@ -166,7 +166,11 @@ class OobleckCodec:
 
     @torch.no_grad()
     def stream_decode(
-        self, state: StreamDecodeState, latents: Latents, last: bool = False
+        self,
+        state: StreamDecodeState,
+        latents: Latents,
+        last: bool = False,
+        guess: BlockLatents | None = None,
     ) -> tuple[Wave, StreamDecodeState]:
         """Decode the next frames of a stream, computing nothing twice.
 
@@ -177,6 +181,8 @@ class OobleckCodec:
             state: what the previous call returned; `stream_start()` to begin.
             latents: `[batch, latent, frame]`, at least one frame.
             last: the stream ends here.
+            guess: what might follow: return the rest as if the stream ended behind it; the next
+                state knows nothing of that.
 
         Returns:
             The samples that are certain now (whole frames) and the next state.
@@ -185,6 +191,10 @@ class OobleckCodec:
             LmdError: another number of latent channels, no frames, or another batch size than
                 before; the state is untouched.
         """
+        if guess is not None:
+            wave, state = self.stream_decode(state, latents)
+            rest, _ = self.stream_decode(state, guess, last=True)
+            return torch.cat([wave, rest], dim=-1), state
         self._check_latents(latents, state)
         layers = state.layers or tuple(stage.start(len(latents)) for stage in self.decoder)
         x = to_signal(latents.to(self.device, self.dtype))

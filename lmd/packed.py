@@ -1,13 +1,15 @@
 """Transformer blocks laid out for this processor's matrix products, for playing on the CPU.
 
-At the 49 tokens of a streamed block a plain product spends a good part of its time rearranging the
-weights it reads. oneDNN keeps them rearranged, and adds, multiplies and activates while it writes
-its results; PyTorch reaches it through the operators that its own compiler uses. Where they are
-missing, the plain blocks stay.
+At the 13 to 97 tokens of a streamed block a plain product spends a good part of its time
+rearranging the weights it reads. Two layouts keep them rearranged, and add and multiply while they
+write their results: panels (`lmd.panels`, float32, where there is a compiler) and oneDNN's, which
+PyTorch reaches through operators of its own compiler. Where both are missing, plain blocks stay.
 """
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 
 from lmd.dit import Block, KeyValue, LiveModel
 from lmd.operations import Rotation
+from lmd.panels import PanelLinear, can_use_panels
 from lmd.shapes import Tokens, Visibility
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LayOut = Callable[..., nn.Module]  # (linear, rows=…) to a `PackedLinear` or `PanelLinear`
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference on the CPU; results agree with `nn.Linear` within rounding.
+    """A linear layer in oneDNN's layout, for inference; agrees with `nn.Linear` within rounding.
 
     Args:
         linear: the plain layer.
@@ -72,19 +76,19 @@ class PackedBlock(nn.Module):
     Args:
         block: the plain block; its layers are taken out of it one by one, so that memory does not
             double, and it is of no use afterwards.
-        n_tokens: how many tokens a pass usually has.
+        lay_out: packs a layer, or some rows of it.
     """
 
-    def __init__(self, block: Block, n_tokens: int) -> None:
+    def __init__(self, block: Block, lay_out: LayOut) -> None:
         super().__init__()
         half = block.ff.to_gated.out_features // 2
-        self.value = PackedLinear(block.ff.to_gated, n_tokens, slice(0, half))
-        self.gate = PackedLinear(block.ff.to_gated, n_tokens, slice(half, None))
+        self.value = lay_out(block.ff.to_gated, rows=slice(0, half))
+        self.gate = lay_out(block.ff.to_gated, rows=slice(half, None))
         del block.ff.to_gated
         parents = [m for m in block.modules() if not isinstance(m, nn.Linear)]
         for parent in parents:  # hold names, not layers: a held layer keeps its plain weights
             for name in [n for n, child in parent.named_children() if isinstance(child, nn.Linear)]:
-                setattr(parent, name, PackedLinear(getattr(parent, name), n_tokens))
+                setattr(parent, name, lay_out(getattr(parent, name)))
         self.block = block
 
     def forward(
@@ -134,29 +138,51 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     return True
 
 
-@torch.no_grad()
-def packing_pays(model: LiveModel, n_tokens: int = 49) -> bool:
-    """Whether one block's products are faster packed here, tried for a fraction of a second.
+def layouts(dtype: torch.dtype, n_tokens: int) -> dict[str, LayOut]:
+    """By name, the ways to lay out a layer of that precision on this machine's CPU.
 
-    They are in half precision and for large weights; small ones in float32 may be better off plain.
+    Args:
+        dtype: of the weights.
+        n_tokens: how many tokens a pass usually has (block and global token).
     """
-    if model.dit.project_in.weight.device.type != "cpu" or not can_pack(model.dit.dtype):
-        return False
+    ways: dict[str, LayOut] = {}
+    if dtype == torch.float32 and can_use_panels():
+        ways["panels"] = PanelLinear
+    if can_pack(dtype):
+        ways["onednn"] = partial(PackedLinear, n_tokens=n_tokens)
+    return ways
+
+
+@torch.no_grad()
+def fastest_layout(model: LiveModel, n_tokens: int = 49) -> str:
+    """Which layout's products are fastest here, tried for a fraction of a second.
+
+    Args:
+        model: plain.
+        n_tokens: how many tokens a pass usually has.
+
+    Returns:
+        A name among `layouts`, or "plain".
+    """
+    if model.dit.project_in.weight.device.type != "cpu":
+        return "plain"
     plain = [m for m in model.dit.blocks[0].modules() if isinstance(m, nn.Linear)]
-    packed = [PackedLinear(layer, n_tokens) for layer in plain]
+    tried: dict[str, list[nn.Module]] = {"plain": [*plain]}
+    for name, lay_out in layouts(model.dit.dtype, n_tokens).items():
+        tried[name] = [lay_out(layer) for layer in plain]
     inputs = [torch.ones(n_tokens, m.in_features, dtype=model.dit.dtype) for m in plain]
-    best_s = [math.inf, math.inf]
-    for _ in range(9):  # in turns, so that a busy moment hits both
-        for which, layers in enumerate((plain, packed)):
+    best_s = dict.fromkeys(tried, math.inf)
+    for _ in range(9):  # in turns, so that a busy moment hits all
+        for name, layers in tried.items():
             began = time.perf_counter()
             for layer, x in zip(layers, inputs, strict=True):
                 layer(x)
-            best_s[which] = min(best_s[which], time.perf_counter() - began)
-    return best_s[1] < best_s[0]
+            best_s[name] = min(best_s[name], time.perf_counter() - began)
+    return min(best_s, key=lambda name: best_s[name])
 
 
-def pack(model: LiveModel, n_tokens: int = 49) -> LiveModel:
-    """Repack the transformer's blocks for playing on the CPU, in place, one by one.
+def pack(model: LiveModel, n_tokens: int = 49, layout: str | None = None) -> LiveModel:
+    """Lay out the transformer's blocks for playing on the CPU, in place, one by one.
 
     A packed model can be played but not trained; its state dict holds the plain weights. Where
     packing is impossible the model stays as it is.
@@ -164,14 +190,18 @@ def pack(model: LiveModel, n_tokens: int = 49) -> LiveModel:
     Args:
         model: to be played.
         n_tokens: how many tokens a pass usually has (block and global token).
+        layout: a name among `layouts`, or "plain"; None: the first there is.
 
     Returns:
         The same model.
     """
     blocks = model.dit.blocks
-    if model.dit.project_in.weight.device.type == "cpu" and can_pack(model.dit.dtype):
-        for index in range(len(blocks)):
-            blocks[index] = PackedBlock(blocks[index], n_tokens)
+    if model.dit.project_in.weight.device.type == "cpu" and not is_packed(model):
+        ways = layouts(model.dit.dtype, n_tokens)
+        name = next(iter(ways), "plain") if layout is None else layout
+        if name != "plain":
+            for index in range(len(blocks)):
+                blocks[index] = PackedBlock(blocks[index], ways[name])
     return model
 
 

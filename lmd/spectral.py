@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmd import phase
 from lmd.config import SpectralCodecConfig
 from lmd.errors import LmdError
-from lmd.shapes import Latents, Wave
+from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.spectral_decoder import DB_SCALE, Advances, Decibels, Past, SpectralDecoder
 
 
@@ -145,6 +145,12 @@ def appended(past: Tensor | None, new: Tensor) -> Tensor:
     return new if past is None else torch.cat([past.mT, new.mT], dim=1).mT
 
 
+def _latest(steps: Tensor, n: int, n_guessed: int) -> Tensor:
+    """The last `n` steps before those that are only guessed."""
+    end = steps.shape[-1] - n_guessed
+    return steps[..., max(0, end - n) : end]
+
+
 class SpectralCodec(nn.Module):
     """The codec of `small` (protocol `lmd.codec.Codec`).
 
@@ -221,7 +227,11 @@ class SpectralCodec(nn.Module):
 
     @torch.no_grad()
     def stream_decode(
-        self, state: SpectralStream, latents: Latents, last: bool = False
+        self,
+        state: SpectralStream,
+        latents: Latents,
+        last: bool = False,
+        guess: BlockLatents | None = None,
     ) -> tuple[Wave, SpectralStream]:
         """Decode the next frames of a stream, computing nothing twice.
 
@@ -232,10 +242,14 @@ class SpectralCodec(nn.Module):
             state: what the previous call returned; `stream_start()` to begin.
             latents: `[batch, latent, frame]`.
             last: the stream ends here: return the rest, too.
+            guess: what might follow: return the rest as if the stream ended behind it; the next
+                state knows nothing of that.
 
         Raises:
             LmdError: another number of latent channels, or values that are not finite.
         """
+        if guess is not None:
+            latents, last = torch.cat([latents, guess], dim=-1), True
         if latents.shape[1] != self.latent_dim:
             raise LmdError(
                 f"latents of {latents.shape[1]} channels",
@@ -247,23 +261,25 @@ class SpectralCodec(nn.Module):
         latents = latents.to(self.device, torch.float32)
         if not latents.shape[-1] and not (last and state.layers):  # and nothing held back
             return latents.new_zeros(len(latents), self.channels, 0), state
-        advances, layers = self.decoder.step(latents, state.layers, last)
+        n_guessed = 0 if guess is None else guess.shape[-1]
+        advances, layers, n_certain = self.decoder.step(latents, state.layers, last, n_guessed)
         state = replace(state, layers=layers)
         if not advances[0].shape[-1]:  # still within the look-ahead
             return latents.new_zeros(len(latents), self.channels, 0), state
-        wave, state = self._sound(state, advances, last)
-        return wave[:, None], state
+        wave, following = self._sound(state, advances, last, n_certain)
+        return wave[:, None], following if n_certain else state
 
     def synthesize(
         self, level: Decibels, in_time: phase.Spectrum, in_frequency: phase.Spectrum
     ) -> Float[Tensor, "batch sample"]:
         """The wave of predicted levels and advances; gradients reach the levels alone."""
-        return self._sound(SpectralStream(), (level, in_time, in_frequency), last=True)[0]
+        advances = (level, in_time, in_frequency)
+        return self._sound(SpectralStream(), advances, last=True, n_certain=level.shape[-1])[0]
 
     def _sound(
-        self, state: SpectralStream, advances: Advances, last: bool
+        self, state: SpectralStream, advances: Advances, last: bool, n_certain: int
     ) -> tuple[Float[Tensor, "batch sample"], SpectralStream]:
-        """The samples that some more steps make certain, and the next state."""
+        """The samples that some more steps make certain, and the state after `n_certain` steps."""
         config, n = self.config, advances[0].shape[-1]
         loud = amplitude(advances[0], config.floor_db)
         with torch.no_grad():
@@ -281,26 +297,27 @@ class SpectralCodec(nn.Module):
             unit = phase.integrate(
                 magnitude, in_time, in_frequency, start, self.hop_turn, n_past, known
             )
-        wave, tail = self._overlap_add(state.spectrum, loud * unit, last)
+        wave, steps = self._overlap_add(state.spectrum, loud * unit, last)
+        n_guessed = n - n_certain
         kept = horizon + 1  # the last step's own horizon
-        return wave, SpectralStream(
+        following = SpectralStream(
             state.layers,
-            levels[..., -1:],
-            *(t[..., -kept:] for t in (magnitude, in_time, in_frequency, onset)),
-            tail,
+            _latest(levels, 1, n_guessed),
+            *(_latest(t, kept, n_guessed) for t in (magnitude, in_time, in_frequency, onset)),
+            _latest(steps, self.n_before + self.n_waiting, n_guessed),
         )
+        return wave, following
 
     def _overlap_add(
         self, past: Tensor | None, new: phase.Spectrum, last: bool
     ) -> tuple[Float[Tensor, "batch sample"], Tensor]:
-        """The inverse STFT as far as it is certain, and the steps that are needed again."""
+        """The inverse STFT as far as it is certain, and the steps that it was made of."""
         n_before, hop = self.n_before, self.config.hop
         if past is None:
             past = torch.zeros_like(new[..., :1]).expand(*new.shape[:-1], n_before)
         steps = torch.cat([past, new], dim=-1)
         end = max(0, steps.shape[-1] - (0 if last else self.n_waiting))
-        wave = inverse_stft(steps, self.config.n_fft, hop)[:, n_before * hop : end * hop]
-        return wave, steps[..., -n_before - self.n_waiting :]
+        return inverse_stft(steps, self.config.n_fft, hop)[:, n_before * hop : end * hop], steps
 
 
 def amplitude(level: Decibels, floor_db: float) -> phase.Magnitude:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmd import phase
 from lmd.config import SpectralCodecConfig
+from lmd.panels import PanelLinear
 from lmd.shapes import Latents
 
 Decibels = Float[Tensor, "batch bin step"]
@@ -21,13 +22,16 @@ TILE = 64  # rows of a matrix product while decoding
 
 
 def same_linear(
-    layer: nn.Linear, x: Float[Tensor, "*rows inputs"]
+    layer: nn.Linear | PanelLinear, x: Float[Tensor, "*rows inputs"]
 ) -> Float[Tensor, "*rows outputs"]:
     """A linear layer whose rows do not depend, not even in rounding, on how many there are.
 
     Matrix products of other sizes round otherwise, and phases that are integrated for a second
-    make that audible. So without gradients rows are taken `TILE` at a time.
+    make that audible. So without gradients rows are taken `TILE` at a time; layers in panels
+    compute every row alike anyway.
     """
+    if isinstance(layer, PanelLinear):
+        return layer(x)
     if torch.is_grad_enabled():
         return layer(x)
     rows = x.reshape(-1, x.shape[-1])
@@ -73,14 +77,22 @@ class ConvBlock(nn.Module):
         self.contract = nn.Linear(2 * width, width)
         self.scale = nn.Parameter(torch.full((width,), 0.3))
 
-    def step(self, x: Rows, past: Past, last: bool) -> tuple[Rows, Past]:
-        """The frames that are certain now, and the past of the next step."""
+    def step(self, x: Rows, past: Past, last: bool, n_certain: int) -> tuple[Rows, Past, int]:
+        """The frames that can be told now, the past of the next step, how many stay as they are.
+
+        Args:
+            x: the next frames; the first `n_certain` will not change, the others are guesses.
+            past: what the step before kept.
+            last: nothing comes after `x`.
+            n_certain: see `x`.
+        """
         seen = joined(past, x, self.pad[1], last)
         y = same_depthwise(self.depthwise, seen)
-        n = y.shape[1]
+        n, n_known = y.shape[1], past.shape[1] + n_certain
         y = F.gelu(same_linear(self.expand, self.norm(y)))
         y = seen[:, self.pad[0] : self.pad[0] + n] + self.scale * same_linear(self.contract, y)
-        return y, seen[:, n:]
+        n_certain = max(0, n_known - KERNEL + 1)
+        return y, seen[:, n_certain:n_known], n_certain
 
 
 class SpectralDecoder(nn.Module):
@@ -132,32 +144,36 @@ class SpectralDecoder(nn.Module):
         return self.step(latents, (), last=True)[0]
 
     def step(
-        self, latents: Latents, past: tuple[Past, ...], last: bool
-    ) -> tuple[Advances, tuple[Past, ...]]:
-        """The next steps of a stream of latents, as far as they are certain.
+        self, latents: Latents, past: tuple[Past, ...], last: bool, n_guessed: int = 0
+    ) -> tuple[Advances, tuple[Past, ...], int]:
+        """The next steps of a stream of latents, as far as they can be told.
 
         Args:
             latents: the next ones.
             past: what the step before returned; `()` to begin.
             last: nothing comes after these latents.
+            n_guessed: so many of the latents, at their end, will be others when they come.
 
         Returns:
-            What `forward` returns, for the steps that are certain now, and the next `past`.
+            What `forward` returns, for the steps that can be told now; the next `past`, which knows
+            nothing of guesses; and how many of the steps no guess has touched.
         """
         enter, *pasts = past or self._silence(latents)
+        n_known = enter.shape[1] + latents.shape[-1] - n_guessed
         seen = joined(enter, latents.transpose(1, 2), 1, last)
-        x, kept = self._enter(seen), []
-        kept.append(seen[:, x.shape[1] :])
+        x, n_certain = self._enter(seen), max(0, n_known - 2)
+        kept = [seen[:, n_certain:n_known]]
         n_blocks = len(self.blocks)
         for block, before in zip(self.blocks, pasts[:n_blocks], strict=True):
-            x, after = block.step(x, before, last)
+            x, after, n_certain = block.step(x, before, last, n_certain)
             kept.append(after)
         x = same_linear(self.split, x)
         x = x.reshape(len(x), x.shape[1] * self.config.hops_per_frame, self.config.step_width)
+        n_certain *= self.config.hops_per_frame
         for block, before in zip(self.step_blocks, pasts[n_blocks:], strict=True):
-            x, after = block.step(x, before, last)
+            x, after, n_certain = block.step(x, before, last, n_certain)
             kept.append(after)
-        return self._advances(self.norm(x)), tuple(kept)
+        return self._advances(self.norm(x)), tuple(kept), n_certain
 
     def _silence(self, latents: Latents) -> list[Past]:
         """What the convolutions see before the first frame."""

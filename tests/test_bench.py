@@ -1,5 +1,6 @@
 """The bench: its rows, its token counts, packed layers, flat cost."""
 
+import copy
 import json
 import weakref
 from dataclasses import fields, replace
@@ -16,7 +17,7 @@ from lmd.controls import Controls
 from lmd.decoder_speed import DecoderSpeed
 from lmd.dit import DiT
 from lmd.outpaint import BlockPlan, LiveDenoiser
-from lmd.packed import PackedLinear, can_pack, is_packed, pack, packing_pays
+from lmd.packed import PackedLinear, can_pack, fastest_layout, is_packed, layouts, pack
 from lmd.rng import normal
 from lmd.stream import Streamer
 from lmd.weights import fingerprint
@@ -117,8 +118,8 @@ def test_packed_layers_agree_with_plain_ones(dtype):
     assert can_pack(dtype)
     context, noisy = normal((1, 4, 24), 0, "context"), normal((1, 4, 6), 0, "noise")
     results = []
-    for change in (lambda model: model, pack):
-        model = change(random_model().to(dtype))
+    for layout in ("plain", "onednn"):
+        model = pack(random_model().to(dtype), layout=layout)
         condition = model.condition(normal((1, 6, 8), 0, "text"), 1.0)
         plan = BlockPlan("block-causal", 6)
         session = LiveDenoiser(model).open_block(context, condition, plan, None)
@@ -140,11 +141,12 @@ def test_a_packed_model_has_the_state_of_the_plain_one(dtype):
         pytest.skip("oneDNN has no such products on this processor")
     model = random_model().to(dtype)
     plain, before = {k: v.clone() for k, v in model.state_dict().items()}, fingerprint(model)
-    packed = pack(model)
-    assert is_packed(packed)
-    torch.testing.assert_close(dict(packed.state_dict()), plain, atol=0, rtol=0)
-    assert fingerprint(packed) == before
-    assert fingerprint(pack(random_model(seed=1).to(dtype))) != before
+    for layout in layouts(dtype, 49):
+        packed = pack(copy.deepcopy(model), layout=layout)
+        assert is_packed(packed)
+        torch.testing.assert_close(dict(packed.state_dict()), plain, atol=0, rtol=0)
+        assert fingerprint(packed) == before
+        assert fingerprint(pack(random_model(seed=1).to(dtype), layout=layout)) != before
 
 
 @needs_packing
@@ -155,12 +157,12 @@ def test_packing_lets_every_plain_weight_go_before_it_takes_the_next(monkeypatch
     del layers
     alive = []
 
-    def count(*args):
+    def count(*args, **kwargs):
         alive.append(sum(weight() is not None for weight in weights))
-        return PackedLinear(*args)
+        return PackedLinear(*args, **kwargs)
 
     monkeypatch.setattr("lmd.packed.PackedLinear", count)
-    pack(model)
+    pack(model, layout="onednn")
 
     n = len(weights) // CONFIG.depth  # layers of a block; the first of them becomes two
     starts = range(len(weights), 0, -n)
@@ -169,17 +171,20 @@ def test_packing_lets_every_plain_weight_go_before_it_takes_the_next(monkeypatch
 
 
 @needs_packing
-def test_whether_packing_pays_is_measured_on_this_processor(monkeypatch):
-    """A clock that runs slow during every second call favours those; either way can win."""
-    for slow in (0, 1):
+def test_which_layout_is_fastest_is_measured_on_this_processor(monkeypatch):
+    """A clock that runs fast during one layout's turns favours that one; each can win."""
+    model = random_model(CONFIG)
+    names = ["plain", *layouts(torch.float32, 49)]
+    for favoured, name in enumerate(names):
         ticks = iter(range(10**6))
 
-        def clock(ticks=ticks, slow=slow):
-            tick = next(ticks)  # begin and end of plain, begin and end of packed, …
-            return tick // 2 + (tick % 2) * (2.0 if tick // 2 % 2 == slow else 1.0)
+        def clock(ticks=ticks, favoured=favoured):
+            tick = next(ticks)  # begin and end of the first, begin and end of the second, …
+            turn = tick // 2 % len(names)
+            return tick // 2 + (tick % 2) * (1.0 if turn == favoured else 2.0)
 
         monkeypatch.setattr("lmd.packed.time.perf_counter", clock)
-        assert packing_pays(random_model(CONFIG)) == (slow == 0)
+        assert fastest_layout(model) == name
 
 
 def test_block_one_thousand_costs_the_passes_of_block_ten(monkeypatch):

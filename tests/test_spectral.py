@@ -173,6 +173,23 @@ def test_what_was_held_back_comes_when_the_stream_ends_without_another_frame(cod
     assert codec.stream_decode(codec.stream_start(), none, last=True)[0].shape == (2, 1, 0)
 
 
+@pytest.mark.parametrize("lengths", [[12, 12, 12], [1, 2, 3, 5, 1, 24]])
+def test_a_guess_gives_the_rest_and_leaves_no_trace(codec, lengths):
+    """One call equals two: the latents themselves, and the guess as an end behind them."""
+    latents = normal((2, 8, sum(lengths)), 1, "test latents")
+    with_guess = without = codec.stream_start()
+    for block in latents.split(lengths, dim=-1):
+        guess = block[..., -1:]
+        wave, with_guess = codec.stream_decode(with_guess, block, guess=guess)
+        certain, without = codec.stream_decode(without, block)
+        rest, _ = codec.stream_decode(without, guess, last=True)
+        # measured 0
+        assert (wave - torch.cat([certain, rest], -1)).abs().max() < 1e-6
+    end = latents[..., :4]
+    ends = [codec.stream_decode(state, end, last=True)[0] for state in (with_guess, without)]
+    assert (ends[0] - ends[1]).abs().max() < 1e-6
+
+
 class NotStreaming:
     """The codec with whole decodes only."""
 

@@ -10,7 +10,7 @@ from lmd.pipeline.notebook import parameters_of
 from lmd.pipeline.plan import PACKAGE, Task
 from lmd.pipeline.report import versions
 
-SOURCES = ("*.py", "*.js", "*.css")  # what of the package can change a result
+SOURCES = ("*.py", "*.cpp", "*.js", "*.css")  # what of the package can change a result
 NO_INPUTS = ("output_dir", "cache")  # where it writes; what can be made again
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from lmd.controls import Controls
 from lmd.errors import LmdError
+from lmd.machine import release_idle_threads
 from lmd.play.desk import MAX_LIVE_STEPS, Change, ControlDesk
 from lmd.play.guard import Guarded, Piece, guarded_step
 from lmd.play.pace import (
@@ -96,6 +97,7 @@ class LiveEngine:
 
     def start(self) -> None:
         """Begin on a new thread; returns at once."""
+        release_idle_threads()  # the new thread computes now, not this one
         self._thread = threading.Thread(target=self.run, name="lmd-live", daemon=True)
         self._thread.start()
 

@@ -112,7 +112,7 @@ class EngineOptions:
     """
 
     queue_s: float | None = None
-    safety_s: float = 0.06
+    safety_s: float = 0.04
     auto_steps: bool = False
     roll_seed: bool = False
     limit_s: float | None = None

@@ -1,0 +1,193 @@
+"""Linear layers in panels: what they compute, alone and in an instrument, and what is refused."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lmd import panels
+from lmd.errors import LmdError
+from lmd.instrument import open_instrument
+from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.packed import is_packed, pack
+from lmd.panels import PanelLinear, can_use_panels, use_panels, why_no_panels
+from lmd.rng import normal
+from lmd.weights import fingerprint
+
+needs_kernel = pytest.mark.skipif(not can_use_panels(), reason=why_no_panels())
+
+
+def random_linear(n_inputs: int, n_outputs: int, *, bias: bool = True, half: bool = False):
+    linear = nn.Linear(n_inputs, n_outputs, bias=bias).requires_grad_(False)
+    for index, parameter in enumerate(linear.parameters()):
+        drawn = normal(tuple(parameter.shape), index, "weights")
+        parameter.copy_(drawn.half().float() if half else drawn)
+    return linear
+
+
+def test_the_kernel_is_there_where_there_is_a_compiler():
+    """So that no test below is left out without a reason: Linux with g++ has it."""
+    has_compiler = panels.shutil.which("g++") or panels.shutil.which("clang++")
+    if sys.platform.startswith("linux") and has_compiler and os.environ.get("LMD_PANELS") != "0":
+        assert why_no_panels() == ""
+    else:
+        assert why_no_panels()
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    n_rows=st.integers(0, 230),
+    n_inputs=st.integers(1, 90),
+    n_outputs=st.integers(1, 90),
+    bias=st.booleans(),
+    half=st.booleans(),
+)
+def test_layers_agree_with_plain_ones_of_any_size(n_rows, n_inputs, n_outputs, bias, half):
+    linear = random_linear(n_inputs, n_outputs, bias=bias, half=half)
+    layer = PanelLinear(linear)
+    x, other = normal((n_rows, n_inputs), 0, "x"), normal((n_rows, n_outputs), 1, "other")
+    exact = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    # Errors of float32 sums grow with their terms, here of size 1: measured up to 1e-5 at 90.
+    close = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(layer(x).double(), exact, **close)
+    torch.testing.assert_close(layer.plus(x, other).double(), exact + other, **close)
+    torch.testing.assert_close(layer.times(x, other).double(), exact * other, atol=1e-3, rtol=0)
+    torch.testing.assert_close(layer(x, "swish").double(), F.silu(exact), **close)
+
+
+@needs_kernel
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_row_does_not_depend_on_the_others_or_on_the_threads(n_threads):
+    layer, x = PanelLinear(random_linear(320, 200)), normal((113, 320), 0, "x")
+    before = torch.get_num_threads()
+    whole = layer(x)
+    torch.set_num_threads(n_threads)
+    try:
+        for n in (1, 5, 13, 48, 112):
+            assert torch.equal(layer(x[:n]), whole[:n])
+        assert torch.equal(layer(x[None, 40:41])[0], whole[40:41])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_weights_of_a_float16_file_are_kept_in_16_bits_and_stay_what_they_are():
+    for half, dtype in ((True, torch.float16), (False, torch.float32)):
+        linear = random_linear(40, 70, half=half)
+        layer = PanelLinear(linear)
+        assert layer.panels.dtype == dtype
+        assert torch.equal(layer.weight, linear.weight)
+        torch.testing.assert_close(dict(layer.state_dict()), dict(linear.state_dict()))
+
+
+@needs_kernel
+def test_moved_to_another_precision_a_layer_is_a_plain_one_and_back_again():
+    linear = random_linear(40, 70, half=True)
+    layer, x = PanelLinear(linear), normal((13, 40), 0, "x")
+    there = copy.deepcopy(layer).to(torch.bfloat16)
+    expected = copy.deepcopy(linear).to(torch.bfloat16)(x.bfloat16())
+    assert torch.equal(there(x.bfloat16()), expected)
+    back = copy.deepcopy(layer).to(torch.float16).to(torch.float32)  # loses nothing: 16 bits
+    assert torch.equal(back(x), layer(x))
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_model_in_panels_plays_what_the_plain_one_plays():
+    context, noisy = normal((3, 4, 24), 0, "context"), normal((3, 4, 6), 0, "noise")
+    results, prints = [], []
+    for layout in ("plain", "panels"):
+        model = pack(random_model(), layout=layout)
+        assert is_packed(model) == (layout == "panels")
+        condition = model.condition(normal((3, 6, 8), 0, "text"), 1.0)
+        session = LiveDenoiser(model).open_block(
+            context, condition, BlockPlan("block-causal", 6), None
+        )
+        results.append(session(noisy, 0.5))
+        prints.append(fingerprint(model))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)  # measured 2.4e-7
+    assert prints[0] == prints[1]
+
+
+@needs_kernel
+def test_instruments_play_in_panels_and_only_they():
+    instrument = open_instrument("random:tiny:0")
+    model, codec = instrument.streamer.denoiser.model, instrument.streamer.codec.model
+    assert is_packed(model)
+    assert isinstance(codec.decoder.level, PanelLinear)
+    assert isinstance(codec.encoder.linear, nn.Linear)
+
+
+@needs_kernel
+def test_what_panels_cannot_compute_is_refused():
+    layer = PanelLinear(random_linear(40, 70))
+    with pytest.raises(LmdError, match="a gradient through layers"):
+        layer(torch.zeros(1, 40, requires_grad=True))
+    with pytest.raises(LmdError, match=r"torch.float64 of shape \(1, 40\)"):
+        layer(torch.zeros(1, 40, dtype=torch.float64))
+    with pytest.raises(LmdError, match=r"shape \(1, 41\).*40 channels"):
+        layer(torch.zeros(1, 41))
+    with pytest.raises(RuntimeError):  # torch's own: 3 rows beside 2
+        layer.plus(torch.zeros(2, 40), torch.zeros(3, 70))
+
+
+SAYS_WHY = """
+from torch import nn
+from lmd.panels import use_panels, why_no_panels
+module = nn.Sequential(nn.Linear(3, 4))
+print(type(use_panels(module)[0]).__name__, why_no_panels())
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"LMD_PANELS": "0"}, "Linear LMD_PANELS is 0"),
+        ({"PATH": "", "CXX": ""}, "Linear the kernel could not be compiled: no C++ compiler"),
+        ({"CXX": "false"}, "Linear the kernel could not be compiled"),
+    ],
+)
+def test_without_the_kernel_plain_layers_stay_and_the_reason_is_told(changes, expected, tmp_path):
+    if not sys.platform.startswith("linux") and "LMD_PANELS" not in changes:
+        pytest.skip("the kernel is for Linux")
+    environment = {**os.environ, "LMD_PANELS": "1", "XDG_CACHE_HOME": str(tmp_path), **changes}
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS_WHY],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(expected)
+
+
+@needs_kernel
+def test_the_kernel_is_compiled_once_and_where_nothing_can_be_kept_anew(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    call = [sys.executable, "-c", SAYS_WHY]
+    made = []
+    for _ in range(2):
+        assert subprocess.check_output(call, env=environment, text=True).strip() == "PanelLinear"
+        (kept,) = (tmp_path / "lmd").glob("*")
+        made.append(kept.stat().st_mtime_ns)
+    assert made[0] == made[1]
+    (tmp_path / "file").touch()
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "file")  # no folder can be made under a file
+    assert subprocess.check_output(call, env=environment, text=True).strip() == "PanelLinear"
+
+
+@needs_kernel
+def test_every_linear_layer_inside_a_module_is_laid_out():
+    module = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Sequential(nn.GELU(), nn.Linear(4, 2))})
+    use_panels(module)
+    assert sum(isinstance(m, PanelLinear) for m in module.modules()) == 2
+    assert not any(isinstance(m, nn.Linear) for m in module.modules())
