@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lmd.dit import Block, KeyValue, LiveModel
+from lmd.errors import LmdError
 from lmd.operations import Rotation
 from lmd.panels import PanelLinear, can_use_panels
 from lmd.shapes import Tokens, Visibility
@@ -194,14 +195,20 @@ def pack(model: LiveModel, n_tokens: int = 49, layout: str | None = None) -> Liv
 
     Returns:
         The same model.
+
+    Raises:
+        LmdError: a layout that this machine's CPU does not have in the model's precision.
     """
     blocks = model.dit.blocks
-    if model.dit.project_in.weight.device.type == "cpu" and not is_packed(model):
-        ways = layouts(model.dit.dtype, n_tokens)
-        name = next(iter(ways), "plain") if layout is None else layout
-        if name != "plain":
-            for index in range(len(blocks)):
-                blocks[index] = PackedBlock(blocks[index], ways[name])
+    if model.dit.project_in.weight.device.type != "cpu" or is_packed(model):
+        return model
+    ways = layouts(model.dit.dtype, n_tokens)
+    name = next(iter(ways), "plain") if layout is None else layout
+    if name not in ("plain", *ways):
+        raise LmdError(f"layout {name!r}", f"plain or one of {list(ways)}", "Pick one of these.")
+    if name != "plain":
+        for index in range(len(blocks)):
+            blocks[index] = PackedBlock(blocks[index], ways[name])
     return model
 
 

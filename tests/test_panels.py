@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 
 import pytest
@@ -136,53 +135,61 @@ def test_what_panels_cannot_compute_is_refused():
         layer(torch.zeros(1, 40, dtype=torch.float64))
     with pytest.raises(LmdError, match=r"shape \(1, 41\).*40 channels"):
         layer(torch.zeros(1, 41))
+    with pytest.raises(LmdError, match=r"layout 'tiles'.*plain or one of \['panels'"):
+        pack(random_model(), layout="tiles")
     with pytest.raises(RuntimeError):  # torch's own: 3 rows beside 2
         layer.plus(torch.zeros(2, 40), torch.zeros(3, 70))
 
 
-SAYS_WHY = """
-from torch import nn
-from lmd.panels import use_panels, why_no_panels
-module = nn.Sequential(nn.Linear(3, 4))
-print(type(use_panels(module)[0]).__name__, why_no_panels())
-"""
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not asked for the kernel yet, with a cache folder of its own."""
+    monkeypatch.delenv("LMD_PANELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def forget():
+        why_no_panels.cache_clear()
+        panels._kernel.cache_clear()
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"LMD_PANELS": "0"}, "Linear LMD_PANELS is 0"),
-        ({"PATH": "", "CXX": ""}, "Linear the kernel could not be compiled: no C++ compiler"),
-        ({"CXX": "false"}, "Linear the kernel could not be compiled"),
+        ({"LMD_PANELS": "0"}, "LMD_PANELS is 0"),
+        ({"PATH": "", "CXX": ""}, "the kernel could not be compiled: no C++ compiler"),
+        ({"CXX": "false"}, "the kernel could not be compiled"),
     ],
 )
-def test_without_the_kernel_plain_layers_stay_and_the_reason_is_told(changes, expected, tmp_path):
+def test_without_the_kernel_plain_layers_stay_and_the_reason_is_told(
+    changes, expected, fresh, monkeypatch
+):
     if not sys.platform.startswith("linux") and "LMD_PANELS" not in changes:
         pytest.skip("the kernel is for Linux")
-    environment = {**os.environ, "LMD_PANELS": "1", "XDG_CACHE_HOME": str(tmp_path), **changes}
-    done = subprocess.run(
-        [sys.executable, "-c", SAYS_WHY],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith(expected)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    assert type(use_panels(nn.Sequential(nn.Linear(3, 4)))[0]) is nn.Linear
+    assert why_no_panels().startswith(expected)
 
 
 @needs_kernel
-def test_the_kernel_is_compiled_once_and_where_nothing_can_be_kept_anew(tmp_path):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    call = [sys.executable, "-c", SAYS_WHY]
+def test_the_kernel_is_compiled_once_and_where_nothing_can_be_kept_anew(
+    fresh, monkeypatch, tmp_path
+):
     made = []
     for _ in range(2):
-        assert subprocess.check_output(call, env=environment, text=True).strip() == "PanelLinear"
+        fresh()
+        assert can_use_panels()
         (kept,) = (tmp_path / "lmd").glob("*")
         made.append(kept.stat().st_mtime_ns)
     assert made[0] == made[1]
     (tmp_path / "file").touch()
-    environment["XDG_CACHE_HOME"] = str(tmp_path / "file")  # no folder can be made under a file
-    assert subprocess.check_output(call, env=environment, text=True).strip() == "PanelLinear"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder fits under a file
+    fresh()
+    assert can_use_panels()
 
 
 @needs_kernel
