@@ -44,6 +44,7 @@ from lmd.play.takes import TakeWriter
 from lmd.rng import derive_seed
 from lmd.stream import Streamer
 
+JITTER = 0.25  # of what a block costs at most: how much more the next one may cost
 NAP_S = 0.25  # the longest wait before looking again whether something has changed
 
 Event = Made | Promise | Trouble | Meters
@@ -255,8 +256,8 @@ class LiveEngine:
         block_s = self._block_s(controls)
         expected_s = self.ledger.costs.expected_s(controls)
         cost_s = block_s if expected_s is None else min(expected_s, block_s)
-        begin_at_s = self._depth_s(controls) - block_s + cost_s
-        return self.sink.queued_s() - begin_at_s
+        left_s = max(self._depth_s(controls) - block_s, JITTER * cost_s)
+        return self.sink.queued_s() - (left_s + cost_s)
 
     def _effective(self, controls: Controls) -> Controls:
         """What was asked, with the engine's own hand in it: `auto_steps`, `roll_seed`."""

@@ -105,7 +105,8 @@ class EngineOptions:
     Attributes:
         queue_s: target depth of the queue in seconds; None: two blocks. It is never less than one
             block plus `safety_s`.
-        safety_s: seconds that must be left in the queue when a block arrives.
+        safety_s: seconds that are to be left in the queue when a block arrives; more where blocks
+            cost so much that a quarter of that is more.
         auto_steps: use fewer steps than asked for while the model is too slow.
         roll_seed: another seed for every block, derived from the one asked for.
         limit_s: stop after so many seconds of music.
