@@ -38,9 +38,14 @@ def tune_allocator() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def trim_memory() -> None:
-    """Give freed memory back to the system now: after loading, before playing."""
-    gc.collect()
+def trim_memory(collect: bool = True) -> None:
+    """Give freed memory back to the system now: after loading, before playing.
+
+    Args:
+        collect: first free what only circles of references hold (a tenth of a second).
+    """
+    if collect:
+        gc.collect()
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do without
         if trim is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lmd.dit import Block, KeyValue, LiveModel
 from lmd.errors import LmdError
+from lmd.machine import trim_memory
 from lmd.operations import Rotation
 from lmd.panels import PanelLinear, can_use_panels
 from lmd.shapes import Tokens, Visibility
@@ -209,6 +210,7 @@ def pack(model: LiveModel, n_tokens: int = 49, layout: str | None = None) -> Liv
     if name != "plain":
         for index in range(len(blocks)):
             blocks[index] = PackedBlock(blocks[index], ways[name])
+            trim_memory(collect=False)  # the plain weights' memory, before the next block's
     return model
 
 
