@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict:
     n_weights = sum(p.numel() for name, p in named if "to_kv" not in name)  # the text's: once
     n_tokens = args.block_frames + 1
     layout = "plain" if args.no_pack or args.compile else fastest_layout(model, n_tokens)
-    pack(model, n_tokens, layout)
+    pack(model, layout, n_tokens)
     if layout == "panels" and isinstance(codec, SpectralCodec):
         use_panels(codec.decoder)  # as instruments do
     trim_memory()

@@ -183,16 +183,16 @@ def fastest_layout(model: LiveModel, n_tokens: int = 49) -> str:
     return min(best_s, key=lambda name: best_s[name])
 
 
-def pack(model: LiveModel, n_tokens: int = 49, layout: str | None = None) -> LiveModel:
+def pack(model: LiveModel, layout: str, n_tokens: int = 49) -> LiveModel:
     """Lay out the transformer's blocks for playing on the CPU, in place, one by one.
 
-    A packed model can be played but not trained; its state dict holds the plain weights. Where
-    packing is impossible the model stays as it is.
+    A packed model can be played but not trained; its state dict holds the plain weights. On a GPU,
+    and packed already, the model stays as it is.
 
     Args:
         model: to be played.
+        layout: a name among `layouts`, or "plain".
         n_tokens: how many tokens a pass usually has (block and global token).
-        layout: a name among `layouts`, or "plain"; None: the first there is.
 
     Returns:
         The same model.
@@ -204,12 +204,11 @@ def pack(model: LiveModel, n_tokens: int = 49, layout: str | None = None) -> Liv
     if model.dit.project_in.weight.device.type != "cpu" or is_packed(model):
         return model
     ways = layouts(model.dit.dtype, n_tokens)
-    name = next(iter(ways), "plain") if layout is None else layout
-    if name not in ("plain", *ways):
-        raise LmdError(f"layout {name!r}", f"plain or one of {list(ways)}", "Pick one of these.")
-    if name != "plain":
+    if layout not in ("plain", *ways):
+        raise LmdError(f"layout {layout!r}", f"plain or one of {list(ways)}", "Pick one of these.")
+    if layout != "plain":
         for index in range(len(blocks)):
-            blocks[index] = PackedBlock(blocks[index], ways[name])
+            blocks[index] = PackedBlock(blocks[index], ways[layout])
             trim_memory(collect=False)  # the plain weights' memory, before the next block's
     return model
 

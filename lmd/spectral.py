@@ -248,8 +248,10 @@ class SpectralCodec(nn.Module):
         Raises:
             LmdError: another number of latent channels, or values that are not finite.
         """
+        n_guessed = 0
         if guess is not None:
-            latents, last = torch.cat([latents, guess], dim=-1), True
+            n_guessed, last = guess.shape[-1], True
+            latents = torch.cat([latents, guess], dim=-1)
         if latents.shape[1] != self.latent_dim:
             raise LmdError(
                 f"latents of {latents.shape[1]} channels",
@@ -261,7 +263,6 @@ class SpectralCodec(nn.Module):
         latents = latents.to(self.device, torch.float32)
         if not latents.shape[-1] and not (last and state.layers):  # and nothing held back
             return latents.new_zeros(len(latents), self.channels, 0), state
-        n_guessed = 0 if guess is None else guess.shape[-1]
         advances, layers, n_certain = self.decoder.step(latents, state.layers, last, n_guessed)
         state = replace(state, layers=layers)
         if not advances[0].shape[-1]:  # still within the look-ahead
