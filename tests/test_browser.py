@@ -9,6 +9,7 @@ the player, with the shipped weights, is made by
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from lab import CHROMIUM, FLAGS, Lab, in_kernel, jupyterlab
 
 from lmd.instrument import open_instrument
+from lmd.play.player import LivePlayer
 from lmd.play.takes import play_again, read_take
 
 ROOT = Path(__file__).parent.parent
@@ -389,6 +391,52 @@ def test_every_text_is_readable_in_both_themes(page: Any, tmp_path: Path) -> Non
         if learning.count():
             learning.click()
         set_range(page, "cfg_scale", 1.0)
+
+
+# What notebook pages say of their colours. VS Code and Colab load a widget manager that brings
+# JupyterLab's light colours along, whatever the theme of the page.
+HOSTS = {
+    "VS Code, dark": ("", "data-vscode-theme-kind=vscode-dark", "vscode-editor", "light", 0.2),
+    "VS Code, light": ("", "data-vscode-theme-kind=vscode-light", "vscode-editor", "dark", 0.8),
+    "Colab, dark": ("theme=dark", "", "colab-primary", "light", 0.2),
+    "a page of its own, dark": ("", "", "none", "dark", 0.2),
+}
+MANAGER_COLOURS = """--jp-layout-color1: white; --jp-layout-color2: #eee;
+--jp-ui-font-color1: #111; --jp-ui-font-color2: #616161; --jp-border-color2: #e0e0e0;"""
+MOUNT = """async ([script, state]) => {
+  const url = URL.createObjectURL(new Blob([script], { type: 'text/javascript' }));
+  const model = { get: (name) => state[name], on() {}, off() {}, send() {} };
+  (await import(url)).default.render({ model, el: document.body });
+}"""
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_theme_of_other_notebook_pages_is_followed(chromium: Any, host: str) -> None:
+    page_says, body_says, named, system, ground = HOSTS[host]
+    colours = ("#1f1f1f", "#cccccc") if ground < 0.5 else ("#ffffff", "#3b3b3b")
+    names = [f"--{named}{part}" for part in ("-background", "-foreground")]
+    if named == "colab-primary":
+        names = [f"--{named}{part}" for part in ("-surface-color", "-text-color")]
+    variables = "; ".join(f"{name}: {value}" for name, value in zip(names, colours, strict=True))
+    player = LivePlayer(open_instrument("random:tiny:0"))
+    page = chromium.new_page(color_scheme=system)
+    try:
+        page.set_content(f"""<html {page_says}><style>:root {{ {MANAGER_COLOURS} {variables} }}
+            {player._css}</style><body {body_says}></body></html>""")
+        state = {name: player._trait_to_json(getattr(player, name), player) for name in player.keys}
+        page.evaluate(MOUNT, [player._esm, {k: v for k, v in state.items() if k != "layout"}])
+        root = page.locator(".lmd")
+        contrasts = root.evaluate(CONTRASTS)
+        assert len(contrasts) > 40
+        assert [pair for pair in contrasts if pair[1] < 4.5] == []
+        painted, scheme = root.evaluate(
+            "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).colorScheme]"
+        )
+        light = sum(float(x) for x in re.findall(r"[\d.]+", painted)[:3]) / 3 / 255
+        assert abs(light - ground) < 0.21
+        assert scheme in (("dark" if ground < 0.5 else "light"), "light dark")
+    finally:
+        page.close()
 
 
 def test_a_page_that_slept_goes_on_where_it_was(page: Any, lab: Lab) -> None:

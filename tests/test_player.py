@@ -509,6 +509,21 @@ def test_moves_that_never_get_a_promise_are_forgotten_oldest_first() -> None:
     assert kept["n"] == kept["most"] < 100
 
 
+def test_a_page_that_drops_binary_messages_is_told_so() -> None:
+    script = (SOURCES["player_view.js"] + SOURCES["player.js"]).replace("export default", "void")
+    script += """
+    const player = Object.create(Player.prototype);
+    Object.assign(player, { epoch: 1, view: "a", audio: {}, showTraits() { this.shown = true; } });
+    for (const buffers of [undefined, []]) {
+      player.trouble = "";
+      player.receive({ kind: "audio", to: "a", epoch: 1 }, buffers);
+      console.assert(player.shown);
+    }
+    console.log(JSON.stringify(player.trouble));
+    """
+    assert "drops the binary part of messages" in node(script)
+
+
 WORKLET_RUN = """
 let made;
 globalThis.sampleRate = 8000; globalThis.currentTime = 0;

@@ -169,7 +169,7 @@ class Player {
     }
     if (message.kind === "open") this.open(message);
     else if (message.epoch !== this.epoch || !this.audio) return;
-    else if (message.kind === "audio") this.feed(message, buffers[0]);
+    else if (message.kind === "audio") this.feed(message, buffers?.[0]);
     else if (message.kind === "made") this.picture.mark(message.first, message.text, false);
     else if (message.kind === "promise") this.promise(message);
     else if (message.kind === "close") this.audio.post({ kind: "run", epoch: this.epoch, running: false });
@@ -184,6 +184,11 @@ class Player {
     this.audio?.post({ kind: "open", epoch: message.epoch });
   }
   feed(message, buffer) {
+    if (!buffer) {
+      this.trouble = "No sound arrives: this notebook page drops the binary part of messages. " +
+        "Open the notebook in JupyterLab, or run python -m lmd stream.";
+      return this.showTraits();
+    }
     const pcm = new Int16Array(buffer.buffer, buffer.byteOffset, buffer.byteLength / 2);
     const samples = Float32Array.from(pcm, (x) => x / 32767), { channels } = this.audio;
     const mono = channels === 1 ? samples : samples.filter((_, i) => i % channels === 0);
