@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
+JOBS ?= 0
 else
 BIN := $(VENV)/bin
+JOBS ?= 2
 endif
 PROFILE ?= quick
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,8 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 run: install ## the whole line: scores to a streamed wave and outputs/quick/report.html
 	$(BIN)/python -m lmd run --profile $(PROFILE)
 
-test: lint ## everything: lint, formatting, import contract, tests, notebooks
-	$(BIN)/python -m pytest
+test: lint ## everything: lint, formatting, import contract, tests in JOBS processes, notebooks
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

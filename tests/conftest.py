@@ -1,9 +1,13 @@
 """What every test shares: offline, few threads, and shapes checked with beartype.
 
-`LMD_TEST_THREADS` says how many threads torch uses (1 unless told).
+`LMD_TEST_THREADS` says how many threads torch uses (1 unless told). `make test` has two processes
+work through the files; what is marked `alone` (real time, a limit of time) waits until nothing else
+runs.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,50 @@ torch.set_num_threads(int(os.environ.get("LMD_TEST_THREADS", "1")))
 
 # Before the first `import lmd`: every annotated function then checks its arguments and results.
 SHAPE_CHECKS = install_import_hook("lmd", "shape_checker.check")
+
+
+HELD = pytest.StashKey[ExitStack]()
+KEPT = pytest.StashKey[bool]()
+
+
+@contextmanager
+def _locked(path: Path, exclusive: bool) -> Iterator[None]:
+    """Hold a file among the processes of a run, together with others or alone."""
+    import fcntl  # not on Windows, where one process runs all tests
+
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with minutes of work first, those that are to be alone last: nobody waits long."""
+    place: dict[Path, int] = {}
+    for item in items:
+        alone, slow = (item.get_closest_marker(name) is not None for name in ("alone", "slow"))
+        place[item.path] = max(place.get(item.path, -1), 1 if alone else -1 if slow else 0, key=abs)
+    items.sort(key=lambda item: place[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Beside other processes: a file's `alone` tests wait for theirs to end, and they for these."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    held = item.config.stash.setdefault(HELD, ExitStack())
+    if not item.config.stash.get(KEPT, False):
+        # Who waits to be alone keeps the door, so that nobody else enters before.
+        with _locked(Path(__file__).with_name("lab.py"), exclusive=True):
+            held.enter_context(_locked(Path(__file__), exclusive=alone))
+    more = nextitem is not None and nextitem.path == item.path
+    keep = alone and more and nextitem.get_closest_marker("alone") is not None
+    item.config.stash[KEPT] = keep
+    try:
+        return (yield)
+    finally:
+        if not keep:
+            held.close()
 
 
 @pytest.fixture(autouse=True)

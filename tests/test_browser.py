@@ -71,7 +71,7 @@ NOW_LINE = """canvas => {
   return [`rgb(${r}, ${g}, ${b})`, asked];
 }"""
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.alone]
 
 
 def _missing() -> str | None:

@@ -13,6 +13,8 @@ from lmd.play.takes import read_take
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 LIMIT_S = 360  # for all of them together, on two cores
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
