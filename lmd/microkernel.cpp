@@ -10,9 +10,16 @@
 //
 // Every sum runs over the inputs in order, whatever the number of rows and of threads: a row comes
 // out the same, bit for bit, alone or among others.
+//
+// Attention of few queries: see lmd/panel_attention.py. One head after another, everything between
+// the two linear layers in one go: norms, rotation, scores, softmax, values. The scores of a group of
+// queries stay in the first cache, and keys and values are read where the cache of the context has them.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -34,7 +41,7 @@ constexpr long WORTH_A_THREAD = 200000;   // multiplications that outweigh wakin
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
-enum Operation { NONE, ADD, MULTIPLY };
+enum Operation { NONE, ADD, MULTIPLY, SWISH };
 
 Vector load(const float* weights) { return *(const Vector*)weights; }
 
@@ -47,6 +54,54 @@ Vector load(const Half* w) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((__m
 #define NO_HALVES
 #endif
 
+// e to the x, within a few units of the last place; 0 below e^-87, e^88 at most.
+inline Vector exponential(Vector x) {
+  typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+  const Vector lowest = Vector{} - 87.0f;
+  const Vector highest = Vector{} + 88.0f;
+  Vector clipped = x > lowest ? x : lowest;
+  clipped = clipped < highest ? clipped : highest;
+  const Integers power = __builtin_convertvector(clipped * 1.44269504f + 127.5f, Integers) - 127;
+  const Vector n = __builtin_convertvector(power, Vector);
+  const Vector r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  Vector sum = r * (1.0f / 5040) + 1.0f / 720;
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * r + factor;
+  const Integers bits = (power + 127) << 23;
+  Vector scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x > lowest ? sum * scale : Vector{};
+}
+
+// A bfloat16: the upper half of a float.
+struct Brain {
+  uint16_t bits;
+};
+typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+inline Vector load(const Brain* brains) {
+  Shorts bits;
+  std::memcpy(&bits, brains, sizeof bits);
+  const Words words = __builtin_convertvector(bits, Words) << 16;
+  return (Vector)words;
+}
+
+inline float as_float(float x) { return x; }
+inline float as_float(Brain x) {
+  const uint32_t word = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &word, sizeof y);
+  return y;
+}
+
+inline void store(float* to, float x) { *to = x; }
+inline void store(Brain* to, float x) {  // to the nearest, ties to even
+  uint32_t word;
+  std::memcpy(&word, &x, sizeof word);
+  const bool is_nan = x != x;
+  to->bits = is_nan ? uint16_t(word >> 16 | 64) : uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
 template <typename Weight>
 struct Product {
   const float* x;
@@ -57,23 +112,30 @@ struct Product {
   Operation operation;
 };
 
-// Rows `row` ... `row + N - 1` of one panel; `next_share` inputs of the next one are fetched.
+// sums += x w for N rows of x, `x_stride` apart, and COLUMNS columns of w, whose rows are `w_stride`
+// apart; the first `n_next` rows of `next` are fetched meanwhile.
 template <int N, typename Weight>
-void multiply(const Product<Weight>& p, long row, long panel, const Weight* next, long next_share) {
-  const float* x = p.x + row * p.n_inputs;
-  const Weight* weights = p.panels + panel * p.n_inputs * COLUMNS;
-  Vector sums[N][VECTORS] = {};
-  for (long i = 0; i < p.n_inputs; ++i) {
-    Vector w[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) w[v] = load(weights + i * COLUMNS + v * LANES);
-    if (i < next_share)
+inline void accumulate(Vector (&sums)[N][VECTORS], const float* x, long x_stride, const Weight* w,
+                       long w_stride, long n_inputs, const Weight* next, long n_next) {
+  for (long i = 0; i < n_inputs; ++i) {
+    Vector row[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) row[v] = load(w + i * w_stride + v * LANES);
+    if (i < n_next)
       for (int c = 0; c < COLUMNS; c += LINE / sizeof(Weight))
         __builtin_prefetch(next + i * COLUMNS + c, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] += x[r * p.n_inputs + i] * w[v];
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += x[r * x_stride + i] * row[v];
   }
+}
+
+// Rows `row` ... `row + N - 1` of one panel; `next_share` inputs of the next one are fetched.
+template <int N, typename Weight>
+void multiply(const Product<Weight>& p, long row, long panel, const Weight* next, long next_share) {
+  Vector sums[N][VECTORS] = {};
+  accumulate<N>(sums, p.x + row * p.n_inputs, p.n_inputs, p.panels + panel * p.n_inputs * COLUMNS,
+                COLUMNS, p.n_inputs, next, next_share);
   const long column = panel * COLUMNS;
   const int n = p.n_outputs - column < COLUMNS ? int(p.n_outputs - column) : COLUMNS;
   for (int r = 0; r < N; ++r) {
@@ -81,11 +143,15 @@ void multiply(const Product<Weight>& p, long row, long panel, const Weight* next
     std::memcpy(sum, sums[r], sizeof sum);
     const long at = (row + r) * p.n_outputs + column;
     for (int c = 0; c < n; ++c) {
-      float y = sum[c] + p.bias[column + c];
-      if (p.operation == ADD) y += p.other[at + c];
-      if (p.operation == MULTIPLY) y *= p.other[at + c];
-      p.y[at + c] = y;
+      sum[c] += p.bias[column + c];
+      if (p.operation == ADD) sum[c] += p.other[at + c];
+      if (p.operation == MULTIPLY) sum[c] *= p.other[at + c];
     }
+    for (int c = 0; p.operation == SWISH && c < COLUMNS; c += LANES) {
+      const Vector y = load(sum + c) / (1.0f + exponential(-load(sum + c)));
+      std::memcpy(sum + c, &y, sizeof y);
+    }
+    std::memcpy(p.y + at, sum, n * sizeof(float));
   }
 }
 
@@ -121,6 +187,167 @@ void compute(const Product<Weight>& p, long n_rows, int n_threads) {
   }
 }
 
+// --- attention ---
+
+// Element: float or Brain, whatever the model's numbers are; sums are floats.
+template <typename Element>
+struct Attention {
+  // Fresh: [batch, token, head * dim], rows `row_stride` apart; no k and v: the past alone is seen.
+  const Element *q, *k, *v;
+  const Element *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
+  const float *cos, *sin;                                // [token, n_turned / 2]
+  const Element *past_key, *past_value;                  // [batch, head, past, dim], as they are used
+  const uint8_t* visible;                                // [token, past + token], or null: all
+  Element* seen;                     // written: [batch, token, head * dim]
+  Element *fresh_key, *fresh_value;  // written: [batch, head, token, dim]
+  long n_batch, n_heads, n_tokens, n_past, dim, n_turned, row_stride;
+  float epsilon;
+};
+
+// What one thread works on: a head's queries, the keys in panels, the scores of some queries.
+struct Desk {
+  std::vector<float> queries, keys, scores, one;
+};
+
+// A head's part of one token: to mean 0 and variance 1, then scaled and shifted.
+template <typename Element>
+void normalise(const Element* x, const Element* weight, const Element* bias, long n, float epsilon,
+               float* y) {
+  float mean = 0, variance = 0;
+  for (long i = 0; i < n; ++i) mean += y[i] = as_float(x[i]);
+  mean /= n;
+  for (long i = 0; i < n; ++i) variance += (y[i] - mean) * (y[i] - mean);
+  const float scale = 1 / std::sqrt(variance / n + epsilon);
+  for (long i = 0; i < n; ++i)
+    y[i] = (y[i] - mean) * scale * as_float(weight[i]) + as_float(bias[i]);
+}
+
+// Pairs (i, i + n_turned / 2) by their angle.
+inline void turn(float* x, const float* cos, const float* sin, long n_turned) {
+  const long half = n_turned / 2;
+  for (long i = 0; i < half; ++i) {
+    const float left = x[i], right = x[half + i];
+    x[i] = left * cos[i] - right * sin[i];
+    x[half + i] = right * cos[i] + left * sin[i];
+  }
+}
+
+// One key into the panels: COLUMNS keys side by side, dimension after dimension.
+template <typename Element>
+void place(const Element* key, long at, long dim, float* panels) {
+  float* column = panels + at / COLUMNS * COLUMNS * dim + at % COLUMNS;
+  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = as_float(key[i]);
+}
+
+// What the queries `first` ... `first + N - 1` of a head see.
+template <int N, typename Element>
+void look(const Attention<Element>& a, Desk& desk, const Element* past_value, const Element* value,
+          long first, Element* seen) {
+  const long n_fresh = a.k ? a.n_tokens : 0, n_keys = a.n_past + n_fresh;
+  const long stride = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
+  const float* q = desk.queries.data() + first * a.dim;
+  float* scores = desk.scores.data();
+  for (long column = 0; column < stride; column += COLUMNS) {
+    Vector sums[N][VECTORS] = {};
+    const float* keys = desk.keys.data() + column * a.dim;
+    accumulate<N>(sums, q, a.dim, keys, COLUMNS, a.dim, keys, 0);
+    for (int r = 0; r < N; ++r) std::memcpy(scores + r * stride + column, sums[r], sizeof sums[r]);
+  }
+  float shares[N];
+  for (int r = 0; r < N; ++r) {
+    float* row = scores + r * stride;
+    for (long key = n_keys; key < stride; ++key) row[key] = -INFINITY;
+    if (a.visible)
+      for (long key = 0; key < n_keys; ++key)
+        if (!a.visible[(first + r) * n_keys + key]) row[key] = -INFINITY;
+    Vector most = load(row);
+    for (long key = LANES; key < stride; key += LANES) {
+      const Vector other = load(row + key);
+      most = other > most ? other : most;
+    }
+    float highest = most[0];
+    for (int lane = 1; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
+    Vector total = {};
+    for (long key = 0; key < stride; key += LANES) {
+      const Vector share = exponential(load(row + key) - highest);
+      std::memcpy(row + key, &share, sizeof share);
+      total += share;
+    }
+    float sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
+    shares[r] = 1 / sum;
+  }
+  for (long column = 0; column < a.dim; column += COLUMNS) {
+    Vector sums[N][VECTORS] = {};
+    const Element* none = nullptr;
+    accumulate<N>(sums, scores, stride, past_value + column, a.dim, a.n_past, none, 0);
+    accumulate<N>(sums, scores + a.n_past, stride, value + column, a.dim, n_fresh, none, 0);
+    for (int r = 0; r < N; ++r) {
+      float sum[COLUMNS];
+      std::memcpy(sum, sums[r], sizeof sum);
+      Element* to = seen + r * a.n_heads * a.dim + column;
+      for (int c = 0; c < COLUMNS; ++c) store(to + c, sum[c] * shares[r]);
+    }
+  }
+}
+
+template <int N, typename Element>
+void look_rows(int n, const Attention<Element>& a, Desk& desk, const Element* past_value,
+               const Element* value, long first, Element* seen) {
+  if (n == N) return look<N>(a, desk, past_value, value, first, seen);
+  if constexpr (N > 1) look_rows<N - 1>(n, a, desk, past_value, value, first, seen);
+}
+
+template <typename Element>
+void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head) {
+  const long width = a.n_heads * a.dim, n_fresh = a.k ? a.n_tokens : 0;
+  const long n_keys = a.n_past + n_fresh, at = batch * a.n_heads + head;
+  desk.queries.resize(a.n_tokens * a.dim);
+  desk.keys.resize((n_keys + COLUMNS - 1) / COLUMNS * COLUMNS * a.dim);
+  desk.scores.resize(ROWS * (n_keys + COLUMNS));
+  desk.one.resize(a.dim);
+  const Element* past_key = a.past_key + at * a.n_past * a.dim;
+  const Element* past_value = a.past_value + at * a.n_past * a.dim;
+  for (long i = 0; i < a.n_past; ++i) place(past_key + i * a.dim, i, a.dim, desk.keys.data());
+  const long source = batch * a.n_tokens * a.row_stride + head * a.dim;
+  const float scale = 1 / std::sqrt(float(a.dim));
+  float* one = desk.one.data();
+  for (long t = 0; t < a.n_tokens; ++t) {
+    const long row = source + t * a.row_stride, half = a.n_turned / 2;
+    float* query = desk.queries.data() + t * a.dim;
+    normalise(a.q + row, a.q_weight, a.q_bias, a.dim, a.epsilon, query);
+    turn(query, a.cos + t * half, a.sin + t * half, a.n_turned);
+    for (long i = 0; i < a.dim; ++i) query[i] *= scale;
+    if (!a.k) continue;
+    const long fresh = (at * a.n_tokens + t) * a.dim;
+    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, one);
+    for (long i = 0; i < a.dim; ++i) store(a.fresh_key + fresh + i, one[i]);
+    turn(one, a.cos + t * half, a.sin + t * half, a.n_turned);
+    place(one, a.n_past + t, a.dim, desk.keys.data());
+    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(Element));
+  }
+  const Element* value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
+  const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
+  long first = 0;
+  for (long group = 0; group < n_groups; ++group) {
+    const int n = int(a.n_tokens / n_groups + (group < a.n_tokens % n_groups));
+    Element* seen = a.seen + (batch * a.n_tokens + first) * width + head * a.dim;
+    look_rows<ROWS>(n, a, desk, past_value, value, first, seen);
+    first += n;
+  }
+}
+
+template <typename Element>
+void attend(const Attention<Element>& a, int n_threads) {
+#pragma omp parallel num_threads(n_threads)
+  {
+    Desk desk;
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < a.n_batch * a.n_heads; ++i)
+      attend_head(a, desk, i / a.n_heads, i % a.n_heads);
+  }
+}
+
 }  // namespace
 
 extern "C" int panel_columns() { return COLUMNS; }
@@ -147,4 +374,10 @@ extern "C" void panel_linear(const float* x, const void* panels, const float* bi
   compute(Product<float>{x, (const float*)panels, bias, other, y, n_inputs, n_outputs,
                          Operation(operation)}, n_rows, n_threads);
   (void)is_half;
+}
+
+// Args: an Attention, of bfloat16 if `is_brain`, else of float.
+extern "C" void panel_attend(const void* attention, int is_brain, int n_threads) {
+  if (is_brain) return attend(*(const Attention<Brain>*)attention, n_threads);
+  attend(*(const Attention<float>*)attention, n_threads);
 }

@@ -19,6 +19,7 @@ from lmd.dit import Block, KeyValue, LiveModel
 from lmd.errors import LmdError
 from lmd.machine import trim_memory
 from lmd.operations import Rotation
+from lmd.panel_attention import cross_attention, self_attention
 from lmd.panels import PanelLinear, can_use_panels
 from lmd.shapes import Tokens, Visibility
 
@@ -103,9 +104,9 @@ class PackedBlock(nn.Module):
     ) -> tuple[Tokens, KeyValue]:
         """Hidden states in and out, with this layer's fresh keys and values."""
         b = self.block
-        seen, fresh = b.self_attn.heads(b.pre_norm(x), rotation, visible, past)
+        seen, fresh = self_attention(b.self_attn, b.pre_norm(x), rotation, visible, past)
         x = b.self_attn.to_out.plus(seen, x)
-        x = b.cross_attn.to_out.plus(b.cross_attn.heads(b.cross_norm(x), text), x)
+        x = b.cross_attn.to_out.plus(cross_attention(b.cross_attn, b.cross_norm(x), text), x)
         h = b.ff_norm(x)
         return b.ff.to_out.plus(self.value.times(h, self.gate(h, "swish")), x), fresh
 

@@ -3,7 +3,7 @@
 A streamed block has 13 to 97 tokens. At such sizes a library's matrix product rearranges the
 weights at every call, or reads them first and multiplies then. The kernel in `microkernel.cpp`
 keeps them rearranged and fetches the next ones while it multiplies (float32, on the CPU). It is
-compiled for this very processor the first time it is needed (a second; the result is kept) and
+compiled for this very processor the first time it is needed (seconds; the result is kept) and
 shares torch's threads. Where there is no compiler, and with LMD_PANELS=0, plain layers stay;
 results agree within rounding.
 
@@ -36,7 +36,7 @@ COMPILERS = ("g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fno-exceptions", "-fno-rtti")
 FLAGS += ("-fopenmp", "-shared", "-fPIC")
 SWITCH = "LMD_PANELS"
-_NONE, _ADD, _MULTIPLY = range(3)  # `Operation` in the source
+_NONE, _ADD, _MULTIPLY, _SWISH = range(4)  # `Operation` in the source
 
 Panels = Float[Tensor, "panel inputs column"]  # float32, or float16 where that is exact
 
@@ -64,8 +64,7 @@ class PanelLinear(nn.Module):
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """`f(x W^T + b)`; f is "none" or "swish", which is SiLU."""
-        y = self._product(x, None, _NONE)
-        return F.silu(y, inplace=True) if activation == "swish" else y
+        return self._product(x, None, _SWISH if activation == "swish" else _NONE)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """`x W^T + b + other`."""
@@ -91,8 +90,8 @@ class PanelLinear(nn.Module):
         self.panels = None
         if suits:
             half = weight.half()
-            is_exact = _kernel().panel_halves() and torch.equal(half.float(), weight)
-            self.panels = in_panels(half if is_exact else weight, _kernel().panel_columns())
+            is_exact = kernel().panel_halves() and torch.equal(half.float(), weight)
+            self.panels = in_panels(half if is_exact else weight, kernel().panel_columns())
 
     def _product(self, x: Tensor, other: Tensor | None, operation: int) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -103,7 +102,9 @@ class PanelLinear(nn.Module):
             )
         if self.plain is not None:
             y = F.linear(x, self.plain, self.bias.to(self.plain))
-            return y if other is None else y + other if operation == _ADD else y * other
+            if other is None:
+                return F.silu(y) if operation == _SWISH else y
+            return y + other if operation == _ADD else y * other
         if x.dtype != torch.float32 or x.shape[-1] != self.in_features or x.device.type != "cpu":
             raise LmdError(
                 f"{x.dtype} of shape {tuple(x.shape)} on {x.device} for a layer in panels",
@@ -114,7 +115,7 @@ class PanelLinear(nn.Module):
         y = x.new_empty(*x.shape[:-1], self.out_features)
         if other is not None:
             other = other.expand_as(y).contiguous()
-        _kernel().panel_linear(
+        kernel().panel_linear(
             x.data_ptr(),
             self.panels.data_ptr(),
             self.bias.data_ptr(),
@@ -181,7 +182,7 @@ def why_no_panels() -> str:
     if not sys.platform.startswith("linux"):
         return f"{sys.platform}: torch's own products are used"
     try:
-        right = _multiplies_rightly(_kernel())
+        right = _multiplies_rightly(kernel())
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"the kernel could not be compiled: {said.strip()[-500:]}"
@@ -189,7 +190,7 @@ def why_no_panels() -> str:
 
 
 @cache
-def _kernel() -> ctypes.CDLL:
+def kernel() -> ctypes.CDLL:
     """The compiled kernel.
 
     Raises:
@@ -199,7 +200,8 @@ def _kernel() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_compiled()))
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.panel_linear.argtypes = [pointer] * 5 + [size] * 3 + [number] * 3
-    library.panel_linear.restype = None
+    library.panel_attend.argtypes = [pointer, number, number]
+    library.panel_linear.restype = library.panel_attend.restype = None
     library.panel_columns.restype = library.panel_halves.restype = number
     return library
 
@@ -262,7 +264,7 @@ def _multiplies_rightly(kernel: ctypes.CDLL) -> bool:
             linear.weight.data = round_off(linear.weight)
             layer, y = PanelLinear(linear), linear(x)
             pairs = [(layer(x), y), (layer.plus(x, other), y + other)]
-            pairs.append((layer.times(x, other), y * other))
+            pairs += [(layer.times(x, other), y * other), (layer(x, "swish"), F.silu(y))]
             if not all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in pairs):
                 return False
     return True

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lmd import panels
+from lmd import panel_attention, panels
+from lmd.config import DiTConfig
+from lmd.dit import Block, KeyValue, RotaryEmbedding, frame_positions
 from lmd.errors import LmdError
 from lmd.instrument import open_instrument
 from lmd.outpaint import BlockPlan, LiveDenoiser
-from lmd.packed import is_packed, pack
+from lmd.packed import PackedBlock, is_packed, pack
 from lmd.panels import PanelLinear, can_use_panels, use_panels, why_no_panels
 from lmd.rng import normal
 from lmd.weights import fingerprint
@@ -61,6 +63,110 @@ def test_layers_agree_with_plain_ones_of_any_size(n_rows, n_inputs, n_outputs, b
     torch.testing.assert_close(layer.plus(x, other).double(), exact + other, **close)
     torch.testing.assert_close(layer.times(x, other).double(), exact * other, atol=1e-3, rtol=0)
     torch.testing.assert_close(layer(x, "swish").double(), F.silu(exact), **close)
+
+
+def random_block(config: DiTConfig) -> Block:
+    block = Block(config).requires_grad_(False)
+    for index, parameter in enumerate(block.parameters()):
+        drawn = normal(tuple(parameter.shape), index, "weights")
+        parameter.copy_(drawn * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0))
+    return block
+
+
+def random_heads(config: DiTConfig, n_batch: int, n_tokens: int, purpose: str) -> KeyValue:
+    shape = (n_batch, config.n_heads, n_tokens, config.head_dim)
+    return KeyValue(*(normal(shape, index, purpose) for index in range(2)))
+
+
+@needs_kernel
+@settings(max_examples=40, deadline=None)
+@given(
+    n_tokens=st.integers(1, 100),
+    n_past=st.integers(0, 200),
+    n_batch=st.integers(1, 3),
+    masked=st.booleans(),
+    head_dim=st.sampled_from([32, 48, 64]),  # 48 is no whole number of panels: plain attention
+)
+def test_a_block_of_panels_agrees_with_the_plain_one(n_tokens, n_past, n_batch, masked, head_dim):
+    config = DiTConfig(width=2 * head_dim, n_heads=2, depth=1)
+    block = random_block(config)
+    x = normal((n_batch, n_tokens, config.width), 0, "x")
+    rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(frame_positions(n_tokens - 1, 7))
+    text = random_heads(config, n_batch, 9, "text")
+    past = random_heads(config, n_batch, n_past, "past") if n_past else None
+    visible = None
+    if masked:
+        visible = normal((n_tokens, n_past + n_tokens), 0, "visible") > 0
+        visible[:, -1] = True  # who sees nobody has no result
+    expected, kept = block(x, rotation, text, visible, past)
+    packed = PackedBlock(copy.deepcopy(block), PanelLinear)
+    y, fresh = packed(x, rotation, text, visible, past)
+    close = {"atol": 2e-4, "rtol": 1e-4}
+    torch.testing.assert_close(y, expected, **close)
+    torch.testing.assert_close(fresh.key, kept.key, **close)
+    torch.testing.assert_close(fresh.value, kept.value, **close)
+
+
+@needs_kernel
+@pytest.mark.parametrize("n_tokens", [1, 13, 97])
+def test_attention_in_bfloat16_is_nearer_to_the_exact_one_than_the_plain(n_tokens):
+    config = DiTConfig(width=128, n_heads=2, depth=1)
+    exact = random_block(config).to(torch.bfloat16).to(torch.float64)
+    brain = copy.deepcopy(exact).to(torch.bfloat16)
+    rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(torch.arange(n_tokens))
+    x = normal((2, n_tokens, config.width), 0, "x").bfloat16()
+    past = random_heads(config, 2, 40, "past")
+    past = KeyValue(past.key.bfloat16(), past.value.bfloat16())
+    expected, kept = exact.self_attn.heads(
+        x.double(), rotation, None, KeyValue(past.key.double(), past.value.double())
+    )
+    plain, _ = brain.self_attn.heads(x, rotation, None, past)
+    seen, fresh = panel_attention.self_attention(brain.self_attn, x, rotation, None, past)
+    assert seen.dtype == fresh.key.dtype == fresh.value.dtype == torch.bfloat16
+    ours, theirs = ((y.double() - expected).abs().mean() for y in (seen, plain))
+    assert ours < 1.05 * theirs < 0.05
+    assert (fresh.key.double() - kept.key).abs().max() < 0.05
+    of_text = panel_attention.cross_attention(brain.cross_attn, x, past)
+    theirs = exact.cross_attn.heads(x.double(), KeyValue(past.key.double(), past.value.double()))
+    assert (of_text.double() - theirs).abs().max() < 0.05
+
+
+@needs_kernel
+def test_what_a_token_sees_does_not_depend_on_the_others_or_on_the_threads():
+    config = DiTConfig(width=128, n_heads=2, depth=1)
+    block = PackedBlock(random_block(config), PanelLinear)
+    rope = RotaryEmbedding(config.rope_dim, config.rope_base)
+    x, text = normal((1, 60, 128), 0, "x"), random_heads(config, 1, 9, "text")
+    past, before = random_heads(config, 1, 40, "past"), torch.get_num_threads()
+
+    def seen(first: int, n: int) -> torch.Tensor:
+        """Tokens that see the past, and of one another only themselves."""
+        visible = torch.cat([torch.ones(n, 40, dtype=torch.bool), torch.eye(n).bool()], dim=1)
+        rotation = rope(torch.arange(first, first + n))
+        return block(x[:, first : first + n], rotation, text, visible, past)[0]
+
+    whole = seen(0, 60)
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        try:
+            assert torch.equal(seen(0, 60), whole)
+            assert torch.equal(seen(0, 1), whole[:, :1])
+        finally:
+            torch.set_num_threads(before)
+    torch.testing.assert_close(seen(20, 30), whole[:, 20:50], atol=1e-5, rtol=0)
+
+
+@needs_kernel
+def test_where_the_kernel_attends_wrongly_the_plain_formulas_are_used(monkeypatch):
+    config = DiTConfig(width=128, n_heads=2, depth=1)
+    block, x = PackedBlock(random_block(config), PanelLinear), normal((1, 5, 128), 0, "x")
+    text = random_heads(config, 1, 9, "text")
+    expected = block(x, RotaryEmbedding(32, 1e4)(torch.arange(5)), text)[0]
+    assert panel_attention._attends_rightly(64, x.dtype)
+    monkeypatch.setattr(panel_attention, "_attends_rightly", lambda *_: False)
+    monkeypatch.setattr(panel_attention, "_attend", None)  # a call would fail
+    y = block(x, RotaryEmbedding(32, 1e4)(torch.arange(5)), text)[0]
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
 @needs_kernel
@@ -149,7 +255,7 @@ def fresh(monkeypatch, tmp_path):
 
     def forget():
         why_no_panels.cache_clear()
-        panels._kernel.cache_clear()
+        panels.kernel.cache_clear()
 
     forget()
     yield forget
