@@ -204,9 +204,10 @@ struct Attention {
   float epsilon;
 };
 
-// What one thread works on: a head's queries, the keys in panels, the scores of some queries.
+// What one thread works on: a head's queries, its keys in panels, its values where they are not
+// floats already, the scores of ROWS queries, and what these see.
 struct Desk {
-  std::vector<float> queries, keys, scores, one;
+  std::vector<float> queries, keys, values, scores, seen;
 };
 
 // A head's part of one token: to mean 0 and variance 1, then scaled and shifted.
@@ -239,81 +240,79 @@ void place(const Element* key, long at, long dim, float* panels) {
   for (long i = 0; i < dim; ++i) column[i * COLUMNS] = as_float(key[i]);
 }
 
-// What the queries `first` ... `first + N - 1` of a head see.
-template <int N, typename Element>
-void look(const Attention<Element>& a, Desk& desk, const Element* past_value, const Element* value,
-          long first, Element* seen) {
-  const long n_fresh = a.k ? a.n_tokens : 0, n_keys = a.n_past + n_fresh;
-  const long stride = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
-  const float* q = desk.queries.data() + first * a.dim;
-  float* scores = desk.scores.data();
+// Softmax of a row whose first `n` numbers count, but for one factor, which is returned.
+float soften(float* row, long n, long n_padded, const uint8_t* visible) {
+  for (long key = n; key < n_padded; ++key) row[key] = -INFINITY;
+  for (long key = 0; visible && key < n; ++key)
+    if (!visible[key]) row[key] = -INFINITY;
+  Vector most = load(row);
+  for (long key = LANES; key < n_padded; key += LANES) {
+    const Vector other = load(row + key);
+    most = other > most ? other : most;
+  }
+  float highest = most[0];
+  for (int lane = 1; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
+  Vector total = {};
+  for (long key = 0; key < n_padded; key += LANES) {
+    const Vector share = exponential(load(row + key) - highest);
+    std::memcpy(row + key, &share, sizeof share);
+    total += share;
+  }
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
+  return 1 / sum;
+}
+
+// What ROWS queries of a head see, `[ROWS, dim]`; there are `n_fresh` keys behind the past ones.
+void look(Desk& desk, const float* queries, const float* past_value, long n_past,
+          const float* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows) {
+  const long n_keys = n_past + n_fresh, stride = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
+  float *scores = desk.scores.data(), *seen = desk.seen.data();
   for (long column = 0; column < stride; column += COLUMNS) {
-    Vector sums[N][VECTORS] = {};
-    const float* keys = desk.keys.data() + column * a.dim;
-    accumulate<N>(sums, q, a.dim, keys, COLUMNS, a.dim, keys, 0);
-    for (int r = 0; r < N; ++r) std::memcpy(scores + r * stride + column, sums[r], sizeof sums[r]);
+    Vector sums[ROWS][VECTORS] = {};
+    const float* keys = desk.keys.data() + column * dim;
+    accumulate<ROWS>(sums, queries, dim, keys, COLUMNS, dim, keys, 0);
+    for (int r = 0; r < ROWS; ++r)
+      std::memcpy(scores + r * stride + column, sums[r], sizeof sums[r]);
   }
-  float shares[N];
-  for (int r = 0; r < N; ++r) {
-    float* row = scores + r * stride;
-    for (long key = n_keys; key < stride; ++key) row[key] = -INFINITY;
-    if (a.visible)
-      for (long key = 0; key < n_keys; ++key)
-        if (!a.visible[(first + r) * n_keys + key]) row[key] = -INFINITY;
-    Vector most = load(row);
-    for (long key = LANES; key < stride; key += LANES) {
-      const Vector other = load(row + key);
-      most = other > most ? other : most;
-    }
-    float highest = most[0];
-    for (int lane = 1; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
-    Vector total = {};
-    for (long key = 0; key < stride; key += LANES) {
-      const Vector share = exponential(load(row + key) - highest);
-      std::memcpy(row + key, &share, sizeof share);
-      total += share;
-    }
-    float sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
-    shares[r] = 1 / sum;
-  }
-  for (long column = 0; column < a.dim; column += COLUMNS) {
-    Vector sums[N][VECTORS] = {};
-    const Element* none = nullptr;
-    accumulate<N>(sums, scores, stride, past_value + column, a.dim, a.n_past, none, 0);
-    accumulate<N>(sums, scores + a.n_past, stride, value + column, a.dim, n_fresh, none, 0);
-    for (int r = 0; r < N; ++r) {
-      float sum[COLUMNS];
-      std::memcpy(sum, sums[r], sizeof sum);
-      Element* to = seen + r * a.n_heads * a.dim + column;
-      for (int c = 0; c < COLUMNS; ++c) store(to + c, sum[c] * shares[r]);
-    }
+  float shares[ROWS] = {};
+  for (int r = 0; r < n_rows; ++r)
+    shares[r] = soften(scores + r * stride, n_keys, stride, visible ? visible + r * n_keys : nullptr);
+  for (long column = 0; column < dim; column += COLUMNS) {
+    Vector sums[ROWS][VECTORS] = {};
+    accumulate<ROWS>(sums, scores, stride, past_value + column, dim, n_past, past_value, 0);
+    accumulate<ROWS>(sums, scores + n_past, stride, fresh_value + column, dim, n_fresh, past_value, 0);
+    for (int r = 0; r < n_rows; ++r)
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vector mean = sums[r][v] * shares[r];
+        std::memcpy(seen + r * dim + column + v * LANES, &mean, sizeof mean);
+      }
   }
 }
 
-template <int N, typename Element>
-void look_rows(int n, const Attention<Element>& a, Desk& desk, const Element* past_value,
-               const Element* value, long first, Element* seen) {
-  if (n == N) return look<N>(a, desk, past_value, value, first, seen);
-  if constexpr (N > 1) look_rows<N - 1>(n, a, desk, past_value, value, first, seen);
+// Values as floats: where they are, or `at` on the desk.
+const float* as_floats(Desk&, const float* values, long, long) { return values; }
+const float* as_floats(Desk& desk, const Brain* values, long at, long n) {
+  for (long i = 0; i < n; ++i) desk.values[at + i] = as_float(values[i]);
+  return desk.values.data() + at;
 }
 
 template <typename Element>
 void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head) {
   const long width = a.n_heads * a.dim, n_fresh = a.k ? a.n_tokens : 0;
   const long n_keys = a.n_past + n_fresh, at = batch * a.n_heads + head;
-  desk.queries.resize(a.n_tokens * a.dim);
+  const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
+  desk.queries.assign(n_groups * ROWS * a.dim, 0);
   desk.keys.resize((n_keys + COLUMNS - 1) / COLUMNS * COLUMNS * a.dim);
+  desk.values.resize(n_keys * a.dim);
   desk.scores.resize(ROWS * (n_keys + COLUMNS));
-  desk.one.resize(a.dim);
+  desk.seen.resize(ROWS * a.dim);
   const Element* past_key = a.past_key + at * a.n_past * a.dim;
-  const Element* past_value = a.past_value + at * a.n_past * a.dim;
   for (long i = 0; i < a.n_past; ++i) place(past_key + i * a.dim, i, a.dim, desk.keys.data());
-  const long source = batch * a.n_tokens * a.row_stride + head * a.dim;
   const float scale = 1 / std::sqrt(float(a.dim));
-  float* one = desk.one.data();
+  float* one = desk.seen.data();
   for (long t = 0; t < a.n_tokens; ++t) {
-    const long row = source + t * a.row_stride, half = a.n_turned / 2;
+    const long row = (batch * a.n_tokens + t) * a.row_stride + head * a.dim, half = a.n_turned / 2;
     float* query = desk.queries.data() + t * a.dim;
     normalise(a.q + row, a.q_weight, a.q_bias, a.dim, a.epsilon, query);
     turn(query, a.cos + t * half, a.sin + t * half, a.n_turned);
@@ -326,14 +325,19 @@ void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head)
     place(one, a.n_past + t, a.dim, desk.keys.data());
     std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(Element));
   }
-  const Element* value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
-  const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
-  long first = 0;
-  for (long group = 0; group < n_groups; ++group) {
-    const int n = int(a.n_tokens / n_groups + (group < a.n_tokens % n_groups));
-    Element* seen = a.seen + (batch * a.n_tokens + first) * width + head * a.dim;
-    look_rows<ROWS>(n, a, desk, past_value, value, first, seen);
-    first += n;
+  const long past_size = a.n_past * a.dim, fresh_size = n_fresh * a.dim;
+  const float* past_value = as_floats(desk, a.past_value + at * past_size, 0, past_size);
+  const float* fresh_value = past_value;
+  if (a.k) fresh_value = as_floats(desk, a.fresh_value + at * fresh_size, past_size, fresh_size);
+  for (long first = 0; first < a.n_tokens; first += ROWS) {
+    const int n_rows = int(std::min<long>(ROWS, a.n_tokens - first));
+    const uint8_t* visible = a.visible ? a.visible + first * n_keys : nullptr;
+    look(desk, desk.queries.data() + first * a.dim, past_value, a.n_past, fresh_value, n_fresh, a.dim,
+         visible, n_rows);
+    for (int r = 0; r < n_rows; ++r) {
+      Element* to = a.seen + (batch * a.n_tokens + first + r) * width + head * a.dim;
+      for (long i = 0; i < a.dim; ++i) store(to + i, desk.seen[r * a.dim + i]);
+    }
   }
 }
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lmd.errors import LmdError
 from lmd.machine import openmp_library
@@ -219,7 +220,9 @@ def _compiled() -> Path:
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder) / name
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), *shared]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        with tqdm(total=1, desc="compiling for this processor, once") as bar:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            bar.update()
         made.replace(kept)  # at once: another process may be doing the same
     return kept
 
