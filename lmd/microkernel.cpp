@@ -1,4 +1,4 @@
-// y = x W^T + b (+ or *) z in float32, for few rows of x: see lmd/panels.py.
+// y = x W^T + b (+ or *) z, and SiLU of x W^T + b, in float32, for few rows of x: see lmd/panels.py.
 //
 // A product of few rows is held up by reading W, once, and by what reading leaves undone meanwhile.
 // So W lies in panels, COLUMNS of its outputs side by side, input after input, in the order in which
@@ -12,8 +12,8 @@
 // out the same, bit for bit, alone or among others.
 //
 // Attention of few queries: see lmd/panel_attention.py. One head after another, everything between
-// the two linear layers in one go: norms, rotation, scores, softmax, values. The scores of a group of
-// queries stay in the first cache, and keys and values are read where the cache of the context has them.
+// the two linear layers in one go: norms, rotation, scores, softmax, values. The scores of a group
+// of queries stay in the first cache; keys and values are read where the context's cache has them.
 
 #include <algorithm>
 #include <cmath>
@@ -54,7 +54,7 @@ Vector load(const Half* w) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((__m
 #define NO_HALVES
 #endif
 
-// e to the x, within a few units of the last place; 0 below e^-87, e^88 at most.
+// e to the x, within a few units of the last place; 0 below e^-87 and for NaN, e^88 at most.
 inline Vector exponential(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
   const Vector lowest = Vector{} - 87.0f;
@@ -70,36 +70,6 @@ inline Vector exponential(Vector x) {
   Vector scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x > lowest ? sum * scale : Vector{};
-}
-
-// A bfloat16: the upper half of a float.
-struct Brain {
-  uint16_t bits;
-};
-typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
-
-inline Vector load(const Brain* brains) {
-  Shorts bits;
-  std::memcpy(&bits, brains, sizeof bits);
-  const Words words = __builtin_convertvector(bits, Words) << 16;
-  return (Vector)words;
-}
-
-inline float as_float(float x) { return x; }
-inline float as_float(Brain x) {
-  const uint32_t word = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &word, sizeof y);
-  return y;
-}
-
-inline void store(float* to, float x) { *to = x; }
-inline void store(Brain* to, float x) {  // to the nearest, ties to even
-  uint32_t word;
-  std::memcpy(&word, &x, sizeof word);
-  const bool is_nan = x != x;
-  to->bits = is_nan ? uint16_t(word >> 16 | 64) : uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
 template <typename Weight>
@@ -189,38 +159,34 @@ void compute(const Product<Weight>& p, long n_rows, int n_threads) {
 
 // --- attention ---
 
-// Element: float or Brain, whatever the model's numbers are; sums are floats.
-template <typename Element>
 struct Attention {
   // Fresh: [batch, token, head * dim], rows `row_stride` apart; no k and v: the past alone is seen.
-  const Element *q, *k, *v;
-  const Element *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
-  const float *cos, *sin;                                // [token, n_turned / 2]
-  const Element *past_key, *past_value;                  // [batch, head, past, dim], as they are used
-  const uint8_t* visible;                                // [token, past + token], or null: all
-  Element* seen;                     // written: [batch, token, head * dim]
-  Element *fresh_key, *fresh_value;  // written: [batch, head, token, dim]
+  const float *q, *k, *v;
+  const float *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
+  const float *cos, *sin;                              // [token, n_turned / 2]
+  const float *past_key, *past_value;                  // [batch, head, past, dim], as they are used
+  const uint8_t* visible;                              // [token, past + token], or null: all
+  float* seen;                     // written: [batch, token, head * dim]
+  float *fresh_key, *fresh_value;  // written: [batch, head, token, dim]
   long n_batch, n_heads, n_tokens, n_past, dim, n_turned, row_stride;
   float epsilon;
 };
 
-// What one thread works on: a head's queries, its keys in panels, its values where they are not
-// floats already, the scores of ROWS queries, and what these see.
+// What one thread works on: a head's queries, its keys in panels, the scores of ROWS queries, and a
+// key that is being turned.
 struct Desk {
-  std::vector<float> queries, keys, values, scores, seen;
+  std::vector<float> queries, keys, scores, turned;
 };
 
 // A head's part of one token: to mean 0 and variance 1, then scaled and shifted.
-template <typename Element>
-void normalise(const Element* x, const Element* weight, const Element* bias, long n, float epsilon,
+void normalise(const float* x, const float* weight, const float* bias, long n, float epsilon,
                float* y) {
   float mean = 0, variance = 0;
-  for (long i = 0; i < n; ++i) mean += y[i] = as_float(x[i]);
+  for (long i = 0; i < n; ++i) mean += x[i];
   mean /= n;
-  for (long i = 0; i < n; ++i) variance += (y[i] - mean) * (y[i] - mean);
+  for (long i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
   const float scale = 1 / std::sqrt(variance / n + epsilon);
-  for (long i = 0; i < n; ++i)
-    y[i] = (y[i] - mean) * scale * as_float(weight[i]) + as_float(bias[i]);
+  for (long i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
 // Pairs (i, i + n_turned / 2) by their angle.
@@ -234,10 +200,9 @@ inline void turn(float* x, const float* cos, const float* sin, long n_turned) {
 }
 
 // One key into the panels: COLUMNS keys side by side, dimension after dimension.
-template <typename Element>
-void place(const Element* key, long at, long dim, float* panels) {
+void place(const float* key, long at, long dim, float* panels) {
   float* column = panels + at / COLUMNS * COLUMNS * dim + at % COLUMNS;
-  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = as_float(key[i]);
+  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = key[i];
 }
 
 // Softmax of a row whose first `n` numbers count, but for one factor, which is returned.
@@ -263,11 +228,13 @@ float soften(float* row, long n, long n_padded, const uint8_t* visible) {
   return 1 / sum;
 }
 
-// What ROWS queries of a head see, `[ROWS, dim]`; there are `n_fresh` keys behind the past ones.
+// What ROWS queries of a head see; the first `n_rows` are written, `seen_stride` apart. There are
+// `n_fresh` keys behind the past ones.
 void look(Desk& desk, const float* queries, const float* past_value, long n_past,
-          const float* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows) {
+          const float* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows,
+          float* seen, long seen_stride) {
   const long n_keys = n_past + n_fresh, stride = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
-  float *scores = desk.scores.data(), *seen = desk.seen.data();
+  float* scores = desk.scores.data();
   for (long column = 0; column < stride; column += COLUMNS) {
     Vector sums[ROWS][VECTORS] = {};
     const float* keys = desk.keys.data() + column * dim;
@@ -285,32 +252,23 @@ void look(Desk& desk, const float* queries, const float* past_value, long n_past
     for (int r = 0; r < n_rows; ++r)
       for (int v = 0; v < VECTORS; ++v) {
         const Vector mean = sums[r][v] * shares[r];
-        std::memcpy(seen + r * dim + column + v * LANES, &mean, sizeof mean);
+        std::memcpy(seen + r * seen_stride + column + v * LANES, &mean, sizeof mean);
       }
   }
 }
 
-// Values as floats: where they are, or `at` on the desk.
-const float* as_floats(Desk&, const float* values, long, long) { return values; }
-const float* as_floats(Desk& desk, const Brain* values, long at, long n) {
-  for (long i = 0; i < n; ++i) desk.values[at + i] = as_float(values[i]);
-  return desk.values.data() + at;
-}
-
-template <typename Element>
-void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head) {
+void attend_head(const Attention& a, Desk& desk, long batch, long head) {
   const long width = a.n_heads * a.dim, n_fresh = a.k ? a.n_tokens : 0;
   const long n_keys = a.n_past + n_fresh, at = batch * a.n_heads + head;
   const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
   desk.queries.assign(n_groups * ROWS * a.dim, 0);
   desk.keys.resize((n_keys + COLUMNS - 1) / COLUMNS * COLUMNS * a.dim);
-  desk.values.resize(n_keys * a.dim);
   desk.scores.resize(ROWS * (n_keys + COLUMNS));
-  desk.seen.resize(ROWS * a.dim);
-  const Element* past_key = a.past_key + at * a.n_past * a.dim;
+  desk.turned.resize(a.dim);
+  const float* past_key = a.past_key + at * a.n_past * a.dim;
   for (long i = 0; i < a.n_past; ++i) place(past_key + i * a.dim, i, a.dim, desk.keys.data());
   const float scale = 1 / std::sqrt(float(a.dim));
-  float* one = desk.seen.data();
+  float* turned = desk.turned.data();
   for (long t = 0; t < a.n_tokens; ++t) {
     const long row = (batch * a.n_tokens + t) * a.row_stride + head * a.dim, half = a.n_turned / 2;
     float* query = desk.queries.data() + t * a.dim;
@@ -319,37 +277,19 @@ void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head)
     for (long i = 0; i < a.dim; ++i) query[i] *= scale;
     if (!a.k) continue;
     const long fresh = (at * a.n_tokens + t) * a.dim;
-    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, one);
-    for (long i = 0; i < a.dim; ++i) store(a.fresh_key + fresh + i, one[i]);
-    turn(one, a.cos + t * half, a.sin + t * half, a.n_turned);
-    place(one, a.n_past + t, a.dim, desk.keys.data());
-    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(Element));
+    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, a.fresh_key + fresh);
+    std::memcpy(turned, a.fresh_key + fresh, a.dim * sizeof(float));
+    turn(turned, a.cos + t * half, a.sin + t * half, a.n_turned);
+    place(turned, a.n_past + t, a.dim, desk.keys.data());
+    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(float));
   }
-  const long past_size = a.n_past * a.dim, fresh_size = n_fresh * a.dim;
-  const float* past_value = as_floats(desk, a.past_value + at * past_size, 0, past_size);
-  const float* fresh_value = past_value;
-  if (a.k) fresh_value = as_floats(desk, a.fresh_value + at * fresh_size, past_size, fresh_size);
-  for (long first = 0; first < a.n_tokens; first += ROWS) {
-    const int n_rows = int(std::min<long>(ROWS, a.n_tokens - first));
-    const uint8_t* visible = a.visible ? a.visible + first * n_keys : nullptr;
+  const float* past_value = a.past_value + at * a.n_past * a.dim;
+  const float* fresh_value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
+  for (long first = 0; first < a.n_tokens; first += ROWS)
     look(desk, desk.queries.data() + first * a.dim, past_value, a.n_past, fresh_value, n_fresh, a.dim,
-         visible, n_rows);
-    for (int r = 0; r < n_rows; ++r) {
-      Element* to = a.seen + (batch * a.n_tokens + first + r) * width + head * a.dim;
-      for (long i = 0; i < a.dim; ++i) store(to + i, desk.seen[r * a.dim + i]);
-    }
-  }
-}
-
-template <typename Element>
-void attend(const Attention<Element>& a, int n_threads) {
-#pragma omp parallel num_threads(n_threads)
-  {
-    Desk desk;
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < a.n_batch * a.n_heads; ++i)
-      attend_head(a, desk, i / a.n_heads, i % a.n_heads);
-  }
+         a.visible ? a.visible + first * n_keys : nullptr,
+         int(std::min<long>(ROWS, a.n_tokens - first)),
+         a.seen + (batch * a.n_tokens + first) * width + head * a.dim, width);
 }
 
 }  // namespace
@@ -366,7 +306,7 @@ extern "C" int panel_halves() {
 
 // Args: x [rows, inputs]; panels [ceil(outputs / COLUMNS), inputs, COLUMNS] of 16-bit floats if
 // `is_half`, else of 32-bit ones; bias [outputs]; other [rows, outputs], or null where the operation
-// is NONE; y [rows, outputs], written.
+// is NONE or SWISH; y [rows, outputs], written.
 extern "C" void panel_linear(const float* x, const void* panels, const float* bias,
                              const float* other, float* y, long n_rows, long n_inputs,
                              long n_outputs, int operation, int is_half, int n_threads) {
@@ -380,8 +320,12 @@ extern "C" void panel_linear(const float* x, const void* panels, const float* bi
   (void)is_half;
 }
 
-// Args: an Attention, of bfloat16 if `is_brain`, else of float.
-extern "C" void panel_attend(const void* attention, int is_brain, int n_threads) {
-  if (is_brain) return attend(*(const Attention<Brain>*)attention, n_threads);
-  attend(*(const Attention<float>*)attention, n_threads);
+extern "C" void panel_attend(const Attention* a, int n_threads) {
+#pragma omp parallel num_threads(n_threads)
+  {
+    Desk desk;
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < a->n_batch * a->n_heads; ++i)
+      attend_head(*a, desk, i / a->n_heads, i % a->n_heads);
+  }
 }

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lmd.config import DiTConfig
 from lmd.dit import CrossAttention, KeyValue, SelfAttention
+from lmd.errors import LmdError
 from lmd.operations import Rotation
 from lmd.panels import can_use_panels, kernel
 from lmd.shapes import Tokens, Visibility
 
-DTYPES = (torch.float32, torch.bfloat16)
 _POINTERS = ("q", "k", "v", "q_weight", "q_bias", "k_weight", "k_bias", "cos", "sin")
 _POINTERS += ("past_key", "past_value", "visible", "seen", "fresh_key", "fresh_value")
 _SIZES = ("n_batch", "n_heads", "n_tokens", "n_past", "dim", "n_turned", "row_stride")
@@ -37,15 +37,11 @@ class _Attention(ctypes.Structure):
 
 
 def suits(x: Tensor, head_dim: int) -> bool:
-    """Whether the kernel can attend here: to be played, on the CPU, heads of whole panels."""
+    """Whether the kernel can attend here: float32 on the CPU, played, heads of whole panels."""
     learns = torch.is_grad_enabled() and x.requires_grad
-    if x.device.type != "cpu" or x.dtype not in DTYPES or learns:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or learns or not can_use_panels():
         return False
-    return (
-        can_use_panels()
-        and head_dim % kernel().panel_columns() == 0
-        and _attends_rightly(head_dim, x.dtype)
-    )
+    return head_dim % kernel().panel_columns() == 0 and _attends_rightly(head_dim)
 
 
 def self_attention(
@@ -111,6 +107,8 @@ def _attend(
         tensors |= {"cos": rotation.cos.contiguous(), "sin": rotation.sin.contiguous()}
     if visible is not None:
         tensors["visible"] = visible.contiguous()
+    n_keys = n_past + (0 if k is None else n_tokens)
+    _check(tensors, (n_tokens, n_keys))
     call = _Attention(
         n_batch=n_batch,
         n_heads=attention.n_heads,
@@ -122,31 +120,51 @@ def _attend(
         epsilon=attention.q_norm.eps,
         **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
     )
-    is_brain = q.dtype == torch.bfloat16
-    kernel().panel_attend(ctypes.byref(call), is_brain, torch.get_num_threads())
+    kernel().panel_attend(ctypes.byref(call), torch.get_num_threads())
     return tensors["seen"]
 
 
+def _check(tensors: dict[str, Tensor | None], seen_by: tuple[int, int]) -> None:
+    """The kernel reads what it is pointed at, so what it is pointed at is looked at before."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        expected = torch.bool if name == "visible" else torch.float32
+        rows = name in ("q", "k", "v")  # parts of rows that are one after another
+        fits = tensor.stride(-1) == 1 and (not rows or tensor.stride() == tensors["q"].stride())
+        fits &= not rows or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+        fits &= name != "visible" or tuple(tensor.shape) == seen_by
+        fits &= name not in ("cos", "sin") or len(tensor) == seen_by[0]
+        if tensor.dtype != expected or not fits:
+            raise LmdError(
+                f"{name} of {tensor.dtype}, shape {tuple(tensor.shape)}, stride {tensor.stride()}",
+                f"{expected}, for queries and keys {seen_by}, rows one after another",
+                "Convert the model and what it remembers together, or set LMD_PANELS=0.",
+            )
+
+
 @cache
-def _attends_rightly(head_dim: int, dtype: torch.dtype) -> bool:
+def _attends_rightly(head_dim: int) -> bool:
     """Whether the kernel, as this compiler made it, agrees with the plain formulas."""
     generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
     n_heads, n_tokens, n_past = 2, 15, 20
-    attention = SelfAttention(DiTConfig(width=n_heads * head_dim, n_heads=n_heads))
-    attention.requires_grad_(False).to(dtype)
-    shape = (1, n_heads, n_past, head_dim)
-    past = KeyValue(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(2)))
-    angle = torch.randn(n_tokens, head_dim // 4, generator=generator)
+    with torch.random.fork_rng(devices=[]):  # layers draw weights from the caller's randomness
+        attention = SelfAttention(DiTConfig(width=n_heads * head_dim, n_heads=n_heads))
+    for parameter in attention.requires_grad_(False).parameters():
+        parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5)
+    past = KeyValue(*(normal(1, n_heads, n_past, head_dim) for _ in range(2)))
+    angle = normal(n_tokens, head_dim // 4)
     rotation = Rotation(angle.cos(), angle.sin())
-    visible = torch.rand(n_tokens, n_past + n_tokens, generator=generator) > 0.5
+    visible = normal(n_tokens, n_past + n_tokens) > 0
     visible[:, 0] = True
-    x = torch.randn(1, n_tokens, n_heads * head_dim, generator=generator).to(dtype)
-    qkv = attention.to_qkv(x)
+    x = normal(1, n_tokens, n_heads * head_dim)
+    qkv = attention.to_qkv(x).chunk(3, dim=-1)
     fresh = KeyValue(*(x.new_empty(1, n_heads, n_tokens, head_dim) for _ in range(2)))
-    seen = _attend(
-        attention, *qkv.chunk(3, -1), rotation=rotation, visible=visible, past=past, fresh=fresh
-    )
+    seen = _attend(attention, *qkv, rotation=rotation, visible=visible, past=past, fresh=fresh)
     expected, kept = attention.heads(x, rotation, visible, past)
     pairs = ((seen, expected), (fresh.key, kept.key), (fresh.value, kept.value))
-    close = 1e-4 if dtype == torch.float32 else 0.05
-    return all(torch.allclose(ours, theirs, atol=close) for ours, theirs in pairs)
+    return all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in pairs)

@@ -201,7 +201,7 @@ def kernel() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_compiled()))
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.panel_linear.argtypes = [pointer] * 5 + [size] * 3 + [number] * 3
-    library.panel_attend.argtypes = [pointer, number, number]
+    library.panel_attend.argtypes = [pointer, number]
     library.panel_linear.restype = library.panel_attend.restype = None
     library.panel_columns.restype = library.panel_halves.restype = number
     return library

@@ -33,16 +33,18 @@ def _locked(path: Path, exclusive: bool) -> Iterator[None]:
 
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open still
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with minutes of work first, those that are to be alone last: nobody waits long."""
-    place: dict[Path, int] = {}
+    marks: dict[Path, set[str]] = {}
     for item in items:
-        alone, slow = (item.get_closest_marker(name) is not None for name in ("alone", "slow"))
-        place[item.path] = max(place.get(item.path, -1), 1 if alone else -1 if slow else 0, key=abs)
-    items.sort(key=lambda item: place[item.path])
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+    items.sort(key=lambda item: ("alone" in marks[item.path], "slow" not in marks[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,7 +53,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if not hasattr(item.config, "workerinput"):
         return (yield)
     alone = item.get_closest_marker("alone") is not None
-    held = item.config.stash.setdefault(HELD, ExitStack())
+    if HELD not in item.config.stash:
+        item.config.stash[HELD] = ExitStack()
+        item.config.add_cleanup(item.config.stash[HELD].close)  # if the run ends in the middle
+    held = item.config.stash[HELD]
     if not item.config.stash.get(KEPT, False):
         # Who waits to be alone keeps the door, so that nobody else enters before.
         with _locked(Path(__file__).with_name("lab.py"), exclusive=True):

@@ -85,7 +85,7 @@ def random_heads(config: DiTConfig, n_batch: int, n_tokens: int, purpose: str) -
     n_past=st.integers(0, 200),
     n_batch=st.integers(1, 3),
     masked=st.booleans(),
-    head_dim=st.sampled_from([32, 48, 64]),  # 48 is no whole number of panels: plain attention
+    head_dim=st.sampled_from([32, 36, 64]),  # 36 is no whole number of panels: plain attention
 )
 def test_a_block_of_panels_agrees_with_the_plain_one(n_tokens, n_past, n_batch, masked, head_dim):
     config = DiTConfig(width=2 * head_dim, n_heads=2, depth=1)
@@ -105,30 +105,6 @@ def test_a_block_of_panels_agrees_with_the_plain_one(n_tokens, n_past, n_batch, 
     torch.testing.assert_close(y, expected, **close)
     torch.testing.assert_close(fresh.key, kept.key, **close)
     torch.testing.assert_close(fresh.value, kept.value, **close)
-
-
-@needs_kernel
-@pytest.mark.parametrize("n_tokens", [1, 13, 97])
-def test_attention_in_bfloat16_is_nearer_to_the_exact_one_than_the_plain(n_tokens):
-    config = DiTConfig(width=128, n_heads=2, depth=1)
-    exact = random_block(config).to(torch.bfloat16).to(torch.float64)
-    brain = copy.deepcopy(exact).to(torch.bfloat16)
-    rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(torch.arange(n_tokens))
-    x = normal((2, n_tokens, config.width), 0, "x").bfloat16()
-    past = random_heads(config, 2, 40, "past")
-    past = KeyValue(past.key.bfloat16(), past.value.bfloat16())
-    expected, kept = exact.self_attn.heads(
-        x.double(), rotation, None, KeyValue(past.key.double(), past.value.double())
-    )
-    plain, _ = brain.self_attn.heads(x, rotation, None, past)
-    seen, fresh = panel_attention.self_attention(brain.self_attn, x, rotation, None, past)
-    assert seen.dtype == fresh.key.dtype == fresh.value.dtype == torch.bfloat16
-    ours, theirs = ((y.double() - expected).abs().mean() for y in (seen, plain))
-    assert ours < 1.05 * theirs < 0.05
-    assert (fresh.key.double() - kept.key).abs().max() < 0.05
-    of_text = panel_attention.cross_attention(brain.cross_attn, x, past)
-    theirs = exact.cross_attn.heads(x.double(), KeyValue(past.key.double(), past.value.double()))
-    assert (of_text.double() - theirs).abs().max() < 0.05
 
 
 @needs_kernel
@@ -157,12 +133,37 @@ def test_what_a_token_sees_does_not_depend_on_the_others_or_on_the_threads():
 
 
 @needs_kernel
+def test_the_first_look_leaves_the_callers_randomness_alone():
+    panel_attention._attends_rightly.cache_clear()
+    before = torch.get_rng_state()
+    assert panel_attention._attends_rightly(64)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("wrong", ["past in half", "a mask too small", "angles of fewer tokens"])
+def test_what_the_kernel_would_read_past_its_end_is_refused(wrong):
+    config = DiTConfig(width=128, n_heads=2, depth=1)
+    block, x = PackedBlock(random_block(config), PanelLinear), normal((1, 5, 128), 0, "x")
+    past, rope = random_heads(config, 1, 8, "past"), RotaryEmbedding(32, 1e4)
+    rotation, visible = rope(torch.arange(5)), torch.ones(5, 13, dtype=torch.bool)
+    if wrong == "past in half":
+        past = KeyValue(past.key.half(), past.value.half())
+    elif wrong == "a mask too small":
+        visible = visible[:, 1:]
+    else:
+        rotation = rope(torch.arange(4))
+    with pytest.raises(LmdError, match="LMD_PANELS=0"):
+        panel_attention.self_attention(block.block.self_attn, x, rotation, visible, past)
+
+
+@needs_kernel
 def test_where_the_kernel_attends_wrongly_the_plain_formulas_are_used(monkeypatch):
     config = DiTConfig(width=128, n_heads=2, depth=1)
     block, x = PackedBlock(random_block(config), PanelLinear), normal((1, 5, 128), 0, "x")
     text = random_heads(config, 1, 9, "text")
     expected = block(x, RotaryEmbedding(32, 1e4)(torch.arange(5)), text)[0]
-    assert panel_attention._attends_rightly(64, x.dtype)
+    assert panel_attention._attends_rightly(64)
     monkeypatch.setattr(panel_attention, "_attends_rightly", lambda *_: False)
     monkeypatch.setattr(panel_attention, "_attend", None)  # a call would fail
     y = block(x, RotaryEmbedding(32, 1e4)(torch.arange(5)), text)[0]
