@@ -46,6 +46,19 @@ def test_equal_seeds_play_equal_streams():
     assert first.shape == (3, 4, toy.CONTEXT + 2 * toy.BLOCK)
 
 
+def test_experiments_with_the_same_two_trainings_begin_alike_and_leave_each_other_alone():
+    settings = toy.ToySettings(n_base=2, n_finetune=2)
+    _, first = toy.prepare(settings, 5)
+    weights = [parameter.detach().clone() for parameter in first.parameters()]
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    _, second = toy.prepare(replace(settings, n_updates=7), 5)
+    assert all(map(torch.equal, second.parameters(), weights))
+    _, other = toy.prepare(replace(settings, n_blocks=1), 5)
+    assert not all(map(torch.equal, other.parameters(), weights))
+
+
 def test_the_script_writes_its_figures(tmp_path, monkeypatch):
     small = toy.ToySettings(
         n_base=2, n_finetune=2, n_updates=4, n_warmup=1, n_streams=8, n_played=3

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,19 @@ def descend(adam: torch.optim.Optimizer, loss: Tensor, model: nn.Module) -> None
 
 
 def prepare(settings: ToySettings, seed: int) -> tuple[LiveModel, LiveModel]:
-    """A base at the rollout's length, and the live model made from it."""
+    """A base at the rollout's length, and the live model made from it.
+
+    Copies: experiments that differ in ARC-Forcing alone begin with the same two, taught once.
+    """
+    taught = _taught(settings.n_base, settings.n_finetune, settings.n_blocks, seed)
+    return copy.deepcopy(taught)
+
+
+@lru_cache(maxsize=4)
+def _taught(n_base: int, n_finetune: int, n_blocks: int, seed: int) -> tuple[LiveModel, LiveModel]:
     torch.manual_seed(derive_seed(seed, "toy weights"))
-    long = CONTEXT + settings.n_blocks * BLOCK
-    base = teach(LiveModel(SIZES), settings.n_base, long, seed, block=False)
-    live = teach(
-        copy.deepcopy(base), settings.n_finetune, CONTEXT + BLOCK, seed, block=True, lr=1e-3
-    )
+    base = teach(LiveModel(SIZES), n_base, CONTEXT + n_blocks * BLOCK, seed, block=False)
+    live = teach(copy.deepcopy(base), n_finetune, CONTEXT + BLOCK, seed, block=True, lr=1e-3)
     return base, live
 
 
