@@ -395,12 +395,14 @@ def test_every_text_is_readable_in_both_themes(page: Any, tmp_path: Path) -> Non
 
 # What notebook pages say of their colours. VS Code and Colab load a widget manager that brings
 # JupyterLab's light colours along, whatever the theme of the page.
-HOSTS = {
-    "VS Code, dark": ("", "data-vscode-theme-kind=vscode-dark", "vscode-editor", "light", 0.2),
-    "VS Code, light": ("", "data-vscode-theme-kind=vscode-light", "vscode-editor", "dark", 0.8),
-    "Colab, dark": ("theme=dark", "", "colab-primary", "light", 0.2),
-    "Colab, light": ("", "", "colab-primary", "dark", 0.8),
-    "a page of its own, dark": ("", "", "none", "dark", 0.2),
+VS_CODE = ("--vscode-editor-background", "--vscode-editor-foreground")
+COLAB = ("--colab-primary-surface-color", "--colab-primary-text-color")
+HOSTS = {  # what stands at the page and its body, the colours it names, the system's scheme
+    "VS Code, dark": ("", "data-vscode-theme-kind=vscode-dark", VS_CODE, "light"),
+    "VS Code, light": ("", "data-vscode-theme-kind=vscode-light", VS_CODE, "dark"),
+    "Colab, dark": ("theme=dark", "", COLAB, "light"),
+    "Colab, light": ("", "", COLAB, "dark"),
+    "a page of its own, dark": ("", "", (), "dark"),
 }
 MANAGER_COLOURS = """--jp-layout-color1: white; --jp-layout-color2: #eee;
 --jp-ui-font-color1: #111; --jp-ui-font-color2: #616161; --jp-border-color2: #e0e0e0;"""
@@ -413,12 +415,10 @@ MOUNT = """async ([script, state]) => {
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_theme_of_other_notebook_pages_is_followed(chromium: Any, host: str) -> None:
-    page_says, body_says, named, system, ground = HOSTS[host]
-    colours = ("#1f1f1f", "#cccccc") if ground < 0.5 else ("#ffffff", "#3b3b3b")
-    names = [f"--{named}{part}" for part in ("-background", "-foreground")]
-    if named == "colab-primary":
-        names = [f"--{named}{part}" for part in ("-surface-color", "-text-color")]
-    variables = "; ".join(f"{name}: {value}" for name, value in zip(names, colours, strict=True))
+    page_says, body_says, named, system = HOSTS[host]
+    is_dark = host.endswith("dark")
+    colours = ("#1f1f1f", "#cccccc") if is_dark else ("#ffffff", "#3b3b3b")
+    variables = "; ".join(f"{name}: {value}" for name, value in zip(named, colours, strict=False))
     player = LivePlayer(open_instrument("random:tiny:0"))
     page = chromium.new_page(color_scheme=system)
     try:
@@ -434,8 +434,8 @@ def test_the_theme_of_other_notebook_pages_is_followed(chromium: Any, host: str)
             "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).colorScheme]"
         )
         light = sum(float(x) for x in re.findall(r"[\d.]+", painted)[:3]) / 3 / 255
-        assert abs(light - ground) < 0.21
-        assert scheme == ("dark" if ground < 0.5 else "light")
+        assert abs(light - (0.2 if is_dark else 0.8)) < 0.21
+        assert scheme == ("dark" if is_dark else "light")
     finally:
         page.close()
 

@@ -121,8 +121,7 @@ class Picture {
     this.theme = theme;
     const [r, g, b] = style.backgroundColor.match(/[\d.]+/g).map(Number);
     this.dark = 0.3 * r + 0.6 * g + 0.1 * b < 128;
-    const player = this.canvas.closest(".lmd");
-    if (player) player.dataset.scheme = this.dark ? "dark" : "light"; // the style sheet asks
+    this.canvas.closest(".lmd").dataset.scheme = this.dark ? "dark" : "light"; // the style sheet asks
     this.colors = { text: style.color, ground: style.backgroundColor, accent };
     const stops = this.dark
       ? [[r, g, b], [24, 38, 92], [28, 94, 138], [42, 160, 148], [140, 212, 122], [248, 250, 196]]
