@@ -19,6 +19,7 @@ from lmd.codec import Codec
 from lmd.config import OobleckConfig, Preset, preset
 from lmd.controls import Controls
 from lmd.errors import LmdError
+from lmd.machine import pick_device
 from lmd.oobleck import random_codec
 from lmd.packed import pack
 from lmd.panels import can_use_panels, use_panels
@@ -111,7 +112,9 @@ class QuietCodec:
         return self.model.decode(latents) * self.gain
 
 
-def open_instrument(source: str = "best", *, preset_name: str = "small") -> Instrument:
+def open_instrument(
+    source: str = "best", *, preset_name: str = "small", device: str = "auto"
+) -> Instrument:
     """Load an instrument.
 
     Args:
@@ -119,14 +122,16 @@ def open_instrument(source: str = "best", *, preset_name: str = "small") -> Inst
             (`arc`, `finetuned`, `base`), `FOLDER:KIND`, or `random:PRESET:SEED` (with
             `:codec` behind it for random weights in front of the shipped codec).
         preset_name: for `best` only.
+        device: where it computes; `auto`: on a CUDA GPU if there is one.
 
     Raises:
-        LmdError: no such source, or files that are missing or do not fit.
+        LmdError: no such source or device, or files that are missing or do not fit.
     """
+    place = pick_device(device)
     if source == "best":
         source = _best(preset(preset_name))
     if source.startswith("random:"):
-        return _random(source)
+        return _instrument(_random(source), source, place, is_trained=False)
     folder, _, kind = source.rpartition(":")
     if kind not in MODEL_KINDS:
         raise LmdError(
@@ -135,14 +140,16 @@ def open_instrument(source: str = "best", *, preset_name: str = "small") -> Inst
             "Pick one of these.",
         )
     bundle = load_bundle(Path(folder) if folder else SHIPPED, kind)
-    return _instrument(bundle, source, is_trained=True)
+    return _instrument(bundle, source, place, is_trained=True)
 
 
-def _instrument(parts: Bundle, source: str, is_trained: bool) -> Instrument:
-    """The parts put together, their weights laid out for playing where that is possible."""
-    if can_use_panels():
+def _instrument(parts: Bundle, source: str, device: torch.device, is_trained: bool) -> Instrument:
+    """The parts put together on their device; on a CPU laid out for it where that is possible."""
+    codec = parts.codec.model if isinstance(parts.codec, QuietCodec) else parts.codec
+    parts.model.to(device)
+    codec.to(device)
+    if device.type == "cpu" and can_use_panels():
         pack(parts.model, layout="panels")
-        codec = parts.codec.model if isinstance(parts.codec, QuietCodec) else parts.codec
         if isinstance(codec, SpectralCodec):
             use_panels(codec.decoder)
     streamer = Streamer(parts.model, parts.codec, parts.text, parts.preset.window)
@@ -160,7 +167,7 @@ def _best(wanted: Preset) -> str:
     return f"random:{wanted.name}:0" + (":codec" if fits else "")
 
 
-def _random(source: str) -> Instrument:
+def _random(source: str) -> Bundle:
     """Fresh weights, a function of the preset and the seed."""
     parts = source.split(":")
     well_formed = len(parts) in (3, 4) and parts[2].isdigit() and parts[3:] in ([], ["codec"])
@@ -172,8 +179,7 @@ def _random(source: str) -> Instrument:
         model = build_model(chosen).eval()
         _leave_no_zeros(model)
         own = load_codec(SHIPPED / "codec.safetensors") if parts[3:] else _random_codec(chosen)
-    parts = Bundle(chosen, model, own, build_text_encoder(chosen.text))
-    return _instrument(parts, source, is_trained=False)
+    return Bundle(chosen, model, own, build_text_encoder(chosen.text))
 
 
 def _leave_no_zeros(model: nn.Module) -> None:

@@ -7,8 +7,10 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -193,6 +195,12 @@ def describe_machine() -> Machine:
 def machine_dict() -> dict[str, str | int | float | bool]:
     """`describe_machine` as JSON-ready values."""
     return asdict(describe_machine())
+
+
+def hardware(machine: Mapping[str, Any]) -> str:
+    """Processor and GPU of a `machine_dict`, in a few words."""
+    amx = " with AMX" if machine["amx"] else ""
+    return machine["cpu"] + amx + (f" and {machine['gpu']}" if machine["gpu"] else "")
 
 
 def _cpu_name() -> str:

@@ -12,9 +12,9 @@ that arrive later add their rows. What is missing is named, not invented.
 import argparse
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,10 +26,10 @@ from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget
 from lmd.evaluation.report import write_report
 from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
 from lmd.evaluation.run import BIN_S, Evaluation, OutOfTime, Sources
+from lmd.evaluation.units import Table, Unit, planned
+from lmd.evaluation.workers import make_parts
 from lmd.machine import machine_dict, tune_allocator
 
-Kind = Literal["silence", "primed", "drift", "fade"]
-Table = Literal["rows", "drift", "fades"]
 BUDGETS = {"full": FULL, "quick": QUICK, "brief": BRIEF, "smoke": SMOKE}
 
 
@@ -51,12 +51,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--extend", type=Path, metavar="JSON", help="an earlier result, whose rows are kept")
     add("--random", default="", metavar="PRESET", help="random weights: tests the machinery")
     add("--threads", type=int, help="of torch")
+    add("--workers", type=int, default=1, help="processes that make the music that is measured")
+    add("--no-timings", action="store_true", help="measure the music alone")
+    add("--device", default="auto", help="where music is made: cpu, cuda, mps or auto")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure everything there are weights for; write JSON, tables and figures."""
     if args.threads is not None and args.threads < 1:
         raise LmdError(f"--threads {args.threads}", "at least 1", "Raise it.")
+    if args.workers < 1:
+        raise LmdError(f"--workers {args.workers}", "at least 1", "Raise it.")
     if args.minutes is not None and not args.minutes >= 0:
         raise LmdError(f"--minutes {args.minutes}", "0 or more", "Raise it.")
     if args.threads:
@@ -68,13 +73,15 @@ def main(args: argparse.Namespace) -> int:
         recogniser=args.recogniser or args.weights / "recogniser.safetensors",
         parts=args.parts,
         random=args.random,
+        device=args.device,
     )
     name = "quick" if args.quick else args.budget
     budget = with_long_streams(BUDGETS[name], args.drift_seconds, args.drift_steps)
     earlier = Earlier.read(args.extend, budget) if args.extend else None
     evaluation = Evaluation(sources, budget, args.cfg_scale)
     chosen = [m for m in METHODS if not args.methods or m.name in args.methods]
-    measured = evaluate(evaluation, chosen, args.minutes, earlier)
+    timed = not args.no_timings
+    measured = evaluate(evaluation, chosen, args.minutes, earlier, args.workers, timed)
     result = {"budget": {"name": name, **asdict(budget)}, **measured}
     print(write_report(result, args.out))
     return 0
@@ -103,6 +110,8 @@ def evaluate(
     methods: list[Method],
     minutes: float | None = None,
     earlier: Earlier | None = None,
+    n_workers: int = 1,
+    with_timings: bool = True,
 ) -> dict[str, Any]:
     """Everything as plain values, ready for JSON.
 
@@ -111,18 +120,24 @@ def evaluate(
         methods: which methods to measure; those without weights are listed in `not_measured`.
         minutes: what is not there by then and would begin later is listed there too; None: all.
         earlier: results that are kept; None: everything is measured.
+        n_workers: processes that make the music and measure it; timings are taken here, afterwards.
+        with_timings: False: none are taken, and each is listed in `not_measured`.
 
     Raises:
         LmdError: `earlier` was measured with another recogniser, corpus or codec.
     """
     until_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    anchors = anchor_rows(evaluation.anchors(), evaluation.truths, evaluation.reference)
     present = [(m, evaluation.source(m.weights)[1]) for m in methods]
     absent = [
         f"{kind}: no such weights" for kind in sorted({m.weights for m, x in present if not x})
     ]
     absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
-    present = [(m, sha256) for m, sha256 in present if sha256]
+    units = planned([(m, sha256) for m, sha256 in present if sha256], evaluation.budget)
+    if n_workers > 1:
+        new = [u for u in units if not (earlier and earlier_unit(earlier, evaluation, u))]
+        sources, budget, cfg_scale = evaluation.sources, evaluation.budget, evaluation.cfg_scale
+        make_parts(sources, budget, cfg_scale, new, n_workers, until_s)
+    anchors = anchor_rows(evaluation.anchors(), evaluation.truths, evaluation.reference)
     levels = {name: levels_of(seeds) for name, seeds in evaluation.drift_anchors().items()}
     head = {
         "machine": machine_dict(),
@@ -144,7 +159,7 @@ def evaluate(
     evaluation.parts.until_s = until_s
     found: dict[Table, list[dict[str, Any]]] = {"rows": [], "drift": [], "fades": []}
     n_kept = 0
-    for unit in tqdm(planned(present, evaluation.budget), desc="rows and streams"):
+    for unit in tqdm(units, desc="rows and streams"):
         kept = earlier_unit(earlier, evaluation, unit) if earlier else None
         n_kept += kept is not None
         try:
@@ -153,47 +168,20 @@ def evaluate(
             absent.append(f"{unit}: no time left (--minutes {minutes:g})")
             continue
         if unit.table == "rows":
+            timings, why = None, "not asked for (--no-timings)"
             try:
-                timings = evaluation.speed(unit.method, unit.n_steps, unit.sha256)
+                if with_timings:
+                    timings = evaluation.speed(unit.method, unit.n_steps, unit.sha256)
             except OutOfTime:
-                timings = None
-                absent.append(f"{unit}, timings: no time left (--minutes {minutes:g})")
+                why = f"no time left (--minutes {minutes:g})"
+            if timings is None:
+                absent.append(f"{unit}, timings: {why}")
             found["rows"][-1]["speed"] = timings
+    head["made_on"] = sorted(evaluation.parts.made_on)
     order = [method.name for method in METHODS]
     found["rows"].sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
     extended = {"extended": {"kept": n_kept, "machines": earlier.machines}} if earlier else {}
     return {**head, **found, "not_measured": absent, **extended}
-
-
-KINDS: dict[Kind, str] = {
-    "silence": "from silence",
-    "primed": "primed",
-    "drift": "long streams",
-    "fade": "fading prompts",
-}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A row of the table, or long streams, or fading prompts, of a method at some steps."""
-
-    method: Method
-    sha256: str
-    n_steps: int
-    kind: Kind
-
-    def __str__(self) -> str:
-        return f"{self.method.name}, {self.n_steps} steps, {KINDS[self.kind]}"
-
-    @property
-    def primed(self) -> bool:
-        """Whether it goes on from real music."""
-        return self.kind == "primed"
-
-    @property
-    def table(self) -> Table:
-        """Of which of the result's lists it is a line."""
-        return "drift" if self.kind == "drift" else "fades" if self.kind == "fade" else "rows"
 
 
 def measure(evaluation: Evaluation, unit: Unit) -> dict[str, Any]:
@@ -218,25 +206,3 @@ def earlier_unit(earlier: Earlier, evaluation: Evaluation, unit: Unit) -> dict[s
         return earlier.streams(unit.table, line)
     n_seeds = evaluation.budget.seeds_of(unit.method, unit.n_steps, unit.primed)
     return earlier.row(line, n_seeds)
-
-
-def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:
-    """What to measure, the most telling first.
-
-    Few steps from silence, then fades and long streams, then from real music, then many steps; the
-    naive method, which is slow, last of each.
-    """
-    units: list[tuple[tuple[int, bool, bool], Unit]] = []
-    begins: tuple[Kind, ...] = ("silence", "primed") if budget.primed else ("silence",)
-    for method, sha256 in present:
-        is_naive = method.name == "naive"
-        for n_steps in budget.naive_steps if is_naive else budget.steps:
-            for kind in begins:
-                primed, slow = kind == "primed", n_steps > max(budget.drift_steps)
-                place = (4 if slow else 3 if primed else 0, is_naive, primed)
-                units.append((place, Unit(method, sha256, n_steps, kind)))
-        if not is_naive:
-            fade = Unit(method, sha256, budget.drift_steps[0], "fade")
-            streams = [Unit(method, sha256, n_steps, "drift") for n_steps in budget.drift_steps]
-            units += [((1, False, False), fade), *(((2, False, False), each) for each in streams)]
-    return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]

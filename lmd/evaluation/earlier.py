@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from lmd.errors import LmdError
 from lmd.evaluation.generation import Budget
+from lmd.machine import hardware
 
 ROUNDING = 0.01  # by which two machines' anchors may differ, as a share
 TABLES = ("anchors", "rows", "drift", "fades")
@@ -74,9 +75,8 @@ class Earlier:
     def machines(self) -> list[str]:
         """What its lines were measured on, those included that it has kept itself."""
         before = self.result.get("extended", {}).get("machines", [])
-        machine = self.result["machine"]
-        now = f"{machine['cpu']}{' with AMX' if machine['amx'] else ''}"
-        return list(dict.fromkeys([*before, now]))
+        now = self.result.get("made_on") or [hardware(self.result["machine"])]
+        return list(dict.fromkeys([*before, *now]))
 
     def check(self, head: Mapping[str, Any]) -> None:
         """Hold what both must share against what was measured now.

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from lmd.checkpoint import write_atomic
 from lmd.evaluation.aims import aims, difference, name_of
 from lmd.evaluation.generation import METHODS
+from lmd.machine import hardware
 from lmd.show import plot_bands, plot_intervals
 
 ANCHOR_WORDS = {
@@ -140,7 +141,7 @@ def _setting(result: Mapping[str, Any]) -> str:
         "families heard in the real piece against those heard in the clip, nats (for real music: "
         "in another excerpt of the piece). Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}{_kept(result)}"
-        f"Machine: {machine['cpu']}, "
+        f"{_made_on(result)}Machine: {machine['cpu']}, "
         f"{machine['n_threads']} thread(s), torch {machine['torch']}."
     )
 
@@ -152,6 +153,12 @@ def _guidance(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
     }
     return f"Weights: {'; '.join(sorted(used))} (1 = no guidance). " if used else ""
+
+
+def _made_on(result: Mapping[str, Any]) -> str:
+    """Where music was made, if not where it was timed."""
+    others = [name for name in result["made_on"] if name != hardware(result["machine"])]
+    return f"Music made on: {'; '.join(others)}; timed here. " if others else ""
 
 
 def _kept(result: Mapping[str, Any]) -> str:

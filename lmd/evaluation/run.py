@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ from lmd.evaluation.other_listeners import open_listeners
 from lmd.evaluation.recogniser import load_recogniser
 from lmd.evaluation.rows import Reference, Truths, row_of
 from lmd.instrument import Instrument, open_instrument
+from lmd.machine import hardware, machine_dict, pick_device
 
-VERSION = 1  # of the parts on disk
+VERSION = 2  # of the parts on disk
+MADE_ON = "made_on"  # in a part: the hardware
 BIN_S = 10.0
 FADE_BLOCKS = 12
 FADE_CLIPS = 8
@@ -58,10 +60,11 @@ class Parts:
 
     Attributes:
         until_s: no unit is begun after this moment of `time.monotonic`.
+        made_on: the hardware of the units that were asked for.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        self.until_s = math.inf
+        self.until_s, self.made_on = math.inf, set[str]()
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +82,13 @@ class Parts:
         if not path.is_file():
             if time.monotonic() > self.until_s:
                 raise OutOfTime(name)
-            partial = path.with_suffix(f".part-{os.getpid()}.npz")  # others may make it, too
-            np.savez(partial, **make())
-            partial.replace(path)
-        with np.load(path) as kept:
-            return dict(kept)
+            unfinished = path.with_suffix(f".part-{os.getpid()}.npz")  # others may make it, too
+            np.savez(unfinished, **make(), **{MADE_ON: np.array(hardware(machine_dict()))})
+            unfinished.replace(path)
+        with np.load(path) as file:
+            kept = dict(file)
+        self.made_on.add(str(kept.pop(MADE_ON)))
+        return kept
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Sources:
         recogniser: file of the listener.
         parts: where finished units are kept.
         random: a preset's name: random weights of it are measured (a test of the machinery).
+        device: where music is made; it is measured on the CPU.
     """
 
     weights: Path
@@ -103,6 +109,7 @@ class Sources:
     recogniser: Path
     parts: Path
     random: str = ""
+    device: str = "auto"
 
 
 class Evaluation:
@@ -143,7 +150,7 @@ class Evaluation:
     def _codec(self) -> Codec:
         """The codec whose floor is measured."""
         if self.sources.random:
-            return open_instrument(f"random:{self.sources.random}:0").streamer.codec
+            return open_instrument(f"random:{self.sources.random}:0", device="cpu").streamer.codec
         return load_codec(self.sources.weights / "codec.safetensors")
 
     def _key(self) -> dict[str, Any]:
@@ -175,7 +182,7 @@ class Evaluation:
         """The weights of a kind, one kind in memory at a time."""
         source, _ = self.source(kind)
         if self._instrument is None or self._instrument[0] != source:
-            self._instrument = (source, open_instrument(source))
+            self._instrument = (source, open_instrument(source, device=self.sources.device))
         return self._instrument[1]
 
     def clips(self, seed: int) -> list[Clip]:
@@ -187,8 +194,7 @@ class Evaluation:
         """What is known about the clips of each seed, real music's measures among it."""
         found = []
         for seed in range(self.budget.n_seeds):
-            clips = self.clips(seed)
-            real = self.measured(f"real-{seed}", lambda clips=clips: real_waves(clips))
+            clips, real = self.clips(seed), self.real(seed)
             rows = [clip.row for clip in clips]
             found.append(
                 Truths(
@@ -205,6 +211,10 @@ class Evaluation:
             )
         return found
 
+    def real(self, seed: int) -> Measured:
+        """How the pieces of a seed's clips really go on."""
+        return self.measured(f"real-{seed}", lambda: real_waves(self.clips(seed)))
+
     def measured(self, name: str, make: Callable[[], torch.Tensor]) -> Measured:
         """All measures of the waves that `make` returns; kept on disk."""
         return Measured.from_arrays(
@@ -214,6 +224,12 @@ class Evaluation:
     @cached_property
     def reference(self) -> Reference:
         """Held-out music, test and validation pieces."""
+        kept = self.embed_reference()
+        others = {name: gaussian(points) for name, points in others_in(kept).items()}
+        return Reference(gaussian(kept["embedding"]), len(kept["embedding"]), others)
+
+    def embed_reference(self) -> dict[str, np.ndarray]:
+        """The embeddings of held-out music, the recogniser's and other listeners'."""
 
         def embed() -> dict[str, np.ndarray]:
             found: dict[str, list[np.ndarray]] = {"embedding": []}
@@ -231,25 +247,23 @@ class Evaluation:
                         found.setdefault(f"{OTHER}{name}", []).append(heard)
             return {name: np.concatenate(parts) for name, parts in found.items()}
 
-        kept = self.parts.arrays("reference", embed)
-        others = {name: gaussian(points) for name, points in others_in(kept).items()}
-        return Reference(gaussian(kept["embedding"]), len(kept["embedding"]), others)
+        return self.parts.arrays("reference", embed)
 
     def anchors(self) -> dict[str, list[Measured]]:
         """Real music's own context, the codec's floor, and frames in random order; per seed."""
-        found: dict[str, list[Measured]] = {"context": [], "codec": [], "shuffled": []}
-        for seed in tqdm(range(self.budget.n_seeds), desc="real music", mininterval=2):
-            clips = self.clips(seed)
-            waves = {
-                "context": lambda clips=clips: torch.stack([clip.context for clip in clips]),
-                "codec": lambda clips=clips: decoded(self.codec, real_waves(clips)),
-                "shuffled": lambda clips=clips, seed=seed: decoded(
-                    self.codec, real_waves(clips), seed
-                ),
-            }
-            for name, make in waves.items():
-                found[name].append(self.measured(f"{name}-{seed}", make))
-        return found
+        shown = tqdm(range(self.budget.n_seeds), desc="real music", mininterval=2)
+        seeds = [self.anchors_of(seed) for seed in shown]
+        return {name: [one[name] for one in seeds] for name in seeds[0]}
+
+    def anchors_of(self, seed: int) -> dict[str, Measured]:
+        """`anchors` of one seed."""
+        clips = self.clips(seed)
+        waves = {
+            "context": lambda: torch.stack([clip.context for clip in clips]),
+            "codec": lambda: decoded(self.codec, real_waves(clips)),
+            "shuffled": lambda: decoded(self.codec, real_waves(clips), seed),
+        }
+        return {name: self.measured(f"{name}-{seed}", make) for name, make in waves.items()}
 
     def line(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
         """What a line of the table is called: all that its measures depend on."""
@@ -266,25 +280,23 @@ class Evaluation:
 
     def row(self, method: Method, n_steps: int, primed: bool, sha256: str) -> dict[str, Any]:
         """One line of the table, without its timings."""
-        seeds = []
         n_seeds = self.budget.seeds_of(method, n_steps, primed)
-        for seed in range(n_seeds):
-            controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
-            begins = "primed" if primed else "silence"
-            seeds.append(
-                self.measured(
-                    f"{part_name(method, sha256, controls)}-{begins}-{seed}",
-                    lambda controls=controls, seed=seed: generate(
-                        self.instrument(method.weights).streamer,
-                        self.clips(seed),
-                        controls,
-                        self.budget.n_blocks,
-                        primed,
-                    ),
-                )
-            )
+        seeds = [self.row_of_seed(method, n_steps, primed, sha256, k) for k in range(n_seeds)]
         line = self.line(method, n_steps, primed, sha256)
         return {**line, **row_of(seeds, self.truths[:n_seeds], self.reference)}
+
+    def row_of_seed(
+        self, method: Method, n_steps: int, primed: bool, sha256: str, seed: int
+    ) -> Measured:
+        """The clips of one seed that go into a line of the table."""
+        controls = controls_for(method, n_steps, self.budget, seed, self.cfg_scale)
+
+        def play() -> Waves:
+            streamer = self.instrument(method.weights).streamer
+            return generate(streamer, self.clips(seed), controls, self.budget.n_blocks, primed)
+
+        begins = "primed" if primed else "silence"
+        return self.measured(f"{part_name(method, sha256, controls)}-{begins}-{seed}", play)
 
     def speed(self, method: Method, n_steps: int, sha256: str) -> dict[str, Any]:
         """Timings of a method, one stream alone, with intervals over repetitions; kept on disk."""
@@ -295,7 +307,9 @@ class Evaluation:
             found = measure_speed(streamer, controls, self.budget.speed_blocks)
             return {name: np.array(value) for name, value in found.items()}
 
-        how = f"speed{self.budget.speed_blocks}-{torch.get_num_threads()}threads"
+        where = pick_device(self.sources.device).type
+        where = f"{torch.get_num_threads()}threads" if where == "cpu" else where
+        how = f"speed{self.budget.speed_blocks}-{where}"
         name = f"{part_name(method, sha256, controls)}-{how}"
         kept = [self.parts.arrays(f"{name}-{k}", time_it) for k in range(SPEED_REPEATS)]
         return {
@@ -306,45 +320,52 @@ class Evaluation:
 
     def drift(self, method: Method, sha256: str, n_steps: int) -> list[dict[str, np.ndarray]]:
         """Long streams of a method, measured every ten seconds, per seed."""
-        budget, found = self.budget, []
-        for seed in range(budget.drift_seeds):
-            controls = controls_for(method, n_steps, budget, seed, self.cfg_scale)
-            places = [
-                place % len(self.chosen)
-                for place in range(seed * budget.drift_clips, (seed + 1) * budget.drift_clips)
-            ]
-            captions = [self.corpus.rows[index].caption for index in self.chosen]
+        seeds = range(self.budget.drift_seeds)
+        return [self.drift_of_seed(method, sha256, n_steps, seed) for seed in seeds]
+
+    def drift_of_seed(
+        self, method: Method, sha256: str, n_steps: int, seed: int
+    ) -> dict[str, np.ndarray]:
+        """The long streams of one seed."""
+        budget = self.budget
+        controls = controls_for(method, n_steps, budget, seed, self.cfg_scale)
+        first = seed * budget.drift_clips
+        places = [k % len(self.chosen) for k in range(first, first + budget.drift_clips)]
+        captions = [self.corpus.rows[index].caption for index in self.chosen]
+
+        def follow() -> dict[str, np.ndarray]:
+            streamer = self.instrument(method.weights).streamer
             prompts = [captions[place] for place in places]
+            waves = long_stream(streamer, prompts, controls, budget.drift_s)
+            return drift(self.judge, waves, self.reference.gaussian, BIN_S)
 
-            def follow(controls: Any = controls, prompts: list[str] = prompts) -> dict:
-                streamer = self.instrument(method.weights).streamer
-                waves = long_stream(streamer, prompts, controls, budget.drift_s)
-                return drift(self.judge, waves, self.reference.gaussian, BIN_S)
-
-            name = f"drift-{part_name(method, sha256, controls)}"
-            size = f"{budget.drift_s:g}s-prompts{places[0]}to{places[-1]}"
-            found.append(self.parts.arrays(f"{name}-{size}-{seed}", follow))
-        return found
+        name = f"drift-{part_name(method, sha256, controls)}"
+        size = f"{budget.drift_s:g}s-prompts{places[0]}to{places[-1]}"
+        return self.parts.arrays(f"{name}-{size}-{seed}", follow)
 
     def drift_anchors(self) -> dict[str, list[dict[str, np.ndarray]]]:
         """What long streams are read against, measured as they are: real music before and through
         the codec, and frames in random order; per seed."""
-        found: dict[str, list[dict[str, np.ndarray]]] = {"real": [], "codec": [], "shuffled": []}
-        for seed in tqdm(range(self.budget.drift_seeds), desc="real streams", mininterval=2):
-            waves = torch.stack([torch.cat([c.context, c.real]) for c in self.clips(seed)])
-            makes = {
-                "real": lambda waves=waves: waves,
-                "codec": lambda waves=waves: decoded(self.codec, waves),
-                "shuffled": lambda waves=waves, seed=seed: decoded(self.codec, waves, seed),
-            }
-            for name, make in makes.items():
-                found[name].append(
-                    self.parts.arrays(
-                        f"drift-{name}-{seed}",
-                        lambda make=make: drift(self.judge, make(), self.reference.gaussian, BIN_S),
-                    )
-                )
-        return found
+        shown = tqdm(range(self.budget.drift_seeds), desc="real streams", mininterval=2)
+        seeds = [self.drift_anchors_of(seed) for seed in shown]
+        return {name: [one[name] for one in seeds] for name in seeds[0]}
+
+    def drift_anchors_of(self, seed: int) -> dict[str, dict[str, np.ndarray]]:
+        """`drift_anchors` of one seed."""
+        waves = torch.stack([torch.cat([c.context, c.real]) for c in self.clips(seed)])
+        makes = {
+            "real": lambda: waves,
+            "codec": lambda: decoded(self.codec, waves),
+            "shuffled": lambda: decoded(self.codec, waves, seed),
+        }
+
+        def follow(make: Callable[[], Waves]) -> dict[str, np.ndarray]:
+            return drift(self.judge, make(), self.reference.gaussian, BIN_S)
+
+        return {
+            name: self.parts.arrays(f"drift-{name}-{seed}", partial(follow, make))
+            for name, make in makes.items()
+        }
 
     def fade(self, method: Method, sha256: str) -> dict[str, Any]:
         """How the recogniser's belief goes from the first prompt's family to the second's."""

@@ -22,13 +22,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
     parser.add_argument("--figure", type=Path, help="png or pdf: spectrogram and controls")
     parser.add_argument("--source", help="weights, if not where the take says")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
 
 
 def main(args: argparse.Namespace) -> int:
     """Replay; status 1 if the samples are not those that were played."""
     take = read_take(args.take)
     torch.set_num_threads(take.header.n_threads)  # opening computes, too
-    instrument = open_instrument(args.source or take.header.source)
+    instrument = open_instrument(args.source or take.header.source, device=args.device)
     digest, waves = SampleHash(), []
     with ExitStack() as stack:
         file = None

@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=float, help="seconds to make ahead (default two blocks)")
     parser.add_argument("--source", default="best", help="weights (default: the best there are)")
     parser.add_argument("--preset", default="small", help="tiny, small, paper (for --source best)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
     parser.add_argument("--cfg-scale", type=float, help="guidance, 1 = off")
     parser.add_argument("--steps", type=int, dest="n_steps", help="model calls per block")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS))
@@ -49,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Stream; status 1 if a paced stream ran dry."""
     _check(args)
-    instrument = open_instrument(args.source, preset_name=args.preset)
+    instrument = open_instrument(args.source, preset_name=args.preset, device=args.device)
     print(f"playing on {instrument.description}")
     engine = engine_of(args, instrument)
     meters = run_with_progress(engine, args.seconds)
