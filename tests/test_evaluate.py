@@ -667,6 +667,27 @@ def test_an_earlier_result_is_extended_and_only_its_timings_are_made_again(
     ]
 
 
+def test_several_processes_find_what_one_does_and_say_on_what(
+    world: argparse.Namespace, report: Path, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    words = ("--random", "tiny", "--methods", *MEASURED, "--parts", parts, "--no-timings")
+    assert run(world, tmp_path / "out", *words, "--workers", "2") == 0
+    one, several = (
+        json.loads((folder / "evaluation.json").read_text())
+        for folder in (report, tmp_path / "out")
+    )
+    for name in ("anchors", "drift", "fades", "made_on"):
+        assert several[name] == one[name], name
+    assert several["rows"] == [row | {"speed": None} for row in one["rows"]]
+    assert sum("timings: not asked for" in text for text in several["not_measured"]) == 2
+    for path in parts.glob("*/BC*.npz"):
+        with np.load(path) as file:
+            np.savez(path, **(dict(file) | {"made_on": np.array("an abacus")}))
+    assert run(world, tmp_path / "again", *words) == 0
+    assert "Music made on: an abacus; timed here." in (tmp_path / "again/evaluation.md").read_text()
+
+
 def spoil(result: dict, *keys: str, value: object) -> dict:
     """The same with one value changed."""
     first, *rest = keys
@@ -717,7 +738,7 @@ def test_long_streams_are_as_long_as_asked_for_and_of_every_count_of_steps() -> 
     assert with_long_streams(Budget(), None, None) == Budget()
     streams = [u.n_steps for u in planned([(METHODS[2], "0")], longer) if u.kind == "drift"]
     assert streams == [8, 4]
-    with pytest.raises(LmdError, match="drift-seconds 10"):
-        with_long_streams(Budget(), 10.0, None)
+    with pytest.raises(LmdError, match="drift-seconds 20"):
+        with_long_streams(Budget(), 20.0, None)  # two measures make no slope
     with pytest.raises(LmdError, match="drift-steps 0"):
         with_long_streams(Budget(), None, [8, 0])

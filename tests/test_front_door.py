@@ -221,7 +221,8 @@ def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/pretrained").symlink_to(ROOT / "data/pretrained")
     text, few = block_of("The whole line by hand"), "--batch 2 --no-progress"
-    places = {"--hours 12": "--hours 0.02", "train base": f"train base --steps 2 {few}"}
+    places = {"--hours 24": "--hours 0.02", "train base": f"train base --steps 2 {few}"}
+    places["train codec"] = "train codec --steps 3 --encoder-steps 1 --batch 2 --frames 16"
     places |= {f"train {name}": f"train {name} --steps 2 {few}" for name in ("finetune", "distill")}
     places["train arc"] = f"train arc --updates 4 --warmup 2 --blocks 2 {few}"
     for name, place in places.items():
@@ -232,7 +233,7 @@ def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     made = read_header(tmp_path / "runs/distill/finetuned.safetensors")
     assert header.notes["init"]["sha256"] == made.sha256
     command = [sys.executable, "-m", "lmd", "stream", "organ", "--seconds", "3", "-o", "a.wav"]
-    (tmp_path / "runs/arc/codec.safetensors").symlink_to(ROOT / "data/pretrained/codec.safetensors")
+    (tmp_path / "runs/arc/codec.safetensors").symlink_to(tmp_path / "runs/codec/codec.safetensors")
     subprocess.run([*command, "--source", "runs/arc:arc"], cwd=tmp_path, check=True)
     assert np.isfinite(soundfile.read(tmp_path / "a.wav")[0]).all()
 

@@ -4,6 +4,7 @@ import pytest
 
 from lmd.config import preset
 from lmd.controls import Controls
+from lmd.errors import LmdError
 from lmd.instrument import Instrument, open_instrument
 
 
@@ -33,3 +34,11 @@ def test_random_weights_keep_the_defaults():
 def test_anything_may_be_changed_by_name():
     controls = instrument("finetuned", True).controls("organ", n_steps=4, cfg_scale=1.0)
     assert (controls.n_steps, controls.cfg_scale, controls.sampler) == (4, 1.0, "dpmpp")
+
+
+def test_an_instrument_is_where_it_is_asked_to_be():
+    there = open_instrument("random:tiny:0", device="meta").streamer
+    assert {there.denoiser.device.type, there.codec.model.device.type} == {"meta"}
+    for device in ("abacus", "cuda:7"):
+        with pytest.raises(LmdError, match=f"device '{device}'"):
+            open_instrument("random:tiny:0", device=device)

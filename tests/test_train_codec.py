@@ -281,7 +281,7 @@ def test_evaluate_reports_every_family_and_the_seam(corpus_folder):
 
 
 def test_measuring_writes_figures_and_a_card_made_of_them(corpus_folder, tmp_path):
-    (corpus_folder / "corpus.json").write_text('{"seed": 5}')
+    (corpus_folder / "corpus.json").write_text('{"seed": 5, "hours": 24.0}')
     args = arguments(corpus_folder, tmp_path, steps=1, **{"encoder-steps": 0})
     assert main(args) == 0
     weights, figures, card = (tmp_path / n for n in ("codec.safetensors", "s.json", "codec.md"))
@@ -290,7 +290,7 @@ def test_measuring_writes_figures_and_a_card_made_of_them(corpus_folder, tmp_pat
     scores, text = json.loads(figures.read_text()), card.read_text()
     assert scores["sha256"] == read_header(weights).sha256
     assert scores["sha256"] in text
-    assert "data build --seed 5" in text
+    assert "data build --hours 24 --seed 5" in text
     assert f"{scores['all']['log_mel_db']:.3f}" in text
     with pytest.raises(LmdError, match="scores of weights 0000"):
         codec_card(weights, {**scores, "sha256": "0" * 64}, tmp_path / "base.md")
@@ -301,5 +301,8 @@ def test_measuring_writes_figures_and_a_card_made_of_them(corpus_folder, tmp_pat
         "loss 1.5000 in the first 10 steps, 0.7500 in steps 10 to 19, 31.5 minutes"
         in codec_card(weights, scores, base)
     )
+    base.write_text(curve.splitlines()[0] + "\n")
+    sooner = "loss 1.5000 in the first 10 steps, 1.5000 in steps 0 to 9, 12.0 minutes"
+    assert sooner in codec_card(weights, scores, base)
     base.write_text("| started from | `other` |\n" + curve)
     assert "what a transformer learns" not in codec_card(weights, scores, base)

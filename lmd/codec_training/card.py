@@ -63,7 +63,7 @@ def codec_card(weights: Path, scores: dict[str, Any], base: Path) -> str:
             "",
             "SI-SDR is low by design: the phase is made up, not sent.",
             "",
-            *_commands(header),
+            *_commands(header, scores.get("hours")),
         ]
     )
 
@@ -112,14 +112,17 @@ def _speed(scores: dict[str, Any]) -> list[str]:
 
 
 def _learned(base: Path) -> list[str]:
-    """What a transformer learned of these latents in half an hour, from the base's own card."""
+    """What a transformer learned of these latents in half an hour, from the base's own card.
+
+    A run that was over sooner (on a GPU) is told to its end.
+    """
     text = base.read_text(encoding="utf-8") if base.is_file() else ""
     if "| started from |" in text:  # it had learned before
         return []
     rows = re.findall(r"^\| (\d+) – (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
-    there = [row for row in rows if float(row[2]) >= HALF_HOUR]
-    if not there:
+    if not rows:
         return []
+    there = [row for row in rows if float(row[2]) >= HALF_HOUR] or rows[-1:]
     (first, last, minutes, loss), start = there[0], rows[0][3]
     return [
         f"| what a transformer learns | `{base.stem}`, begun from nothing: training loss {start} "
@@ -133,10 +136,12 @@ def _preset(header: Header) -> str:
     return next(name for name, sizes in PRESETS.items() if sizes.codec == header.config)
 
 
-def _commands(header: Header) -> list[str]:
+def _commands(header: Header, hours: float | None) -> list[str]:
+    """How to make it again; `hours`: of the corpus, where it was rendered."""
     plan, settings = header.notes["plan"], header.notes["data"]["settings"]
     is_own_music = settings.get("kind") == "audio"
     build = "--audio FOLDER" if is_own_music else f"--seed {settings.get('seed', 0)}"
+    build = f"--hours {hours:g} {build}" if hours else build
     train = (
         f"python -m lmd train codec --preset {_preset(header)} --data data/corpus"
         f" --out outputs/codec --steps {plan['steps']}"

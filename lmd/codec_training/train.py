@@ -135,6 +135,7 @@ def measure(args: argparse.Namespace) -> int:
     header, corpus = read_header(args.evaluate), Corpus(args.data, "test")
     result = evaluate(load_codec(args.evaluate), corpus, args.hours)
     result |= {"sha256": header.sha256, "data": args.data.name, "machine": machine_dict()}
+    result["hours"] = corpus.settings().get("hours")
     print(markdown_table(result))
     if args.json:
         write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())

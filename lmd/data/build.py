@@ -178,7 +178,7 @@ def build_corpus(
     if not 0 < hours < 10_000:
         raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
     shelf = Shelf(settings.collections, cache, workers)
-    _check_settings(out, settings)
+    _check_settings(out, settings, hours)
     jobs = [(piece, rendition, settings, out) for piece, rendition in plan(shelf, hours, settings)]
     rejected = [asdict(item) for item in sorted(shelf.rejected.values(), key=lambda r: r.piece_id)]
     (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
@@ -230,8 +230,11 @@ def _rendered(jobs: list[Any], workers: int) -> Iterator[Row]:
         yield from pool.map(build_row, jobs, chunksize=4)
 
 
-def _check_settings(out: Path, settings: BuildSettings) -> None:
-    """Write the corpus's settings, or hold them against those of an earlier run."""
+def _check_settings(out: Path, settings: BuildSettings, hours: float) -> None:
+    """Write the corpus's settings, or hold them against those of an earlier run.
+
+    How many hours were asked for is noted too; more may be asked for later.
+    """
     out.mkdir(parents=True, exist_ok=True)
     soundfont = Path(settings.soundfont) if settings.soundfont else default_soundfont()
     ToneBank(soundfont, settings.sample_rate)  # a wrong file is refused before anything is written
@@ -243,6 +246,7 @@ def _check_settings(out: Path, settings: BuildSettings) -> None:
     path = out / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())
+        hours = max(hours, before.get("hours", 0.0))
         differing = sorted(k for k in values if before.get(k) != values[k])
         if differing:
             raise LmdError(
@@ -250,7 +254,8 @@ def _check_settings(out: Path, settings: BuildSettings) -> None:
                 "the same settings, to go on with it",
                 "Choose another --out, or remove that folder.",
             )
-    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+    text = json.dumps({**values, "hours": hours}, indent=1, sort_keys=True)
+    path.write_text(text + "\n")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

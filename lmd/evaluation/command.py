@@ -93,9 +93,9 @@ def with_long_streams(budget: Budget, seconds: float | None, steps: list[int] | 
     Raises:
         LmdError: streams too short for a slope, or a number of steps that is none.
     """
-    if seconds is not None and not 2 * BIN_S <= seconds < math.inf:
-        found, least = f"--drift-seconds {seconds:g}", f"{2 * BIN_S:g} or more"
-        raise LmdError(found, f"{least}: two bins of {BIN_S:g} s", "Make them longer.")
+    if seconds is not None and not 3 * BIN_S <= seconds < math.inf:
+        found, least = f"--drift-seconds {seconds:g}", f"{3 * BIN_S:g} or more"
+        raise LmdError(found, f"{least}: three bins of {BIN_S:g} s", "Make them longer.")
     if steps is not None and min(steps) < 1:
         raise LmdError(f"--drift-steps {min(steps)}", "1 or more", "Raise it.")
     return replace(

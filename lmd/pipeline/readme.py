@@ -118,7 +118,7 @@ def _speed_tables(root: Path, pattern: str, columns: dict[str, str]) -> str:
         where = f" ({', '.join(hardware)})" if hardware else ""
         how = [f"`{values['preset']}`", values["dtype"]]
         how += [f"batch {values['batch']}"] if "batch" in values else []
-        how += ["compiled"] if values.get("compiled") else []
+        how += ["compiled"] if values.get("compiled") or "compile_s" in values else []
         how += [f"{values['threads']} threads", values["device"]]
         parts.append(f"{', '.join(how)}{where}:\n")
         rows = [[row[key] for key in columns.values()] for row in values["rows"]]
