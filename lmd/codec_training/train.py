@@ -17,7 +17,7 @@ from lmd.codec_training.card import codec_card
 from lmd.codec_training.metrics import evaluate, markdown_table
 from lmd.codec_training.module import CodecPlan, CodecTraining, CodecWindows, start_from_components
 from lmd.config import SpectralCodecConfig, preset
-from lmd.data.corpus import SETTINGS, Corpus
+from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, pick_device, tune_allocator
 from lmd.rng import derive_seed
@@ -199,13 +199,12 @@ def build_trainer(args: argparse.Namespace, stop_at: int | None = None) -> L.Tra
     n_runs = len(list((args.out / "logs").glob("run-*")))
     logs = {"save_dir": args.out, "name": "logs", "version": f"run-{n_runs:03d}"}
     corpus = Corpus(args.data, "train")
-    settings = (args.data / SETTINGS).read_text() if (args.data / SETTINGS).exists() else "{}"
     notes = {
         "data": {
             "name": args.data.name,
             "renditions": len(corpus),
             "hours": round(corpus.duration_s / 3600, 2),
-            "settings": json.loads(settings),
+            "settings": corpus.settings(),
         },
         "encoder_from": args.encoder.name if args.encoder else "",
         "machine": machine_dict(),

@@ -171,8 +171,9 @@ class Corpus:
         return note_times(*_drawn_again(row, settings, cache))
 
     def settings(self) -> dict[str, Any]:
-        """What the corpus was built with."""
-        return json.loads((self.folder / SETTINGS).read_text())
+        """What the corpus was built with; empty where nothing says so."""
+        path = self.folder / SETTINGS
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def _map(self, path: str, row: Row) -> np.ndarray:
         """A WAV's samples, mapped once; the file's length is checked against the manifest."""
