@@ -121,6 +121,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
         write_wav(folder / "corpus" / row.path, wave[None], RATE)
         rows.append(row)
     write_manifest(folder / "corpus", rows)
+    (folder / "corpus" / "corpus.json").write_text('{"hours": 2.0}')
     torch.manual_seed(0)
     model = Recogniser(RecogniserConfig(tuple(FAMILIES), width=16, embedding=8))
     path = folder / "recogniser.safetensors"
@@ -172,6 +173,7 @@ def test_the_tables_and_figures_come_from_the_json(report: Path) -> None:
     assert text.count("**BC+AF**") == 1
     assert told(result["anchors"]["codec"]["fd"]) in text
     assert "Random weights" in text
+    assert "(`python -m lmd data build --hours 2`)" in text
     command = re.search(r"Repeated by `python -m lmd evaluate (.+?)`", text)
     assert command is not None
     parser = argparse.ArgumentParser()

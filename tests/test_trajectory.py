@@ -14,6 +14,10 @@ from lmd.errors import LmdError
 from lmd.flow import clean_of, schedule
 from lmd.outpaint import BlockPlan, LiveDenoiser
 from lmd.rng import normal
+from lmd.text import HashTextEncoder
+from lmd.training import module
+from lmd.training.curriculum import FinetuneOptions, Rows
+from lmd.training.module import TrainOptions
 from lmd.training.trajectory import DistillOptions, Walk, draw_points, trajectory_loss, walk
 
 CONTEXT, BLOCK, SEED = WINDOW.context_frames, WINDOW.block_frames, 11
@@ -85,6 +89,38 @@ def test_who_names_the_end_loses_nothing():
         away = Walk(stays.states + 0.5, way.end)
         loss = trajectory_loss(student, context(), away, [1, 2], condition, plan)
     assert loss.item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_chord_is_straight_between_the_ends_of_a_curved_walk():
+    """Rectified flow's own velocity, noise minus end, names the end from every point of it."""
+    way = walked("enc-dec")
+    chord, noise = way.chord(), way.states[:, 0]
+    assert torch.equal(chord.end, way.end)
+    assert torch.allclose(chord.states[:, 0], noise, atol=1e-6)
+    for state, t in zip(chord.states.unbind(1), schedule(OPTIONS.n_steps)[:-1], strict=True):
+        assert torch.allclose(clean_of(state, noise - way.end, t), way.end, atol=1e-5)
+    assert (chord.states[:, 1:] - way.states[:, 1:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("points_on", ["walk", "chord"])
+def test_a_step_looks_at_the_line_that_was_asked_for(points_on, monkeypatch):
+    ways = []
+
+    def looked(student, context, way, *others):
+        ways.append(way)
+        return trajectory_loss(student, context, way, *others)
+
+    monkeypatch.setattr(module, "trajectory_loss", looked)
+    model, rows = random_model(), Rows(0, 0, (0,), 1)
+    short = FinetuneOptions(context_frames=CONTEXT, block_lengths=((BLOCK, 1.0),))
+    distill = replace(OPTIONS, points_on=points_on)
+    options = TrainOptions("distill", n_steps=1, finetune=short, distill=distill)
+    tokens = HashTextEncoder(6, 8).encode(["slow piano"])
+    clean = normal((1, 4, options.plan(0).n_frames), 3, "clean")
+    module.distill_loss(model, model, clean, tokens, 1.0, options, rows)
+    (way,) = ways
+    straight = torch.allclose(way.states, way.chord().states, atol=1e-5)
+    assert straight == (points_on == "chord")
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -139,6 +139,7 @@ def evaluate(
         make_parts(sources, budget, cfg_scale, new, n_workers, until_s)
     anchors = anchor_rows(evaluation.anchors(), evaluation.truths, evaluation.reference)
     levels = {name: levels_of(seeds) for name, seeds in evaluation.drift_anchors().items()}
+    corpus = Corpus(evaluation.sources.data)
     head = {
         "machine": machine_dict(),
         "recogniser": {
@@ -148,7 +149,8 @@ def evaluate(
         },
         "random_weights": bool(evaluation.sources.random),
         "reference_windows": evaluation.reference.windows,
-        "corpus_hours": Corpus(evaluation.sources.data).duration_s / 3600,
+        "corpus_hours": corpus.duration_s / 3600,
+        "corpus_asked_hours": corpus.settings().get("hours"),
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchors,
         "drift_anchors": levels,

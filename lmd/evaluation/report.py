@@ -106,10 +106,15 @@ def report(result: Mapping[str, Any]) -> str:
         "",
         *_order_table(result["rows"]),
         f"Repeated by `{_command(result)}` with the same corpus, here of "
-        f"{result['corpus_hours']:.1f} h (`python -m lmd data build` makes one). "
+        f"{result['corpus_hours']:.1f} h{_building(result.get('corpus_asked_hours'))}. "
         f"Not measured: {'; '.join(missing) or 'nothing was left out'}. Other listeners: {others}.",
     ]
     return "\n".join(lines)
+
+
+def _building(asked_hours: float | None) -> str:
+    """How such a corpus is built, where it notes what was asked for (somebody's audio does not)."""
+    return f" (`python -m lmd data build --hours {asked_hours:g}`)" if asked_hours else ""
 
 
 def _warning(result: Mapping[str, Any]) -> list[str]:

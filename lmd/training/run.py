@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -27,7 +27,7 @@ from lmd.training.lora import add_lora
 from lmd.training.module import LiveTraining, Stage, TrainOptions
 from lmd.training.samples import Samples
 from lmd.training.trainer import Export, RunOptions, choose_precision, fit
-from lmd.training.trajectory import DistillOptions
+from lmd.training.trajectory import DistillOptions, PointsOn
 from lmd.training.windows import LatentSource
 
 
@@ -85,6 +85,8 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
         add("--teacher-steps", type=int, default=DistillOptions.n_steps, help="calls of its walk")
         add("--cfg-scale", type=float, default=DistillOptions.cfg_scale, help="its guidance")
         add("--points", type=int, default=DistillOptions.n_points, help="of a walk in one pass")
+        on = DistillOptions.points_on
+        add("--points-on", choices=get_args(PointsOn), default=on, help="the walk or its chord")
         return
     add("--noise", default="uniform", help="distribution of noise levels")
     if is_base:
@@ -123,7 +125,9 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
         )
     noise, distill = NoiseOptions(getattr(args, "noise", "uniform")), DistillOptions()
     if stage == "distill":
-        distill = DistillOptions(args.teacher_steps, args.cfg_scale, args.points)
+        distill = DistillOptions(
+            args.teacher_steps, args.cfg_scale, args.points, points_on=args.points_on
+        )
     base = BaseOptions(text_dropout=args.text_dropout, noise=noise)
     finetune = FinetuneOptions(text_dropout=args.text_dropout, noise=noise)
     if stage == "finetune":

@@ -4,12 +4,16 @@ The teacher is the fine-tuned model, guided, walking many steps. The student loo
 that walk, without guidance, and has to name its end at once: a few steps of the student then go
 where many steps of the teacher went, for a sixteenth of the calls. ARC-Forcing starts from it.
 
-Source: the warm-up on trajectories in the code of Live Music Diffusion Models (arXiv 2605.22717);
-guidance taught along with it as in arXiv 2210.03142.
+The point lies on the walk itself, or on the chord, the straight line between its two ends: that is
+where a student who takes few steps really comes along.
+
+Sources: the warm-up on trajectories in the code of Live Music Diffusion Models (arXiv 2605.22717);
+chords between noise and what it became as in rectified flow (arXiv 2209.03003); guidance taught
+along with it as in arXiv 2210.03142.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,20 +30,24 @@ from lmd.shapes import BlockLatents, Latents
 from lmd.training.curriculum import PerItem
 from lmd.training.finetune import Packing, pack_copies, packed_velocity
 
+PointsOn = Literal["walk", "chord"]
+
 
 @dataclass(frozen=True)
 class DistillOptions:
     """What a warm-up step draws, besides blocks and dropout, which are the fine-tune's.
 
     Sources: trajectories of DPM++ and the plain squared error are those of arXiv 2605.22717's code
-    (50 steps there, guidance 7). Ours: the steps and the guidance that this size plays best with,
-    and several points of a walk in one pass, since most of a pass is context.
+    (50 steps there, guidance 7, points of the walk). Ours: the steps and the guidance that this
+    size plays best with, and several points in one pass, since most of a pass is context. Chords:
+    arXiv 2209.03003; what they change is in docs/log.md.
     """
 
     n_steps: int = 8  # of the teacher
     cfg_scale: float = 2.0  # of the teacher
     n_points: int = 4  # of a walk, that the student looks at in one pass
     regimes: tuple[tuple[Regime, float], ...] = (("block-causal", 0.6), ("enc-dec", 0.4))
+    points_on: PointsOn = "chord"
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_points <= self.n_steps:
@@ -60,6 +68,12 @@ class Walk(NamedTuple):
 
     states: Float[Tensor, "batch step latent length"]
     end: BlockLatents
+
+    def chord(self) -> "Walk":
+        """The straight line from its noise to its end, at its noise levels."""
+        noise, end = self.states[:, :1], self.end[:, None]
+        times = torch.tensor(schedule(self.states.shape[1])[:-1]).to(end)
+        return Walk(end + times[:, None, None] * (noise - end), self.end)
 
 
 @torch.no_grad()
