@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lmd.evaluation.generation import FEW_STEPS
 from lmd.evaluation.metrics import Interval, mean_interval
 from lmd.instrument import PLAYED_BEST
 
@@ -52,10 +53,10 @@ def name_of(row: Line) -> str:
 
 
 def _forcing_helps(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
-    """Whether ARC-Forced weights have a lower FD at all steps up to 8."""
+    """Whether ARC-Forced weights have a lower FD at all steps up to `FEW_STEPS`."""
     by_name = {(row["method"], row["n_steps"]): row for row in streamed}
     told, signs = [], []
-    for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= 8}):
+    for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= FEW_STEPS}):
         before, after = (by_name.get((name, n_steps)) for name in (regime, f"{regime}+AF"))
         if before is None or after is None:
             continue
@@ -63,7 +64,7 @@ def _forcing_helps(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
         told.append(f"{n_steps} steps {change.mean:+.3g} ({change.low:.3g} – {change.high:.3g})")
         signs.append(change.high < 0)
     return {
-        "aim": f"distillation and ARC-Forcing lower FD (95 %) at up to 8 steps, {regime}",
+        "aim": f"distillation and ARC-Forcing lower FD (95 %) at up to {FEW_STEPS} steps, {regime}",
         "found": "; ".join(told) or "–",
         "met": all(signs) if signs else None,
     }

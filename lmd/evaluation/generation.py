@@ -57,6 +57,9 @@ METHODS = (
 )
 
 
+FEW_STEPS = 8  # model calls per block up to which the aims are judged
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much is generated.
@@ -95,7 +98,7 @@ class Budget:
 
     def seeds_of(self, method: Method, n_steps: int, primed: bool) -> int:
         """How often a line of the table is repeated."""
-        is_slow = method.regime == "full" or n_steps > max(self.drift_steps)
+        is_slow = method.regime == "full" or n_steps > FEW_STEPS
         return self.other_seeds if is_slow or primed else self.n_seeds
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lmd.checkpoint import write_atomic
 from lmd.evaluation.aims import aims, difference, name_of
-from lmd.evaluation.generation import METHODS
+from lmd.evaluation.generation import FEW_STEPS, METHODS
 from lmd.machine import hardware
 from lmd.show import plot_bands, plot_intervals
 
@@ -131,7 +131,7 @@ def _setting(result: Mapping[str, Any]) -> str:
     if budget["other_seeds"] < budget["n_seeds"]:
         fewer = (
             f" ({budget['other_seeds']} for primed streams, for the naive method and for more than "
-            f"{max(budget['drift_steps'])} steps)"
+            f"{FEW_STEPS} steps)"
         )
     return (
         f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lmd.evaluation.generation import Budget, Method
+from lmd.evaluation.generation import FEW_STEPS, Budget, Method
 
 Kind = Literal["silence", "primed", "drift", "fade"]
 Table = Literal["rows", "drift", "fades"]
@@ -50,7 +50,7 @@ def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:
         is_naive = method.name == "naive"
         for n_steps in budget.naive_steps if is_naive else budget.steps:
             for kind in begins:
-                primed, slow = kind == "primed", n_steps > max(budget.drift_steps)
+                primed, slow = kind == "primed", n_steps > FEW_STEPS
                 place = (4 if slow else 3 if primed else 0, is_naive, primed)
                 units.append((place, Unit(method, sha256, n_steps, kind)))
         if not is_naive:
