@@ -87,16 +87,17 @@ def integrate(
     turned = in_time * hop_turn[None, :, None]
     up = in_frequency[:, :-1] * magnitude[:, :-1]
     down = in_frequency[:, :-1].conj() * magnitude[:, 1:]
-    angle = torch.angle(in_frequency[:, :-1]).cumsum(1)
-    first = torch.polar(torch.ones_like(angle), angle)
-    first = torch.cat([torch.ones_like(first[:, :1]), first], dim=1)
+    rows, steps = torch.from_numpy(runs[:, :2]).to(in_frequency.device).unbind(1)
+    angle = torch.angle(in_frequency[rows, :-1, steps]).cumsum(1)
+    begun = torch.polar(torch.ones_like(angle), angle)
+    begun = torch.cat([torch.ones_like(begun[:, :1]), begun], dim=1).detach().cpu().numpy()
     last = turned[..., :0] if last is None else last
     # steps first, so that one step of one row is contiguous
     arrays = [
         t.detach().resolve_conj().cpu().transpose(1, 2).contiguous().numpy()
-        for t in (first, turned, magnitude, up, down, last)
+        for t in (turned, magnitude, up, down, last)
     ]
-    made = _integrate_runs(*arrays, runs, n_past - lowest)
+    made = _integrate_runs(begun, *arrays, runs, n_past - lowest)
     return torch.from_numpy(made).to(magnitude.device).transpose(1, 2)
 
 
@@ -126,7 +127,7 @@ def _runs(start: np.ndarray, n_past: int) -> np.ndarray:
 
 
 def _integrate_runs(
-    first: np.ndarray,
+    begun: np.ndarray,
     turned: np.ndarray,
     magnitude: np.ndarray,
     up: np.ndarray,
@@ -137,17 +138,17 @@ def _integrate_runs(
 ) -> np.ndarray:
     """`integrate` for arrays `[row, step, bin]`: all runs go on together, one step at a time.
 
-    A run that begins before its first step only passes through the steps between; one that goes on
-    from the past begins with the step after `last`.
+    `begun`, `[run, bin]`, is how runs without a past begin; it is written to. A run that begins
+    before its first step only passes through the steps between; one that goes on from the past
+    begins with the step after `last`.
     """
     goes_on = runs[:, 4] == 1
     rows = runs[goes_on, 0]
     at = (rows, n_past)
-    begun = first[runs[:, 0], runs[:, 1]]  # another run may begin anew where one goes on
     if len(rows):
         begun[goes_on] = _next_unit(last[rows, 0], turned[at], up[at], down[at])
     out = np.empty_like(turned[:, n_past:])
-    current = first[:0, 0]
+    current = begun[:0]
     for age in range(runs[0, 3]):
         n = int(np.searchsorted(-runs[:, 3], -age))  # runs still going
         row, step = runs[:n, 0], runs[:n, 1] + age

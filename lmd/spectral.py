@@ -36,17 +36,19 @@ def inverse_stft(spectrum: phase.Spectrum, n_fft: int, hop: int) -> Float[Tensor
     """The wave of a spectrum as `stft` makes it: windowed overlap-add, `hop` samples a step.
 
     The sum is divided by what squared windows add up to in the middle of a stream, at the ends too,
-    so that a sample depends on nothing but its steps.
+    so that a sample depends on nothing but its steps. `hop` has to divide `n_fft`.
     """
     window = torch.hann_window(n_fft, device=spectrum.device)
     scaled = spectrum * _middle_signs(n_fft, spectrum.device)
-    grains = torch.fft.irfft(scaled, n=n_fft, dim=1) * window[:, None]
-    n_steps = spectrum.shape[-1]
-    length = (n_steps - 1) * hop + n_fft
-    wave = F.fold(grains, (1, length), (1, n_fft), stride=(1, hop))[:, 0, 0]
+    grains = torch.fft.irfft(scaled.transpose(1, 2), n=n_fft) * window
+    n_rows, n_steps = grains.shape[:2]
+    hops = grains.unflatten(-1, (-1, hop)).unbind(2)
+    wave = grains.new_zeros(n_rows, n_steps + len(hops) - 1, hop)
+    for later, part in enumerate(hops):
+        wave[:, later : later + n_steps] += part
     gain = window.sum() / 2 / (window.square().sum() / hop)
     pad = (n_fft - hop) // 2
-    return wave[:, pad : pad + n_steps * hop] * gain
+    return wave.flatten(1)[:, pad : pad + n_steps * hop] * gain
 
 
 def _middle_signs(n_fft: int, device: torch.device) -> Float[Tensor, "bin 1"]:
