@@ -208,7 +208,8 @@ def distill_loss(
     block = BlockPlan(plan.regime, plan.block_frames)
     asked = drop_text(teacher.condition(prompt, seconds), kept)
     walked = walk(teacher, context, noise, asked, block, options.distill)
-    walked = walked.chord() if options.distill.points_on == "chord" else walked
+    if options.distill.points_on == "chord":
+        walked = walked.chord()
     points = draw_points(options.distill, options.seed, rows.step)
     condition = drop_text(model.condition(prompt, seconds), kept)
     return trajectory_loss(model, context, walked, points, condition, block)
