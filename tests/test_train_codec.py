@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lmd import phase
-from lmd.checkpoint import load_codec, read_header
+from lmd.checkpoint import load_codec, read_header, save_checkpoint
 from lmd.codec_training import metrics as codec_metrics
 from lmd.codec_training.card import codec_card
 from lmd.codec_training.losses import (
@@ -26,6 +26,7 @@ from lmd.codec_training.losses import (
 from lmd.codec_training.module import CodecPlan, CodecWindows, check_finite, learning_rate
 from lmd.codec_training.train import LAST, build, configure, main
 from lmd.config import preset
+from lmd.data.codec_identity import encoder_sha256
 from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.errors import LmdError
 from lmd.rng import normal
@@ -280,29 +281,65 @@ def test_evaluate_reports_every_family_and_the_seam(corpus_folder):
     assert "| piano | 1 |" in table
 
 
-def test_measuring_writes_figures_and_a_card_made_of_them(corpus_folder, tmp_path):
+@pytest.fixture(scope="module")
+def measured(corpus_folder, tmp_path_factory):
+    """A codec of one step, its figures and its card."""
+    out = tmp_path_factory.mktemp("measured")
     (corpus_folder / "corpus.json").write_text('{"seed": 5, "hours": 24.0}')
-    args = arguments(corpus_folder, tmp_path, steps=1, **{"encoder-steps": 0})
-    assert main(args) == 0
-    weights, figures, card = (tmp_path / n for n in ("codec.safetensors", "s.json", "codec.md"))
+    assert main(arguments(corpus_folder, out, steps=1, **{"encoder-steps": 0})) == 0
+    weights, figures, card = (out / n for n in ("codec.safetensors", "s.json", "codec.md"))
     wanted = {"evaluate": weights, "json": figures, "card": card}
-    assert main(arguments(corpus_folder, tmp_path, **wanted)) == 0
-    scores, text = json.loads(figures.read_text()), card.read_text()
+    assert main(arguments(corpus_folder, out, **wanted)) == 0
+    return weights, json.loads(figures.read_text()), card.read_text()
+
+
+def test_measuring_writes_figures_and_a_card_made_of_them(measured):
+    weights, scores, text = measured
     assert scores["sha256"] == read_header(weights).sha256
     assert scores["sha256"] in text
     assert "data build --hours 24 --seed 5" in text
     assert f"{scores['all']['log_mel_db']:.3f}" in text
+    assert "what a transformer learns" not in text
     with pytest.raises(LmdError, match="scores of weights 0000"):
-        codec_card(weights, {**scores, "sha256": "0" * 64}, tmp_path / "base.md")
-    base = tmp_path / "base.md"
-    curve = "| 0 – 9 | 12.0 | 1.5000 |\n| 10 – 19 | 31.5 | 0.7500 |\n| 20 – 29 | 60.0 | 0.5000 |\n"
-    base.write_text(curve)
-    assert (
-        "loss 1.5000 in the first 10 steps, 0.7500 in steps 10 to 19, 31.5 minutes"
-        in codec_card(weights, scores, base)
-    )
-    base.write_text(curve.splitlines()[0] + "\n")
-    sooner = "loss 1.5000 in the first 10 steps, 1.5000 in steps 0 to 9, 12.0 minutes"
-    assert sooner in codec_card(weights, scores, base)
-    base.write_text("| started from | `other` |\n" + curve)
-    assert "what a transformer learns" not in codec_card(weights, scores, base)
+        codec_card(weights, {**scores, "sha256": "0" * 64})
+
+
+def write_learner(folder, codec, minutes, **changes):
+    """A base's run on latents of `codec`: losses 2, 1.9, … at these minutes; notes changed."""
+    (folder / "logs" / "from-0000").mkdir(parents=True)
+    rows = [f"{i},{2 - i / 10},{minute * 60}" for i, minute in enumerate(minutes)]
+    log = "\n".join(["step,loss,seconds", *rows])
+    (folder / "logs" / "from-0000" / "metrics.csv").write_text(log)
+    notes = {
+        "data": {"latent_settings": {"codec": encoder_sha256(codec)}},
+        "hardware": {"cpu": "Abacus", "n_cores": 2, "gpu": None},
+        "command": "python -m lmd train base --steps 4",
+    }
+    path, weights = folder / "base.safetensors", {"w": torch.zeros(1)}
+    save_checkpoint(path, weights, kind="base", config=preset("tiny"), notes=notes | changes)
+    return folder
+
+
+def test_the_card_tells_what_a_transformer_learns_in_half_an_hour(measured, tmp_path):
+    weights, scores, _ = measured
+    learner = write_learner(tmp_path / "run", weights, [1, 12, 29.9, 31])
+    text = codec_card(weights, scores, learner)
+    assert "(Abacus, 2 cores, no GPU) made 3 steps" in text
+    assert "training loss 2.000 over the first 1, 1.800 over the last 1 |" in text
+    assert "python -m lmd train base --steps 4\n" in text
+    assert f"--learner {learner.as_posix()}" in text
+
+
+@pytest.mark.parametrize(
+    ("minutes", "changes", "found"),
+    [
+        ([1, 12], {}, r"a training of 12\.0 minutes"),
+        ([1, 31], {"data": {"latent_settings": {"codec": "f" * 64}}}, "of codec ffffffffffff"),
+        ([1, 31], {"init": {"file": "older.safetensors"}}, "begun from older"),
+    ],
+)
+def test_a_learner_that_proves_nothing_is_refused(measured, tmp_path, minutes, changes, found):
+    weights, scores, _ = measured
+    learner = write_learner(tmp_path / "run", weights, minutes, **changes)
+    with pytest.raises(LmdError, match=found):
+        codec_card(weights, scores, learner)

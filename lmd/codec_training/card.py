@@ -1,13 +1,14 @@
-"""A codec's model card, made from its header and its measured scores."""
+"""A codec's model card, made from its header, its measured scores and a transformer's trial."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from lmd.checkpoint import Header, read_header
 from lmd.codec_training.metrics import markdown_table
 from lmd.config import PRESETS
+from lmd.data.codec_identity import encoder_sha256
 from lmd.errors import LmdError
+from lmd.training.card import run_log
 
 SCORES = (
     "Data: scores of music21's corpus, rendered with the General MIDI soundfont that ships in "
@@ -20,20 +21,21 @@ OWN_MUSIC = (
 )
 
 
-HALF_HOUR = 30.0  # minutes
+HALF_HOUR = 30  # minutes
 
 
-def codec_card(weights: Path, scores: dict[str, Any], base: Path) -> str:
+def codec_card(weights: Path, scores: dict[str, Any], learner: Path | None = None) -> str:
     """Markdown about a spectral codec.
 
     Args:
         weights: the checkpoint.
         scores: what `python -m lmd train codec --evaluate` measured of it.
-        base: the card of the base that learned its latents, if there is one: what half an hour
-            taught it stands beside the scores.
+        learner: the folder of a base's training on this codec's latents, begun from nothing: what
+            half an hour taught it stands beside the scores.
 
     Raises:
-        LmdError: the scores are of other weights.
+        LmdError: the scores are of other weights; the learner heard another codec's latents, knew
+            something before, or stopped before half an hour was over.
     """
     header = read_header(weights)
     if scores["sha256"] != header.sha256:
@@ -54,7 +56,7 @@ def codec_card(weights: Path, scores: dict[str, Any], base: Path) -> str:
             "|---|---|",
             *_facts(header, weights),
             *_speed(scores),
-            *_learned(base),
+            *_learned(weights, learner),
             "",
             f"Held-out pieces of `{scores['data']}` (split by piece), "
             f"{scores['minutes']:.1f} minutes, against the input:",
@@ -63,7 +65,7 @@ def codec_card(weights: Path, scores: dict[str, Any], base: Path) -> str:
             "",
             "SI-SDR is low by design: the phase is made up, not sent.",
             "",
-            *_commands(header, scores.get("hours")),
+            *_commands(header, scores.get("hours"), learner),
         ]
     )
 
@@ -97,10 +99,10 @@ def _encoder(header: Header) -> str:
 
 def _speed(scores: dict[str, Any]) -> list[str]:
     encode, decode = (scores[f"{way}_times_real_time"] for way in ("encode", "decode"))
-    n_threads = scores["machine"]["n_threads"]
+    n_threads, cpu = (scores["machine"][name] for name in ("n_threads", "cpu"))
     return [
-        f"| speed | {n_threads} threads: encode {encode:.0f}, decode {decode:.0f} times real time; "
-        "per second of processor time "
+        f"| speed | {cpu}, {n_threads} threads: encode {encode:.0f}, decode {decode:.0f} times "
+        "real time; per second of processor time "
         f"{scores['encode_seconds_per_cpu_second']:.0f} and "
         f"{scores['decode_seconds_per_cpu_second']:.0f} seconds of music |",
         f"| streaming | looks {scores['lookahead_frames']} frames ahead, "
@@ -111,24 +113,40 @@ def _speed(scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def _learned(base: Path) -> list[str]:
-    """What a transformer learned of these latents in half an hour, from the base's own card.
-
-    A run that was over sooner (on a GPU) is told to its end.
-    """
-    text = base.read_text(encoding="utf-8") if base.is_file() else ""
-    if "| started from |" in text:  # it had learned before
+def _learned(codec: Path, learner: Path | None) -> list[str]:
+    """What a transformer learned of these latents in half an hour."""
+    if learner is None:
         return []
-    rows = re.findall(r"^\| (\d+) – (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
-    if not rows:
-        return []
-    there = [row for row in rows if float(row[2]) >= HALF_HOUR] or rows[-1:]
-    (first, last, minutes, loss), start = there[0], rows[0][3]
+    machine, log = _learner_notes(codec, learner)["hardware"], run_log(learner)
+    minutes = log["seconds"] / 60
+    if minutes.max() < HALF_HOUR:
+        raise LmdError(
+            f"{learner}: a training of {minutes.max():.1f} minutes",
+            f"one of at least {HALF_HOUR}",
+            "Go on with it: the same command with more --steps.",
+        )
+    losses = log.loc[minutes <= HALF_HOUR, "loss"]
+    n = max(1, len(losses) // HALF_HOUR)  # the steps of about a minute
     return [
-        f"| what a transformer learns | `{base.stem}`, begun from nothing: training loss {start} "
-        f"in the first {int(rows[0][1]) + 1} steps, {loss} in steps {first} to {last}, "
-        f"{minutes} minutes after its start (hardware and curve: [{base.name}]({base.name})) |"
+        f"| what a transformer learns of it in {HALF_HOUR} minutes | a base begun from nothing "
+        f"({machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}) made "
+        f"{len(losses)} steps; training loss {losses[:n].mean():.3f} over the first {n}, "
+        f"{losses[-n:].mean():.3f} over the last {n} |"
     ]
+
+
+def _learner_notes(codec: Path, learner: Path) -> dict[str, Any]:
+    """What the weights in `learner` say of their training; refused if it proves nothing here."""
+    notes = read_header(learner / "base.safetensors").notes
+    heard, wanted = notes["data"]["latent_settings"].get("codec"), encoder_sha256(codec)
+    if "init" in notes or heard != wanted:
+        knew = f"weights begun from {notes['init']['file']}" if "init" in notes else ""
+        raise LmdError(
+            f"{learner}: " + (knew or f"weights that heard latents of codec {str(heard)[:12]}"),
+            f"a base trained from nothing on latents of {codec.name}, {wanted[:12]}",
+            "Encode the corpus with this codec and train anew, without --init.",
+        )
+    return notes
 
 
 def _preset(header: Header) -> str:
@@ -136,7 +154,7 @@ def _preset(header: Header) -> str:
     return next(name for name, sizes in PRESETS.items() if sizes.codec == header.config)
 
 
-def _commands(header: Header, hours: float | None) -> list[str]:
+def _commands(header: Header, hours: float | None, learner: Path | None) -> list[str]:
     """How to make it again; `hours`: of the corpus, where it was rendered."""
     plan, settings = header.notes["plan"], header.notes["data"]["settings"]
     is_own_music = settings.get("kind") == "audio"
@@ -151,17 +169,26 @@ def _commands(header: Header, hours: float | None) -> list[str]:
     )
     if not plan["encoder_steps"]:
         train += " --encoder data/pretrained/codec.safetensors"
+    learn, learned = [], ""
+    if learner is not None:
+        learn = [
+            "python -m lmd data encode --data data/corpus",
+            read_header(learner / "base.safetensors").notes["command"],
+        ]
+        learned = f" --learner {learner.as_posix()}"
     return [
         "Made by (the last start; a run may be stopped and go on):",
         "",
         "```",
         f"python -m lmd data build {build} --out data/corpus",
         train,
+        *learn,
         "python -m lmd train codec --evaluate data/pretrained/codec.safetensors"
-        " --json scores.json --card data/pretrained/codec.md",
+        f" --json scores.json --card data/pretrained/codec.md{learned}",
         "```",
         "",
-        "Without `--encoder`, the same command trains encoder and decoder (`--encoder-steps`).",
+        "With `--encoder FILE` the same command takes encoder and decoder from a codec and trains "
+        "the decoder alone.",
         "",
         OWN_MUSIC if is_own_music else SCORES,
         "",

@@ -20,6 +20,7 @@ from lmd.config import SpectralCodecConfig, preset
 from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, pick_device, tune_allocator
+from lmd.panels import use_panels
 from lmd.rng import derive_seed
 from lmd.spectral import SpectralCodec
 from lmd.training.trainer import AtomicCheckpointIO
@@ -112,6 +113,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--evaluate", type=Path, metavar="FILE", help="measure this codec instead of training")
     add("--json", type=Path, help="where the measures go")
     add("--card", type=Path, help="where a model card with them goes")
+    add("--learner", type=Path, metavar="RUN", help="for the card: a base's run on its latents")
     add("--hours", type=float, default=0.5, help="held-out music to measure on")
 
 
@@ -131,16 +133,22 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measure a codec on held-out pieces; print a table, write figures and model card."""
+    """Measure a codec, laid out as instruments play it, on held-out pieces.
+
+    Prints a table, writes figures and model card.
+    """
     header, corpus = read_header(args.evaluate), Corpus(args.data, "test")
-    result = evaluate(load_codec(args.evaluate), corpus, args.hours)
+    codec = load_codec(args.evaluate)
+    if isinstance(codec, SpectralCodec):
+        use_panels(codec.decoder)
+    result = evaluate(codec, corpus, args.hours)
     result |= {"sha256": header.sha256, "data": args.data.name, "machine": machine_dict()}
     result["hours"] = corpus.settings().get("hours")
     print(markdown_table(result))
     if args.json:
         write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
     if args.card:
-        card = codec_card(args.evaluate, result, args.card.with_name("base.md"))
+        card = codec_card(args.evaluate, result, args.learner)
         write_atomic(args.card, card.encode())
     return 0
 
