@@ -261,8 +261,12 @@ def build_model(config: Config) -> LiveModel:
     return LiveModel(cast(DiTConfig, config))
 
 
-def load_codec(path: str | Path) -> Codec:
-    """The codec in a file, in float32, ready for inference.
+def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
+    """The codec in a file, ready for inference.
+
+    Args:
+        path: of a checkpoint.
+        dtype: in which Stable Audio's autoencoder computes; the spectral one does in float32.
 
     Raises:
         LmdError: see `load_tensors` and `load_strict`.
@@ -271,7 +275,7 @@ def load_codec(path: str | Path) -> Codec:
     if isinstance(header.config, OobleckConfig):
         from lmd.oobleck import OobleckCodec
 
-        return OobleckCodec.from_tensors(header.config, tensors, str(path))
+        return OobleckCodec.from_tensors(header.config, tensors, str(path), dtype)
     from lmd.spectral import SpectralCodec
 
     codec = SpectralCodec(header.config)

@@ -10,9 +10,9 @@ import torch
 from engine import CONFIG, HoldCodec, random_model, streamer
 
 from lmd.__main__ import main
-from lmd.bench import COMPILE_TOLERANCE, open_parts, rebuilds, table
+from lmd.bench import COMPILE_TOLERANCE, compile_blocks, open_parts, rebuilds, table
 from lmd.bound import Rates, tokens_of_passes
-from lmd.config import PRESETS, DiTConfig, OobleckConfig, WindowConfig
+from lmd.config import PRESETS, REGIMES, DiTConfig, OobleckConfig, WindowConfig
 from lmd.controls import Controls
 from lmd.decoder_speed import DecoderSpeed
 from lmd.dit import DiT
@@ -212,6 +212,28 @@ def test_block_one_thousand_costs_the_passes_of_block_ten(monkeypatch):
     )  # finished block, new block, global token; four cached frames
     assert all(cost == costs[10] for cost in costs[10:])
     assert torch.isfinite(block.latents).all()
+
+
+def test_what_is_measured_of_a_compiled_stream_was_compiled_before(monkeypatch):
+    """A pass of another shape would be compiled, or its CUDA graph recorded, on the clock."""
+    stream, shapes = streamer(), set()
+    block_class = type(stream.denoiser.model.dit.blocks[0])
+    forward = block_class.forward
+
+    def noting(self, x, rotation, text, visible=None, past=None):
+        mask = None if visible is None else visible.shape
+        shapes.add((x.shape, rotation.cos.shape, mask, past and past.key.shape))
+        return forward(self, x, rotation, text, visible, past)
+
+    monkeypatch.setattr(block_class, "forward", noting)
+    monkeypatch.setattr(DiT, "compile_blocks", lambda self, mode: None)
+    compile_blocks(stream, 12)
+    compiled = set(shapes)
+    for regime in REGIMES:
+        controls = Controls("organ", regime=regime, n_steps=3, block_frames=12)
+        list(stream.stream([controls] * 4))
+    assert len(compiled) >= 4  # naive, encoding, generating, absorbing
+    assert shapes == compiled
 
 
 def test_a_compiled_stream_that_moves_too_far_from_eager_is_an_error(monkeypatch, capsys):

@@ -207,6 +207,8 @@ def test_codecs_of_both_families_come_back_with_the_same_bits(tmp_path):
         path = tmp_path / f"{name}.safetensors"
         save_checkpoint(path, network.state_dict(), kind="codec", config=sizes)
         codec = load_codec(path)
+        if name == "oobleck":
+            assert load_codec(path, torch.bfloat16).dtype == torch.bfloat16
         assert isinstance(codec, Codec)
         latents = torch.randn(1, sizes.latent_dim, 12)
         original = OobleckCodec(network, config) if name == "oobleck" else spectral
