@@ -70,6 +70,14 @@ class Instrument:
         return self.source.rpartition(":")[2] if self.is_trained else None
 
     @property
+    def sha256(self) -> str | None:
+        """Digest of the weights that play, as on their card; None for random ones."""
+        if not self.is_trained:
+            return None
+        folder, _, kind = self.source.rpartition(":")
+        return read_header((Path(folder) if folder else SHIPPED) / f"{kind}.safetensors").sha256
+
+    @property
     def description(self) -> str:
         """One line for a person."""
         if self.is_trained:

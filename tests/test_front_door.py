@@ -144,6 +144,14 @@ def test_the_readme_names_make_targets_that_exist() -> None:
     assert {"run", "test", "lab"} <= named <= targets
 
 
+def test_every_promise_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 20
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
 def test_help_lists_every_command() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "lmd", "--help"],
@@ -224,7 +232,9 @@ def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     places = {"--hours 24": "--hours 0.02", "train base": f"train base --steps 2 {few}"}
     places["train codec"] = "train codec --steps 3 --encoder-steps 1 --batch 2 --frames 16"
     places |= {f"train {name}": f"train {name} --steps 2 {few}" for name in ("finetune", "distill")}
-    places["train arc"] = f"train arc --updates 4 --warmup 2 --blocks 2 {few}"
+    places["--updates 120 --warmup 48 --blocks 6"] = "--updates 4 --warmup 2 --blocks 2"
+    places["--batch 4"] = few
+    places["--seconds 60"] = "--seconds 3"
     for name, place in places.items():
         assert name in text
         text = text.replace(name, place)
@@ -232,10 +242,7 @@ def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     header = read_header(tmp_path / "runs/arc/arc.safetensors")
     made = read_header(tmp_path / "runs/distill/finetuned.safetensors")
     assert header.notes["init"]["sha256"] == made.sha256
-    command = [sys.executable, "-m", "lmd", "stream", "organ", "--seconds", "3", "-o", "a.wav"]
-    (tmp_path / "runs/arc/codec.safetensors").symlink_to(tmp_path / "runs/codec/codec.safetensors")
-    subprocess.run([*command, "--source", "runs/arc:arc"], cwd=tmp_path, check=True)
-    assert np.isfinite(soundfile.read(tmp_path / "a.wav")[0]).all()
+    assert len(soundfile.read(tmp_path / "harp.wav")[0]) > 0
 
 
 def test_the_readme_is_filled_in_from_the_files() -> None:

@@ -13,10 +13,11 @@ import torch
 from fake_streamer import SAMPLE_RATE, FakeStreamer, VirtualClock
 from scipy import stats
 
+from lmd.checkpoint import read_header
 from lmd.config import preset
 from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import Instrument, open_instrument
+from lmd.instrument import SHIPPED, Instrument, open_instrument
 from lmd.play import soak
 from lmd.play.guard import Piece
 from lmd.play.pace import Ledger
@@ -193,4 +194,7 @@ def test_what_is_measured_is_what_a_player_would_play(
     assert main(["paced", "--json", str(path)]) == 0
     best = open_instrument()
     assert asked == [(best.source, best.controls(PROMPTS[0]), WallClock)]
-    assert json.loads(path.read_text())["n_steps"] == best.controls("").n_steps
+    told = json.loads(path.read_text())
+    assert told["n_steps"] == best.controls("").n_steps
+    assert told["sha256"] == read_header(SHIPPED / f"{best.source}.safetensors").sha256
+    assert open_instrument("random:tiny:0").sha256 is None

@@ -25,7 +25,7 @@ from lmd.evaluation.earlier import Earlier
 from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
 from lmd.evaluation.report import write_report
 from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
-from lmd.evaluation.run import BIN_S, Evaluation, OutOfTime, Sources
+from lmd.evaluation.run import BIN_S, VERSION, Evaluation, OutOfTime, Sources
 from lmd.evaluation.units import Table, Unit, planned
 from lmd.evaluation.workers import make_parts
 from lmd.machine import machine_dict, tune_allocator
@@ -41,8 +41,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--recogniser", type=Path, help="the listener's file (default: beside the weights)")
     add("--out", type=Path, default=Path("outputs/evaluation"), help="where the results go")
     add("--parts", type=Path, default=Path("outputs/evaluation/parts"), help="finished units")
-    add("--quick", action="store_true", help="the same as --budget quick: minutes, not hours")
-    add("--budget", choices=sorted(BUDGETS), default="full", help="how much is generated")
+    much = parser.add_mutually_exclusive_group()
+    words = "how much is generated"
+    much.add_argument("--budget", choices=sorted(BUDGETS), default="full", help=words)
+    words = "the same as --budget quick: minutes, not hours"
+    much.add_argument("--quick", action="store_const", const="quick", dest="budget", help=words)
     add("--methods", nargs="+", choices=[m.name for m in METHODS], help="only these")
     add("--cfg-scale", type=float, default=2.0, help="guidance of weights that are not ARC-Forced")
     add("--drift-seconds", type=float, metavar="S", help="length of the long streams")
@@ -75,14 +78,13 @@ def main(args: argparse.Namespace) -> int:
         random=args.random,
         device=args.device,
     )
-    name = "quick" if args.quick else args.budget
-    budget = with_long_streams(BUDGETS[name], args.drift_seconds, args.drift_steps)
+    budget = with_long_streams(BUDGETS[args.budget], args.drift_seconds, args.drift_steps)
     earlier = Earlier.read(args.extend, budget) if args.extend else None
     evaluation = Evaluation(sources, budget, args.cfg_scale)
     chosen = [m for m in METHODS if not args.methods or m.name in args.methods]
     timed = not args.no_timings
     measured = evaluate(evaluation, chosen, args.minutes, earlier, args.workers, timed)
-    result = {"budget": {"name": name, **asdict(budget)}, **measured}
+    result = {"budget": {"name": args.budget, **asdict(budget)}, **measured}
     print(write_report(result, args.out))
     return 0
 
@@ -133,6 +135,9 @@ def evaluate(
     ]
     absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
     units = planned([(m, sha256) for m, sha256 in present if sha256], evaluation.budget)
+    if earlier:
+        name = earlier.path.name
+        absent += [f"{unit}: in {name}, not asked for" for unit in earlier.beyond(units)]
     if n_workers > 1:
         new = [u for u in units if not (earlier and earlier_unit(earlier, evaluation, u))]
         sources, budget, cfg_scale = evaluation.sources, evaluation.budget, evaluation.cfg_scale
@@ -141,6 +146,7 @@ def evaluate(
     levels = {name: levels_of(seeds) for name, seeds in evaluation.drift_anchors().items()}
     corpus = Corpus(evaluation.sources.data)
     head = {
+        "version": VERSION,
         "machine": machine_dict(),
         "recogniser": {
             "sha256": evaluation.listener_header.sha256,
@@ -149,6 +155,7 @@ def evaluate(
         },
         "random_weights": bool(evaluation.sources.random),
         "reference_windows": evaluation.reference.windows,
+        "prompts": evaluation.prompts(),
         "corpus_hours": corpus.duration_s / 3600,
         "corpus_asked_hours": corpus.settings().get("hours"),
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
@@ -173,7 +180,7 @@ def evaluate(
             timings, why = None, "not asked for (--no-timings)"
             try:
                 if with_timings:
-                    timings = evaluation.speed(unit.method, unit.n_steps, unit.sha256)
+                    timings = evaluation.speed(unit.method, unit.n_steps)
             except OutOfTime:
                 why = f"no time left (--minutes {minutes:g})"
             if timings is None:

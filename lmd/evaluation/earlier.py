@@ -7,13 +7,14 @@ Timings belong to a machine and are never taken over.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lmd.errors import LmdError
 from lmd.evaluation.generation import Budget
+from lmd.evaluation.units import KINDS, Kind, Unit
 from lmd.machine import hardware
 
 ROUNDING = 0.01  # by which two machines' anchors may differ, as a share
@@ -82,13 +83,14 @@ class Earlier:
         """Hold what both must share against what was measured now.
 
         Args:
-            head: `recogniser`, `reference_windows` and `anchors` as measured now.
+            head: `version`, `recogniser`, `reference_windows` and `anchors` as measured now.
 
         Raises:
             LmdError: another recogniser, corpus, codec or way to measure.
         """
         todo = "Measure everything: leave --extend out."
         for theirs, ours, what in (
+            (self.result.get("version"), head["version"], "version of the measures"),
             (self.result["recogniser"]["sha256"], head["recogniser"]["sha256"], "recogniser"),
             (self.result["reference_windows"], head["reference_windows"], "reference windows"),
             (sorted(self.result["anchors"]), sorted(head["anchors"]), "anchors"),
@@ -103,6 +105,21 @@ class Earlier:
                 if not same and not (math.isnan(theirs) and math.isnan(ours)):
                     found = f"{self.path}: {level} {theirs:.4g} of {name!r}"
                     raise LmdError(found, f"{ours:.4g} within {ROUNDING:.0%}", todo)
+
+    def beyond(self, units: Sequence[Unit]) -> list[str]:
+        """What the file holds and `units` do not ask for."""
+        kinds: dict[str, list[Kind]] = {
+            "rows": ["primed" if row["primed"] else "silence" for row in self.result["rows"]],
+            "drift": ["drift"] * len(self.result["drift"]),
+            "fades": ["fade"] * len(self.result["fades"]),
+        }
+        theirs = [
+            f"{one['method']}, {one['n_steps']} steps, {KINDS[kind]}"
+            for table, all_kinds in kinds.items()
+            for one, kind in zip(self.result[table], all_kinds, strict=True)
+        ]
+        asked = {str(unit) for unit in units}
+        return [name for name in theirs if name not in asked]
 
     def row(self, wanted: Mapping[str, Any], n_seeds: int) -> dict[str, Any] | None:
         """The line of the table with these values and that many seeds, without its timings."""

@@ -65,9 +65,9 @@ class Budget:
     """How much is generated.
 
     Attributes:
-        n_clips: prompts, each from another held-out piece.
+        n_clips: prompts of a seed, each from another held-out rendition.
         n_blocks: blocks of a clip.
-        n_seeds: repetitions, each with other noise and other excerpts, of what the aims are judged
+        n_seeds: repetitions, each with other prompts and other noise, of what the aims are judged
             by: streams from silence in few steps.
         other_seeds: repetitions of every other line.
         steps: model calls per block, most first.
@@ -145,29 +145,29 @@ class Clip:
         return "BPM" in self.row.caption
 
 
-def choose_rows(rows: Sequence[Row], n: int, shortest_s: float) -> list[int]:
-    """Rows of one family each that are long enough, the families taking turns.
+def choose_rows(rows: Sequence[Row], n: int, shortest_s: float, seed: int) -> list[int]:
+    """Rows of one family each that are long enough: `n` for each seed, or all if there are fewer.
+
+    They are dealt out in one order of chance, so that seeds share none until all were dealt; after
+    the last comes the first again.
 
     Raises:
         LmdError: fewer than two such rows.
     """
-    waiting: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.family != "mixed" and row.duration_s >= shortest_s:
-            waiting.setdefault(row.family, []).append(index)
-    turns = [
-        (place, family, index)
-        for family, indices in waiting.items()
-        for place, index in enumerate(indices)
+    suited = [
+        index
+        for index, row in enumerate(rows)
+        if row.family != "mixed" and row.duration_s >= shortest_s
     ]
-    chosen = [index for *_, index in sorted(turns)][:n]
-    if len(chosen) < 2:
+    if len(suited) < 2:
         raise LmdError(
-            f"{len(chosen)} held-out pieces of one family and {shortest_s:.0f} s",
+            f"{len(suited)} held-out pieces of one family and {shortest_s:.0f} s",
             "at least 2",
             "Build more hours: python -m lmd data build --hours H.",
         )
-    return chosen
+    order = torch.randperm(len(suited), generator=generator(0, "evaluated rows")).tolist()
+    n = min(n, len(suited))
+    return [suited[order[(seed * n + k) % len(suited)]] for k in range(n)]
 
 
 def cut_clips(

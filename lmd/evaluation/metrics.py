@@ -5,6 +5,7 @@ Everything that is estimated comes with an interval. Taught in notebook 05_evalu
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,11 @@ from torch import Tensor
 from lmd.codec_training.losses import mel_matrix
 from lmd.codec_training.metrics import Mono, power
 from lmd.errors import LmdError
-from lmd.rng import derive_seed
 
 Embeddings = Float[np.ndarray, "sample size"]
 Probabilities = Float[np.ndarray, "clip label"]
 TOLERANCE = 1e-6  # of negative eigenvalues, relative to the largest
 LEVEL = 0.95  # of every interval
-FEWEST = 12  # embeddings to extrapolate from
 
 
 @dataclass(frozen=True)
@@ -101,34 +100,6 @@ def _not_negative(values: np.ndarray, *of: Gaussian) -> np.ndarray:
     return values.clip(0)
 
 
-def frechet_extrapolated(
-    embeddings: Embeddings, reference: Gaussian, seed: int = 0, n_sizes: int = 6, n_draws: int = 4
-) -> float:
-    """The distance at infinitely many samples: FD(n) is fitted as a + b/n, and a returned.
-
-    A small sample is always too far away, by about b/n. Sizes are even in 1/n from a third of the
-    sample to all of it; each is drawn `n_draws` times without replacement. With fewer samples than
-    the embedding has dimensions the law holds only roughly.
-
-    Raises:
-        LmdError: fewer than `FEWEST` embeddings.
-
-    Source: Chong & Forsyth, Effectively Unbiased FID, CVPR 2020.
-    """
-    n = len(embeddings)
-    if n < FEWEST:
-        raise LmdError(f"{n} embeddings", f"at least {FEWEST}", "Generate more.")
-    sizes = np.unique((1 / np.linspace(1 / n, 3 / n, n_sizes)).round().astype(int))
-    inverse, distances = [], []
-    for size in sizes:
-        for draw in range(n_draws if size < n else 1):
-            source = np.random.default_rng(derive_seed(seed, "frechet subset", int(size), draw))
-            chosen = source.choice(n, size, replace=False)
-            inverse.append(1 / size)
-            distances.append(frechet(gaussian(embeddings[chosen]), reference))
-    return float(np.polyfit(inverse, distances, 1)[1])
-
-
 def typicality(embeddings: Embeddings, reference: Gaussian) -> Float[np.ndarray, " sample"]:
     """How far each embedding lies from real music: mean squared Mahalanobis distance per dimension.
 
@@ -159,6 +130,23 @@ def mean_interval(values: np.ndarray | list[float]) -> Interval:
         return Interval(mean, -math.inf, math.inf, 1)
     half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return Interval(mean, mean - float(half), mean + float(half), len(x))
+
+
+def jackknife(whole: float, without: Sequence[float]) -> Interval:
+    """What a distance would be with endless samples, from groups of samples that are independent.
+
+    Args:
+        whole: the distance of all groups together.
+        without: that of all but one, for each group.
+
+    Returns:
+        The mean of n · whole − (n − 1) · without, with Student's interval of it: where the straight
+        line in 1 / n through both ends. nan with fewer than two groups.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
+    """
+    n = len(without)
+    return mean_interval([n * whole - (n - 1) * each for each in without] if n > 1 else [])
 
 
 def slope(times_s: np.ndarray, values: Float[np.ndarray, "stream time"]) -> Interval:

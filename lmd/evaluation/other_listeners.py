@@ -59,26 +59,35 @@ def _openl3() -> Listener:
     return Listener("distance", 48_000, hear)
 
 
+def stretches(wave: np.ndarray, size: int) -> list[np.ndarray]:
+    """All whole stretches of `size` samples; a wave that is shorter as it is."""
+    whole = [wave[k : k + size] for k in range(0, len(wave) - size + 1, size)]
+    return whole or [wave]
+
+
 def _passt() -> Listener:
-    """Probabilities of AudioSet's 527 labels, mean over stretches of ten seconds."""
+    """Probabilities of AudioSet's 527 labels, mean over whole stretches of ten seconds."""
     model = import_module("hear21passt.base").get_basic_model(mode="logits").eval()
 
     @torch.no_grad()
     def hear(wave: np.ndarray) -> np.ndarray:
-        parts = torch.from_numpy(wave).split(320_000)
-        whole = [part for part in parts if len(part) >= 16_000] or parts
-        return torch.stack([model(part[None])[0].softmax(-1) for part in whole]).mean(0).numpy()
+        parts = map(torch.from_numpy, stretches(wave, 10 * 32_000))
+        return torch.stack([model(part[None])[0].softmax(-1) for part in parts]).mean(0).numpy()
 
     return Listener("tags", 32_000, hear)
 
 
 def _clap() -> Listener:
-    """Sound and text in one space."""
+    """Sound and text in one space; the sound is the mean over whole stretches of ten seconds.
+
+    Longer than that, the package would hear a stretch of its own random choice.
+    """
     model = import_module("laion_clap").CLAP_Module(enable_fusion=False)
     model.load_ckpt()
 
     def hear(wave: np.ndarray) -> np.ndarray:
-        return model.get_audio_embedding_from_data(x=wave[None], use_tensor=False)[0]
+        parts = np.stack(stretches(wave, 10 * 48_000))
+        return model.get_audio_embedding_from_data(x=parts, use_tensor=False).mean(0)
 
     def read(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(model.get_text_embedding(list(texts), use_tensor=False), np.float64)

@@ -125,7 +125,7 @@ def _warning(result: Mapping[str, Any]) -> list[str]:
 
 def _setting(result: Mapping[str, Any]) -> str:
     """What was done, in words."""
-    budget, machine = result["budget"], result["machine"]
+    budget, machine, prompts = result["budget"], result["machine"], result["prompts"]
     real = result["anchors"]["real"]
     fewer = ""
     if budget["other_seeds"] < budget["n_seeds"]:
@@ -134,15 +134,19 @@ def _setting(result: Mapping[str, Any]) -> str:
             f"{FEW_STEPS} steps)"
         )
     return (
-        f"Budget `{budget['name']}`: {real['clips']} prompts of held-out pieces × "
-        f"{budget['n_seeds']} seeds{fewer}, clips of {result['clip_s']:.1f} s in blocks of "
-        f"{budget['block_frames']} frames. Values are means over seeds with Student's 95 % "
-        "intervals, wide where seeds are few. "
+        f"Budget `{budget['name']}`: {real['clips']} prompts × {budget['n_seeds']} seeds{fewer}, "
+        f"of {prompts['renditions']} renditions of {prompts['pieces']} held-out pieces, clips of "
+        f"{result['clip_s']:.1f} s in blocks of {budget['block_frames']} frames. ED is "
+        "enc-dec, BC block-causal, AF after distillation and ARC-Forcing; naive computes the whole "
+        "window at every step. Values are means over seeds with Student's 95 % intervals, wide "
+        "where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
-        f"{result['reference_windows']} of held-out music, in the embedding of the recogniser "
-        f"{result['recogniser']['sha256'][:8]}, which knows this corpus and nothing else; compare "
-        "it within a column only, for with so few windows most of it is the size of the sample. "
-        "FD∞: all seeds together, extrapolated to endless samples. KL: "
+        f"{result['reference_windows']} of other held-out pieces, in the embedding of the "
+        f"recogniser {result['recogniser']['sha256'][:8]}, which knows this corpus and nothing "
+        "else; compare it within a column only, for with so few windows most of it is the size of "
+        "the sample. "
+        "FD∞: all seeds together, extrapolated to endless samples (the jackknife over seeds; of "
+        "three seeds a wide guess); real music gets what lies between these pieces and those. KL: "
         "families heard in the real piece against those heard in the clip, nats (for real music: "
         "in another excerpt of the piece). Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}{_kept(result)}"
@@ -267,7 +271,9 @@ def _drift_table(
         return ["No long streams were made."]
     lines = [
         "Long streams: mean distance from real music, then changes per minute with their 95 % "
-        "intervals over streams (**bold**: differs from 0).",
+        "intervals over streams (**bold**: differs from 0). This distance is defined for a single "
+        "window, not FD: squared, in units of the reference's covariance, per dimension; 1 is what "
+        "held-out music has on average.",
         "",
         "| | steps | seconds | streams | distance from real | "
         f"{' | '.join(f'{words}, a minute' for words in DRIFT_WORDS.values())} |",
@@ -312,9 +318,11 @@ def _order_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         same = "yes" if (more.mean > 0) == (theirs[1] > theirs[0]) else "no"
         if more.low <= 0 <= more.high:
             same = "undecided"
+        asked, had = (first[1], second[1]), (nearer["n_steps"], farther["n_steps"])
+        steps = "" if asked == had else f" (with {asked[0]} and {asked[1]} steps)"
         lines.append(
             f"| {name_of(nearer)} than {name_of(farther)} "
-            f"| {theirs[0]:.3g} against {theirs[1]:.3g} "
+            f"| {theirs[0]:.3g} against {theirs[1]:.3g}{steps} "
             f"| nearer by {told(asdict(more))} | {same} |"
         )
     return [*lines, ""] if len(lines) > 2 else []
@@ -337,6 +345,9 @@ def _command(result: Mapping[str, Any]) -> str:
     words += [f"--cfg-scale {scale:g}" for scale in guided]
     if len(methods) < len(METHODS):
         words += ["--methods", *methods]
+    names = {row["sha256"].removeprefix("random-") for row in methods.values()}
+    if result["random_weights"]:
+        words += ["--random", *names]
     return " ".join(words)
 
 

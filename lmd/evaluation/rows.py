@@ -8,12 +8,11 @@ import numpy as np
 
 from lmd.evaluation.judge import Measured
 from lmd.evaluation.metrics import (
-    FEWEST,
     Gaussian,
     Interval,
     frechet,
-    frechet_extrapolated,
     gaussian,
+    jackknife,
     kl_divergence,
     mean_interval,
     slope,
@@ -68,11 +67,14 @@ def row_of(
         reference: held-out music.
 
     Returns:
-        Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at this sample size), `kl`
+        Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at one seed's sample size), `kl`
         (nats, real against found), `family` and `tempo` (shares recognised), and the means of the
-        measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed.
+        measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed,
+        `pooled` (see `pooled_distances`).
     """
     embeddings = [flat(one) for one in seeds]
+    pooled = pooled_distances(embeddings, reference.gaussian)
+    together = pooled.get(str(len(seeds)), {"all": float("nan"), "without": []})
     kl = [kl_divergence(t.real.family, one.family) for one, t in zip(seeds, truths, strict=True)]
     pairs = list(zip(seeds, truths, strict=True))
     values = {
@@ -85,13 +87,14 @@ def row_of(
     return {
         "windows": len(embeddings[0]),
         "clips": len(seeds[0].family),
-        "fd_infinite": extrapolated(np.concatenate(embeddings), reference.gaussian),
+        "fd_infinite": asdict(jackknife(together["all"], together["without"])),
         **{name: asdict(mean_interval(value)) for name, value in values.items()},
         "others": {
             name: asdict(mean_interval(value))
             for name, value in other_values(pairs, reference).items()
         },
         "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
+        "pooled": pooled,
     }
 
 
@@ -120,10 +123,23 @@ def other_values(
     return values
 
 
-def extrapolated(embeddings: np.ndarray, reference: Gaussian) -> float:
-    """`frechet_extrapolated`; nan for a sample that is too small for it."""
-    enough = len(embeddings) >= FEWEST
-    return frechet_extrapolated(embeddings, reference) if enough else float("nan")
+def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[str, dict[str, Any]]:
+    """Fréchet distances of the first 2, 3, … seeds together, so that lines can be compared.
+
+    Returns:
+        By the number of seeds: `all` of them together, and `without` each of them.
+    """
+
+    def distance(some: Sequence[np.ndarray]) -> float:
+        return frechet(gaussian(np.concatenate(some)), reference)
+
+    return {
+        str(n): {
+            "all": distance(seeds[:n]),
+            "without": [distance([*seeds[:k], *seeds[k + 1 : n]]) for k in range(n)],
+        }
+        for n in range(2, len(seeds) + 1)
+    }
 
 
 def flat(measured: Measured) -> np.ndarray:

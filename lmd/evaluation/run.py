@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,13 +39,13 @@ from lmd.evaluation.other_listeners import open_listeners
 from lmd.evaluation.recogniser import load_recogniser
 from lmd.evaluation.rows import Reference, Truths, row_of
 from lmd.instrument import Instrument, open_instrument
-from lmd.machine import hardware, machine_dict, pick_device
+from lmd.machine import hardware, machine_dict
 
-VERSION = 2  # of the parts on disk
+VERSION = 3  # of what is generated and how it is measured
 MADE_ON = "made_on"  # in a part: the hardware
 BIN_S = 10.0
 FADE_BLOCKS = 12
-FADE_CLIPS = 8
+FADES = 4
 CONTEXT_FRAMES = 192  # that a primed stream hears first
 SPEED_REPEATS = 3
 TIMINGS = ("ttff_ms", "dit_ms", "decode_ms", "rtf")
@@ -142,8 +142,7 @@ class Evaluation:
         self.n_samples = budget.n_blocks * block - self.codec.lookahead_frames * hop
         self.joins = [k * block for k in range(1, budget.n_blocks)]
         self.context_samples = CONTEXT_FRAMES * hop
-        shortest_s = (self.context_samples + self.n_samples) / self.codec.sample_rate
-        self.chosen = choose_rows(self.corpus.rows, budget.n_clips, shortest_s)
+        self.shortest_s = (self.context_samples + self.n_samples) / self.codec.sample_rate
         self.parts = Parts(self.sources.parts, self._key())
         self._instrument: tuple[str, Instrument] | None = None
 
@@ -185,9 +184,21 @@ class Evaluation:
             self._instrument = (source, open_instrument(source, device=self.sources.device))
         return self._instrument[1]
 
+    def chosen(self, n: int, seed: int) -> list[int]:
+        """The held-out rows that a seed's prompts come from."""
+        return choose_rows(self.corpus.rows, n, self.shortest_s, seed)
+
     def clips(self, seed: int) -> list[Clip]:
         """The prompts, contexts and continuations of a seed."""
-        return cut_clips(self.corpus, self.chosen, self.context_samples, self.n_samples, seed)
+        chosen = self.chosen(self.budget.n_clips, seed)
+        return cut_clips(self.corpus, chosen, self.context_samples, self.n_samples, seed)
+
+    def prompts(self) -> dict[str, int]:
+        """How many renditions the prompts of all seeds come from, and of how many pieces."""
+        seeds = range(self.budget.n_seeds)
+        used = {index for seed in seeds for index in self.chosen(self.budget.n_clips, seed)}
+        pieces = {self.corpus.rows[index].piece_id for index in used}
+        return {"renditions": len(used), "pieces": len(pieces)}
 
     @cached_property
     def truths(self) -> list[Truths]:
@@ -223,7 +234,7 @@ class Evaluation:
 
     @cached_property
     def reference(self) -> Reference:
-        """Held-out music, test and validation pieces."""
+        """Held-out music of one family each, as the prompts are, but of the validation pieces."""
         kept = self.embed_reference()
         others = {name: gaussian(points) for name, points in others_in(kept).items()}
         return Reference(gaussian(kept["embedding"]), len(kept["embedding"]), others)
@@ -234,17 +245,23 @@ class Evaluation:
         def embed() -> dict[str, np.ndarray]:
             found: dict[str, list[np.ndarray]] = {"embedding": []}
             distances = {n: x for n, x in self.judge.listeners.items() if x.kind == "distance"}
-            for split in ("test", "validation"):
-                corpus = Corpus(self.sources.data, split)
-                shown = tqdm(corpus.rows, desc=f"{split} music", mininterval=2)
-                for index, row in enumerate(shown):
-                    n = min(row.n_samples, round(self.budget.reference_s * row.sample_rate))
-                    start = (row.n_samples - n) // 2
-                    wave = torch.from_numpy(corpus.wave(index, start, n)).mean(0)
-                    found["embedding"].append(self.judge.embed(wave)[0])
-                    for name, listener in distances.items():
-                        heard = listener.hear(wave, row.sample_rate)
-                        found.setdefault(f"{OTHER}{name}", []).append(heard)
+            corpus = Corpus(self.sources.data, "validation")
+            for index, row in enumerate(tqdm(corpus.rows, desc="reference", mininterval=2)):
+                if row.family == "mixed":
+                    continue
+                n = min(row.n_samples, round(self.budget.reference_s * row.sample_rate))
+                start = (row.n_samples - n) // 2
+                wave = torch.from_numpy(corpus.wave(index, start, n)).mean(0)
+                found["embedding"].append(self.judge.embed(wave)[0])
+                for name, listener in distances.items():
+                    heard = listener.hear(wave, row.sample_rate)
+                    found.setdefault(f"{OTHER}{name}", []).append(heard)
+            if not found["embedding"]:
+                raise LmdError(
+                    "no validation piece played by one family",
+                    "some, to be compared with",
+                    "Build more hours: python -m lmd data build --hours H.",
+                )
             return {name: np.concatenate(parts) for name, parts in found.items()}
 
         return self.parts.arrays("reference", embed)
@@ -298,24 +315,22 @@ class Evaluation:
         begins = "primed" if primed else "silence"
         return self.measured(f"{part_name(method, sha256, controls)}-{begins}-{seed}", play)
 
-    def speed(self, method: Method, n_steps: int, sha256: str) -> dict[str, Any]:
-        """Timings of a method, one stream alone, with intervals over repetitions; kept on disk."""
+    def speed(self, method: Method, n_steps: int) -> dict[str, Any]:
+        """Timings of a method, one stream alone, with intervals over repetitions; never kept.
+
+        Raises:
+            OutOfTime: there is no time left to take them.
+        """
         controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
 
-        def time_it() -> dict[str, np.ndarray]:
-            streamer = self.instrument(method.weights).streamer
-            found = measure_speed(streamer, controls, self.budget.speed_blocks)
-            return {name: np.array(value) for name, value in found.items()}
-
-        where = pick_device(self.sources.device).type
-        where = f"{torch.get_num_threads()}threads" if where == "cpu" else where
-        how = f"speed{self.budget.speed_blocks}-{where}"
-        name = f"{part_name(method, sha256, controls)}-{how}"
-        kept = [self.parts.arrays(f"{name}-{k}", time_it) for k in range(SPEED_REPEATS)]
+        if time.monotonic() > self.parts.until_s:
+            raise OutOfTime(f"timings of {method.name}")
+        streamer, n = self.instrument(method.weights).streamer, self.budget.speed_blocks
+        found = [measure_speed(streamer, controls, n) for _ in range(SPEED_REPEATS)]
         return {
-            "evaluations": int(kept[0]["evaluations"]),
-            "load": max(float(one["load"]) for one in kept),
-            **{each: asdict(mean_interval([float(one[each]) for one in kept])) for each in TIMINGS},
+            "evaluations": int(found[0]["evaluations"]),
+            "load": max(one["load"] for one in found),
+            **{each: asdict(mean_interval([one[each] for one in found])) for each in TIMINGS},
         }
 
     def drift(self, method: Method, sha256: str, n_steps: int) -> list[dict[str, np.ndarray]]:
@@ -329,18 +344,15 @@ class Evaluation:
         """The long streams of one seed."""
         budget = self.budget
         controls = controls_for(method, n_steps, budget, seed, self.cfg_scale)
-        first = seed * budget.drift_clips
-        places = [k % len(self.chosen) for k in range(first, first + budget.drift_clips)]
-        captions = [self.corpus.rows[index].caption for index in self.chosen]
+        prompts = [self.corpus.rows[i].caption for i in self.chosen(budget.drift_clips, seed)]
 
         def follow() -> dict[str, np.ndarray]:
             streamer = self.instrument(method.weights).streamer
-            prompts = [captions[place] for place in places]
             waves = long_stream(streamer, prompts, controls, budget.drift_s)
             return drift(self.judge, waves, self.reference.gaussian, BIN_S)
 
         name = f"drift-{part_name(method, sha256, controls)}"
-        size = f"{budget.drift_s:g}s-prompts{places[0]}to{places[-1]}"
+        size = f"{budget.drift_s:g}s-{budget.drift_clips}"
         return self.parts.arrays(f"{name}-{size}-{seed}", follow)
 
     def drift_anchors(self) -> dict[str, list[dict[str, np.ndarray]]]:
@@ -369,8 +381,7 @@ class Evaluation:
 
     def fade(self, method: Method, sha256: str) -> dict[str, Any]:
         """How the recogniser's belief goes from the first prompt's family to the second's."""
-        clips = self.clips(0)[:FADE_CLIPS]
-        pairs = list(zip(clips[::2], clips[1::2], strict=False))
+        pairs = pairs_of(self.clips(0))[:FADES]
         n_steps = self.budget.drift_steps[0]
         controls = controls_for(method, n_steps, self.budget, 0, self.cfg_scale)
 
@@ -402,6 +413,18 @@ def part_name(method: Method, sha256: str, controls: Controls) -> str:
     """Of a unit: everything about the playing that its measures depend on."""
     how = f"{controls.n_steps}-{controls.sampler}-cfg{controls.cfg_scale:g}"
     return f"{method.name}-{sha256[:8]}-{how}"
+
+
+def pairs_of(clips: Sequence[Clip]) -> list[tuple[Clip, Clip]]:
+    """Each clip with the next that is free and of another family."""
+    pairs, free = [], list(clips)
+    while free:
+        first = free.pop(0)
+        second = next((clip for clip in free if clip.row.family != first.row.family), None)
+        if second is not None:
+            free.remove(second)
+            pairs.append((first, second))
+    return pairs
 
 
 def real_waves(clips: list[Clip]) -> Waves:

@@ -160,8 +160,9 @@ def live(root: Path, _: str) -> str:
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             waits = ", waits skipped" if found["waits_skipped"] else ""
+            weights = f"`{found['source']}` {(found.get('sha256') or '')[:8]}".rstrip()
             where = (
-                f"`{found['source']}`, {found['n_steps']} steps, seam {found['seam']}{waits}, "
+                f"{weights}, {found['n_steps']} steps, seam {found['seam']}{waits}, "
                 f"{found['machine']['cpu']}"
             )
             rows += [[*row, where] for row in words(found)]
@@ -185,7 +186,9 @@ def _flat(found: dict[str, Any]) -> list[list[str]]:
         f"a block costs {found['cost_second_half_to_first']:.3f} times as much in the second half"
     )
     drift = f"per minute {found['rss_mb_per_minute']:+.3f} MB of memory, {level} dB of level"
-    return [[what, f"{cost}; {drift}, {centroid} Hz of brightness (95 %)"]]
+    slider = found["meters"]["latency_p50_ms"] / 1e3
+    heard = f"a slider is heard after {slider:.1f} s (median) with the queue of two blocks"
+    return [[what, f"{cost}; {drift}, {centroid} Hz of brightness (95 %); {heard}"]]
 
 
 def _latency(found: dict[str, Any]) -> list[list[str]]:

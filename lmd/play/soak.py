@@ -148,7 +148,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result = latency(instrument, controls, args.changes, clock)
     else:
         result = stalls(instrument, controls, clock)
-    about = {"source": instrument.source, "preset": instrument.preset.name, **asdict(controls)}
+    about = {"source": instrument.source, "sha256": instrument.sha256}
+    about |= {"preset": instrument.preset.name, **asdict(controls)}
     about |= {"clock": clock.__name__, "waits_skipped": skips}
     about |= {"load_at_end": psutil.getloadavg()[0], "machine": machine_dict()}
     return {"what": args.what, **about, **result}
