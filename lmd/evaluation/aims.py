@@ -35,7 +35,7 @@ def aims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in often:
             if (row["method"], row["n_steps"]) == AS_SHIPPED:
                 judged["as shipped"] = row
-        found.append(_near_the_floor(best, anchors["codec"], result["recogniser"]["embedding"]))
+        found += _near_the_floor(best, anchors["codec"], result["recogniser"]["embedding"])
         for words, row in judged.items():
             found += [_family(row, words, anchors["real"]), _in_key(row, words, anchors["real"])]
     found += [_drift_aim(row) for row in result["drift"] if row["method"].endswith("+AF")]
@@ -78,16 +78,27 @@ def _forcing_helps(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
     }
 
 
-def _near_the_floor(best: Line, codec: Line, embedding: int) -> dict[str, Any]:
+def _near_the_floor(best: Line, codec: Line, embedding: int) -> list[dict[str, Any]]:
+    """Twice: at the size of this sample, and extrapolated, where the floor itself is lower."""
     enough = best["windows"] * best["fd"]["n"] >= 2 * embedding
-    distance, floor = best["fd_infinite"], codec["fd_infinite"]
-    told = [f"{x['mean']:.3g} ({x['low']:.3g} – {x['high']:.3g})" for x in (distance, floor)]
-    return {
-        "aim": "FD∞ of the best streamed method within twice the codec floor's",
-        "found": f"{told[0]} against {told[1]} ({name_of(best)})"
-        + ("" if enough else ", of too few windows to say"),
-        "met": distance["mean"] <= 2 * floor["mean"] if enough else None,
-    }
+    n = str(best["fd"]["n"])
+    ours, floor = (x["pooled"][n]["all"] if n in x["pooled"] else math.nan for x in (best, codec))
+    endless = [x["fd_infinite"] for x in (best, codec)]
+    told = [f"{x['mean']:.3g} ({x['low']:.3g} – {x['high']:.3g})" for x in endless]
+    words = f"({name_of(best)})" + ("" if enough else ", of too few windows to say")
+    aim = "of the best streamed method within twice the codec floor's"
+    return [
+        {
+            "aim": f"FD {aim}, all seeds' clips together",
+            "found": f"{ours:.3g} against {floor:.3g} {words}",
+            "met": ours <= 2 * floor if enough else None,
+        },
+        {
+            "aim": f"FD∞ {aim}",
+            "found": f"{told[0]} against {told[1]} {words}",
+            "met": endless[0]["mean"] <= 2 * endless[1]["mean"] if enough else None,
+        },
+    ]
 
 
 def _family(row: Line, words: str, real: Line) -> dict[str, Any]:
