@@ -37,8 +37,7 @@ from lmd.machine import (
 )
 from lmd.oobleck import OobleckCodec, random_codec
 from lmd.packed import fastest_layout, is_packed, pack
-from lmd.panels import use_panels
-from lmd.spectral import SpectralCodec
+from lmd.spectral import SpectralCodec, decode_in_panels
 from lmd.stream import Block, Streamer, StreamState
 from lmd.text import HashTextEncoder
 
@@ -123,8 +122,8 @@ def measure(args: argparse.Namespace) -> dict:
     n_tokens = args.block_frames + 1
     layout = "plain" if args.no_pack or args.compile else fastest_layout(model, n_tokens)
     pack(model, layout, n_tokens)
-    if layout == "panels" and isinstance(codec, SpectralCodec):
-        use_panels(codec.decoder)  # as instruments do
+    if layout == "panels":
+        decode_in_panels(codec)  # as instruments do
     trim_memory()
     tune_allocator()
     text = HashTextEncoder(chosen.text.n_tokens, chosen.dit.text_dim)

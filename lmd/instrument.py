@@ -22,10 +22,10 @@ from lmd.errors import LmdError
 from lmd.machine import pick_device
 from lmd.oobleck import random_codec
 from lmd.packed import pack
-from lmd.panels import can_use_panels, use_panels
+from lmd.panels import can_use_panels
 from lmd.rng import derive_seed, normal
 from lmd.shapes import Latents, Wave
-from lmd.spectral import SpectralCodec
+from lmd.spectral import SpectralCodec, decode_in_panels
 from lmd.stream import Streamer
 from lmd.text import Prompt, build_text_encoder
 
@@ -67,15 +67,15 @@ class Instrument:
     @property
     def kind(self) -> str | None:
         """`arc`, `finetuned` or `base`; None for random weights."""
-        return self.source.rpartition(":")[2] if self.is_trained else None
+        return _place(self.source)[1] if self.is_trained else None
 
     @property
     def sha256(self) -> str | None:
         """Digest of the weights that play, as on their card; None for random ones."""
         if not self.is_trained:
             return None
-        folder, _, kind = self.source.rpartition(":")
-        return read_header((Path(folder) if folder else SHIPPED) / f"{kind}.safetensors").sha256
+        folder, kind = _place(self.source)
+        return read_header(folder / f"{kind}.safetensors").sha256
 
     @property
     def description(self) -> str:
@@ -140,15 +140,21 @@ def open_instrument(
         source = _best(preset(preset_name))
     if source.startswith("random:"):
         return _instrument(_random(source), source, place, is_trained=False)
-    folder, _, kind = source.rpartition(":")
+    folder, kind = _place(source)
     if kind not in MODEL_KINDS:
         raise LmdError(
             f"source {source!r}",
             f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED",
             "Pick one of these.",
         )
-    bundle = load_bundle(Path(folder) if folder else SHIPPED, kind)
+    bundle = load_bundle(folder, kind)
     return _instrument(bundle, source, place, is_trained=True)
+
+
+def _place(source: str) -> tuple[Path, str]:
+    """Folder and kind of `FOLDER:KIND`, or of a shipped kind."""
+    folder, _, kind = source.rpartition(":")
+    return Path(folder) if folder else SHIPPED, kind
 
 
 def _instrument(parts: Bundle, source: str, device: torch.device, is_trained: bool) -> Instrument:
@@ -158,8 +164,7 @@ def _instrument(parts: Bundle, source: str, device: torch.device, is_trained: bo
     codec.to(device)
     if device.type == "cpu" and can_use_panels():
         pack(parts.model, layout="panels")
-        if isinstance(codec, SpectralCodec):
-            use_panels(codec.decoder)
+        decode_in_panels(codec)
     streamer = Streamer(parts.model, parts.codec, parts.text, parts.preset.window)
     return Instrument(streamer, parts.preset, source, is_trained)
 

@@ -1,5 +1,6 @@
 """A codec's model card, made from its header, its measured scores and a transformer's trial."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def codec_card(weights: Path, scores: dict[str, Any], learner: Path | None = Non
             f"those of {weights.name}, {header.sha256[:12]}",
             "Measure again: python -m lmd train codec --evaluate FILE --json FILE.",
         )
+    learned, trial = list[str](), ""
+    if learner is not None:
+        notes = _learner_notes(weights, learner)
+        learned, trial = _learned(learner, notes["hardware"]), notes["command"]
     return "\n".join(
         [
             f"# {weights.stem}",
@@ -56,7 +61,7 @@ def codec_card(weights: Path, scores: dict[str, Any], learner: Path | None = Non
             "|---|---|",
             *_facts(header, weights),
             *_speed(scores),
-            *_learned(weights, learner),
+            *learned,
             "",
             f"Held-out pieces of `{scores['data']}` (split by piece), "
             f"{scores['minutes']:.1f} minutes, against the input:",
@@ -65,7 +70,7 @@ def codec_card(weights: Path, scores: dict[str, Any], learner: Path | None = Non
             "",
             "SI-SDR is low by design: the phase is made up, not sent.",
             "",
-            *_commands(header, scores.get("hours"), learner),
+            *_commands(header, scores.get("hours"), learner, trial),
         ]
     )
 
@@ -113,11 +118,9 @@ def _speed(scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def _learned(codec: Path, learner: Path | None) -> list[str]:
-    """What a transformer learned of these latents in half an hour."""
-    if learner is None:
-        return []
-    machine, log = _learner_notes(codec, learner)["hardware"], run_log(learner)
+def _learned(learner: Path, machine: Mapping[str, Any]) -> list[str]:
+    """What a transformer learned of these latents in half an hour, and on what."""
+    log = run_log(learner)
     minutes = log["seconds"] / 60
     if minutes.max() < HALF_HOUR:
         raise LmdError(
@@ -154,8 +157,11 @@ def _preset(header: Header) -> str:
     return next(name for name, sizes in PRESETS.items() if sizes.codec == header.config)
 
 
-def _commands(header: Header, hours: float | None, learner: Path | None) -> list[str]:
-    """How to make it again; `hours`: of the corpus, where it was rendered."""
+def _commands(header: Header, hours: float | None, learner: Path | None, trial: str) -> list[str]:
+    """How to make it again.
+
+    `hours`: of the corpus, where it was rendered; `trial`: the command that made the `learner`.
+    """
     plan, settings = header.notes["plan"], header.notes["data"]["settings"]
     is_own_music = settings.get("kind") == "audio"
     build = "--audio FOLDER" if is_own_music else f"--seed {settings.get('seed', 0)}"
@@ -171,10 +177,7 @@ def _commands(header: Header, hours: float | None, learner: Path | None) -> list
         train += " --encoder data/pretrained/codec.safetensors"
     learn, learned = [], ""
     if learner is not None:
-        learn = [
-            "python -m lmd data encode --data data/corpus",
-            read_header(learner / "base.safetensors").notes["command"],
-        ]
+        learn = ["python -m lmd data encode --data data/corpus", trial]
         learned = f" --learner {learner.as_posix()}"
     return [
         "Made by (the last start; a run may be stopped and go on):",

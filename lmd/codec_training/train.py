@@ -20,9 +20,8 @@ from lmd.config import SpectralCodecConfig, preset
 from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, pick_device, tune_allocator
-from lmd.panels import use_panels
 from lmd.rng import derive_seed
-from lmd.spectral import SpectralCodec
+from lmd.spectral import SpectralCodec, decode_in_panels
 from lmd.training.trainer import AtomicCheckpointIO
 
 Precision = Literal["32-true", "bf16-mixed"]
@@ -139,8 +138,7 @@ def measure(args: argparse.Namespace) -> int:
     """
     header, corpus = read_header(args.evaluate), Corpus(args.data, "test")
     codec = load_codec(args.evaluate)
-    if isinstance(codec, SpectralCodec):
-        use_panels(codec.decoder)
+    decode_in_panels(codec)
     result = evaluate(codec, corpus, args.hours)
     result |= {"sha256": header.sha256, "data": args.data.name, "machine": machine_dict()}
     result["hours"] = corpus.settings().get("hours")

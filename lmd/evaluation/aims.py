@@ -5,7 +5,7 @@ all their clips together, extrapolated to endless samples, with the jackknife's 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmd.evaluation.generation import FEW_STEPS
@@ -59,14 +59,25 @@ def name_of(row: Line) -> str:
     return f"{row['method']}, {row['n_steps']} steps{', primed' if row['primed'] else ''}"
 
 
-def _forcing_helps(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
-    """Whether ARC-Forced weights have a lower FD∞ at all steps up to `FEW_STEPS`."""
+def _before_and_after(streamed: Sequence[Line], regime: str) -> Iterator[tuple[int, Line, Line]]:
+    """Steps up to `FEW_STEPS`, fewest first, and a regime's lines without and with ARC-Forcing."""
     by_name = {(row["method"], row["n_steps"]): row for row in streamed}
-    told, signs = [], []
     for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= FEW_STEPS}):
         before, after = (by_name.get((name, n_steps)) for name in (regime, f"{regime}+AF"))
-        if before is None or after is None:
-            continue
+        if before is not None and after is not None:
+            yield n_steps, before, after
+
+
+def _share(interval: Mapping[str, float]) -> str:
+    """A share with its interval, cut to what is possible."""
+    low, high = max(0.0, interval["low"]), min(1.0, interval["high"])
+    return f"{interval['mean']:.1%} ({low:.1%} – {high:.1%})"
+
+
+def _forcing_helps(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
+    """Whether ARC-Forced weights have a lower FD∞ at all steps up to `FEW_STEPS`."""
+    told, signs = [], []
+    for n_steps, before, after in _before_and_after(streamed, regime):
         change = difference(before, after)
         told.append(f"{n_steps} steps {change.mean:+.3g} ({change.low:.3g} – {change.high:.3g})")
         signs.append(change.high < 0)
@@ -103,11 +114,9 @@ def _near_the_floor(best: Line, codec: Line, embedding: int) -> list[dict[str, A
 
 def _family(row: Line, words: str, real: Line) -> dict[str, Any]:
     share = row["family"]
-    low, high = max(0.0, share["low"]), min(1.0, share["high"])
     return {
         "aim": f"its prompts' instrument family recognised in at least 90 %: {words}",
-        "found": f"{share['mean']:.1%} ({low:.1%} – {high:.1%}) with {name_of(row)} "
-        f"(real music: {real['family']['mean']:.1%})",
+        "found": f"{_share(share)} with {name_of(row)} (real music: {real['family']['mean']:.1%})",
         "met": share["mean"] >= 0.9,
     }
 
@@ -123,10 +132,9 @@ def _in_key(row: Line, words: str, real: Line) -> dict[str, Any]:
 
 def _tempo(row: Line, words: str, anchors: Mapping[str, Line]) -> dict[str, Any]:
     share, chance = row["tempo"], anchors["other prompts"]["tempo"]["mean"]
-    low, high = max(0.0, share["low"]), min(1.0, share["high"])
     return {
         "aim": f"its prompts' tempo recognised more often than other prompts' (95 %): {words}",
-        "found": f"{share['mean']:.1%} ({low:.1%} – {high:.1%}) with {name_of(row)} (real music: "
+        "found": f"{_share(share)} with {name_of(row)} (real music: "
         f"{anchors['real']['tempo']['mean']:.1%}, by other prompts {chance:.1%})",
         "met": None if math.isnan(share["mean"] + chance) else share["low"] > chance,
     }
@@ -134,12 +142,9 @@ def _tempo(row: Line, words: str, anchors: Mapping[str, Line]) -> dict[str, Any]
 
 def _key_is_kept(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
     """Whether ARC-Forced weights play as many notes in the key: intervals that do not part."""
-    by_name = {(row["method"], row["n_steps"]): row["key_share"] for row in streamed}
     told, kept = [], []
-    for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= FEW_STEPS}):
-        before, after = (by_name.get((name, n_steps)) for name in (regime, f"{regime}+AF"))
-        if before is None or after is None:
-            continue
+    for n_steps, *rows in _before_and_after(streamed, regime):
+        before, after = (row["key_share"] for row in rows)
         told.append(f"{n_steps} steps {before['mean']:.1%} → {after['mean']:.1%}")
         kept.append(after["high"] >= before["low"])
     return {

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lmd.errors import LmdError
 from lmd.evaluation.generation import Budget
-from lmd.evaluation.units import KINDS, Kind, Unit
+from lmd.evaluation.units import Kind, Unit, unit_name
 from lmd.machine import hardware
 
 ROUNDING = 0.01  # by which two machines' anchors may differ, as a share
@@ -114,7 +114,7 @@ class Earlier:
             "fades": ["fade"] * len(self.result["fades"]),
         }
         theirs = [
-            f"{one['method']}, {one['n_steps']} steps, {KINDS[kind]}"
+            unit_name(one["method"], one["n_steps"], kind)
             for table, all_kinds in kinds.items()
             for one, kind in zip(self.result[table], all_kinds, strict=True)
         ]

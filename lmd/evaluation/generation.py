@@ -145,6 +145,11 @@ class Clip:
         return "BPM" in self.row.caption
 
 
+def of_one_family(rows: Sequence[Row]) -> list[int]:
+    """The rows that one family of instruments plays."""
+    return [index for index, row in enumerate(rows) if row.family != "mixed"]
+
+
 def choose_rows(rows: Sequence[Row], n: int, shortest_s: float, seed: int) -> list[int]:
     """Rows of one family each that are long enough: `n` for each seed, or all if there are fewer.
 
@@ -154,11 +159,7 @@ def choose_rows(rows: Sequence[Row], n: int, shortest_s: float, seed: int) -> li
     Raises:
         LmdError: fewer than two such rows.
     """
-    suited = [
-        index
-        for index, row in enumerate(rows)
-        if row.family != "mixed" and row.duration_s >= shortest_s
-    ]
+    suited = [k for k in of_one_family(rows) if rows[k].duration_s >= shortest_s]
     if len(suited) < 2:
         raise LmdError(
             f"{len(suited)} held-out pieces of one family and {shortest_s:.0f} s",

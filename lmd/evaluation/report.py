@@ -345,9 +345,8 @@ def _command(result: Mapping[str, Any]) -> str:
     words += [f"--cfg-scale {scale:g}" for scale in guided]
     if len(methods) < len(METHODS):
         words += ["--methods", *methods]
-    names = {row["sha256"].removeprefix("random-") for row in methods.values()}
     if result["random_weights"]:
-        words += ["--random", *names]
+        words += ["--random", *{row["sha256"].removeprefix("random-") for row in methods.values()}]
     return " ".join(words)
 
 

@@ -32,6 +32,7 @@ from lmd.evaluation.generation import (
     generate,
     long_stream,
     measure_speed,
+    of_one_family,
 )
 from lmd.evaluation.judge import OTHER, Judge, Measured, Waves, drift, others_in
 from lmd.evaluation.metrics import gaussian, mean_interval
@@ -246,9 +247,15 @@ class Evaluation:
             found: dict[str, list[np.ndarray]] = {"embedding": []}
             distances = {n: x for n, x in self.judge.listeners.items() if x.kind == "distance"}
             corpus = Corpus(self.sources.data, "validation")
-            for index, row in enumerate(tqdm(corpus.rows, desc="reference", mininterval=2)):
-                if row.family == "mixed":
-                    continue
+            chosen = of_one_family(corpus.rows)
+            if not chosen:
+                raise LmdError(
+                    "no validation piece played by one family",
+                    "some, to be compared with",
+                    "Build more hours: python -m lmd data build --hours H.",
+                )
+            for index in tqdm(chosen, desc="reference", mininterval=2):
+                row = corpus.rows[index]
                 n = min(row.n_samples, round(self.budget.reference_s * row.sample_rate))
                 start = (row.n_samples - n) // 2
                 wave = torch.from_numpy(corpus.wave(index, start, n)).mean(0)
@@ -256,12 +263,6 @@ class Evaluation:
                 for name, listener in distances.items():
                     heard = listener.hear(wave, row.sample_rate)
                     found.setdefault(f"{OTHER}{name}", []).append(heard)
-            if not found["embedding"]:
-                raise LmdError(
-                    "no validation piece played by one family",
-                    "some, to be compared with",
-                    "Build more hours: python -m lmd data build --hours H.",
-                )
             return {name: np.concatenate(parts) for name, parts in found.items()}
 
         return self.parts.arrays("reference", embed)

@@ -15,6 +15,11 @@ KINDS: dict[Kind, str] = {
 }
 
 
+def unit_name(method: str, n_steps: int, kind: Kind) -> str:
+    """What a unit is called in a sentence."""
+    return f"{method}, {n_steps} steps, {KINDS[kind]}"
+
+
 @dataclass(frozen=True)
 class Unit:
     """A row of the table, or long streams, or fading prompts, of a method at some steps."""
@@ -25,7 +30,7 @@ class Unit:
     kind: Kind
 
     def __str__(self) -> str:
-        return f"{self.method.name}, {self.n_steps} steps, {KINDS[self.kind]}"
+        return unit_name(self.method.name, self.n_steps, self.kind)
 
     @property
     def primed(self) -> bool:

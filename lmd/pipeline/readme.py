@@ -186,8 +186,8 @@ def _flat(found: dict[str, Any]) -> list[list[str]]:
         f"a block costs {found['cost_second_half_to_first']:.3f} times as much in the second half"
     )
     drift = f"per minute {found['rss_mb_per_minute']:+.3f} MB of memory, {level} dB of level"
-    slider = found["meters"]["latency_p50_ms"] / 1e3
-    heard = f"a slider is heard after {slider:.1f} s (median) with the queue of two blocks"
+    slider, queue = found["meters"]["latency_p50_ms"] / 1e3, found["meters"]["target_s"]
+    heard = f"a slider is heard after {slider:.1f} s (median) with a queue of {queue:.1f} s"
     return [[what, f"{cost}; {drift}, {centroid} Hz of brightness (95 %); {heard}"]]
 
 
