@@ -15,6 +15,7 @@ from torch import nn
 from lmd.__main__ import main
 from lmd.checkpoint import load_codec, save_checkpoint
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
+from lmd.data.build import further_captions
 from lmd.data.codec_identity import DECODER_SIZES, encoder_sha256
 from lmd.data.corpus import Corpus, write_manifest
 from lmd.data.encode import EncodeSettings, encode_corpus, encode_wave
@@ -91,6 +92,27 @@ def test_index_and_captions_say_what_each_entry_is(latents: Path) -> None:
     assert entries[1].instruments == "flute"
     assert "tuba" in entries[2].caption
     assert entries[2].instruments == "tuba"
+
+
+def test_a_rendition_is_asked_for_in_many_words(corpus: Corpus, latents: Path) -> None:
+    """All captions of a mix are drawn in training; a stem, and someone's own music, has one."""
+    windows = LatentWindows(latents, "train", 8, seed=3, kinds=("mix", "stem"))
+    said: dict[str, set[str]] = {}
+    for step in range(120):
+        batch = windows.batch(step, range(4))
+        for identity, caption in zip(batch["identity"], batch["caption"], strict=True):
+            said.setdefault(identity.split("@")[0], set()).add(caption)
+    assert windows.batch(7, range(4))["caption"] == windows.batch(7, range(4))["caption"]
+    for entry in windows.entries:
+        assert said[f"{entry.name}/{'mix' if entry.voice < 0 else entry.voice}"] == set(
+            entry.captions
+        )
+        assert (len(entry.captions) > 4) == (entry.voice < 0)
+    own = replace(corpus.rows[0], articulation="", caption="my song")
+    assert further_captions(own, 7) == []
+    fast = replace(corpus.rows[0], tempo_bpm=150.0)
+    words = " ".join(further_captions(fast, 7))
+    assert "150 BPM" in words or any(word in words for word in ("fast", "allegro", "lively"))
 
 
 def test_captions_and_splits_that_changed_reach_the_index(corpus: Corpus, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Fake tensors carry a device and compute nothing, but refuse to mix devices as re
 on `meta` have a device that something can be left behind from.
 """
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from engine import CONFIG, WINDOW, random_model, streamer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lmd.config import ControlChannel, OobleckConfig, SpectralCodecConfig
+from lmd.arc.discriminator import Discriminator, HeadConfig
+from lmd.arc.forcing import Asked, LossWeights, discriminator_loss, generator_loss
+from lmd.arc.plan import ArcBatch, ArcOptions, plan_update, play_trial
+from lmd.checkpoint import build_model
+from lmd.config import ControlChannel, OobleckConfig, SpectralCodecConfig, preset
 from lmd.controls import Controls
 from lmd.dit import LiveModel
 from lmd.oobleck import random_codec
@@ -19,6 +24,7 @@ from lmd.oobleck_fast import named_tensors
 from lmd.outpaint import add_controls
 from lmd.spectral import SpectralCodec
 from lmd.stream import Streamer
+from lmd.training.curriculum import Rows
 
 OOBLECK = OobleckConfig(
     sample_rate=800, audio_channels=1, latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4)
@@ -141,3 +147,31 @@ def test_what_outlives_a_call_is_not_in_the_memory_of_the_blocks_results(monkeyp
         assert torch.equal(block.latents, expected)
         assert all(torch.isfinite(t).all() for t in state.memory.tensors().values())
     assert len(results) > 2
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deep copies do
+def test_an_update_of_arc_forcing_never_mixes_devices(monkeypatch):
+    sizes, rows = preset("tiny"), Rows(0, 0, (0, 1), 2)
+    options = ArcOptions(n_blocks=((2, 1.0),), n_warmup=0, sampler="dpmpp")
+    plans = [plan_update(options, 0, update) for update in range(6)]
+    assert {(plan.trains, plan.block.regime) for plan in plans} == set(
+        product(("generator", "discriminator"), ("enc-dec", "block-causal"))
+    )
+    levels = tuple(1 - 0.1 * k for k in range(9))
+    monkeypatch.setattr("lmd.arc.forcing.schedule", lambda n: (*levels[:n], 0.0))
+    monkeypatch.setattr("lmd.training.curriculum._uniform", lambda *drawn_from: 0.3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            player = build_model(sizes)
+            judge = Discriminator(build_model(sizes), "blocks.1", HeadConfig.of(sizes.dit.width))
+        tokens = torch.zeros(2, sizes.text.n_tokens, sizes.text.dim, device="cuda")
+        asked = Asked(tokens, torch.zeros(2, dtype=torch.bool, device="cuda"))
+        for plan in plans:
+            clean = torch.zeros(2, sizes.dit.latent_dim, plan.n_frames, device="cuda")
+            batch = ArcBatch(clean, asked, Asked(tokens + 1, asked.dropped), rows)
+            trial = play_trial(player, batch, plan, options)
+            if plan.trains == "generator":
+                verdict = generator_loss(judge, trial)
+            else:
+                verdict = discriminator_loss(judge, trial, LossWeights(1.0, 0.01, 0.01))
+            assert verdict.loss.device.type == "cuda"

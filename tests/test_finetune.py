@@ -40,7 +40,7 @@ from lmd.training.finetune import (
     packed_loss,
     packed_velocity,
 )
-from lmd.training.module import TrainOptions, stage_loss
+from lmd.training.module import TrainOptions, stage_loss, step_noise
 
 S, L, M, B, C = 16, 4, 5, 2, 8  # context, block, targets, batch, channels
 
@@ -281,8 +281,11 @@ def test_a_step_with_a_shorter_memory_looks_at_nothing_older(model, regime):
         [clean[..., : plan.context_frames] + 1, clean[..., plan.context_frames :]], -1
     )
     condition = model.condition(torch.zeros(B, 8, 16), 5.0)
+    noise = step_noise(options, rows, C)
     with torch.no_grad():
-        losses = [stage_loss(model, each, condition, options, rows) for each in (clean, other)]
+        losses = [
+            stage_loss(model, each, noise, condition, options, rows) for each in (clean, other)
+        ]
     assert torch.isfinite(losses[0]).all()
     assert torch.equal(*losses)  # all of the shorter context was dropped, and no frame of a target
 

@@ -25,7 +25,7 @@ from lmd.text import HashTextEncoder
 from lmd.training.card import run_log
 from lmd.training.curriculum import StepPlan
 from lmd.training.lora import add_lora, merged_state
-from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows
+from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows, step_noise
 from lmd.training.run import (
     LONG_RUN,
     choose_compile,
@@ -326,5 +326,6 @@ def test_a_source_of_ones_own_will_do(data):
     rows = shard_rows(options, 0, 0, 1)
     windows = Silence().windows(0, rows.positions, options.plan(0).n_frames)
     module.log = lambda *args, **kwargs: None
-    loss = module.training_step({"rows": rows, **windows._asdict()}, 0)
+    noise = step_noise(options, rows, 8)
+    loss = module.training_step({"rows": rows, "noise": noise, **windows._asdict()}, 0)
     assert loss.item() == pytest.approx(1.0, abs=0.1)  # a fresh model is silent: the noise's power

@@ -117,7 +117,8 @@ def test_a_step_looks_at_the_line_that_was_asked_for(points_on, monkeypatch):
     options = TrainOptions("distill", n_steps=1, finetune=short, distill=distill)
     tokens = HashTextEncoder(6, 8).encode(["slow piano"])
     clean = normal((1, 4, options.plan(0).n_frames), 3, "clean")
-    module.distill_loss(model, model, clean, tokens, 1.0, options, rows)
+    noise = module.step_noise(options, rows, 4)
+    module.distill_loss(model, model, clean, noise, tokens, 1.0, options, rows)
     (way,) = ways
     straight = torch.allclose(way.states, way.chord().states, atol=1e-5)
     assert straight == (points_on == "chord")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lmd.data.analysis import brightness_hz, find_key, onset_density
 from lmd.data.captions import Described, caption, stem_caption
 from lmd.data.corpus import SETTINGS, Row, is_whole, write_manifest, write_wav
-from lmd.data.draw import Draw
+from lmd.data.draw import Draw, QuickDraw
 from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
 from lmd.data.tones import ToneBank, default_soundfont, file_sha256, shared_bank
@@ -143,13 +143,27 @@ def build_row(job: tuple[Piece, int, BuildSettings, Path]) -> Row:
     )
 
 
-def row_stem_caption(row: Row, voice: int) -> str:
-    """The caption of one voice of a rendition."""
-    about = Described(
+def described(row: Row) -> Described:
+    """The facts of a rendition, from its row."""
+    return Described(
         row.composer, row.family, tuple(row.instruments.split("|")), row.tempo_bpm, row.key,
         row.mode, row.metre, row.density_hz, row.brightness_hz, row.articulation, row.dynamics,
     )  # fmt: skip
-    return stem_caption(about, voice, Draw(row.seed, "caption", row.piece_id, row.rendition))
+
+
+def row_stem_caption(row: Row, voice: int) -> str:
+    """The caption of one voice of a rendition."""
+    draw = Draw(row.seed, "caption", row.piece_id, row.rendition)
+    return stem_caption(described(row), voice, draw)
+
+
+def further_captions(row: Row, n: int) -> list[str]:
+    """Up to `n` other captions of a rendition; none of someone's own music, which says its own."""
+    if not row.articulation:
+        return []
+    draws = (QuickDraw(row.seed, "caption", row.piece_id, row.rendition, k) for k in range(n))
+    said = [caption(described(row), draw) for draw in draws]
+    return [text for text in dict.fromkeys(said) if text != row.caption]
 
 
 def build_corpus(

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, write_atomic
 from lmd.codec import Codec
-from lmd.data.build import row_stem_caption
+from lmd.data.build import further_captions, row_stem_caption
 from lmd.data.codec_identity import encoder_sha256
 from lmd.data.corpus import Corpus, Row
 from lmd.data.scores import DEFAULT_CACHE
@@ -37,6 +38,7 @@ from lmd.shapes import Latents, Wave
 
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
 MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
+FURTHER_CAPTIONS = 7  # of every rendition, so that training hears it asked for in many ways
 
 
 @dataclass(frozen=True)
@@ -280,10 +282,15 @@ def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
     Captions and splits may have changed since a shard was written; the sounds have not.
     """
     entries, row = [], -1
-    for old in (entry for name in names for entry in shard_entries(out / name)):
+    known = [entry for name in names for entry in shard_entries(out / name)]
+    for old in tqdm(known, desc="captions", mininterval=2):
         row += old.voice < 0  # a rendition's mix comes before its stems
         place = (old.shard, old.start_frame, old.n_frames)
-        entries.append(_entry(corpus.rows[row], old.voice, *place))
+        entry = _entry(corpus.rows[row], old.voice, *place)
+        if old.voice < 0:
+            also = further_captions(corpus.rows[row], FURTHER_CAPTIONS)
+            entry = replace(entry, also="|".join(also))
+        entries.append(entry)
     values = [[getattr(entry, column) for column in ENTRY_COLUMNS] for entry in entries]
     table = pd.DataFrame(values, columns=list(ENTRY_COLUMNS))
     write_atomic(out / INDEX, table.to_csv(index=False, lineterminator="\n").encode())

@@ -89,14 +89,19 @@ class LatentWindows:
     def batch(self, step: int, positions: Sequence[int]) -> LatentBatch:
         """The windows of a step: a pure function of (seed, step, positions).
 
-        A sound shorter than the window is followed by silence.
+        A sound shorter than the window is followed by silence. Of several captions one is drawn.
 
         Args:
             step: global step, counted from 0.
             positions: places in the global batch.
         """
         picks = [self.pick(step, position) for position in positions]
-        return self.gather(picks)
+        said = []
+        for (entry, _), position in zip(picks, positions, strict=True):
+            captions = self.entries[entry].captions
+            number = derive_seed(self.seed, "caption", step, position)
+            said.append(captions[number % len(captions)])
+        return {**self.gather(picks), "caption": said}
 
     def gather(self, picks: Sequence[tuple[int, int]]) -> LatentBatch:
         """The windows that begin at the given (entry, first frame) pairs."""

@@ -32,6 +32,7 @@ class Entry:
         caption: what it says.
         split, piece_id, composer, family, instruments, tempo_bpm, key, mode: of the manifest.
         duration_s: seconds of sound.
+        also: further captions of the same sound, with `|` between them.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Entry:
     key: str
     mode: str
     duration_s: float
+    also: str = ""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All that may be said of it."""
+        return (self.caption, *(self.also.split("|") if self.also else ()))
 
 
 ENTRY_COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Entry))

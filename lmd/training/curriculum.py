@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmd.config import Regime, check_block
 from lmd.errors import LmdError
-from lmd.rng import generator, normal
+from lmd.rng import generator
 from lmd.shapes import Latents
 
 PerItem = Float[Tensor, " batch"]  # one number per row
@@ -225,7 +225,10 @@ def draw_levels(options: NoiseOptions, rows: Rows, n_targets: int, n_frames: int
 
 def draw_noise(rows: Rows, *shape: int) -> Tensor:
     """Standard normal numbers `[row, *shape]`, each row from its own generator."""
-    return torch.stack([normal(shape, rows.seed, "noise", rows.step, p) for p in rows.positions])
+    noise = torch.empty(len(rows.positions), *shape)
+    for row, position in zip(noise, rows.positions, strict=True):
+        row.normal_(generator=generator(rows.seed, "noise", rows.step, position))
+    return noise
 
 
 def draw_kept(rows: Rows, purpose: str, dropout: float) -> PerItem:

@@ -24,7 +24,7 @@ from lmd.config import Preset
 from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
 from lmd.outpaint import BlockPlan
-from lmd.shapes import Latents, Tokens
+from lmd.shapes import BlockLatents, Latents, Tokens
 from lmd.text import TextEncoder
 from lmd.training.curriculum import (
     BaseOptions,
@@ -146,14 +146,34 @@ def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> R
     return Rows(options.seed, step, tuple(range(shard * each, (shard + 1) * each)), each * n_shards)
 
 
+def step_noise(options: TrainOptions, rows: Rows, n_channels: int) -> Tensor:
+    """The noise of a step's rows, in the shape that its plan calls for; drawn on the CPU.
+
+    Returns:
+        `[row, latent, frame]`, or `[row, target, latent, frame]` where blocks are taught in packs.
+    """
+    plan = options.plan(rows.step)
+    if options.stage == "distill":
+        return draw_noise(rows, n_channels, plan.block_frames)
+    if plan.regime in (None, "full"):
+        return draw_noise(rows, n_channels, plan.n_frames)
+    return draw_noise(rows, plan.n_targets, n_channels, plan.block_frames)
+
+
 def stage_loss(
-    model: LiveModel, clean: Latents, condition: Condition, options: TrainOptions, rows: Rows
+    model: LiveModel,
+    clean: Latents,
+    noise: Tensor,
+    condition: Condition,
+    options: TrainOptions,
+    rows: Rows,
 ) -> PerItem:
-    """The loss of every row of a step, with everything that the step draws.
+    """The loss of every row of a step, with everything else that the step draws.
 
     Args:
         model: the transformer.
         clean: windows of the step's length.
+        noise: see `step_noise`.
         condition: their prompts and length, before dropout.
         options: of the run.
         rows: which rows these are.
@@ -161,22 +181,19 @@ def stage_loss(
     Returns:
         One loss per row.
     """
-    plan, device, channels = options.plan(rows.step), clean.device, clean.shape[1]
+    plan, device = options.plan(rows.step), clean.device
     stage = options.base if options.stage == "base" else options.finetune
     condition = drop_text(condition, draw_kept(rows, "text dropout", stage.text_dropout))
     n_levels_frames = plan.n_frames if plan.regime != "block-causal" else options.base.window_frames
     t = draw_levels(stage.noise, rows, plan.n_targets, n_levels_frames).to(device)
     if plan.regime is None:
-        noise = draw_noise(rows, channels, plan.n_frames).to(device)
         return flow_loss(model, clean, noise, t[:, 0], condition)
     s, o = plan.context_frames, plan.block_frames
     clean = drop_context(clean, options.finetune, rows, o, s)
     if plan.regime == "full":
-        noise = draw_noise(rows, channels, plan.n_frames).to(device)
         return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
     pack = pack_blocks if plan.regime == "block-causal" else pack_copies
     packing = pack(plan.n_targets, o, s)
-    noise = draw_noise(rows, plan.n_targets, channels, o).to(device)
     return packed_loss(model, clean, noise, t, condition, packing).mean(dim=1)
 
 
@@ -184,17 +201,19 @@ def distill_loss(
     model: LiveModel,
     teacher: LiveModel,
     clean: Latents,
+    noise: BlockLatents,
     prompt: Tokens,
     seconds: float,
     options: TrainOptions,
     rows: Rows,
 ) -> PerItem:
-    """The warm-up's loss of every row of a step, with everything that the step draws.
+    """The warm-up's loss of every row of a step, with everything else that the step draws.
 
     Args:
         model: learns.
         teacher: what it started from.
         clean: windows of the step's length; the block at their end is not looked at.
+        noise: see `step_noise`.
         prompt: prompt embeddings, before dropout.
         seconds: the length that both are told.
         options: of the run.
@@ -204,7 +223,6 @@ def distill_loss(
     s = plan.context_frames
     kept = draw_kept(rows, "text dropout", options.finetune.text_dropout)
     context = drop_context(clean, options.finetune, rows, plan.block_frames)[..., :s]
-    noise = draw_noise(rows, clean.shape[1], plan.block_frames).to(clean.device)
     block = BlockPlan(plan.regime, plan.block_frames)
     asked = drop_text(teacher.condition(prompt, seconds), kept)
     walked = walk(teacher, context, noise, asked, block, options.distill)
@@ -260,7 +278,8 @@ class StepBatches(IterableDataset):
                 rows = shard_rows(options, step, shard, n_shards)
                 n_frames = options.plan(step).n_frames
                 windows = module.source.windows(step, rows.positions, n_frames)
-                yield {"rows": rows, **windows._asdict()}
+                noise = step_noise(options, rows, windows.latents.shape[1])
+                yield {"rows": rows, "noise": noise, **windows._asdict()}
 
 
 class LiveTraining(L.LightningModule):
@@ -296,6 +315,12 @@ class LiveTraining(L.LightningModule):
         """Batches addressed by step; made after a checkpoint was restored."""
         return DataLoader(StepBatches(self), batch_size=None)
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move the tensors; Lightning's own way looks into every name and row for more of them."""
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
     def window_s(self, plan: StepPlan) -> float:
         """The length that the model is told: of the base's window, or of the stream's.
 
@@ -308,16 +333,16 @@ class LiveTraining(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """Mean loss of this process's rows."""
-        clean = batch["latents"]
+        clean, noise = batch["latents"], batch["noise"]
         tokens = self.text.encode(batch["prompts"]).to(self.device)
         options, rows = self.options, batch["rows"]
         seconds = self.window_s(options.plan(rows.step))
         if self.teachers:
             teacher = self.teachers[0].to(self.device)
-            losses = distill_loss(self.model, teacher, clean, tokens, seconds, options, rows)
+            losses = distill_loss(self.model, teacher, clean, noise, tokens, seconds, options, rows)
         else:
             condition = self.model.condition(tokens, seconds)
-            losses = stage_loss(self.model, clean, condition, options, rows)
+            losses = stage_loss(self.model, clean, noise, condition, options, rows)
         loss = losses.mean()
         if not math.isfinite(loss.item()):
             raise LmdError(

@@ -24,7 +24,7 @@ from lmd.config import Preset, Regime, preset
 from lmd.errors import LmdError
 from lmd.machine import check_compiler, machine_dict, pick_device, tune_allocator
 from lmd.training.curriculum import BaseOptions, FinetuneOptions, Rows
-from lmd.training.module import TrainOptions, WindowSource, stage_loss
+from lmd.training.module import TrainOptions, WindowSource, stage_loss, step_noise
 from lmd.training.run import open_latents
 from lmd.training.trainer import step_flops
 
@@ -120,10 +120,11 @@ class Student:
         options, n_rows, text = kind.options, len(kind.clean), self.sizes.text
         rows = Rows(options.seed, index, tuple(range(n_rows)), n_rows)
         prompts = kind.clean.new_ones(n_rows, text.n_tokens, self.sizes.dit.text_dim)
+        noise = step_noise(options, rows, kind.clean.shape[1]).to(self.device)
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=half):
             condition = self.model.condition(prompts, 5.0)
-            loss = stage_loss(self.model, kind.clean, condition, options, rows).mean()
+            loss = stage_loss(self.model, kind.clean, noise, condition, options, rows).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
         self.adam.step()
