@@ -54,6 +54,34 @@ Vector load(const Half* w) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((__m
 #define NO_HALVES
 #endif
 
+// A bfloat16: the upper half of a float.
+struct Brain {
+  uint16_t bits;
+};
+typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+inline Vector load(const Brain* brains) {
+  Shorts bits;
+  std::memcpy(&bits, brains, sizeof bits);
+  return (Vector)(__builtin_convertvector(bits, Words) << 16);
+}
+
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+inline void store(Brain* to, Vector x) {  // to the nearest, ties to even
+  const Words words = (Words)x, rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
+  const Shorts bits = __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Shorts);
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+inline float as_float(float x) { return x; }
+inline float as_float(Brain x) {
+  const uint32_t word = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &word, sizeof y);
+  return y;
+}
+
 // e to the x, within a few units of the last place; 0 below e^-87 and for NaN, e^88 at most.
 inline Vector exponential(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -70,6 +98,12 @@ inline Vector exponential(Vector x) {
   Vector scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x > lowest ? sum * scale : Vector{};
+}
+
+inline float total(Vector x) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
 }
 
 template <typename Weight>
@@ -159,15 +193,16 @@ void compute(const Product<Weight>& p, long n_rows, int n_threads) {
 
 // --- attention ---
 
+template <typename Element>  // float or Brain; sums are of floats either way
 struct Attention {
   // Fresh: [batch, token, head * dim], rows `row_stride` apart; no k and v: the past alone is seen.
-  const float *q, *k, *v;
-  const float *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
-  const float *cos, *sin;                              // [token, n_turned / 2]
-  const float *past_key, *past_value;                  // [batch, head, past, dim], as they are used
-  const uint8_t* visible;                              // [token, past + token], or null: all
-  float* seen;                     // written: [batch, token, head * dim]
-  float *fresh_key, *fresh_value;  // written: [batch, head, token, dim]
+  const Element *q, *k, *v;
+  const Element *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
+  const float *cos, *sin;                                // [token, n_turned / 2]
+  const Element *past_key, *past_value;  // [batch, head, past, dim], as they are used
+  const uint8_t* visible;                // [token, past + token], or null: all
+  Element* seen;                         // written: [batch, token, head * dim]
+  Element *fresh_key, *fresh_value;      // written: [batch, head, token, dim]
   long n_batch, n_heads, n_tokens, n_past, dim, n_turned, row_stride;
   float epsilon;
 };
@@ -178,15 +213,18 @@ struct Desk {
   std::vector<float> queries, keys, scores, turned;
 };
 
-// A head's part of one token: to mean 0 and variance 1, then scaled and shifted.
-void normalise(const float* x, const float* weight, const float* bias, long n, float epsilon,
+// A head's part of one token: to mean 0 and variance 1, then scaled and shifted. `n` is a multiple of
+// LANES.
+template <typename Element>
+void normalise(const Element* x, const Element* weight, const Element* bias, long n, float epsilon,
                float* y) {
-  float mean = 0, variance = 0;
-  for (long i = 0; i < n; ++i) mean += x[i];
-  mean /= n;
-  for (long i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1 / std::sqrt(variance / n + epsilon);
-  for (long i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+  Vector sum = {}, squares = {};
+  for (long i = 0; i < n; i += LANES) sum += load(x + i);
+  const float mean = total(sum) / n;
+  for (long i = 0; i < n; i += LANES) squares += (load(x + i) - mean) * (load(x + i) - mean);
+  const float scale = 1 / std::sqrt(total(squares) / n + epsilon);
+  for (long i = 0; i < n; i += LANES)
+    store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
 }
 
 // Pairs (i, i + n_turned / 2) by their angle.
@@ -200,9 +238,10 @@ inline void turn(float* x, const float* cos, const float* sin, long n_turned) {
 }
 
 // One key into the panels: COLUMNS keys side by side, dimension after dimension.
-void place(const float* key, long at, long dim, float* panels) {
+template <typename Element>
+void place(const Element* key, long at, long dim, float* panels) {
   float* column = panels + at / COLUMNS * COLUMNS * dim + at % COLUMNS;
-  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = key[i];
+  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = as_float(key[i]);
 }
 
 // Softmax of a row whose first `n` numbers count, but for one factor, which is returned.
@@ -217,22 +256,21 @@ float soften(float* row, long n, long n_padded, const uint8_t* visible) {
   }
   float highest = most[0];
   for (int lane = 1; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
-  Vector total = {};
+  Vector sum = {};
   for (long key = 0; key < n_padded; key += LANES) {
     const Vector share = exponential(load(row + key) - highest);
-    std::memcpy(row + key, &share, sizeof share);
-    total += share;
+    store(row + key, share);
+    sum += share;
   }
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
-  return 1 / sum;
+  return 1 / total(sum);
 }
 
 // What ROWS queries of a head see; the first `n_rows` are written, `seen_stride` apart. There are
 // `n_fresh` keys behind the past ones.
-void look(Desk& desk, const float* queries, const float* past_value, long n_past,
-          const float* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows,
-          float* seen, long seen_stride) {
+template <typename Element>
+void look(Desk& desk, const float* queries, const Element* past_value, long n_past,
+          const Element* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows,
+          Element* seen, long seen_stride) {
   const long n_keys = n_past + n_fresh, stride = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
   float* scores = desk.scores.data();
   for (long column = 0; column < stride; column += COLUMNS) {
@@ -250,14 +288,13 @@ void look(Desk& desk, const float* queries, const float* past_value, long n_past
     accumulate<ROWS>(sums, scores, stride, past_value + column, dim, n_past, past_value, 0);
     accumulate<ROWS>(sums, scores + n_past, stride, fresh_value + column, dim, n_fresh, past_value, 0);
     for (int r = 0; r < n_rows; ++r)
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vector mean = sums[r][v] * shares[r];
-        std::memcpy(seen + r * seen_stride + column + v * LANES, &mean, sizeof mean);
-      }
+      for (int v = 0; v < VECTORS; ++v)
+        store(seen + r * seen_stride + column + v * LANES, sums[r][v] * shares[r]);
   }
 }
 
-void attend_head(const Attention& a, Desk& desk, long batch, long head) {
+template <typename Element>
+void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head) {
   const long width = a.n_heads * a.dim, n_fresh = a.k ? a.n_tokens : 0;
   const long n_keys = a.n_past + n_fresh, at = batch * a.n_heads + head;
   const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
@@ -265,7 +302,7 @@ void attend_head(const Attention& a, Desk& desk, long batch, long head) {
   desk.keys.resize((n_keys + COLUMNS - 1) / COLUMNS * COLUMNS * a.dim);
   desk.scores.resize(ROWS * (n_keys + COLUMNS));
   desk.turned.resize(a.dim);
-  const float* past_key = a.past_key + at * a.n_past * a.dim;
+  const Element* past_key = a.past_key + at * a.n_past * a.dim;
   for (long i = 0; i < a.n_past; ++i) place(past_key + i * a.dim, i, a.dim, desk.keys.data());
   const float scale = 1 / std::sqrt(float(a.dim));
   float* turned = desk.turned.data();
@@ -277,19 +314,30 @@ void attend_head(const Attention& a, Desk& desk, long batch, long head) {
     for (long i = 0; i < a.dim; ++i) query[i] *= scale;
     if (!a.k) continue;
     const long fresh = (at * a.n_tokens + t) * a.dim;
-    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, a.fresh_key + fresh);
-    std::memcpy(turned, a.fresh_key + fresh, a.dim * sizeof(float));
+    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, turned);
+    for (long i = 0; i < a.dim; i += LANES) store(a.fresh_key + fresh + i, load(turned + i));
     turn(turned, a.cos + t * half, a.sin + t * half, a.n_turned);
     place(turned, a.n_past + t, a.dim, desk.keys.data());
-    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(float));
+    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(Element));
   }
-  const float* past_value = a.past_value + at * a.n_past * a.dim;
-  const float* fresh_value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
+  const Element* past_value = a.past_value + at * a.n_past * a.dim;
+  const Element* fresh_value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
   for (long first = 0; first < a.n_tokens; first += ROWS)
     look(desk, desk.queries.data() + first * a.dim, past_value, a.n_past, fresh_value, n_fresh, a.dim,
          a.visible ? a.visible + first * n_keys : nullptr,
          int(std::min<long>(ROWS, a.n_tokens - first)),
          a.seen + (batch * a.n_tokens + first) * width + head * a.dim, width);
+}
+
+template <typename Element>
+void attend(const Attention<Element>& a, int n_threads) {
+#pragma omp parallel num_threads(n_threads)
+  {
+    Desk desk;
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < a.n_batch * a.n_heads; ++i)
+      attend_head(a, desk, i / a.n_heads, i % a.n_heads);
+  }
 }
 
 }  // namespace
@@ -320,12 +368,4 @@ extern "C" void panel_linear(const float* x, const void* panels, const float* bi
   (void)is_half;
 }
 
-extern "C" void panel_attend(const Attention* a, int n_threads) {
-#pragma omp parallel num_threads(n_threads)
-  {
-    Desk desk;
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < a->n_batch * a->n_heads; ++i)
-      attend_head(*a, desk, i / a->n_heads, i % a->n_heads);
-  }
-}
+extern "C" void panel_attend(const Attention<float>* a, int n_threads) { attend(*a, n_threads); }
