@@ -62,9 +62,13 @@ typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
 typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
 inline Vector load(const Brain* brains) {
+#if defined(__AVX512F__)  // one instruction; of what follows, GCC makes five
+  return (Vector)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)brains)) << 16);
+#else
   Shorts bits;
   std::memcpy(&bits, brains, sizeof bits);
   return (Vector)(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
@@ -72,14 +76,6 @@ inline void store(Brain* to, Vector x) {  // to the nearest, ties to even
   const Words words = (Words)x, rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
   const Shorts bits = __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Shorts);
   std::memcpy(to, &bits, sizeof bits);
-}
-
-inline float as_float(float x) { return x; }
-inline float as_float(Brain x) {
-  const uint32_t word = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &word, sizeof y);
-  return y;
 }
 
 // e to the x, within a few units of the last place; 0 below e^-87 and for NaN, e^88 at most.
@@ -193,7 +189,7 @@ void compute(const Product<Weight>& p, long n_rows, int n_threads) {
 
 // --- attention ---
 
-template <typename Element>  // float or Brain; sums are of floats either way
+template <typename Element>  // float here, Brain in tilekernel.cpp
 struct Attention {
   // Fresh: [batch, token, head * dim], rows `row_stride` apart; no k and v: the past alone is seen.
   const Element *q, *k, *v;
@@ -238,10 +234,9 @@ inline void turn(float* x, const float* cos, const float* sin, long n_turned) {
 }
 
 // One key into the panels: COLUMNS keys side by side, dimension after dimension.
-template <typename Element>
-void place(const Element* key, long at, long dim, float* panels) {
+void place(const float* key, long at, long dim, float* panels) {
   float* column = panels + at / COLUMNS * COLUMNS * dim + at % COLUMNS;
-  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = as_float(key[i]);
+  for (long i = 0; i < dim; ++i) column[i * COLUMNS] = key[i];
 }
 
 // Softmax of a row whose first `n` numbers count, but for one factor, which is returned.
@@ -267,10 +262,9 @@ float soften(float* row, long n, long n_padded, const uint8_t* visible) {
 
 // What ROWS queries of a head see; the first `n_rows` are written, `seen_stride` apart. There are
 // `n_fresh` keys behind the past ones.
-template <typename Element>
-void look(Desk& desk, const float* queries, const Element* past_value, long n_past,
-          const Element* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows,
-          Element* seen, long seen_stride) {
+void look(Desk& desk, const float* queries, const float* past_value, long n_past,
+          const float* fresh_value, long n_fresh, long dim, const uint8_t* visible, int n_rows,
+          float* seen, long seen_stride) {
   const long n_keys = n_past + n_fresh, stride = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
   float* scores = desk.scores.data();
   for (long column = 0; column < stride; column += COLUMNS) {
@@ -293,8 +287,7 @@ void look(Desk& desk, const float* queries, const Element* past_value, long n_pa
   }
 }
 
-template <typename Element>
-void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head) {
+void attend_head(const Attention<float>& a, Desk& desk, long batch, long head) {
   const long width = a.n_heads * a.dim, n_fresh = a.k ? a.n_tokens : 0;
   const long n_keys = a.n_past + n_fresh, at = batch * a.n_heads + head;
   const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
@@ -302,7 +295,7 @@ void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head)
   desk.keys.resize((n_keys + COLUMNS - 1) / COLUMNS * COLUMNS * a.dim);
   desk.scores.resize(ROWS * (n_keys + COLUMNS));
   desk.turned.resize(a.dim);
-  const Element* past_key = a.past_key + at * a.n_past * a.dim;
+  const float* past_key = a.past_key + at * a.n_past * a.dim;
   for (long i = 0; i < a.n_past; ++i) place(past_key + i * a.dim, i, a.dim, desk.keys.data());
   const float scale = 1 / std::sqrt(float(a.dim));
   float* turned = desk.turned.data();
@@ -314,30 +307,19 @@ void attend_head(const Attention<Element>& a, Desk& desk, long batch, long head)
     for (long i = 0; i < a.dim; ++i) query[i] *= scale;
     if (!a.k) continue;
     const long fresh = (at * a.n_tokens + t) * a.dim;
-    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, turned);
-    for (long i = 0; i < a.dim; i += LANES) store(a.fresh_key + fresh + i, load(turned + i));
+    normalise(a.k + row, a.k_weight, a.k_bias, a.dim, a.epsilon, a.fresh_key + fresh);
+    std::memcpy(turned, a.fresh_key + fresh, a.dim * sizeof(float));
     turn(turned, a.cos + t * half, a.sin + t * half, a.n_turned);
     place(turned, a.n_past + t, a.dim, desk.keys.data());
-    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(Element));
+    std::memcpy(a.fresh_value + fresh, a.v + row, a.dim * sizeof(float));
   }
-  const Element* past_value = a.past_value + at * a.n_past * a.dim;
-  const Element* fresh_value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
+  const float* past_value = a.past_value + at * a.n_past * a.dim;
+  const float* fresh_value = a.k ? a.fresh_value + at * a.n_tokens * a.dim : past_value;
   for (long first = 0; first < a.n_tokens; first += ROWS)
     look(desk, desk.queries.data() + first * a.dim, past_value, a.n_past, fresh_value, n_fresh, a.dim,
          a.visible ? a.visible + first * n_keys : nullptr,
          int(std::min<long>(ROWS, a.n_tokens - first)),
          a.seen + (batch * a.n_tokens + first) * width + head * a.dim, width);
-}
-
-template <typename Element>
-void attend(const Attention<Element>& a, int n_threads) {
-#pragma omp parallel num_threads(n_threads)
-  {
-    Desk desk;
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < a.n_batch * a.n_heads; ++i)
-      attend_head(a, desk, i / a.n_heads, i % a.n_heads);
-  }
 }
 
 }  // namespace
@@ -368,4 +350,12 @@ extern "C" void panel_linear(const float* x, const void* panels, const float* bi
   (void)is_half;
 }
 
-extern "C" void panel_attend(const Attention<float>* a, int n_threads) { attend(*a, n_threads); }
+extern "C" void panel_attend(const Attention<float>* a, int n_threads) {
+#pragma omp parallel num_threads(n_threads)
+  {
+    Desk desk;
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < a->n_batch * a->n_heads; ++i)
+      attend_head(*a, desk, i / a->n_heads, i % a->n_heads);
+  }
+}

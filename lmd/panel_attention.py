@@ -3,8 +3,8 @@
 In PyTorch that is some twenty small operations a layer: norms, rotation, copies of cached and fresh
 keys side by side, the attention itself. For 13 to 97 tokens most of their time is spent on starting
 threads and on moving what a processor's first cache could have kept. `microkernel.cpp` does all of
-it for one head after another; results agree with `lmd.dit` within rounding. In bfloat16, which is
-attended to in float32 and rounded at the end, it does so where `lmd.tiles` multiplies.
+it for one head after another; results agree with `lmd.dit` within rounding. Where `lmd.tiles`
+multiplies, `tilekernel.cpp` does the same in bfloat16.
 
 Source: scores of a group of queries at a time as in FlashAttention (arXiv 2205.14135).
 """
@@ -44,7 +44,8 @@ def suits(x: Tensor, head_dim: int) -> bool:
     learns = torch.is_grad_enabled() and x.requires_grad
     if x.device.type != "cpu" or learns or not _has_kernel(x.dtype):
         return False
-    return head_dim % _kernel(x.dtype).panel_columns() == 0 and _attends_rightly(head_dim, x.dtype)
+    columns = tiles.PANEL if x.dtype == torch.bfloat16 else panels.kernel().panel_columns()
+    return head_dim % columns == 0 and _attends_rightly(head_dim, x.dtype)
 
 
 def _has_kernel(dtype: torch.dtype) -> bool:
@@ -52,11 +53,6 @@ def _has_kernel(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return can_use_tiles()
     return dtype == torch.float32 and can_use_panels()
-
-
-def _kernel(dtype: torch.dtype) -> ctypes.CDLL:
-    """The library that attends in that precision."""
-    return tiles.kernel() if dtype == torch.bfloat16 else panels.kernel()
 
 
 def self_attention(
@@ -135,8 +131,8 @@ def _attend(
         epsilon=attention.q_norm.eps,
         **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
     )
-    library = _kernel(q.dtype)
-    attend = library.tile_attend if q.dtype == torch.bfloat16 else library.panel_attend
+    in_tiles = q.dtype == torch.bfloat16
+    attend = tiles.kernel().tile_attend if in_tiles else panels.kernel().panel_attend
     attend(ctypes.byref(call), torch.get_num_threads())
     return tensors["seen"]
 

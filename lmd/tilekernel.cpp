@@ -8,10 +8,15 @@
 // All tiles of x have the same height, so that one configuration serves a whole product; where the
 // number of rows is no multiple of it, the last tiles overlap and write the same numbers twice.
 //
+// Attention is of two such products, queries by keys and shares by values, which are laid into
+// tiles for it; norms, rotation and softmax are microkernel.cpp's.
+//
 // With EMULATE_TILES the tiles are arrays: to test the rest of it, and what it asks of tiles, on
 // any processor. Never to play with.
 
 #include "microkernel.cpp"  // bfloat16, exponential, attention
+
+#include <cstddef>
 
 #if defined(EMULATE_TILES)
 #include <atomic>
@@ -42,9 +47,18 @@ struct Config {  // as LDTILECFG reads it
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
-static_assert(sizeof(Config) == 64, "the processor's layout");
+static_assert(sizeof(Config) == 64 && offsetof(Config, row_bytes) == 16 &&
+                  offsetof(Config, rows) == 48,
+              "the processor's layout");
 
 #if defined(EMULATE_TILES)
+
+inline float as_float(Brain x) {
+  const uint32_t word = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &word, sizeof y);
+  return y;
+}
 
 std::atomic<int> faults{0};  // what a processor would have refused
 
@@ -172,10 +186,10 @@ inline void fetch(const void* from, long n_lines) {
 }
 
 // Sums of one panel for R tiles of rows that begin at x[0] ...; with each of the first `n_next`
-// pairs of tiles, `n_lines` lines from `next` on are fetched.
+// pairs of tiles, `n_lines` lines from `next` on are fetched. Rows of sums are `sums_width` apart.
 template <int R>
 void multiply_tiles(const Brain* const* x, const Brain* panel, long n_steps, long height,
-                    const Brain* next, long n_next, long n_lines, float* sums) {
+                    const Brain* next, long n_next, long n_lines, float* sums, long sums_width) {
   const long x_stride = n_steps * STEP * sizeof(Brain);
   const Brain *first = x[0], *second = x[R - 1];
   tile_zero<0>();
@@ -198,12 +212,25 @@ void multiply_tiles(const Brain* const* x, const Brain* panel, long n_steps, lon
     first += STEP;
     second += STEP;
   }
-  constexpr long stride = PANEL * sizeof(float);
+  const long stride = sums_width * sizeof(float);
   tile_store<0>(sums, stride);
   tile_store<1>(sums + 16, stride);
-  if constexpr (R == 2) tile_store<2>(sums + height * PANEL, stride);
-  if constexpr (R == 2) tile_store<3>(sums + height * PANEL + 16, stride);
+  if constexpr (R == 2) tile_store<2>(sums + height * sums_width, stride);
+  if constexpr (R == 2) tile_store<3>(sums + height * sums_width + 16, stride);
 }
+
+// How rows are divided into tiles of one height: one, or an even number, the last ones overlapping.
+struct Rows {
+  long n, n_tiles, height, n_groups;
+
+  explicit Rows(long n_rows) : n(n_rows), n_tiles((n_rows + TILE_ROWS - 1) / TILE_ROWS) {
+    n_tiles += n_tiles > 1 && n_tiles % 2;
+    height = (n + n_tiles - 1) / n_tiles;
+    n_groups = (n_tiles + 1) / 2;
+  }
+  int in_group() const { return n_tiles == 1 ? 1 : 2; }
+  long begin(long tile) const { return std::min(tile * height, n - height); }
+};
 
 // `n_rows` rows of sums to results, from `row` and the panel's first column on.
 void finish(const TileProduct& p, const float* sums, long row, long n_rows, long column) {
@@ -228,31 +255,27 @@ void finish(const TileProduct& p, const float* sums, long row, long n_rows, long
 
 // Rows `row` ... `row + n - 1`, panels `begin` ... `end - 1`.
 void compute_rows(const TileProduct& p, long row, long n, long begin, long end) {
+  const Rows split(n);
   const long n_steps = p.n_inputs / STEP, panel_lines = n_steps * PAIR_LINES;
-  long n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
-  n_tiles += n_tiles > 1 && n_tiles % 2;
-  const long height = (n + n_tiles - 1) / n_tiles, n_groups = (n_tiles + 1) / 2;
-  const long n_lines = (PAIR_LINES + n_groups - 1) / n_groups, share = n_steps * n_lines;
+  const long n_lines = (PAIR_LINES + split.n_groups - 1) / split.n_groups;
   alignas(64) float sums[2 * TILE_ROWS * PANEL];
-  configure(int(height));
+  configure(int(split.height));
   for (long panel = begin; panel < end; ++panel) {
     const Brain *weights = p.panels + panel * n_steps * PAIR, *next = weights + n_steps * PAIR;
-    for (long group = 0; group < n_groups; ++group) {
-      const long done = std::min(group * share, panel_lines);
+    for (long group = 0; group < split.n_groups; ++group) {
+      const long done = std::min(group * n_steps * n_lines, panel_lines);
       const long n_next = panel + 1 < end ? (panel_lines - done + n_lines - 1) / n_lines : 0;
       const Brain* fetched = next + done * (LINE / sizeof(Brain));
-      long rows[2];
-      const Brain* x[2];
-      for (int i = 0; i < 2; ++i) {
-        rows[i] = row + std::min((2 * group + i) * height, n - height);
-        x[i] = p.x + rows[i] * p.n_inputs;
-      }
-      if (n_tiles == 1)
-        multiply_tiles<1>(x, weights, n_steps, height, fetched, n_next, n_lines, sums);
+      const Brain* x[2] = {};
+      for (int i = 0; i < split.in_group(); ++i)
+        x[i] = p.x + (row + split.begin(2 * group + i)) * p.n_inputs;
+      if (split.in_group() == 1)
+        multiply_tiles<1>(x, weights, n_steps, split.height, fetched, n_next, n_lines, sums, PANEL);
       else
-        multiply_tiles<2>(x, weights, n_steps, height, fetched, n_next, n_lines, sums);
-      for (int i = 0; i < (n_tiles == 1 ? 1 : 2); ++i)
-        finish(p, sums + i * height * PANEL, rows[i], height, panel * PANEL);
+        multiply_tiles<2>(x, weights, n_steps, split.height, fetched, n_next, n_lines, sums, PANEL);
+      for (int i = 0; i < split.in_group(); ++i)
+        finish(p, sums + i * split.height * PANEL, row + split.begin(2 * group + i), split.height,
+               panel * PANEL);
     }
   }
   release();
@@ -273,6 +296,119 @@ void compute_tiles(const TileProduct& p, long n_rows, int n_threads) {
     for (long part = 0; part < n_parts && begin < end; ++part) {
       const long from = n_rows * part / n_parts, to = n_rows * (part + 1) / n_parts;
       compute_rows(p, from, to - from, begin, end);
+    }
+  }
+}
+
+// --- attention ---
+
+// Memory that begins with a line of the cache, as rows of tiles do.
+struct Room {
+  std::vector<uint8_t> bytes;
+
+  template <typename T>
+  T* of(long n) {
+    bytes.resize(n * sizeof(T) + LINE);
+    return (T*)((uintptr_t(bytes.data()) + LINE - 1) / LINE * LINE);
+  }
+};
+
+struct TileDesk {
+  Room queries, keys, values, scores, shares, turned, nothing;
+};
+
+// One key into the tiles of keys: as a row of weights would lie there.
+void place_key(const Brain* key, long at, long dim, Brain* tiles) {
+  Brain* column = tiles + at / PANEL * PANEL * dim + at % PANEL / 16 * (PAIR / 2) + at % 16 * 2;
+  for (long i = 0; i < dim; i += 2)
+    std::memcpy(column + i / STEP * PAIR + i % STEP * 16, key + i, 2 * sizeof(Brain));
+}
+
+// Two values into the tiles of values, whose inputs are keys: `at` and `at + 1` of `n_keys`.
+void place_values(const Brain* first, const Brain* second, long at, long n_keys, long dim,
+                  Brain* tiles) {
+  for (long i = 0; i < dim; i += 16) {
+    uint32_t both[16];
+    for (int c = 0; c < 16; ++c)
+      both[c] = first[i + c].bits | uint32_t(second[i + c].bits) << 16;
+    Brain* to = tiles + i / PANEL * PANEL * n_keys + i % PANEL / 16 * (PAIR / 2);
+    std::memcpy(to + at / STEP * PAIR + at % STEP * 16, both, sizeof both);
+  }
+}
+
+// Sums for the tiles of one group: `n` panels of W, after one another to the right.
+void multiply_group(const Rows& split, const Brain* const* x, const Brain* panels, long n_panels,
+                    long n_inputs, float* sums, long sums_width) {
+  const long n_steps = n_inputs / STEP;
+  for (long panel = 0; panel < n_panels; ++panel, panels += n_steps * PAIR, sums += PANEL)
+    if (split.in_group() == 1)
+      multiply_tiles<1>(x, panels, n_steps, split.height, x[0], 0, 0, sums, sums_width);
+    else
+      multiply_tiles<2>(x, panels, n_steps, split.height, x[0], 0, 0, sums, sums_width);
+}
+
+// `attend_head` by tiles: queries, keys, shares and values are rounded to bfloat16, sums are not.
+void attend_head_by_tiles(const Attention<Brain>& a, TileDesk& desk, const Rows& split, long batch,
+                          long head) {
+  const long dim = a.dim, n_fresh = a.k ? a.n_tokens : 0, at = batch * a.n_heads + head;
+  const long n_keys = a.n_past + n_fresh, n_padded = (n_keys + PANEL - 1) / PANEL * PANEL;
+  Brain* queries = desk.queries.of<Brain>(a.n_tokens * dim);
+  Brain* keys = desk.keys.of<Brain>(n_padded * dim);
+  Brain* values = desk.values.of<Brain>(n_padded * dim);
+  Brain* shares = desk.shares.of<Brain>(2 * TILE_ROWS * n_padded);
+  float* scores = desk.scores.of<float>(2 * TILE_ROWS * std::max(n_padded, dim));
+  float* turned = desk.turned.of<float>(2 * dim);
+  Brain* nothing = desk.nothing.of<Brain>(dim);
+  std::memset(nothing, 0, dim * sizeof(Brain));
+  const Brain* past_key = a.past_key + at * a.n_past * dim;
+  for (long i = 0; i < a.n_past; ++i) place_key(past_key + i * dim, i, dim, keys);
+  const float scale = 1 / std::sqrt(float(dim));
+  for (long t = 0; t < a.n_tokens; ++t) {
+    const long row = (batch * a.n_tokens + t) * a.row_stride + head * dim, half = a.n_turned / 2;
+    normalise(a.q + row, a.q_weight, a.q_bias, dim, a.epsilon, turned);
+    turn(turned, a.cos + t * half, a.sin + t * half, a.n_turned);
+    for (long i = 0; i < dim; i += LANES) store(queries + t * dim + i, load(turned + i) * scale);
+    if (!a.k) continue;
+    const long fresh = (at * a.n_tokens + t) * dim;
+    normalise(a.k + row, a.k_weight, a.k_bias, dim, a.epsilon, turned);
+    for (long i = 0; i < dim; i += LANES) store(a.fresh_key + fresh + i, load(turned + i));
+    turn(turned, a.cos + t * half, a.sin + t * half, a.n_turned);
+    Brain* rounded = (Brain*)(turned + dim);
+    for (long i = 0; i < dim; i += LANES) store(rounded + i, load(turned + i));
+    place_key(rounded, a.n_past + t, dim, keys);
+    std::memcpy(a.fresh_value + fresh, a.v + row, dim * sizeof(Brain));
+  }
+  const Brain* past_value = a.past_value + at * a.n_past * dim;
+  const auto value = [&](long key) -> const Brain* {
+    if (key < a.n_past) return past_value + key * dim;
+    return key < n_keys ? a.fresh_value + (at * a.n_tokens + key - a.n_past) * dim : nothing;
+  };
+  for (long key = 0; key < n_padded; key += 2)
+    place_values(value(key), value(key + 1), key, n_padded, dim, values);
+  for (long group = 0; group < split.n_groups; ++group) {
+    const long n_rows = split.in_group() * split.height;
+    const Brain *x[2] = {}, *y[2] = {};
+    long tokens[2 * TILE_ROWS];
+    float factors[2 * TILE_ROWS];
+    for (int i = 0; i < split.in_group(); ++i) {
+      const long first = split.begin(2 * group + i);
+      x[i] = queries + first * dim;
+      y[i] = shares + i * split.height * n_padded;
+      for (long r = 0; r < split.height; ++r) tokens[i * split.height + r] = first + r;
+    }
+    multiply_group(split, x, keys, n_padded / PANEL, dim, scores, n_padded);
+    for (long r = 0; r < n_rows; ++r) {
+      float* row = scores + r * n_padded;
+      const uint8_t* visible = a.visible ? a.visible + tokens[r] * n_keys : nullptr;
+      factors[r] = soften(row, n_keys, n_padded, visible);
+      for (long key = 0; key < n_padded; key += LANES)
+        store(shares + r * n_padded + key, load(row + key));
+    }
+    multiply_group(split, y, values, dim / PANEL, n_padded, scores, dim);
+    for (long r = 0; r < n_rows; ++r) {
+      Brain* seen = a.seen + ((batch * a.n_tokens + tokens[r]) * a.n_heads + head) * dim;
+      for (long i = 0; i < dim; i += LANES)
+        store(seen + i, load(scores + r * dim + i) * factors[r]);
     }
   }
 }
@@ -312,4 +448,17 @@ extern "C" void tile_linear(const Brain* x, const Brain* panels, const Brain* bi
                 n_threads);
 }
 
-extern "C" void tile_attend(const Attention<Brain>* a, int n_threads) { attend(*a, n_threads); }
+// `panel_attend` in bfloat16; `dim` is a multiple of PANEL.
+extern "C" void tile_attend(const Attention<Brain>* a, int n_threads) {
+  if (a->n_tokens == 0) return;
+  const Rows split(a->n_tokens);
+#pragma omp parallel num_threads(n_threads)
+  {
+    TileDesk desk;
+    configure(int(split.height));
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < a->n_batch * a->n_heads; ++i)
+      attend_head_by_tiles(*a, desk, split, i / a->n_heads, i % a->n_heads);
+    release();
+  }
+}
