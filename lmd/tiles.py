@@ -3,7 +3,7 @@
 What `lmd.panels` does in float32, for processors that multiply tiles (Sapphire Rapids and later):
 oneDNN's products keep up with them, but with 13 to 97 tokens not with the memory. The kernel in
 `tilekernel.cpp` is compiled the first time it is needed. On other processors, without a compiler
-and with LMD_PANELS=0 nothing is compiled and other layers stay.
+and with LMD_TILES=0 or LMD_PANELS=0 nothing is compiled and other layers stay.
 
 Source: the register-blocked inner kernel of Goto and van de Geijn (2008), over packed weights.
 """
@@ -22,6 +22,7 @@ from lmd.panels import NUMBER, POINTER, SIZE, SWITCH, PanelLinear, compiled, pro
 
 SOURCE = Path(__file__).with_name("tilekernel.cpp")
 INSTRUCTIONS = ("amx_tile", "amx_bf16", "avx512f")  # as Linux names them
+SWITCHES = ("LMD_TILES", SWITCH)
 FLAG = "-Wfatal-errors"  # the first one says what is missing
 PANEL, STEP = 32, 32  # outputs, inputs: as in the source
 
@@ -83,8 +84,9 @@ def can_use_tiles() -> bool:
 @cache
 def why_no_tiles() -> str:
     """What stands in the way of the kernel, for a person; "" if nothing does."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return f"{SWITCH} is 0"
+    for switch in SWITCHES:
+        if os.environ.get(switch, "1") == "0":
+            return f"{switch} is 0"
     if missing := [name for name in INSTRUCTIONS if name not in processor().split()]:
         return f"the processor has no {', '.join(missing)}"
     return why_not(_multiplies_rightly)

@@ -264,10 +264,13 @@ def test_emulated_tiles_are_nothing_to_play_with():
 def test_where_tiles_are_missing_or_unwanted_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(tiles, "kernel", None)  # a call would fail
     monkeypatch.setattr(tiles, "processor", lambda: "flags : fpu avx512f amx_tile")
-    monkeypatch.setenv("LMD_PANELS", "1")
+    for switch in tiles.SWITCHES:
+        monkeypatch.delenv(switch, raising=False)
     assert why_no_tiles.__wrapped__() == "the processor has no amx_bf16"
-    monkeypatch.setenv("LMD_PANELS", "0")
-    assert why_no_tiles.__wrapped__() == "LMD_PANELS is 0"
+    for switch in tiles.SWITCHES:
+        with monkeypatch.context() as patch:
+            patch.setenv(switch, "0")
+            assert why_no_tiles.__wrapped__() == f"{switch} is 0"
 
 
 def test_a_system_that_refuses_tiles_is_believed(monkeypatch):
@@ -279,7 +282,8 @@ def test_a_system_that_refuses_tiles_is_believed(monkeypatch):
     monkeypatch.setattr(tiles, "load", lambda _: Refusing())
     monkeypatch.setattr(tiles, "kernel", REAL_KERNEL.__wrapped__)
     monkeypatch.setattr(tiles, "processor", lambda: " ".join(tiles.INSTRUCTIONS))
-    monkeypatch.setenv("LMD_PANELS", "1")
+    for switch in tiles.SWITCHES:
+        monkeypatch.delenv(switch, raising=False)
     assert "no permission to use tiles" in why_no_tiles.__wrapped__()
 
 
@@ -316,7 +320,7 @@ def test_real_tiles_compute_what_emulated_ones_do(monkeypatch):
 def test_a_processor_with_tiles_uses_them():
     """So that the test above is not left out without a reason."""
     has_all = set(tiles.INSTRUCTIONS) <= set(panels.processor().split())
-    if has_all and os.environ.get("LMD_PANELS") != "0":
+    if has_all and all(os.environ.get(switch) != "0" for switch in tiles.SWITCHES):
         assert why_no_tiles() == ""
     else:
         assert why_no_tiles()
