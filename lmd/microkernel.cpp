@@ -54,6 +54,30 @@ Vector load(const Half* w) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((__m
 #define NO_HALVES
 #endif
 
+// A bfloat16: the upper half of a float.
+struct Brain {
+  uint16_t bits;
+};
+typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+inline Vector load(const Brain* brains) {
+#if defined(__AVX512F__)  // one instruction; of what follows, GCC makes five
+  return (Vector)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)brains)) << 16);
+#else
+  Shorts bits;
+  std::memcpy(&bits, brains, sizeof bits);
+  return (Vector)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
+
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+inline void store(Brain* to, Vector x) {  // to the nearest, ties to even
+  const Words words = (Words)x, rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
+  const Shorts bits = __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Shorts);
+  std::memcpy(to, &bits, sizeof bits);
+}
+
 // e to the x, within a few units of the last place; 0 below e^-87 and for NaN, e^88 at most.
 inline Vector exponential(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -70,6 +94,12 @@ inline Vector exponential(Vector x) {
   Vector scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x > lowest ? sum * scale : Vector{};
+}
+
+inline float total(Vector x) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
 }
 
 template <typename Weight>
@@ -159,15 +189,16 @@ void compute(const Product<Weight>& p, long n_rows, int n_threads) {
 
 // --- attention ---
 
+template <typename Element>  // float here, Brain in tilekernel.cpp
 struct Attention {
   // Fresh: [batch, token, head * dim], rows `row_stride` apart; no k and v: the past alone is seen.
-  const float *q, *k, *v;
-  const float *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
-  const float *cos, *sin;                              // [token, n_turned / 2]
-  const float *past_key, *past_value;                  // [batch, head, past, dim], as they are used
-  const uint8_t* visible;                              // [token, past + token], or null: all
-  float* seen;                     // written: [batch, token, head * dim]
-  float *fresh_key, *fresh_value;  // written: [batch, head, token, dim]
+  const Element *q, *k, *v;
+  const Element *q_weight, *q_bias, *k_weight, *k_bias;  // of the norms over a head's dimensions
+  const float *cos, *sin;                                // [token, n_turned / 2]
+  const Element *past_key, *past_value;  // [batch, head, past, dim], as they are used
+  const uint8_t* visible;                // [token, past + token], or null: all
+  Element* seen;                         // written: [batch, token, head * dim]
+  Element *fresh_key, *fresh_value;      // written: [batch, head, token, dim]
   long n_batch, n_heads, n_tokens, n_past, dim, n_turned, row_stride;
   float epsilon;
 };
@@ -178,15 +209,18 @@ struct Desk {
   std::vector<float> queries, keys, scores, turned;
 };
 
-// A head's part of one token: to mean 0 and variance 1, then scaled and shifted.
-void normalise(const float* x, const float* weight, const float* bias, long n, float epsilon,
+// A head's part of one token: to mean 0 and variance 1, then scaled and shifted. `n` is a multiple of
+// LANES.
+template <typename Element>
+void normalise(const Element* x, const Element* weight, const Element* bias, long n, float epsilon,
                float* y) {
-  float mean = 0, variance = 0;
-  for (long i = 0; i < n; ++i) mean += x[i];
-  mean /= n;
-  for (long i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1 / std::sqrt(variance / n + epsilon);
-  for (long i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+  Vector sum = {}, squares = {};
+  for (long i = 0; i < n; i += LANES) sum += load(x + i);
+  const float mean = total(sum) / n;
+  for (long i = 0; i < n; i += LANES) squares += (load(x + i) - mean) * (load(x + i) - mean);
+  const float scale = 1 / std::sqrt(total(squares) / n + epsilon);
+  for (long i = 0; i < n; i += LANES)
+    store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
 }
 
 // Pairs (i, i + n_turned / 2) by their angle.
@@ -217,15 +251,13 @@ float soften(float* row, long n, long n_padded, const uint8_t* visible) {
   }
   float highest = most[0];
   for (int lane = 1; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
-  Vector total = {};
+  Vector sum = {};
   for (long key = 0; key < n_padded; key += LANES) {
     const Vector share = exponential(load(row + key) - highest);
-    std::memcpy(row + key, &share, sizeof share);
-    total += share;
+    store(row + key, share);
+    sum += share;
   }
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
-  return 1 / sum;
+  return 1 / total(sum);
 }
 
 // What ROWS queries of a head see; the first `n_rows` are written, `seen_stride` apart. There are
@@ -250,14 +282,12 @@ void look(Desk& desk, const float* queries, const float* past_value, long n_past
     accumulate<ROWS>(sums, scores, stride, past_value + column, dim, n_past, past_value, 0);
     accumulate<ROWS>(sums, scores + n_past, stride, fresh_value + column, dim, n_fresh, past_value, 0);
     for (int r = 0; r < n_rows; ++r)
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vector mean = sums[r][v] * shares[r];
-        std::memcpy(seen + r * seen_stride + column + v * LANES, &mean, sizeof mean);
-      }
+      for (int v = 0; v < VECTORS; ++v)
+        store(seen + r * seen_stride + column + v * LANES, sums[r][v] * shares[r]);
   }
 }
 
-void attend_head(const Attention& a, Desk& desk, long batch, long head) {
+void attend_head(const Attention<float>& a, Desk& desk, long batch, long head) {
   const long width = a.n_heads * a.dim, n_fresh = a.k ? a.n_tokens : 0;
   const long n_keys = a.n_past + n_fresh, at = batch * a.n_heads + head;
   const long n_groups = (a.n_tokens + ROWS - 1) / ROWS;
@@ -320,7 +350,7 @@ extern "C" void panel_linear(const float* x, const void* panels, const float* bi
   (void)is_half;
 }
 
-extern "C" void panel_attend(const Attention* a, int n_threads) {
+extern "C" void panel_attend(const Attention<float>* a, int n_threads) {
 #pragma omp parallel num_threads(n_threads)
   {
     Desk desk;

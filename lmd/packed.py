@@ -1,9 +1,10 @@
 """Transformer blocks laid out for this processor's matrix products, for playing on the CPU.
 
 At the 13 to 97 tokens of a streamed block a plain product spends a good part of its time
-rearranging the weights it reads. Two layouts keep them rearranged, and add and multiply while they
-write their results: panels (`lmd.panels`, float32, where there is a compiler) and oneDNN's, which
-PyTorch reaches through operators of its own compiler. Where both are missing, plain blocks stay.
+rearranging the weights it reads. Three layouts keep them rearranged, and add and multiply while
+they write their results: panels (`lmd.panels`, float32) and tiles (`lmd.tiles`, bfloat16, where the
+processor has AMX), which need a compiler, and oneDNN's, which PyTorch reaches through operators of
+its own compiler. Where all are missing, plain blocks stay.
 """
 
 import math
@@ -22,9 +23,10 @@ from lmd.operations import Rotation
 from lmd.panel_attention import cross_attention, self_attention
 from lmd.panels import PanelLinear, can_use_panels
 from lmd.shapes import Tokens, Visibility
+from lmd.tiles import TileLinear, can_use_tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LayOut = Callable[..., nn.Module]  # (linear, rows=…) to a `PackedLinear` or `PanelLinear`
+LayOut = Callable[..., nn.Module]  # (linear, rows=…) to a `PackedLinear`, `PanelLinear` …
 
 
 class PackedLinear(nn.Module):
@@ -151,6 +153,8 @@ def layouts(dtype: torch.dtype, n_tokens: int) -> dict[str, LayOut]:
     ways: dict[str, LayOut] = {}
     if dtype == torch.float32 and can_use_panels():
         ways["panels"] = PanelLinear
+    if dtype == torch.bfloat16 and can_use_tiles():
+        ways["tiles"] = TileLinear
     if can_pack(dtype):
         ways["onednn"] = partial(PackedLinear, n_tokens=n_tokens)
     return ways

@@ -38,6 +38,7 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fno-excep
 FLAGS += ("-fopenmp", "-shared", "-fPIC")
 SWITCH = "LMD_PANELS"
 _NONE, _ADD, _MULTIPLY, _SWISH = range(4)  # `Operation` in the source
+POINTER, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 Panels = Float[Tensor, "panel inputs column"]  # float32, or float16 where that is exact
 
@@ -55,12 +56,14 @@ class PanelLinear(nn.Module):
         rows: which of its outputs; None: all.
     """
 
+    dtype = torch.float32  # that the kernel takes
+
     def __init__(self, linear: nn.Linear, rows: slice | None = None) -> None:
         super().__init__()
         rows = slice(None) if rows is None else rows
-        self._take(linear.weight.detach()[rows])
-        n = self.out_features
-        self.bias = torch.zeros(n) if linear.bias is None else linear.bias.detach()[rows].clone()
+        weight, bias = linear.weight.detach()[rows], linear.bias
+        self._take(weight)
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()[rows].clone()
         self.has_bias = linear.bias is not None
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
@@ -78,21 +81,25 @@ class PanelLinear(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:
         """The plain layer's."""
-        if self.plain is not None:
-            return self.plain
-        rows = self.panels.transpose(1, 2).reshape(-1, self.in_features)
-        return rows[: self.out_features].float()
+        return self._as_rows() if self.plain is None else self.plain
 
     def _take(self, weight: Tensor) -> None:
         """Hold this weight: in panels where the kernel can use them."""
         self.out_features, self.in_features = weight.shape
-        suits = weight.device.type == "cpu" and weight.dtype == torch.float32
+        suits = weight.device.type == "cpu" and weight.dtype == self.dtype
         self.plain = None if suits else weight
-        self.panels = None
-        if suits:
-            half = weight.half()
-            is_exact = kernel().panel_halves() and torch.equal(half.float(), weight)
-            self.panels = in_panels(half if is_exact else weight, kernel().panel_columns())
+        self.panels = self._as_panels(weight) if suits else None
+
+    def _as_panels(self, weight: Tensor) -> Tensor:
+        """What the kernel reads."""
+        half = weight.half()
+        is_exact = kernel().panel_halves() and torch.equal(half.float(), weight)
+        return in_panels(half if is_exact else weight, kernel().panel_columns())
+
+    def _as_rows(self) -> Tensor:
+        """`_as_panels` undone."""
+        rows = self.panels.transpose(1, 2).reshape(-1, self.in_features)
+        return rows[: self.out_features].float()
 
     def _product(self, x: Tensor, other: Tensor | None, operation: int) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -106,16 +113,21 @@ class PanelLinear(nn.Module):
             if other is None:
                 return F.silu(y) if operation == _SWISH else y
             return y + other if operation == _ADD else y * other
-        if x.dtype != torch.float32 or x.shape[-1] != self.in_features or x.device.type != "cpu":
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features or x.device.type != "cpu":
             raise LmdError(
                 f"{x.dtype} of shape {tuple(x.shape)} on {x.device} for a layer in panels",
-                f"float32 with {self.in_features} channels on the CPU",
+                f"{self.dtype} with {self.in_features} channels on the CPU",
                 "Move or convert the model and what goes into it together.",
             )
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         if other is not None:
             other = other.expand_as(y).contiguous()
+        self._fill(y, x, other, operation)
+        return y
+
+    def _fill(self, y: Tensor, x: Tensor, other: Tensor | None, operation: int) -> None:
+        """Write the product into `y`; all lie in one piece."""
         kernel().panel_linear(
             x.data_ptr(),
             self.panels.data_ptr(),
@@ -129,7 +141,6 @@ class PanelLinear(nn.Module):
             self.panels.dtype == torch.float16,
             torch.get_num_threads(),
         )
-        return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PanelLinear":
         super()._apply(fn, recurse)
@@ -182,8 +193,13 @@ def why_no_panels() -> str:
         return f"{SWITCH} is 0"
     if not sys.platform.startswith("linux"):
         return f"{sys.platform}: torch's own products are used"
+    return why_not(_multiplies_rightly)
+
+
+def why_not(computes_rightly: Callable[[], bool]) -> str:
+    """What stands in the way of a kernel that a first use compiles; "" if nothing does."""
     try:
-        right = _multiplies_rightly(kernel())
+        right = computes_rightly()
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"the kernel could not be compiled: {said.strip()[-500:]}"
@@ -198,20 +214,29 @@ def kernel() -> ctypes.CDLL:
         OSError: no compiler, nowhere to write, or a library that cannot be loaded.
         subprocess.SubprocessError: the compiler failed; `stderr` says why.
     """
-    library = ctypes.CDLL(str(_compiled()))
-    pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.panel_linear.argtypes = [pointer] * 5 + [size] * 3 + [number] * 3
-    library.panel_attend.argtypes = [pointer, number]
+    library = ctypes.CDLL(str(compiled(SOURCE)))
+    library.panel_linear.argtypes = [POINTER] * 5 + [SIZE] * 3 + [NUMBER] * 3
+    library.panel_attend.argtypes = [POINTER, NUMBER]
     library.panel_linear.restype = library.panel_attend.restype = None
-    library.panel_columns.restype = library.panel_halves.restype = number
+    library.panel_columns.restype = library.panel_halves.restype = NUMBER
     return library
 
 
-def _compiled() -> Path:
-    """The library's path, kept from an earlier run or made now."""
-    compiler = _compiler()
-    described = (SOURCE.read_text(), compiler, *FLAGS, torch.__version__, _processor())
-    name = f"microkernel-{hashlib.sha256(repr(described).encode()).hexdigest()[:16]}.so"
+def compiled(source: Path, *flags: str) -> Path:
+    """The library's path, kept from an earlier run or made now.
+
+    Args:
+        source: it may include `SOURCE`.
+        flags: for the compiler, beside `FLAGS`.
+
+    Raises:
+        OSError: no compiler, or nowhere to write.
+        subprocess.SubprocessError: the compiler failed; `stderr` says why.
+    """
+    compiler, flags = _compiler(), (*FLAGS, *flags)
+    texts = (source.read_text(), SOURCE.read_text())
+    described = (*texts, compiler, *flags, torch.__version__, processor())
+    name = f"{source.stem}-{hashlib.sha256(repr(described).encode()).hexdigest()[:16]}.so"
     kept = _cache_folder() / name
     if kept.is_file():
         return kept
@@ -219,7 +244,7 @@ def _compiled() -> Path:
     shared = [] if runtime is None else [str(runtime)]  # one set of threads for torch and kernel
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder) / name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), *shared]
+        command = [compiler, *flags, str(source), "-o", str(made), *shared]
         with tqdm(total=1, desc="compiling for this processor, once") as bar:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             bar.update()
@@ -235,7 +260,7 @@ def _compiler() -> str:
     raise OSError("no C++ compiler on the PATH (g++ or clang++, or its name in CXX)")
 
 
-def _processor() -> str:
+def processor() -> str:
     """What a library for this processor must not be used without: its instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -255,7 +280,7 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _multiplies_rightly(kernel: ctypes.CDLL) -> bool:
+def _multiplies_rightly() -> bool:
     """Whether products of some awkward sizes agree with torch's."""
     generator = torch.Generator().manual_seed(0)
     for n_rows, n_inputs, n_outputs in ((1, 1, 1), (13, 40, 70), (49, 320, 100)):
