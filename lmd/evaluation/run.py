@@ -125,7 +125,7 @@ class Evaluation:
         LmdError: something is missing, or does not fit.
     """
 
-    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = 2.0) -> None:
+    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = 1.5) -> None:
         self.sources, self.budget, self.cfg_scale = sources, budget, cfg_scale
         self.listener, self.listener_header = load_recogniser(sources.recogniser)
         self.corpus = Corpus(self.sources.data, "test")

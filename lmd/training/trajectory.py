@@ -44,7 +44,7 @@ class DistillOptions:
     """
 
     n_steps: int = 8  # of the teacher
-    cfg_scale: float = 2.0  # of the teacher
+    cfg_scale: float = 1.5  # of the teacher
     n_points: int = 4  # of a walk, that the student looks at in one pass
     regimes: tuple[tuple[Regime, float], ...] = (("block-causal", 0.6), ("enc-dec", 0.4))
     points_on: PointsOn = "chord"
