@@ -232,7 +232,7 @@ def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     places = {"--hours 24": "--hours 0.02", "train base": f"train base --steps 2 {few}"}
     places["train codec"] = "train codec --steps 3 --encoder-steps 1 --batch 2 --frames 16"
     places |= {f"train {name}": f"train {name} --steps 2 {few}" for name in ("finetune", "distill")}
-    places["--updates 120 --warmup 48 --blocks 6"] = "--updates 4 --warmup 2 --blocks 2"
+    places["--updates 60 --warmup 24 --blocks 6"] = "--updates 4 --warmup 2 --blocks 2"
     places["--batch 4"] = few
     places["--seconds 60"] = "--seconds 3"
     for name, place in places.items():
