@@ -26,7 +26,7 @@ PromptRows = Float[Tensor, "token dim"]
 
 WEIGHT_TOLERANCE = 1e-4  # how far a mix's weights may miss 1
 WORDLLAMA_DIMS = (64, 128, 256)  # widths at which WordLlama's nested embeddings may be cut
-MAX_CACHED = 2048  # more than the default corpus has captions; 32 kB each
+MAX_CACHED = 1024
 
 
 @runtime_checkable

@@ -78,6 +78,12 @@ def random_heads(config: DiTConfig, n_batch: int, n_tokens: int, purpose: str) -
     return KeyValue(*(normal(shape, index, purpose) for index in range(2)))
 
 
+def random_visibility(n_tokens: int, n_keys: int) -> torch.Tensor:
+    visible = normal((n_tokens, n_keys), 0, "visible") > 0
+    visible[:, -1] = True  # who sees nobody has no result
+    return visible
+
+
 @needs_kernel
 @settings(max_examples=40, deadline=None)
 @given(
@@ -94,10 +100,7 @@ def test_a_block_of_panels_agrees_with_the_plain_one(n_tokens, n_past, n_batch, 
     rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(frame_positions(n_tokens - 1, 7))
     text = random_heads(config, n_batch, 9, "text")
     past = random_heads(config, n_batch, n_past, "past") if n_past else None
-    visible = None
-    if masked:
-        visible = normal((n_tokens, n_past + n_tokens), 0, "visible") > 0
-        visible[:, -1] = True  # who sees nobody has no result
+    visible = random_visibility(n_tokens, n_past + n_tokens) if masked else None
     expected, kept = block(x, rotation, text, visible, past)
     packed = PackedBlock(copy.deepcopy(block), PanelLinear)
     y, fresh = packed(x, rotation, text, visible, past)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from engine import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_panels import random_block, random_heads
+from test_panels import random_block, random_heads, random_visibility
 from torch import nn
 
 from lmd import packed, panel_attention, panels, tiles
@@ -190,10 +190,7 @@ def test_a_block_of_tiles_is_as_near_to_float32_as_the_plain_one(
     rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(frame_positions(n_tokens - 1, 7))
     text = in_half(random_heads(config, n_batch, 9, "text"))
     past = in_half(random_heads(config, n_batch, n_past, "past")) if n_past else None
-    visible = None
-    if masked:
-        visible = normal((n_tokens, n_past + n_tokens), 0, "visible") > 0
-        visible[:, -1] = True  # who sees nobody has no result
+    visible = random_visibility(n_tokens, n_past + n_tokens) if masked else None
     wide = [KeyValue(*(part.float() for part in kv)) if kv else None for kv in (text, past)]
     exact, kept = copy.deepcopy(block).float()(x.float(), rotation, wide[0], visible, wide[1])
     plain, _ = block(x, rotation, text, visible, past)

@@ -161,8 +161,9 @@ def further_captions(row: Row, n: int) -> list[str]:
     """Up to `n` other captions of a rendition; none of someone's own music, which says its own."""
     if not row.articulation:
         return []
+    about = described(row)
     draws = (QuickDraw(row.seed, "caption", row.piece_id, row.rendition, k) for k in range(n))
-    said = [caption(described(row), draw) for draw in draws]
+    said = [caption(about, draw) for draw in draws]
     return [text for text in dict.fromkeys(said) if text != row.caption]
 
 
