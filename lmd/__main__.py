@@ -18,6 +18,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
     ("convert",): ("lmd.convert", "turn a foreign checkpoint into files of ours"),
+    ("interpolate",): ("lmd.interpolate", "weights between those of two files"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
     ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),

@@ -61,19 +61,21 @@ def test_a_walk_ends_at_the_block_that_the_streamer_plays(regime):
     assert way.states.shape == (1, OPTIONS.n_steps, 4, BLOCK)
 
 
+@pytest.mark.parametrize("loss_on", ["block", "velocity"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_the_student_is_judged_as_it_plays(regime):
+def test_the_student_is_judged_as_it_plays(regime, loss_on):
     """All points in one pass equal a call of the cached session at each, without guidance."""
     student, way, points = random_model(seed=4), walked(regime), [0, 1, 3]
     condition, plan = condition_of(student), BlockPlan(regime, BLOCK)
     with torch.no_grad():
-        loss = trajectory_loss(student, context(), way, points, condition, plan)
+        loss = trajectory_loss(student, context(), way, points, condition, plan, loss_on)
         times, errors = schedule(OPTIONS.n_steps), []
         for point in points:
             session = LiveDenoiser(student).open_block(context(), condition, plan)
             state = way.states[:, point]
             named = clean_of(state, session(state, times[point]), times[point])
-            errors.append((named - way.end).square().mean())
+            scale = 1 if loss_on == "block" else times[point]
+            errors.append(((named - way.end) / scale).square().mean())
     assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
 
@@ -85,9 +87,10 @@ def test_who_names_the_end_loses_nothing():
             parameter.zero_()
         condition, plan = condition_of(student), BlockPlan("enc-dec", BLOCK)
         stays = Walk(way.end[:, None].expand(-1, OPTIONS.n_steps, -1, -1), way.end)
-        assert trajectory_loss(student, context(), stays, [1, 2], condition, plan).item() == 0
+        judged = (context(), stays, [1, 2], condition, plan, "velocity")
+        assert trajectory_loss(student, *judged).item() == 0
         away = Walk(stays.states + 0.5, way.end)
-        loss = trajectory_loss(student, context(), away, [1, 2], condition, plan)
+        loss = trajectory_loss(student, context(), away, [1, 2], condition, plan, "block")
     assert loss.item() == pytest.approx(0.25, rel=1e-5)
 
 
@@ -102,24 +105,27 @@ def test_a_chord_is_straight_between_the_ends_of_a_curved_walk():
     assert (chord.states[:, 1:] - way.states[:, 1:]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("loss_on", ["block", "velocity"])
 @pytest.mark.parametrize("points_on", ["walk", "chord"])
-def test_a_step_looks_at_the_line_that_was_asked_for(points_on, monkeypatch):
-    ways = []
+def test_a_step_looks_at_the_line_and_compares_what_was_asked_for(points_on, loss_on, monkeypatch):
+    ways, compared = [], []
 
     def looked(student, context, way, *others):
         ways.append(way)
+        compared.append(others[-1])
         return trajectory_loss(student, context, way, *others)
 
     monkeypatch.setattr(module, "trajectory_loss", looked)
     model, rows = random_model(), Rows(0, 0, (0,), 1)
     short = FinetuneOptions(context_frames=CONTEXT, block_lengths=((BLOCK, 1.0),))
-    distill = replace(OPTIONS, points_on=points_on)
+    distill = replace(OPTIONS, points_on=points_on, loss_on=loss_on)
     options = TrainOptions("distill", n_steps=1, finetune=short, distill=distill)
     tokens = HashTextEncoder(6, 8).encode(["slow piano"])
     clean = normal((1, 4, options.plan(0).n_frames), 3, "clean")
     noise = module.step_noise(options, rows, 4)
     module.distill_loss(model, model, clean, noise, tokens, 1.0, options, rows)
     (way,) = ways
+    assert compared == [loss_on]
     straight = torch.allclose(way.states, way.chord().states, atol=1e-5)
     assert straight == (points_on == "chord")
 
@@ -128,7 +134,8 @@ def test_no_gradient_reaches_the_teacher():
     teacher, student = random_model(), random_model(seed=4)
     way, condition = walked("block-causal", teacher), condition_of(student)
     plan = BlockPlan("block-causal", BLOCK)
-    trajectory_loss(student, context(), way, [0, 2], condition, plan).sum().backward()
+    loss = trajectory_loss(student, context(), way, [0, 2], condition, plan, "velocity")
+    loss.sum().backward()
     assert student.dit.project_in.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())
 

@@ -230,7 +230,8 @@ def distill_loss(
         walked = walked.chord()
     points = draw_points(options.distill, options.seed, rows.step)
     condition = drop_text(model.condition(prompt, seconds), kept)
-    return trajectory_loss(model, context, walked, points, condition, block)
+    loss_on = options.distill.loss_on
+    return trajectory_loss(model, context, walked, points, condition, block, loss_on)
 
 
 def clip_gradient(model: nn.Module, limit: float, step: int, last_checkpoint: str) -> None:

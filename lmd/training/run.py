@@ -27,7 +27,7 @@ from lmd.training.lora import add_lora
 from lmd.training.module import LiveTraining, Stage, TrainOptions
 from lmd.training.samples import Samples
 from lmd.training.trainer import Export, RunOptions, choose_precision, fit
-from lmd.training.trajectory import DistillOptions, PointsOn
+from lmd.training.trajectory import DistillOptions, LossOn, PointsOn
 from lmd.training.windows import LatentSource
 
 
@@ -87,6 +87,8 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
         add("--points", type=int, default=DistillOptions.n_points, help="of a walk in one pass")
         on = DistillOptions.points_on
         add("--points-on", choices=get_args(PointsOn), default=on, help="the walk or its chord")
+        on = DistillOptions.loss_on
+        add("--loss-on", choices=get_args(LossOn), default=on, help="what is compared")
         return
     add("--noise", default="uniform", help="distribution of noise levels")
     if is_base:
@@ -126,7 +128,11 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
     noise, distill = NoiseOptions(getattr(args, "noise", "uniform")), DistillOptions()
     if stage == "distill":
         distill = DistillOptions(
-            args.teacher_steps, args.cfg_scale, args.points, points_on=args.points_on
+            args.teacher_steps,
+            args.cfg_scale,
+            args.points,
+            points_on=args.points_on,
+            loss_on=args.loss_on,
         )
     base = BaseOptions(text_dropout=args.text_dropout, noise=noise)
     finetune = FinetuneOptions(text_dropout=args.text_dropout, noise=noise)

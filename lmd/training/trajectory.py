@@ -31,6 +31,7 @@ from lmd.training.curriculum import PerItem
 from lmd.training.finetune import Packing, pack_copies, packed_velocity
 
 PointsOn = Literal["walk", "chord"]
+LossOn = Literal["block", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class DistillOptions:
     n_points: int = 4  # of a walk, that the student looks at in one pass
     regimes: tuple[tuple[Regime, float], ...] = (("block-causal", 0.6), ("enc-dec", 0.4))
     points_on: PointsOn = "chord"
+    loss_on: LossOn = "block"
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_points <= self.n_steps:
@@ -123,8 +125,12 @@ def trajectory_loss(
     points: list[int],
     condition: Condition,
     plan: BlockPlan,
+    loss_on: LossOn,
 ) -> PerItem:
     """`|state - t v(state, t) - end|²`: the clean block that the student names, against the end.
+
+    On the velocity it is that over t², `|v(state, t) - (state - end) / t|²`: what is wrong late on
+    the way, where a block gets its edges, then counts as much as what is wrong at its start.
 
     Args:
         student: learns; no guidance.
@@ -133,6 +139,7 @@ def trajectory_loss(
         points: which of its states are looked at.
         condition: prompt and length, as the teacher had them.
         plan: regime and block length.
+        loss_on: what is compared.
 
     Returns:
         One mean squared error per row.
@@ -142,5 +149,8 @@ def trajectory_loss(
     t = times.expand(len(states), -1)
     packing = packed_like_streaming(plan, context.shape[-1], len(points))
     velocity = packed_velocity(student, context, states, t, condition, packing)
-    clean = states - t[..., None, None] * velocity
-    return (clean - walked.end[:, None]).square().mean(dim=(1, 2, 3))
+    towards = (states - walked.end[:, None]) / t[..., None, None]
+    error = velocity - towards
+    if loss_on == "block":
+        error = error * t[..., None, None]
+    return error.square().mean(dim=(1, 2, 3))

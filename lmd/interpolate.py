@@ -1,0 +1,105 @@
+"""`python -m lmd interpolate`: weights on the straight line between those of two files.
+
+    python -m lmd interpolate runs/distill/finetuned.safetensors runs/arc/arc.safetensors \
+        --share 0.25 --out runs/between/arc.safetensors
+
+Training that goes past its aim leads through better weights than it ends with. Where the second
+file was trained on from the first, what lies between them plays as well, mostly.
+
+Source: interpolation between weights before and after fine-tuning (arXiv 2109.01903).
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from lmd.checkpoint import MODEL_KINDS, load_tensors, read_header, save_checkpoint, write_atomic
+from lmd.errors import LmdError
+from lmd.training.card import NOTICE, file_rows
+from lmd.training.run import origin_of
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("first", type=Path, help="weights of a model: share 0")
+    parser.add_argument("second", type=Path, help="others of the same sizes: share 1")
+    parser.add_argument("--share", type=float, default=0.5, help="of the second, 0 ... 1")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, with a card")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write weights and card; print where."""
+    interpolate(args.first, args.second, args.share, args.out)
+    card = args.out.with_suffix(".md")
+    write_atomic(card, card_of(args.out, args.second.with_suffix(".md")).encode())
+    print(f"{args.out}, {card}")
+    return 0
+
+
+def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
+    """Write `(1 - share) first + share second`, of the second file's kind, as float16.
+
+    Raises:
+        LmdError: a share outside 0 ... 1, models of other sizes, a file that is there already.
+    """
+    if not 0 <= share <= 1:
+        raise LmdError(f"--share {share:g}", "0 to 1", "Extrapolation is not offered.")
+    if out.exists():
+        raise LmdError(str(out), "a file that is not there yet", "Name another --out.")
+    (start, start_header), (end, header) = (load_tensors(p, *MODEL_KINDS) for p in (first, second))
+    if start_header.config != header.config:
+        raise LmdError(
+            f"models of other sizes in {first} and {second}",
+            "two of the same preset",
+            "Give weights of which one was trained on from the other.",
+        )
+    words = [
+        "python",
+        "-m",
+        "lmd",
+        "interpolate",
+        first,
+        second,
+        "--share",
+        f"{share:g}",
+        "--out",
+        out,
+    ]
+    notes = {
+        "command": shlex.join(map(str, words)),
+        "share": share,
+        "first": origin_of(first),
+        "second": origin_of(second),
+    }
+    between = {name: start[name].float().lerp(end[name].float(), share) for name in end}
+    save_checkpoint(
+        out, between, kind=header.kind, config=header.config, notes=notes, stored="float16"
+    )
+
+
+def card_of(weights: Path, second_card: Path) -> str:
+    """Markdown about interpolated weights, with the second file's own card if it is there."""
+    header = read_header(weights)
+    notes = header.notes
+    origins = [
+        f"| {name} | `{notes[name]['file']}` ({notes[name]['sha256'][:12]}…), "
+        f"made by `{notes[name]['command']}` |"
+        for name in ("first", "second")
+    ]
+    lines = [
+        f"# {weights.stem}",
+        "",
+        f"On the straight line between the weights of two files, {notes['share']:.0%} of the way.",
+        "",
+        "| | |",
+        "|---|---|",
+        *file_rows(header, weights),
+        f"| sizes | preset `{header.config.name}` |",
+        *origins,
+        f"| command | `{notes['command']}` |",
+        "",
+    ]
+    if not second_card.is_file():
+        return "\n".join([*lines, *NOTICE])
+    _, _, told = second_card.read_text(encoding="utf-8").partition("\n")
+    return "\n".join([*lines, "## The second of them", told])

@@ -1,0 +1,67 @@
+"""Weights between those of two files."""
+
+import pytest
+import torch
+from engine import random_model
+
+from lmd.__main__ import main
+from lmd.checkpoint import load_tensors, save_checkpoint
+from lmd.config import preset
+from lmd.errors import LmdError
+from lmd.interpolate import interpolate
+
+
+@pytest.fixture
+def ends(tmp_path):
+    """Two files of `tiny`, each with its weights as stored."""
+    files = []
+    for kind, seed in (("finetuned", 1), ("arc", 2)):
+        path = tmp_path / f"{kind}.safetensors"
+        weights = random_model(seed=seed).state_dict()
+        save_checkpoint(path, weights, kind=kind, config=preset("tiny"), notes={"command": kind})
+        files.append((path, weights))
+    return files
+
+
+def test_weights_lie_on_the_line_and_say_what_they_are(ends, tmp_path):
+    (first, start), (second, end) = ends
+    out = tmp_path / "between" / "arc.safetensors"
+    second.with_suffix(".md").write_text("# arc\n\nAs it was trained.\n")
+    assert main(["interpolate", str(first), str(second), "--share", "0.25", "--out", str(out)]) == 0
+    found, header = load_tensors(out, "arc")
+    assert found.keys() == end.keys()
+    for name, tensor in found.items():
+        expected = 0.75 * start[name] + 0.25 * end[name]
+        torch.testing.assert_close(tensor.float(), expected, rtol=1e-3, atol=1e-5)
+    assert (header.kind, header.config) == ("arc", preset("tiny"))
+    card = out.with_suffix(".md").read_text()
+    for told in ("25% of the way", header.sha256, header.notes["command"], "As it was trained."):
+        assert told in card
+    assert "made by `finetuned`" in card
+    assert "made by `arc`" in card
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_ends_of_the_line_are_the_files(ends, share, tmp_path):
+    out = tmp_path / "end.safetensors"
+    interpolate(ends[0][0], ends[1][0], share, out)
+    found, _ = load_tensors(out, "arc")
+    for name, tensor in ends[int(share)][1].items():
+        torch.testing.assert_close(found[name].float(), tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_what_has_no_line_between_is_refused(ends, tmp_path):
+    (first, _), (second, weights) = ends
+    out = tmp_path / "out.safetensors"
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(LmdError, match="0 to 1"):
+            interpolate(first, second, share, out)
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, weights, kind="arc", config=preset("small"))
+    with pytest.raises(LmdError, match="models of other sizes"):
+        interpolate(first, other, 0.5, out)
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(LmdError, match="not there yet"):
+        interpolate(first, second, 0.5, out)
+    assert out.read_text() == "mine"
