@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lmd.checkpoint import MODEL_KINDS, load_tensors, read_header, save_checkpoint, write_atomic
 from lmd.errors import LmdError
-from lmd.training.card import NOTICE, file_rows
+from lmd.training.card import NOTICE, file_rows, origin_row
 from lmd.training.run import origin_of
 
 
@@ -46,27 +46,18 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
         raise LmdError(f"--share {share:g}", "0 to 1", "Extrapolation is not offered.")
     if out.exists():
         raise LmdError(str(out), "a file that is not there yet", "Name another --out.")
-    (start, start_header), (end, header) = (load_tensors(p, *MODEL_KINDS) for p in (first, second))
-    if start_header.config != header.config:
+    start, start_header = load_tensors(first, *MODEL_KINDS)
+    end, header = load_tensors(second, *MODEL_KINDS)
+    if start_header.config != header.config or start.keys() != end.keys():
         raise LmdError(
             f"models of other sizes in {first} and {second}",
             "two of the same preset",
             "Give weights of which one was trained on from the other.",
         )
-    words = [
-        "python",
-        "-m",
-        "lmd",
-        "interpolate",
-        first,
-        second,
-        "--share",
-        f"{share:g}",
-        "--out",
-        out,
-    ]
+    words = ["python", "-m", "lmd", "interpolate", str(first), str(second)]
+    words += ["--share", f"{share:g}", "--out", str(out)]
     notes = {
-        "command": shlex.join(map(str, words)),
+        "command": shlex.join(words),
         "share": share,
         "first": origin_of(first),
         "second": origin_of(second),
@@ -81,11 +72,6 @@ def card_of(weights: Path, second_card: Path) -> str:
     """Markdown about interpolated weights, with the second file's own card if it is there."""
     header = read_header(weights)
     notes = header.notes
-    origins = [
-        f"| {name} | `{notes[name]['file']}` ({notes[name]['sha256'][:12]}…), "
-        f"made by `{notes[name]['command']}` |"
-        for name in ("first", "second")
-    ]
     lines = [
         f"# {weights.stem}",
         "",
@@ -95,7 +81,8 @@ def card_of(weights: Path, second_card: Path) -> str:
         "|---|---|",
         *file_rows(header, weights),
         f"| sizes | preset `{header.config.name}` |",
-        *origins,
+        origin_row("first", notes["first"]),
+        origin_row("second", notes["second"]),
         f"| command | `{notes['command']}` |",
         "",
     ]

@@ -85,11 +85,13 @@ def file_rows(header: Header, weights: Path) -> list[str]:
 
 def start_rows(notes: dict[str, Any]) -> list[str]:
     """Which weights a run started from, as a row of a Markdown table; none where it had none."""
-    if "init" not in notes:
-        return []
-    init = notes["init"]
-    made = f", made by `{init['command']}`" if init.get("command") else ""
-    return [f"| started from | `{init['file']}` ({init['sha256'][:12]}…){made} |"]
+    return [origin_row("started from", notes["init"])] if "init" in notes else []
+
+
+def origin_row(what: str, origin: dict[str, Any]) -> str:
+    """Another file of weights, as a row of a Markdown table; see `lmd.training.run.origin_of`."""
+    made = f", made by `{origin['command']}`" if origin.get("command") else ""
+    return f"| {what} | `{origin['file']}` ({origin['sha256'][:12]}…){made} |"
 
 
 def hardware_row(notes: dict[str, Any]) -> str:
