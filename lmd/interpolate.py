@@ -40,12 +40,14 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
     """Write `(1 - share) first + share second`, of the second file's kind, as float16.
 
     Raises:
-        LmdError: a share outside 0 ... 1, models of other sizes, a file that is there already.
+        LmdError: a share outside 0 ... 1, models of other sizes, a file or card that is there
+            already.
     """
     if not 0 <= share <= 1:
         raise LmdError(f"--share {share:g}", "0 to 1", "Extrapolation is not offered.")
-    if out.exists():
-        raise LmdError(str(out), "a file that is not there yet", "Name another --out.")
+    there = [str(path) for path in (out, out.with_suffix(".md")) if path.exists()]
+    if there:
+        raise LmdError(", ".join(there), "files that are not there yet", "Name another --out.")
     start, start_header = load_tensors(first, *MODEL_KINDS)
     end, header = load_tensors(second, *MODEL_KINDS)
     if start_header.config != header.config or start.keys() != end.keys():

@@ -61,7 +61,12 @@ def test_what_has_no_line_between_is_refused(ends, tmp_path):
     with pytest.raises(LmdError, match="models of other sizes"):
         interpolate(first, other, 0.5, out)
     assert not out.exists()
+    card = tmp_path / "another.md"
     out.write_text("mine")
+    card.write_text("of others")
     with pytest.raises(LmdError, match="not there yet"):
         interpolate(first, second, 0.5, out)
     assert out.read_text() == "mine"
+    with pytest.raises(LmdError, match="not there yet"):
+        interpolate(first, second, 0.5, card.with_suffix(".safetensors"))
+    assert card.read_text() == "of others"

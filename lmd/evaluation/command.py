@@ -28,6 +28,7 @@ from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
 from lmd.evaluation.run import BIN_S, VERSION, Evaluation, OutOfTime, Sources
 from lmd.evaluation.units import Table, Unit, planned
 from lmd.evaluation.workers import make_parts
+from lmd.instrument import CFG_SCALE
 from lmd.machine import machine_dict, tune_allocator
 
 BUDGETS = {"full": FULL, "quick": QUICK, "brief": BRIEF, "smoke": SMOKE}
@@ -47,7 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     words = "the same as --budget quick: minutes, not hours"
     much.add_argument("--quick", action="store_const", const="quick", dest="budget", help=words)
     add("--methods", nargs="+", choices=[m.name for m in METHODS], help="only these")
-    add("--cfg-scale", type=float, default=1.5, help="guidance of weights that are not ARC-Forced")
+    add(
+        "--cfg-scale",
+        type=float,
+        default=CFG_SCALE,
+        help="guidance of weights that are not ARC-Forced",
+    )
     add("--drift-seconds", type=float, metavar="S", help="length of the long streams")
     add("--drift-steps", type=int, nargs="+", metavar="N", help="their model calls per block")
     add("--minutes", type=float, help="begin nothing that is not there after these")

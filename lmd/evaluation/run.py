@@ -39,7 +39,7 @@ from lmd.evaluation.metrics import gaussian, mean_interval
 from lmd.evaluation.other_listeners import open_listeners
 from lmd.evaluation.recogniser import load_recogniser
 from lmd.evaluation.rows import Reference, Truths, row_of
-from lmd.instrument import Instrument, open_instrument
+from lmd.instrument import CFG_SCALE, Instrument, open_instrument
 from lmd.machine import hardware, machine_dict
 
 VERSION = 3  # of what is generated and how it is measured
@@ -125,7 +125,7 @@ class Evaluation:
         LmdError: something is missing, or does not fit.
     """
 
-    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = 1.5) -> None:
+    def __init__(self, sources: Sources, budget: Budget, cfg_scale: float = CFG_SCALE) -> None:
         self.sources, self.budget, self.cfg_scale = sources, budget, cfg_scale
         self.listener, self.listener_header = load_recogniser(sources.recogniser)
         self.corpus = Corpus(self.sources.data, "test")

@@ -149,8 +149,7 @@ def trajectory_loss(
     t = times.expand(len(states), -1)
     packing = packed_like_streaming(plan, context.shape[-1], len(points))
     velocity = packed_velocity(student, context, states, t, condition, packing)
-    towards = (states - walked.end[:, None]) / t[..., None, None]
-    error = velocity - towards
-    if loss_on == "block":
-        error = error * t[..., None, None]
+    error = states - t[..., None, None] * velocity - walked.end[:, None]
+    if loss_on == "velocity":
+        error = error / t[..., None, None]
     return error.square().mean(dim=(1, 2, 3))
