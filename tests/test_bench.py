@@ -10,7 +10,7 @@ import torch
 from engine import CONFIG, HoldCodec, random_model, streamer
 
 from lmd.__main__ import main
-from lmd.bench import COMPILE_TOLERANCE, compile_blocks, open_parts, rebuilds, table
+from lmd.bench import COMPILE_TOLERANCE, compile_blocks, long_stream, open_parts, rebuilds, table
 from lmd.bound import Rates, tokens_of_passes
 from lmd.config import PRESETS, REGIMES, DiTConfig, OobleckConfig, WindowConfig
 from lmd.controls import Controls
@@ -212,6 +212,24 @@ def test_block_one_thousand_costs_the_passes_of_block_ten(monkeypatch):
     )  # finished block, new block, global token; four cached frames
     assert all(cost == costs[10] for cost in costs[10:])
     assert torch.isfinite(block.latents).all()
+
+
+def test_late_blocks_are_timed_in_turns_with_those_of_a_young_stream(monkeypatch):
+    played, stream = [], streamer()
+    step = stream.step
+
+    def noted(state, controls):
+        played.append(state.index)
+        return step(state, controls)
+
+    monkeypatch.setattr(stream, "step", noted)
+    found = long_stream(stream, 12, 1, 110)
+    assert played[:70] == [*range(60), *range(10)]
+    assert played[70:] == [
+        k for pair in zip(range(60, 110), range(10, 60), strict=True) for k in pair
+    ]
+    assert found["long_cache_sizes"] == 1
+    assert found["long_cost_ratio"] > 0
 
 
 def test_what_is_measured_of_a_compiled_stream_was_compiled_before(monkeypatch):
