@@ -100,7 +100,7 @@ class ToySettings:
         )
 
 
-SHORT = ToySettings(n_updates=250)  # for a test
+SHORT = ToySettings(n_updates=250)  # drifts half as much already
 
 
 @dataclass(frozen=True)
@@ -326,9 +326,10 @@ def main(words: list[str] | None = None) -> int:
     """Run the seeds, write `toy_world.json` and `toy_world.png`, print a line per seed."""
     parser = argparse.ArgumentParser(prog="python -m lmd.arc.toy_world", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="fewer updates: minutes a seed")
     parser.add_argument("--out", type=Path, default=Path("outputs/toy_world"))
     args = parser.parse_args(words)
-    settings, results = ToySettings(), []
+    settings, results = SHORT if args.short else ToySettings(), []
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         results.append(experiment(seed, settings, progress=True))

@@ -53,13 +53,15 @@ class RunOptions:
     progress: bool = True
 
 
-def product_rate(dtype: torch.dtype, width: int, seconds: float = 0.3) -> float:
+def product_rate(
+    dtype: torch.dtype, width: int, seconds: float = 0.3, n_tokens: int = 1920
+) -> float:
     """Floating-point operations per second of the transformer's feed-forward product.
 
     The best of many, so that other programs on the machine do not flatter a run's utilisation.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(1920, width, device=device, dtype=dtype)
+    a = torch.randn(n_tokens, width, device=device, dtype=dtype)
     b = torch.randn(width, 8 * width, device=device, dtype=dtype)
     best, until = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -80,8 +82,9 @@ def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
     if torch.cuda.is_available() or n_processes > 1:
         fast = torch.cuda.is_available() or describe_machine().amx
         return "bf16" if fast else "32"
-    gain = product_rate(torch.bfloat16, width, 0.1) / product_rate(torch.float32, width, 0.1)
-    return "bf16" if gain >= BF16_GAIN else "32"
+    # Few tokens: without instructions for it, one bfloat16 product of a whole batch takes a second.
+    half, single = (product_rate(d, width, 0.1, 240) for d in (torch.bfloat16, torch.float32))
+    return "bf16" if half >= BF16_GAIN * single else "32"
 
 
 def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int) -> float:
