@@ -100,7 +100,7 @@ class ToySettings:
         )
 
 
-SHORT = ToySettings(n_updates=250)  # drifts half as much already
+SHORT = ToySettings(n_updates=250)  # enough to halve the drift
 
 
 @dataclass(frozen=True)
