@@ -156,7 +156,7 @@ def test_the_readme_counts_every_score_there_is() -> None:
 @pytest.mark.slow
 def test_the_readme_table_is_what_the_scores_give(cache: Path) -> None:
     """For the small collections: all scores together take minutes to parse."""
-    small = ("ciconia", "corelli", "cpebach", "luca", "lusitano", "monteverdi")
+    small = ("ciconia", "corelli", "cpebach", "luca", "lusitano", "monteverdi", "schumann_robert")
     found, stated = counts_of(counts_table(cache, 2, small)), readme_counts()
     assert found.pop("all")[0] == sum(found[name][0] for name in small)
     assert found == {name: stated[name] for name in small}
