@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lmd.bound import bound_ms, machine_rates, tokens_of_passes
+from lmd.bound import Pass, bound_ms, machine_rates, passes_of
 from lmd.checkpoint import load_codec, load_model
 from lmd.codec import Codec
 from lmd.config import REGIMES, Preset, SpectralCodecConfig, preset
@@ -117,8 +117,10 @@ def measure(args: argparse.Namespace) -> dict:
             "a preset with Stable Audio's autoencoder: paper",
             "Leave the option out: decode_ms_p50 is this codec's time.",
         )
-    named = model.dit.blocks.named_parameters()
-    n_weights = sum(p.numel() for name, p in named if "to_kv" not in name)  # the text's: once
+    of_block = {name: p.numel() for name, p in model.dit.blocks[-1].named_parameters()}
+    n_met = sum(n for name, n in of_block.items() if "to_kv" not in name)  # the text's: once
+    n_spared = n_met - of_block["self_attn.to_qkv.weight"]
+    n_weights = n_met * len(model.dit.blocks)
     n_tokens = args.block_frames + 1
     layout = "plain" if args.no_pack or args.compile else fastest_layout(model, n_tokens)
     pack(model, layout, n_tokens)
@@ -135,10 +137,10 @@ def measure(args: argparse.Namespace) -> dict:
         base = Controls(prompt="organ", n_steps=n_steps, block_frames=args.block_frames)
         timings = interleaved(streamer, base, args.blocks)
         n_context = chosen.window.context_frames
-        passes = {r: tokens_of_passes(r, n_context, args.block_frames, n_steps) for r in REGIMES}
+        passes = {r: passes_of(r, n_context, args.block_frames, n_steps) for r in REGIMES}
         bounds_ms = {
-            regime: bound_ms(tokens, rates, n_weights, dtype.itemsize)
-            for regime, tokens in passes.items()
+            regime: bound_ms(of_regime, rates, n_weights, n_spared, dtype.itemsize)
+            for regime, of_regime in passes.items()
         }
         rows += [row_of(regime, n_steps, passes, timings, bounds_ms, block_s) for regime in REGIMES]
     if args.decoder:
@@ -291,7 +293,7 @@ def long_stream(streamer: Streamer, block_frames: int, n_steps: int, n_blocks: i
 def row_of(
     regime: str,
     n_steps: int,
-    passes: dict[str, list[int]],
+    passes: dict[str, list[Pass]],
     timings: dict[str, Timings],
     bounds_ms: dict[str, float],
     block_s: float,
@@ -304,7 +306,7 @@ def row_of(
     return {
         "regime": regime,
         "n_steps": n_steps,
-        "tokens_per_block": sum(passes[regime]),
+        "tokens_per_block": sum(one.n_tokens for one in passes[regime]),
         "dit_ms_p50": dit_ms,
         "dit_ms_p95": percentile(dit, 95),
         "decode_ms_p50": decode_ms,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -48,23 +49,38 @@ def fastest(work: Callable[[], object], device: torch.device, n: int = 7) -> flo
     return min(seconds[2:])
 
 
-def tokens_of_passes(regime: str, context: int, block: int, n_steps: int) -> list[int]:
-    """How many tokens each transformer pass of a block computes, once a stream is under way."""
+class Pass(NamedTuple):
+    """A transformer pass: its tokens, and of how many only keys and values are kept."""
+
+    n_tokens: int
+    n_kept: int = 0
+
+
+def passes_of(regime: str, context: int, block: int, n_steps: int) -> list[Pass]:
+    """The transformer passes of a block, once a stream is under way."""
     if regime == "full":
-        return [context + block + 1] * n_steps
+        return [Pass(context + block + 1)] * n_steps
+    step = Pass(block + 1)
     if regime == "enc-dec":
-        return [context] + [block + 1] * n_steps
-    return [2 * block + 1] + [block + 1] * (n_steps - 1)
+        return [Pass(context, n_kept=context)] + [step] * n_steps
+    return [Pass(2 * block + 1, n_kept=block + 1)] + [step] * (n_steps - 1)
 
 
-def bound_ms(passes: list[int], rates: Rates, n_weights: int, n_bytes: int) -> float:
-    """What passes over so many tokens take if nothing but products or reading holds them up.
+def bound_ms(
+    passes: list[Pass], rates: Rates, n_weights: int, n_spared: int, n_bytes: int
+) -> float:
+    """What passes take if nothing but products or reading holds them up.
 
     Args:
-        passes: tokens of each pass.
+        passes: of a block.
         rates: of the machine.
-        n_weights: that every pass reads.
+        n_weights: that a token meets.
+        n_spared: of these, those of the last block that a kept token does not meet.
         n_bytes: of one weight.
     """
-    reading_s = n_weights * n_bytes / rates.read_bytes
-    return 1e3 * sum(max(2 * n_weights * n / rates.product_flops, reading_s) for n in passes)
+    total_s = 0.0
+    for n_tokens, n_kept in passes:
+        products = n_weights * n_tokens - n_spared * n_kept
+        read = n_weights - n_spared * (n_kept == n_tokens)
+        total_s += max(2 * products / rates.product_flops, read * n_bytes / rates.read_bytes)
+    return 1e3 * total_s

@@ -27,9 +27,12 @@ from lmd.shapes import (
     Latents,
     NoiseLevel,
     Positions,
+    ReadTokens,
     Tokens,
     Visibility,
 )
+
+ALL, NONE = slice(None), slice(0, 0)  # of a pass's tokens
 
 
 class KeyValue(NamedTuple):
@@ -99,22 +102,38 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tokens, rotation: Rotation, visible: Visibility | None, past: KeyValue | None
-    ) -> tuple[Tokens, KeyValue]:
+        self,
+        x: Tokens,
+        rotation: Rotation,
+        visible: Visibility | None,
+        past: KeyValue | None,
+        read: slice = ALL,
+    ) -> tuple[ReadTokens, KeyValue]:
         """Attend; `past` holds rotated keys. Returns the output and the fresh, unrotated keys."""
-        seen, fresh = self.heads(x, rotation, visible, past)
+        seen, fresh = self.heads(x, rotation, visible, past, read)
         return self.to_out(seen), fresh
 
     def heads(
-        self, x: Tokens, rotation: Rotation, visible: Visibility | None, past: KeyValue | None
-    ) -> tuple[Tokens, KeyValue]:
-        """What the heads see, side by side, before the output projection."""
-        q, k, v = (split_heads(part, self.n_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
-        q, fresh = rotate(self.q_norm(q), rotation), KeyValue(self.k_norm(k), v)
-        k = rotate(fresh.key, rotation)
+        self,
+        x: Tokens,
+        rotation: Rotation,
+        visible: Visibility | None,
+        past: KeyValue | None,
+        read: slice = ALL,
+    ) -> tuple[ReadTokens, KeyValue]:
+        """What the heads of the tokens `read` see, side by side, before the output projection."""
+        q, fresh = self.query_key_value(x)
+        q = rotate(self.q_norm(q[:, :, read]), Rotation(rotation.cos[read], rotation.sin[read]))
+        k, v = rotate(fresh.key, rotation), fresh.value
         if past is not None:
             k, v = torch.cat([past.key, k], dim=2), torch.cat([past.value, v], dim=2)
+        visible = None if visible is None else visible[read]
         return join_heads(attend(q, k, v, visible)), fresh
+
+    def query_key_value(self, x: Tokens) -> tuple[Heads, KeyValue]:
+        """Queries, not yet normalised, and the fresh, unrotated keys and values."""
+        q, k, v = (split_heads(part, self.n_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
+        return q, KeyValue(self.k_norm(k), v)
 
 
 class CrossAttention(nn.Module):
@@ -179,10 +198,14 @@ class Block(nn.Module):
         text: KeyValue,
         visible: Visibility | None = None,
         past: KeyValue | None = None,
-    ) -> tuple[Tokens, KeyValue]:
-        """Hidden states in and out, with this layer's fresh keys and values."""
-        attended, fresh = self.self_attn(self.pre_norm(x), rotation, visible, past)
-        x = x + attended
+        read: slice = ALL,
+    ) -> tuple[ReadTokens, KeyValue]:
+        """Hidden states in, those of the tokens `read` out, with every fresh key and value."""
+        h = self.pre_norm(x)
+        if read == NONE:
+            return x[:, read], self.self_attn.query_key_value(h)[1]
+        attended, fresh = self.self_attn(h, rotation, visible, past, read)
+        x = x[:, read] + attended
         x = x + self.cross_attn(self.cross_norm(x), text)
         return x + self.ff(self.ff_norm(x)), fresh
 
@@ -263,21 +286,35 @@ class DiT(nn.Module):
         text: list[KeyValue],
         visible: Visibility | None = None,
         past: list[KeyValue] | None = None,
-        n_blocks: int | None = None,
-    ) -> tuple[Tokens, list[KeyValue]]:
-        """All blocks (or the first `n_blocks`); returns hidden states and every layer's keys."""
+        read: slice = ALL,
+    ) -> tuple[ReadTokens, list[KeyValue]]:
+        """All blocks.
+
+        Args:
+            x: `[batch, token, width]`.
+            positions: rotary, one per token.
+            text: per layer, see `text_key_values`.
+            visible: which keys a token sees, the past's first; None: all.
+            past: per layer, rotated keys and values of tokens before these.
+            read: whose hidden states are wanted. Of the others the last block computes keys and
+                values alone: nothing else of theirs is ever used.
+
+        Returns:
+            Hidden states of the tokens `read`, and every layer's keys and values of all tokens.
+        """
         if self.replays_graphs:  # which overwrites what the call before returned
             torch.compiler.cudagraph_mark_step_begin()
         rotation, fresh = self.rope(positions), []
         visible = None if visible is None else visible.to(x.device)
-        for index, block in enumerate(self.blocks[:n_blocks]):
+        for index, block in enumerate(self.blocks):
             seen = None if past is None else past[index]
+            out = read if index == len(self.blocks) - 1 else ALL
             if self.checkpointing and torch.is_grad_enabled():
                 x, kv = checkpoint(
-                    block, x, rotation, text[index], visible, seen, use_reentrant=False
+                    block, x, rotation, text[index], visible, seen, out, use_reentrant=False
                 )
             else:
-                x, kv = block(x, rotation, text[index], visible, seen)
+                x, kv = block(x, rotation, text[index], visible, seen, out)
             fresh.append(kv)
         return x, fresh
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lmd.attention import absorb_visibility, visibility
 from lmd.cache import ContextCache, Memory
 from lmd.config import ControlChannel, Regime, check_block
-from lmd.dit import Condition, LiveModel, frame_positions
+from lmd.dit import NONE, Condition, LiveModel, frame_positions
 from lmd.flow import noised
 from lmd.shapes import BlockLatents, FrameControls, Latents
 
@@ -133,7 +133,7 @@ class LiveDenoiser:
         if plan.regime == "block-causal":
             visible = visibility(plan.regime, n_frames, plan.block_frames)[:n_frames, :n_frames]
         positions = frame_positions(n_frames)[:-1]
-        _, fresh = dit.trunk(x, positions, list(memory.text), visible)
+        _, fresh = dit.trunk(x, positions, list(memory.text), visible, read=NONE)
         return ContextCache.of(fresh, dit.rope)
 
 
@@ -230,10 +230,11 @@ class _CachedSession:
             list(self.memory.text),
             absorb_visibility(s // o, o),
             cache.past_shifted(o, rope),
+            read=slice(o, 2 * o),
         )
         self.memory = replace(self.memory, context=cache.absorb(fresh, o, rope))
         self.finished = None
-        return self.dit.head(x[:, o:-1])
+        return self.dit.head(x)
 
 
 def add_controls(model: LiveModel, *controls: ControlChannel) -> LiveModel:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmd.dit import Block, KeyValue, LiveModel
+from lmd.dit import ALL, NONE, Block, KeyValue, LiveModel
 from lmd.errors import LmdError
 from lmd.machine import trim_memory
 from lmd.operations import Rotation
 from lmd.panel_attention import cross_attention, self_attention
 from lmd.panels import PanelLinear, can_use_panels
-from lmd.shapes import Tokens, Visibility
+from lmd.shapes import ReadTokens, Tokens, Visibility
 from lmd.tiles import TileLinear, can_use_tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,11 +103,15 @@ class PackedBlock(nn.Module):
         text: KeyValue,
         visible: Visibility | None = None,
         past: KeyValue | None = None,
-    ) -> tuple[Tokens, KeyValue]:
-        """Hidden states in and out, with this layer's fresh keys and values."""
+        read: slice = ALL,
+    ) -> tuple[ReadTokens, KeyValue]:
+        """Hidden states in, those of the tokens `read` out, with every fresh key and value."""
         b = self.block
-        seen, fresh = self_attention(b.self_attn, b.pre_norm(x), rotation, visible, past)
-        x = b.self_attn.to_out.plus(seen, x)
+        h = b.pre_norm(x)
+        if read == NONE:
+            return x[:, read], b.self_attn.query_key_value(h)[1]
+        seen, fresh = self_attention(b.self_attn, h, rotation, visible, past)
+        x = b.self_attn.to_out.plus(seen[:, read], x[:, read])
         x = b.cross_attn.to_out.plus(cross_attention(b.cross_attn, b.cross_norm(x), text), x)
         h = b.ff_norm(x)
         return b.ff.to_out.plus(self.value.times(h, self.gate(h, "swish")), x), fresh

@@ -10,6 +10,7 @@ FrameControls = Float[Tensor, "batch control controlled"]  # further frame-wise 
 FrameMask = Float[Tensor, "batch 1 frame"]  # 1 = known audio
 NoiseLevel = Float[Tensor, " batch"]  # 0 clean ... 1 noise
 Tokens = Float[Tensor, "batch token dim"]  # text embeddings, or hidden states
+ReadTokens = Float[Tensor, "batch read dim"]  # hidden states of some of a pass's tokens
 Heads = Float[Tensor, "batch head token head_dim"]  # queries, keys, values
 SeenHeads = Float[Tensor, "batch head key head_dim"]  # keys and values beside other queries
 Visibility = Bool[Tensor, "query key"]  # True = the query sees the key

@@ -11,7 +11,7 @@ from engine import CONFIG, HoldCodec, random_model, streamer
 
 from lmd.__main__ import main
 from lmd.bench import COMPILE_TOLERANCE, compile_blocks, long_stream, open_parts, rebuilds, table
-from lmd.bound import Rates, tokens_of_passes
+from lmd.bound import Pass, Rates, passes_of
 from lmd.config import PRESETS, REGIMES, DiTConfig, OobleckConfig, WindowConfig
 from lmd.controls import Controls
 from lmd.decoder_speed import DecoderSpeed
@@ -96,9 +96,10 @@ def test_token_counts_are_those_that_the_transformer_sees(monkeypatch):
     model, seen = random_model(), []
     trunk = type(model.dit).trunk
 
-    def counting(self, x, *args):
-        seen.append(x.shape[1])
-        return trunk(self, x, *args)
+    def counting(self, x, *args, **kwargs):
+        out, fresh = trunk(self, x, *args, **kwargs)
+        seen.append(Pass(x.shape[1], x.shape[1] - out.shape[1]))
+        return out, fresh
 
     monkeypatch.setattr(type(model.dit), "trunk", counting)
     stream = streamer(model)
@@ -107,7 +108,7 @@ def test_token_counts_are_those_that_the_transformer_sees(monkeypatch):
         state = stream.step(stream.start(), controls)[1]
         seen.clear()
         stream.step(state, controls)
-        assert seen == tokens_of_passes(regime, 24, 6, 3), regime
+        assert seen == passes_of(regime, 24, 6, 3), regime
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,9 +196,9 @@ def test_block_one_thousand_costs_the_passes_of_block_ten(monkeypatch):
     passes, block_class = [], type(stream.denoiser.model.dit.blocks[0])
     forward = block_class.forward
 
-    def counting(self, x, rotation, text, visible=None, past=None):
+    def counting(self, x, rotation, text, visible=None, past=None, *read):
         passes.append((x.shape[1], len(rotation.cos), 0 if past is None else past.key.shape[2]))
-        return forward(self, x, rotation, text, visible, past)
+        return forward(self, x, rotation, text, visible, past, *read)
 
     monkeypatch.setattr(block_class, "forward", counting)
     costs = []
@@ -238,10 +239,10 @@ def test_what_is_measured_of_a_compiled_stream_was_compiled_before(monkeypatch):
     block_class = type(stream.denoiser.model.dit.blocks[0])
     forward = block_class.forward
 
-    def noting(self, x, rotation, text, visible=None, past=None):
+    def noting(self, x, rotation, text, visible, past, read):
         mask = None if visible is None else visible.shape
-        shapes.add((x.shape, rotation.cos.shape, mask, past and past.key.shape))
-        return forward(self, x, rotation, text, visible, past)
+        shapes.add((x.shape, rotation.cos.shape, mask, past and past.key.shape, str(read)))
+        return forward(self, x, rotation, text, visible, past, read)
 
     monkeypatch.setattr(block_class, "forward", noting)
     monkeypatch.setattr(DiT, "compile_blocks", lambda self, mode: None)

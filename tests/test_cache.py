@@ -8,10 +8,11 @@ from engine import CONFIG, WINDOW, masked_forward, random_model, streamer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmd.attention import visibility
 from lmd.cache import Memory
 from lmd.config import PRESETS, ControlChannel, DiTConfig, WindowConfig, preset
 from lmd.controls import Controls
-from lmd.dit import LiveModel
+from lmd.dit import LiveModel, frame_positions
 from lmd.flow import Guidance, sample, schedule
 from lmd.outpaint import BlockPlan, LiveDenoiser, add_controls, both_branches
 from lmd.rng import normal
@@ -201,12 +202,38 @@ def test_one_uncached_pass_with_the_mask_equals_the_cached_step():
         torch.testing.assert_close(session(noisy, 0.6), whole[..., 24:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("read", [slice(12, 24), slice(0, 5), slice(0, 0)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_that_nobody_reads_change_nothing_of_those_that_are_read(read, checkpointing):
+    """Hidden states, every key and value, and the gradients are those of a pass that reads all."""
+    model = random_model()
+    model.dit.checkpointing = checkpointing
+    visible = visibility("block-causal", 24, 6)
+
+    def outcome(wanted, kept):
+        model.zero_grad()
+        text = model.dit.text_key_values(normal((2, 7, 8), 0, "text"))
+        x = model.dit.embed_target(normal((2, 4, 31), 0, "noisy"))
+        x, fresh = model.dit.trunk(x, frame_positions(30), text, visible, read=wanted)
+        (x[:, kept].square().sum() + sum(kv.key.sum() + kv.value.sum() for kv in fresh)).backward()
+        gradients = {n: p.grad for n, p in model.dit.named_parameters() if p.grad is not None}
+        return x[:, kept], fresh, gradients
+
+    states, fresh, gradients = outcome(read, slice(None))
+    whole_states, whole_fresh, whole_gradients = outcome(slice(None), read)
+    assert states.shape[1] == read.stop - read.start
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(states, whole_states, **close)
+    for kv, whole in zip(fresh, whole_fresh, strict=True):
+        assert torch.equal(kv.key, whole.key)
+        assert torch.equal(kv.value, whole.value)
+    for name, whole in whole_gradients.items():
+        torch.testing.assert_close(gradients.get(name, torch.zeros_like(whole)), whole, **close)
+
+
 @torch.no_grad()
 def test_future_frames_do_not_change_past_frames():
     """Block-causal: moving a later block leaves every earlier hidden state as it was."""
-    from lmd.attention import visibility
-    from lmd.dit import frame_positions
-
     model = random_model()
     text = model.dit.text_key_values(normal((1, 7, 8), 0, "text"))
     visible = visibility("block-causal", 24, 6)[:24, :24]

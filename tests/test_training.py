@@ -24,6 +24,7 @@ from lmd.stream import Streamer
 from lmd.text import HashTextEncoder
 from lmd.training.card import run_log
 from lmd.training.curriculum import StepPlan
+from lmd.training.finetune import pack_blocks, pack_copies, packed_velocity
 from lmd.training.lora import add_lora, merged_state
 from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows, step_noise
 from lmd.training.run import (
@@ -226,8 +227,9 @@ def test_rows_of_parts_make_up_the_global_batch():
         shard_rows(options, 0, 0, 3)
 
 
-def test_flops_are_those_of_the_products():
-    """Against torch's own counter, on the forward pass of the base."""
+@pytest.mark.parametrize("regime", [None, "block-causal", "enc-dec"])
+def test_flops_are_those_of_the_products(regime):
+    """Against torch's own counter, on a forward pass."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -235,8 +237,16 @@ def test_flops_are_those_of_the_products():
     model = LiveModel(sizes)
     condition = model.condition(torch.zeros(2, 1, 16), 5.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 8, 240), torch.rand(2), condition)
-    ours = step_flops(sizes, StepPlan(None, 240), 2) / 3
+        if regime is None:
+            plan = StepPlan(None, 240)
+            model(torch.randn(2, 8, 240), torch.rand(2), condition)
+        else:
+            plan = StepPlan(regime, 240 if regime == "enc-dec" else 336, 48, 3, 192)
+            pack = pack_blocks if regime == "block-causal" else pack_copies
+            noisy, t = torch.randn(2, 3, 8, 48), torch.rand(2, 3)
+            clean = torch.randn(2, 8, plan.n_frames)
+            packed_velocity(model, clean, noisy, t, condition, pack(3, 48, 192))
+    ours = step_flops(sizes, plan, 2) / 3
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)  # we leave out the text
 
 

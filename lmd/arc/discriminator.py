@@ -131,5 +131,6 @@ class Discriminator(nn.Module):
             torch.cat(tokens, dim=1),
             frame_positions(n_frames),
             dit.text_key_values(condition.tokens),
+            read=slice(first_frame, n_frames),  # the global token is last: frames keep theirs
         )
-        return self.head(x[:, first_frame:n_frames])  # the global token is last: frames keep theirs
+        return self.head(x)

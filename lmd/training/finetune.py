@@ -164,9 +164,9 @@ def packed_velocity(
         dim=1,
     )
     text = dit.text_key_values(condition.tokens)
-    x, _ = dit.trunk(x, packing.positions(o), text, packing.visible)
-    velocity = dit.head(x[:, packing.n_clean : -t.shape[1]])
-    return velocity.unflatten(2, (-1, o)).transpose(1, 2)
+    noised_frames = slice(packing.n_clean, x.shape[1] - t.shape[1])
+    x, _ = dit.trunk(x, packing.positions(o), text, packing.visible, read=noised_frames)
+    return dit.head(x).unflatten(2, (-1, o)).transpose(1, 2)
 
 
 def packed_loss(

@@ -92,15 +92,18 @@ def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int) -> float:
 
     Counts the linear layers over frames and global tokens, attention scores and values over all
     pairs of the pass, cross-attention's queries and outputs; leaves out text, norms and activation.
+    In the last block, clean frames and global tokens have but queries, keys and values.
     """
-    d, frames = config.width, plan.n_frames
+    d, noised, clean = config.width, plan.n_frames, 0
+    if plan.regime in ("block-causal", "enc-dec"):
+        noised, clean = plan.n_targets * plan.block_frames, plan.context_frames
     if plan.regime == "block-causal":
-        frames = plan.context_frames + (2 * plan.n_targets - 1) * plan.block_frames
-    elif plan.regime == "enc-dec":
-        frames = plan.context_frames + plan.n_targets * plan.block_frames
-    tokens = frames + plan.n_targets
-    linear = tokens * config.depth * (4 + 2 + 3 * config.ff_mult) * d * d
-    attention = tokens * tokens * config.depth * 2 * d
+        clean += (plan.n_targets - 1) * plan.block_frames
+    tokens = clean + noised + plan.n_targets
+    unread = tokens - noised if clean else 0
+    behind_attention = 1 + 2 + 3 * config.ff_mult  # matrices of d × d: to_out, cross-attention, ff
+    linear = (tokens * config.depth * (3 + behind_attention) - unread * behind_attention) * d * d
+    attention = (tokens * config.depth - unread) * tokens * 2 * d
     return 3 * 2 * n_rows * (linear + attention)
 
 
