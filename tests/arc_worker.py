@@ -5,12 +5,15 @@ import os
 import signal
 import sys
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lmd.__main__ import importing
 
-from lmd.arc import train as train_arc
-from lmd.arc.module import ArcTraining
-from lmd.training.trainer import RunOptions
+with importing():
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback
+
+    from lmd.arc import train as train_arc
+    from lmd.arc.module import ArcTraining
+    from lmd.training.trainer import RunOptions
 
 
 class KillAt(Callback):

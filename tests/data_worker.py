@@ -4,13 +4,16 @@ import json
 import sys
 from pathlib import Path
 
-import lightning as L
-import torch
-from torch import nn
-
+from lmd.__main__ import importing
 from lmd.__main__ import main as lmd
-from lmd.data.encode import QUIET
-from lmd.data.latents import LatentDataModule
+
+with importing():
+    import lightning as L
+    import torch
+    from torch import nn
+
+    from lmd.data.encode import QUIET
+    from lmd.data.latents import LatentDataModule
 
 GLOBAL_BATCH, STEPS = 4, 6
 

@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import lightning as L
-import torch
-from lightning.pytorch.callbacks import Callback
-from torch.distributed.tensor import DTensor
+from lmd.__main__ import importing
 
-from lmd.training import run as train_run
-from lmd.training.trainer import RunOptions, fit
+with importing():
+    import lightning as L
+    import torch
+    from lightning.pytorch.callbacks import Callback
+    from torch.distributed.tensor import DTensor
+
+    from lmd.training import run as train_run
+    from lmd.training.trainer import RunOptions, fit
 
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32", "--accelerator", "cpu"]
 WORDS += ["--no-progress", "--warmup", "1", "--lr", "3e-3", "--checkpoint-every", "2"]

@@ -24,7 +24,7 @@ def bench(*words: str) -> int:
 
 def test_every_length_has_its_seconds_and_its_peak(tmp_path, capsys):
     path = tmp_path / "arc.json"
-    words = ["--blocks", "1", "8", "--batch", "8", "--regime", "enc-dec", "--dtype", "bfloat16"]
+    words = ["--blocks", "1", "8", "--batch", "8", "--regime", "enc-dec", "--dtype", "float32"]
     assert bench(*words, "--checkpointing", "yes", "--json", str(path)) == 0
     short, long = json.loads(path.read_text())["rows"]
     assert set(short) == set(long) == set(COLUMNS)
@@ -33,6 +33,17 @@ def test_every_length_has_its_seconds_and_its_peak(tmp_path, capsys):
     assert min(row[f"{who}_s"] for row in (short, long) for who in WHO.values()) > 0
     assert long["memory_gb"] > short["memory_gb"] > 0.1
     assert "median of 1 updates" in capsys.readouterr().out
+
+
+def test_half_precision_has_a_row_of_its_own(tmp_path):
+    """With one block: some processors take seven times as long in bfloat16."""
+    path = tmp_path / "arc.json"
+    words = ["--blocks", "1", "--dtype", "bfloat16", "--checkpointing", "yes"]
+    assert bench(*words, "--json", str(path)) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["dtype"], row["checkpointing"]) == ("bfloat16", "yes")
+    assert min(row[f"{who}_s"] for who in WHO.values()) > 0
+    assert row["memory_gb"] > 0.1
 
 
 def test_unless_told_all_lengths_are_measured_in_both_precisions_with_and_without_checkpoints(

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from lmd.dit import RotaryEmbedding
 from lmd.errors import LmdError
 from lmd.machine import check_compiler
-from lmd.operations import CHUNK_SCORES, Rotation, attend, gated, rotate
+from lmd.operations import Rotation, attend, gated, rotate
+from lmd.product_attention import CHUNK_SCORES
 
 
 def gradients(work, *inputs):

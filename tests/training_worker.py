@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lmd.__main__ import importing
 
-from lmd.training import run as train_run
-from lmd.training.trainer import AtomicCheckpointIO, RunOptions, fit
+with importing():
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback
+
+    from lmd.training import run as train_run
+    from lmd.training.trainer import AtomicCheckpointIO, RunOptions, fit
 
 
 def die(*_: object) -> None:

@@ -105,6 +105,8 @@ def in_fresh_process(work: Callable[..., Answer], *arguments: object) -> Answer 
     """
     ways = get_all_start_methods()
     context = get_context("forkserver" if "forkserver" in ways else "spawn")
+    if "forkserver" in ways:
+        context.set_forkserver_preload([__name__])  # imported once for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(work, *arguments).result()

@@ -85,6 +85,11 @@ class _Client(PapermillNotebookClient):
         self.heard_at_s = time.monotonic()
         return super().process_message(*args, **options)
 
+    def papermill_execute_cells(self) -> None:
+        """All cells; the kernel then ends seconds sooner (see `lmd.__main__.importing`)."""
+        super().papermill_execute_cells()
+        self.kc.execute("import gc; gc.freeze()", silent=True, store_history=False)
+
     async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
         """Run one cell.
 
