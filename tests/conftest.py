@@ -5,6 +5,7 @@ work through the files; what is marked `alone` (real time, a limit of time) wait
 runs.
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,19 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 torch.set_num_threads(int(os.environ.get("LMD_TEST_THREADS", "1")))
+
+# What is first imported by a module under the hook below is compiled from source in every process.
+OTHERS = (
+    "anywidget",
+    "beartype",
+    "lightning",
+    "matplotlib.pyplot",
+    "pandas",
+    "papermill",
+    "torchaudio",
+)
+for name in OTHERS:
+    importlib.import_module(name)
 
 # Before the first `import lmd`: every annotated function then checks its arguments and results.
 SHAPE_CHECKS = install_import_hook("lmd", "shape_checker.check")

@@ -20,8 +20,10 @@ def mentions_array(hint: object) -> bool:
 
 
 def check(function: Callable) -> Callable:
-    """`beartype` for the arguments and results that are arrays."""
-    for name, hint in list(getattr(function, "__annotations__", {}).items()):
-        if not mentions_array(hint):
-            function.__annotations__[name] = Any
+    """`beartype` for the arguments and results that are arrays; without any, nothing."""
+    hints = getattr(function, "__annotations__", {})
+    others = [name for name, hint in hints.items() if not mentions_array(hint)]
+    if len(others) == len(hints):
+        return function
+    hints.update(dict.fromkeys(others, Any))
     return beartype(function)
