@@ -38,10 +38,8 @@ reinstall:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	  "found $$($(PYTHON) --version); expected Python 3.11 or newer. Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile --no-deps -r requirements.lock # nothing to solve, so a minute less
-	$(PIP) install --no-compile -r requirements.lock # what they need on this system beside it
+	$(PIP) install -r requirements.lock
 	$(PIP) install --no-deps -e .
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # by all cores: pip would take one
 	@cp requirements.lock $(VENV)/installed.lock
 
 lock: ## write the versions of this environment down

@@ -77,6 +77,19 @@ def test_more_hours_extend_the_plan_and_change_nothing_of_it(cache: Path) -> Non
     assert {n for _, n in names[1][:3]} == {0}  # every piece once before any comes again
 
 
+def test_no_more_scores_are_parsed_than_are_likely_to_be_needed(cache: Path, monkeypatch) -> None:
+    shelf, asked = Shelf(SETTINGS.collections, cache), []
+    pieces = shelf.pieces
+
+    def noted(piece_ids):
+        asked.append(len(piece_ids))
+        return pieces(piece_ids)
+
+    monkeypatch.setattr(shelf, "pieces", noted)
+    assert 1 <= len(plan(shelf, SETTINGS.max_seconds / 2 / 3600, SETTINGS)) <= 3
+    assert asked == [3]
+
+
 def test_fewer_hours_than_there_are_change_nothing(cache: Path, tmp_path: Path) -> None:
     build_corpus(tmp_path, 2 * HOURS, SETTINGS, cache=cache)
     before = contents(tmp_path)

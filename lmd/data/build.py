@@ -3,10 +3,10 @@
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lmd.errors import LmdError
 from lmd.rng import generator
 
 CORPUS_FORMAT = 1
+FEWEST_SCORES, MOST_SCORES = 3, 32  # parsed at once; so few need no further process
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class BuildSettings:
 def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piece, int]]:
     """Which renditions make up so many hours: every piece once, shuffled, then every piece again.
 
-    More hours extend the plan; they change nothing of its beginning. Only scores that are needed
-    are parsed.
+    More hours extend the plan; they change nothing of its beginning. Scores are parsed as far as
+    they are likely to be needed.
 
     Args:
         shelf: the scores.
@@ -55,17 +56,20 @@ def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piec
         LmdError: none of the scores can be used.
     """
     chosen: list[tuple[Piece, int]] = []
-    seconds, rendition = 0.0, 0
-    while seconds < hours * 3600:
+    seconds, wanted_s, rendition = 0.0, hours * 3600, 0
+    while seconds < wanted_s:
         source = generator(settings.seed, "plan", rendition)
         order = [shelf.ids[i] for i in torch.randperm(len(shelf.ids), generator=source).tolist()]
-        batches = (order[at : at + 32] for at in range(0, len(order), 32))
-        for piece in chain.from_iterable(map(shelf.pieces, batches)):
-            how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
-            seconds += (how.end_quarter - how.start_quarter) * 60 / how.tempo_bpm
-            chosen.append((piece, rendition))
-            if seconds >= hours * 3600:
-                break
+        while order and seconds < wanted_s:
+            guess = math.ceil(2 * (wanted_s - seconds) / settings.max_seconds)
+            n = min(max(guess, FEWEST_SCORES), MOST_SCORES)
+            batch, order = order[:n], order[n:]
+            for piece in shelf.pieces(batch):
+                how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+                seconds += (how.end_quarter - how.start_quarter) * 60 / how.tempo_bpm
+                chosen.append((piece, rendition))
+                if seconds >= wanted_s:
+                    break
         rendition += 1
         if not chosen:
             reasons = [item.reason for item in shelf.rejected.values()]
