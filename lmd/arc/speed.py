@@ -103,9 +103,9 @@ def in_fresh_process(work: Callable[..., Answer], *arguments: object) -> Answer 
     Where there is a fork server, that starts it: the peak memory of a process that is spawned
     begins, on Linux, with what the one that spawns it has held.
     """
-    ways = get_all_start_methods()
-    context = get_context("forkserver" if "forkserver" in ways else "spawn")
-    if "forkserver" in ways:
+    way = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    context = get_context(way)
+    if way == "forkserver":
         context.set_forkserver_preload([__name__])  # imported once for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
