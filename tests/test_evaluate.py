@@ -20,10 +20,18 @@ from lmd.data.instruments import FAMILIES
 from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
 from lmd.evaluation.aims import aims, difference
-from lmd.evaluation.command import BUDGETS, configure, main, planned, with_long_streams
+from lmd.evaluation.command import (
+    BUDGETS,
+    chosen_methods,
+    configure,
+    main,
+    planned,
+    with_long_streams,
+)
 from lmd.evaluation.earlier import Earlier
 from lmd.evaluation.generation import (
     METHODS,
+    WITH_EULER,
     Budget,
     Clip,
     choose_rows,
@@ -166,6 +174,24 @@ def test_an_evaluation_writes_a_row_per_method_with_finite_intervals(report: Pat
     assert set(result["drift_anchors"]) == {"real", "codec", "shuffled"}
     assert all(row["distance"]["level"]["mean"] > 0 for row in result["drift_anchors"].values())
     assert result["random_weights"]
+
+
+def test_eulers_rows_stand_beside_the_others_and_need_no_timings(
+    world: argparse.Namespace, report: Path, tmp_path: Path
+) -> None:
+    methods = ("--methods", "BC+AF", "BC+AF-Euler")
+    assert run(world, tmp_path, "--random", "tiny", *methods) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    plain, euler = result["rows"]
+    assert (plain["sampler"], euler["sampler"]) == ("dpmpp", "euler")
+    assert euler["fd"]["mean"] == pytest.approx(plain["fd"]["mean"], rel=1e-3)  # of one step
+    assert plain["speed"]
+    assert euler["speed"] is None
+    assert not any("timings" in text for text in result["not_measured"])
+    written = (tmp_path / "evaluation.md").read_text()
+    assert "but for the rows named Euler" in written
+    assert "--methods BC+AF BC+AF-Euler" in written
+    assert "Euler" not in (report / "evaluation.md").read_text().partition("Not measured")[0]
 
 
 def test_the_tables_and_figures_come_from_the_json(report: Path) -> None:
@@ -476,6 +502,12 @@ def test_aims_are_judged_seed_by_seed() -> None:
     assert found[10]["found"] == "8 steps 95.0% → 92.0%"
     rarely = anchors | {"other prompts": anchor | {"tempo": {"mean": 0.2}}}
     assert aims(said | {"recogniser": {"embedding": 10}, "anchors": rarely})[8]["met"]
+    euler = [a_line(row["method"] + "-Euler", [9.0, 9.5, 9.9]) for row in rows[::2]]
+    euler += [a_line("ED+AF-Euler", [8.0, 8.6, 8.9]), a_line("BC+AF-Euler", [9.1, 9.6, 10.0])]
+    more = aims(said | {"recogniser": {"embedding": 10}, "rows": rows + euler})
+    assert [one["met"] for one in more] == [*met[:2], True, False, *met[2:]]
+    assert [one["aim"][-8:] for one in more[2:4]] == ["ED-Euler", "BC-Euler"]
+    assert "8 steps -0.967 " in more[2]["found"]
     few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
     assert few[2]["met"] is few[3]["met"] is None
 
@@ -772,6 +804,12 @@ def test_the_telling_rows_come_first_and_the_naive_ones_last() -> None:
     assert units[0] == "ED, 8 steps, from silence"
     assert units.index("BC, 2 steps, long streams") < units.index("BC, 8 steps, primed")
     assert units[-1] == "naive, 50 steps, primed"
+    euler = [str(unit) for unit in planned([(m, "0") for m in WITH_EULER], Budget())]
+    assert len(euler) == 4 * 3
+    assert {text.split(", ", 2)[2] for text in euler} == {"from silence"}
+    assert not planned([(WITH_EULER[0], "0")], BUDGETS["quick"])
+    with pytest.raises(LmdError, match="--methods BC-Euler; expected of naive, ED"):
+        chosen_methods(["BC-Euler", "ED"], BUDGETS["quick"])
 
 
 def test_long_streams_are_as_long_as_asked_for_and_of_every_count_of_steps() -> None:

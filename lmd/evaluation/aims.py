@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lmd.evaluation.generation import FEW_STEPS
+from lmd.evaluation.generation import FEW_STEPS, WITH_EULER
 from lmd.evaluation.metrics import Interval, jackknife
 from lmd.instrument import PLAYED_BEST
 
@@ -27,6 +27,8 @@ def aims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     anchors = result["anchors"]
     streamed = [r for r in result["rows"] if not r["primed"] and r["method"] != "naive"]
     found = [_forcing_helps(streamed, regime) for regime in ("ED", "BC")]
+    if any(row["method"] in {method.name for method in WITH_EULER} for row in streamed):
+        found += [_forcing_helps(streamed, regime, "-Euler") for regime in ("ED", "BC")]
     if streamed:
         most = max(row["fd"]["n"] for row in streamed)
         often = [row for row in streamed if row["fd"]["n"] == most]
@@ -59,11 +61,15 @@ def name_of(row: Line) -> str:
     return f"{row['method']}, {row['n_steps']} steps{', primed' if row['primed'] else ''}"
 
 
-def _before_and_after(streamed: Sequence[Line], regime: str) -> Iterator[tuple[int, Line, Line]]:
+def _before_and_after(
+    streamed: Sequence[Line], regime: str, solver: str = ""
+) -> Iterator[tuple[int, Line, Line]]:
     """Steps up to `FEW_STEPS`, fewest first, and a regime's lines without and with ARC-Forcing."""
     by_name = {(row["method"], row["n_steps"]): row for row in streamed}
     for n_steps in sorted({row["n_steps"] for row in streamed if row["n_steps"] <= FEW_STEPS}):
-        before, after = (by_name.get((name, n_steps)) for name in (regime, f"{regime}+AF"))
+        before, after = (
+            by_name.get((f"{name}{solver}", n_steps)) for name in (regime, f"{regime}+AF")
+        )
         if before is not None and after is not None:
             yield n_steps, before, after
 
@@ -74,16 +80,16 @@ def _share(interval: Mapping[str, float]) -> str:
     return f"{interval['mean']:.1%} ({low:.1%} – {high:.1%})"
 
 
-def _forcing_helps(streamed: Sequence[Line], regime: str) -> dict[str, Any]:
+def _forcing_helps(streamed: Sequence[Line], regime: str, solver: str = "") -> dict[str, Any]:
     """Whether ARC-Forced weights have a lower FD∞ at all steps up to `FEW_STEPS`."""
     told, signs = [], []
-    for n_steps, before, after in _before_and_after(streamed, regime):
+    for n_steps, before, after in _before_and_after(streamed, regime, solver):
         change = difference(before, after)
         told.append(f"{n_steps} steps {change.mean:+.3g} ({change.low:.3g} – {change.high:.3g})")
         signs.append(change.high < 0)
     return {
         "aim": "distillation and ARC-Forcing lower FD∞ (95 %) at up to "
-        f"{FEW_STEPS} steps, {regime}",
+        f"{FEW_STEPS} steps, {regime}{solver}",
         "found": "; ".join(told) or "–",
         "met": all(signs) if signs else None,
     }

@@ -22,7 +22,17 @@ from tqdm import tqdm
 from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 from lmd.evaluation.earlier import Earlier
-from lmd.evaluation.generation import BRIEF, FULL, METHODS, QUICK, SMOKE, Budget, Method
+from lmd.evaluation.generation import (
+    ALL_METHODS,
+    BRIEF,
+    FULL,
+    QUICK,
+    SMOKE,
+    WITH_EULER,
+    Budget,
+    Method,
+    methods_of,
+)
 from lmd.evaluation.report import write_report
 from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
 from lmd.evaluation.run import BIN_S, VERSION, Evaluation, OutOfTime, Sources
@@ -47,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     much.add_argument("--budget", choices=sorted(BUDGETS), default="full", help=words)
     words = "the same as --budget quick: minutes, not hours"
     much.add_argument("--quick", action="store_const", const="quick", dest="budget", help=words)
-    add("--methods", nargs="+", choices=[m.name for m in METHODS], help="only these")
+    add("--methods", nargs="+", choices=[m.name for m in ALL_METHODS], help="only these")
     add(
         "--cfg-scale",
         type=float,
@@ -87,12 +97,26 @@ def main(args: argparse.Namespace) -> int:
     budget = with_long_streams(BUDGETS[args.budget], args.drift_seconds, args.drift_steps)
     earlier = Earlier.read(args.extend, budget) if args.extend else None
     evaluation = Evaluation(sources, budget, args.cfg_scale)
-    chosen = [m for m in METHODS if not args.methods or m.name in args.methods]
+    chosen = chosen_methods(args.methods, budget)
     timed = not args.no_timings
     measured = evaluate(evaluation, chosen, args.minutes, earlier, args.workers, timed)
     result = {"budget": {"name": args.budget, **asdict(budget)}, **measured}
     print(write_report(result, args.out))
     return 0
+
+
+def chosen_methods(names: list[str] | None, budget: Budget) -> list[Method]:
+    """The methods with these names, of those that the budget has rows for; None: all.
+
+    Raises:
+        LmdError: one that it has no rows for.
+    """
+    there = methods_of(budget.euler_steps)
+    extra = sorted(set(names or ()) - {method.name for method in there})
+    if extra:
+        known = ", ".join(method.name for method in there)
+        raise LmdError(f"--methods {extra[0]}", f"of {known}", "Other budgets have its rows: full.")
+    return [method for method in there if not names or method.name in names]
 
 
 def with_long_streams(budget: Budget, seconds: float | None, steps: list[int] | None) -> Budget:
@@ -139,7 +163,11 @@ def evaluate(
     absent = [
         f"{kind}: no such weights" for kind in sorted({m.weights for m, x in present if not x})
     ]
-    absent += [f"{m.name}: not asked for" for m in METHODS if m not in methods]
+    absent += [
+        f"{m.name}: not asked for"
+        for m in methods_of(evaluation.budget.euler_steps)
+        if m not in methods
+    ]
     units = planned([(m, sha256) for m, sha256 in present if sha256], evaluation.budget)
     if earlier:
         name = earlier.path.name
@@ -183,7 +211,9 @@ def evaluate(
         except OutOfTime:
             absent.append(f"{unit}: no time left (--minutes {minutes:g})")
             continue
-        if unit.table == "rows":
+        if unit.table == "rows" and unit.method in WITH_EULER:
+            found["rows"][-1]["speed"] = None  # as fast as the others: it calls the model as often
+        elif unit.table == "rows":
             how, why = (unit.method.name, unit.n_steps), "not asked for (--no-timings)"
             try:
                 if with_timings and how not in speeds:  # primed or not, it is as fast
@@ -194,7 +224,7 @@ def evaluate(
                 absent.append(f"{unit}, timings: {why}")
             found["rows"][-1]["speed"] = speeds.get(how)
     head["made_on"] = sorted(evaluation.parts.made_on)
-    order = [method.name for method in METHODS]
+    order = [method.name for method in ALL_METHODS]
     found["rows"].sort(key=lambda row: (order.index(row["method"]), row["primed"], -row["n_steps"]))
     extended = {"extended": {"kept": n_kept, "machines": earlier.machines}} if earlier else {}
     return {**head, **found, "not_measured": absent, **extended}

@@ -55,7 +55,14 @@ METHODS = (
     Method("ED+AF", "arc", "enc-dec", "dpmpp"),
     Method("BC+AF", "arc", "block-causal", "dpmpp"),
 )
-
+# The paper plays what is not ARC-Forced with Euler's method. Both sides with it: what ARC-Forcing
+# is worth to somebody who has no solver of second order.
+WITH_EULER = tuple(
+    replace(method, name=f"{method.name}-Euler", sampler="euler")
+    for method in METHODS
+    if method.name != "naive"
+)
+ALL_METHODS = METHODS + WITH_EULER
 
 FEW_STEPS = 8  # model calls per block up to which the aims are judged
 
@@ -72,6 +79,7 @@ class Budget:
         other_seeds: repetitions of every other line.
         steps: model calls per block, most first.
         naive_steps: those that the naive method is measured at (it costs five times as much).
+        euler_steps: those of `WITH_EULER`, from silence alone.
         primed: whether clips that go on from real music are made too.
         drift_s, drift_clips, drift_steps: length, number per seed and model calls per block of the
             long streams; prompts fade with the first of these.
@@ -95,6 +103,7 @@ class Budget:
     speed_blocks: int = 8
     reference_s: float = 60.0
     block_frames: int = 48
+    euler_steps: tuple[int, ...] = (8, 4, 2)
 
     def seeds_of(self, method: Method, n_steps: int, primed: bool) -> int:
         """How often a line of the table is repeated."""
@@ -103,9 +112,14 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(16, 4, 3, 3, (8, 4, 2), (2,), False, 120.0, 4, (8, 4, 2), 3, 3, 20.0)
-BRIEF = Budget(8, 4, 3, 3, (8, 2), (2,), False, 40.0, 1, (8,), 3, 3, 20.0)
-SMOKE = Budget(2, 3, 2, 2, (1,), (1,), False, 30.0, 1, (1,), 2, 2, 10.0)
+QUICK = Budget(16, 4, 3, 3, (8, 4, 2), (2,), False, 120.0, 4, (8, 4, 2), 3, 3, 20.0, euler_steps=())
+BRIEF = Budget(8, 4, 3, 3, (8, 2), (2,), False, 40.0, 1, (8,), 3, 3, 20.0, euler_steps=())
+SMOKE = Budget(2, 3, 2, 2, (1,), (1,), False, 30.0, 1, (1,), 2, 2, 10.0, euler_steps=(1,))
+
+
+def methods_of(euler_steps: Sequence[int]) -> tuple[Method, ...]:
+    """All methods that a budget with these `euler_steps` has rows for."""
+    return ALL_METHODS if euler_steps else METHODS
 
 
 @dataclass(frozen=True)

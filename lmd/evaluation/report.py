@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lmd.checkpoint import write_atomic
 from lmd.evaluation.aims import aims, difference, name_of
-from lmd.evaluation.generation import FEW_STEPS, METHODS
+from lmd.evaluation.generation import FEW_STEPS, WITH_EULER, methods_of
 from lmd.machine import hardware
 from lmd.show import plot_bands, plot_intervals
 
@@ -138,8 +138,8 @@ def _setting(result: Mapping[str, Any]) -> str:
         f"of {prompts['renditions']} renditions of {prompts['pieces']} held-out pieces, clips of "
         f"{result['clip_s']:.1f} s in blocks of {budget['block_frames']} frames. ED is "
         "enc-dec, BC block-causal, AF after distillation and ARC-Forcing; naive computes the whole "
-        "window at every step. Values are means over seeds with Student's 95 % intervals, wide "
-        "where seeds are few. "
+        f"window at every step. {_solvers(result)}"
+        "Values are means over seeds with Student's 95 % intervals, wide where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
         f"{result['reference_windows']} of other held-out pieces, in the embedding of the "
         f"recogniser {result['recogniser']['sha256'][:8]}, which knows this corpus and nothing "
@@ -162,6 +162,16 @@ def _guidance(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
     }
     return f"Weights: {'; '.join(sorted(used))} (1 = no guidance). " if used else ""
+
+
+def _solvers(result: Mapping[str, Any]) -> str:
+    """Who plays with what, where the rows have more than one solver."""
+    if len({row["sampler"] for row in result["rows"]}) < 2:
+        return ""
+    return (
+        "All play with DPM-Solver++(2M), but for the rows named Euler, which say what its second "
+        "order is worth: the paper plays what is not ARC-Forced with Euler's method. "
+    )
 
 
 def _made_on(result: Mapping[str, Any]) -> str:
@@ -343,7 +353,7 @@ def _command(result: Mapping[str, Any]) -> str:
     words += [*map(str, budget["drift_steps"]), f"--drift-seconds {budget['drift_s']:g}"]
     guided = {row["cfg_scale"] for row in methods.values() if row["weights"] != "arc"}
     words += [f"--cfg-scale {scale:g}" for scale in guided]
-    if len(methods) < len(METHODS):
+    if len(methods) < len(methods_of(budget["euler_steps"])):
         words += ["--methods", *methods]
     if result["random_weights"]:
         words += ["--random", *{row["sha256"].removeprefix("random-") for row in methods.values()}]
@@ -362,7 +372,9 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _distances(result: Mapping[str, Any]) -> Figure:
     anchors = result["anchors"]
-    estimates = {name_of(row): row["fd"] for row in result["rows"]}
+    aside = {method.name for method in WITH_EULER}  # in the table, and too many for a picture
+    shown = [row for row in result["rows"] if row["method"] not in aside]
+    estimates = {name_of(row): row["fd"] for row in shown}
     estimates = estimates or {"real music": anchors["real"]["fd"]}
     names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
     levels = {words: anchors[name]["fd"]["mean"] for name, words in names.items()}

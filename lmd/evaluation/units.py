@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lmd.evaluation.generation import FEW_STEPS, Budget, Method
+from lmd.evaluation.generation import FEW_STEPS, WITH_EULER, Budget, Method
 
 Kind = Literal["silence", "primed", "drift", "fade"]
 Table = Literal["rows", "drift", "fades"]
@@ -46,17 +46,21 @@ class Unit:
 def planned(present: list[tuple[Method, str]], budget: Budget) -> list[Unit]:
     """What to measure, the most telling first.
 
-    Few steps from silence, then fades and long streams, then from real music, then many steps; the
-    naive method, which is slow, last of each.
+    Few steps from silence, then fades and long streams, then from real music, then Euler's method,
+    then many steps; the naive method, which is slow, last of each.
     """
     units: list[tuple[tuple[int, bool, bool], Unit]] = []
     begins: tuple[Kind, ...] = ("silence", "primed") if budget.primed else ("silence",)
     for method, sha256 in present:
+        if method in WITH_EULER:
+            few = [Unit(method, sha256, n_steps, "silence") for n_steps in budget.euler_steps]
+            units += [((4, False, False), each) for each in few]
+            continue
         is_naive = method.name == "naive"
         for n_steps in budget.naive_steps if is_naive else budget.steps:
             for kind in begins:
                 primed, slow = kind == "primed", n_steps > FEW_STEPS
-                place = (4 if slow else 3 if primed else 0, is_naive, primed)
+                place = (5 if slow else 3 if primed else 0, is_naive, primed)
                 units.append((place, Unit(method, sha256, n_steps, kind)))
         if not is_naive:
             fade = Unit(method, sha256, budget.drift_steps[0], "fade")
