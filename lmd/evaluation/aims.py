@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lmd.evaluation.generation import FEW_STEPS, WITH_EULER
+from lmd.evaluation.generation import BY_EULER, FEW_STEPS
 from lmd.evaluation.metrics import Interval, jackknife
 from lmd.instrument import PLAYED_BEST
 
@@ -27,8 +27,8 @@ def aims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     anchors = result["anchors"]
     streamed = [r for r in result["rows"] if not r["primed"] and r["method"] != "naive"]
     found = [_forcing_helps(streamed, regime) for regime in ("ED", "BC")]
-    if any(row["method"] in {method.name for method in WITH_EULER} for row in streamed):
-        found += [_forcing_helps(streamed, regime, "-Euler") for regime in ("ED", "BC")]
+    if any(row["method"].endswith(BY_EULER) for row in streamed):
+        found += [_forcing_helps(streamed, regime, BY_EULER) for regime in ("ED", "BC")]
     if streamed:
         most = max(row["fd"]["n"] for row in streamed)
         often = [row for row in streamed if row["fd"]["n"] == most]

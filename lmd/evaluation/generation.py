@@ -57,8 +57,9 @@ METHODS = (
 )
 # The paper plays what is not ARC-Forced with Euler's method. Both sides with it: what ARC-Forcing
 # is worth to somebody who has no solver of second order.
+BY_EULER = "-Euler"  # ends these methods' names
 WITH_EULER = tuple(
-    replace(method, name=f"{method.name}-Euler", sampler="euler")
+    replace(method, name=method.name + BY_EULER, sampler="euler")
     for method in METHODS
     if method.name != "naive"
 )

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lmd.checkpoint import write_atomic
 from lmd.evaluation.aims import aims, difference, name_of
-from lmd.evaluation.generation import FEW_STEPS, WITH_EULER, methods_of
+from lmd.evaluation.generation import BY_EULER, FEW_STEPS, methods_of
 from lmd.machine import hardware
 from lmd.show import plot_bands, plot_intervals
 
@@ -165,8 +165,8 @@ def _guidance(result: Mapping[str, Any]) -> str:
 
 
 def _solvers(result: Mapping[str, Any]) -> str:
-    """Who plays with what, where the rows have more than one solver."""
-    if len({row["sampler"] for row in result["rows"]}) < 2:
+    """Who plays with what, where there are rows with Euler's method."""
+    if not any(row["method"].endswith(BY_EULER) for row in result["rows"]):
         return ""
     return (
         "All play with DPM-Solver++(2M), but for the rows named Euler, which say what its second "
@@ -372,8 +372,8 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _distances(result: Mapping[str, Any]) -> Figure:
     anchors = result["anchors"]
-    aside = {method.name for method in WITH_EULER}  # in the table, and too many for a picture
-    shown = [row for row in result["rows"] if row["method"] not in aside]
+    # Euler's rows stand in the table; they are too many for a picture.
+    shown = [row for row in result["rows"] if not row["method"].endswith(BY_EULER)]
     estimates = {name_of(row): row["fd"] for row in shown}
     estimates = estimates or {"real music": anchors["real"]["fd"]}
     names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
