@@ -184,15 +184,22 @@ def _best(wanted: Preset) -> str:
 def _random(source: str) -> Bundle:
     """Fresh weights, a function of the preset and the seed."""
     parts = source.split(":")
-    well_formed = len(parts) in (3, 4) and parts[2].isdigit() and parts[3:] in ([], ["codec"])
+    well_formed = len(parts) in (3, 4) and parts[2].isdecimal() and parts[3:] in ([], ["codec"])
     if not well_formed:
         raise LmdError(f"source {source!r}", "random:PRESET:SEED", "E.g. random:tiny:0.")
     chosen = preset(parts[1])
+    shipped = SHIPPED / "codec.safetensors"
+    if parts[3:] and read_header(shipped).config != chosen.codec:
+        raise LmdError(
+            f"source {source!r}: the shipped codec is not the preset's",
+            "a preset with that codec (small)",
+            f"Drop the end: random:{parts[1]}:{parts[2]}.",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(int(parts[2]), "weights"))
         model = build_model(chosen).eval()
         _leave_no_zeros(model)
-        own = load_codec(SHIPPED / "codec.safetensors") if parts[3:] else _random_codec(chosen)
+        own = load_codec(shipped) if parts[3:] else _random_codec(chosen)
     return Bundle(chosen, model, own, build_text_encoder(chosen.text))
 
 

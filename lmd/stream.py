@@ -28,7 +28,7 @@ from lmd.outpaint import BlockPlan, BlockSession, Denoiser, LiveDenoiser, both_b
 from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.stream_state import StreamState
-from lmd.text import TextEncoder, mix
+from lmd.text import TextEncoder, mix, told
 from lmd.weights import fingerprint
 
 
@@ -181,11 +181,17 @@ class Streamer:
             yield block
 
     def save_state(self, state: StreamState, path: str | Path) -> None:
-        """Write a state of this streamer to a safetensors file, with what its weights are."""
-        state.save(path, self._weights())
+        """Write a state of this streamer to a safetensors file, with what its weights are.
+
+        Raises:
+            LmdError: the file cannot be written.
+        """
+        state.save(path, self._weights(), told(self.text))
 
     def load_state(self, path: str | Path) -> StreamState:
         """Read a state that `save_state` wrote, on whatever device, to this streamer's device.
+
+        If it was made with another text encoder, the text's keys are computed afresh.
 
         Raises:
             LmdError: not such a file, or made with another model or codec.
@@ -193,7 +199,8 @@ class Streamer:
         context_shape = (self.denoiser.latent_dim, self.window.context_frames)
         devices = (self.denoiser.device, getattr(self.codec, "device", self.denoiser.device))
         running = self.codec.stream_start() if isinstance(self.codec, StreamingCodec) else None
-        return StreamState.load(path, context_shape, self._weights(), devices, running)
+        weights = self._weights()
+        return StreamState.load(path, context_shape, weights, devices, told(self.text), running)
 
     def _weights(self) -> dict[str, str]:
         """What a state goes on with: the SHA-256 of all weights, by part."""

@@ -41,12 +41,16 @@ class StreamState:
     memory_key: tuple = ()
     decode: DecodeState = field(default_factory=DecodeState)
 
-    def save(self, path: str | Path, weights: Mapping[str, str]) -> None:
+    def save(self, path: str | Path, weights: Mapping[str, str], text: str) -> None:
         """Write everything to a safetensors file; see `Streamer.save_state`.
 
         Args:
             path: where to.
             weights: the SHA-256 of what made the state, by part.
+            text: the text encoder's class and size.
+
+        Raises:
+            LmdError: the file cannot be written.
         """
         tensors = {"context": self.context}
         if self.memory is not None:
@@ -54,6 +58,7 @@ class StreamState:
         header = {
             "format": STATE_FORMAT,
             "weights": dict(weights),
+            "text": text,
             "index": self.index,
             "n_samples": self.n_samples,
             "memory_key": self.memory_key,
@@ -64,7 +69,12 @@ class StreamState:
             name: t.detach().clone(memory_format=torch.contiguous_format)
             for name, t in tensors.items()
         }
-        save_file(packed, path, metadata={"lmd": json.dumps(header)})
+        try:
+            save_file(packed, path, metadata={"lmd": json.dumps(header)})
+        except (SafetensorError, OSError) as error:
+            raise LmdError(
+                f"{path}: {error}", "a file that can be written", "Choose another place."
+            ) from error
 
     @classmethod
     def load(
@@ -73,6 +83,7 @@ class StreamState:
         context_shape: tuple[int, int],
         weights: Mapping[str, str],
         devices: tuple[torch.device, torch.device],
+        text: str,
         running: Any = None,
     ) -> "StreamState":
         """Read a state back; see `Streamer.load_state`.
@@ -82,6 +93,7 @@ class StreamState:
             context_shape: (latent channels, context frames) that the model expects.
             weights: the SHA-256 of what is to go on from the state, by part.
             devices: of the model and of the codec.
+            text: the text encoder's class and size; keys of another one's tokens are let go.
             running: a fresh streaming state of the codec, or None if it has none.
 
         Raises:
@@ -107,6 +119,8 @@ class StreamState:
                 "Load it with the window that it was saved with.",
             )
         memory = {k[len("memory.") :]: v for k, v in tensors.items() if k.startswith("memory.")}
+        if header.get("text") != text:
+            memory = {}
         pattern = DecodeState(running=running)
         return cls(
             context=tensors["context"],

@@ -239,11 +239,11 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
     """A prompt as (text, weight) pairs, checked; a plain text has weight 1.
 
     Raises:
-        LmdError: no texts, a weight that is negative or not finite, or weights that do not sum
-            to 1 within 1e-4.
+        LmdError: no texts, what is no text, a weight that is negative or not finite, or weights
+            that do not sum to 1 within 1e-4.
     """
     if isinstance(prompt, str):
-        return ((prompt, 1.0),)
+        return ((_readable(prompt), 1.0),)
     if not isinstance(prompt, tuple) or not all(is_weighted_text(part) for part in prompt):
         raise LmdError(
             f"prompt {prompt!r}",
@@ -261,7 +261,18 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
             "a sum of 1",
             "Divide each weight by their sum.",
         )
-    return tuple((text, weight) for (text, _), weight in zip(prompt, weights, strict=True))
+    return tuple(
+        (_readable(text), weight) for (text, _), weight in zip(prompt, weights, strict=True)
+    )
+
+
+def _readable(text: str) -> str:
+    """The text, refused if it holds bytes that were no text (it could not be written down)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LmdError(f"prompt {text!r} ({error.reason})", "text", "Type it anew.") from error
+    return text
 
 
 def is_weighted_text(part: object) -> bool:
@@ -273,6 +284,11 @@ def is_weighted_text(part: object) -> bool:
         and isinstance(part[1], numbers.Real)
         and not isinstance(part[1], bool)
     )
+
+
+def told(encoder: TextEncoder) -> str:
+    """What an encoder is, in a few words that stand beside what was made with it."""
+    return f"{type(encoder).__name__} {encoder.n_tokens}×{encoder.dim}"
 
 
 def mix(encoder: TextEncoder, prompt: Prompt) -> Tokens:

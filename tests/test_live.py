@@ -29,6 +29,8 @@ from lmd.play.live import JITTER, EngineOptions, LiveEngine
 from lmd.play.pace import Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
 from lmd.play.sinks import AudioFile, FileSink, NullSink, SoundCardSink
+from lmd.stream import Block
+from lmd.stream_state import StreamState
 
 FRAME_S = SAMPLES_PER_FRAME / SAMPLE_RATE
 BLOCK_S = 48 * FRAME_S  # 2.4 s
@@ -526,6 +528,124 @@ def test_a_recording_holds_what_was_made_while_it_ran(tmp_path: Path) -> None:
     assert 15 < samples.size / rate < 25
 
 
+def test_a_recording_that_fails_ends_and_the_music_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: AudioFile, samples: np.ndarray) -> None:
+        raise OSError("No space left on device")
+
+    def record(engine: LiveEngine, clock: VirtualClock) -> None:
+        engine.record(tmp_path / "beside.wav")
+        clock.at(20.0, lambda: monkeypatch.setattr(AudioFile, "write", fail))
+
+    engine, sink, events = play(options=EngineOptions(limit_s=40), before=record)
+    told = [event for event in events if isinstance(event, Trouble)]
+    assert [event.kind for event in told] == ["recording"]
+    assert "No space left" in told[0].message
+    assert engine.stop_recording() is None
+    assert sink.report().heard_samples >= 40 * SAMPLE_RATE
+    assert 0 < soundfile.info(tmp_path / "beside.wav").duration < 40
+
+
+def test_a_recording_may_have_an_end_of_its_own(tmp_path: Path) -> None:
+    def record(engine: LiveEngine, _clock: VirtualClock) -> None:
+        engine.record(tmp_path / "beside.wav", limit_s=3.5)
+
+    play(options=EngineOptions(limit_s=10), before=record)
+    assert soundfile.info(tmp_path / "beside.wav").duration == pytest.approx(3.5, abs=1e-3)
+
+
+def test_what_no_wav_file_holds_is_refused_and_what_was_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmd.play.sinks.MAX_WAV_BYTES", 8 * 100)  # 100 samples of stereo
+    with pytest.raises(LmdError, match=r"2 s for long.wav.*at most 1 s"):
+        AudioFile(tmp_path / "long.wav", 100, 2, limit_s=2)
+    assert not (tmp_path / "long.wav").exists()
+    AudioFile(tmp_path / "long.flac", 100, 2, limit_s=2).close()
+    file, part = AudioFile(tmp_path / "grows.wav", 100, 2), np.full((2, 60), 0.5, np.float32)
+    file.write(part)
+    with pytest.raises(LmdError, match="a wav file ends at 4 GiB"):
+        file.write(part)
+    file.close()
+    assert np.array_equal(soundfile.read(tmp_path / "grows.wav")[0].T, part)
+
+
+def test_a_file_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(LmdError, match=r"folder\.wav.*a file that can be written"):
+        AudioFile(tmp_path / "folder.wav", 100, 1)
+
+
+def test_an_engine_plays_once(tmp_path: Path) -> None:
+    path, clock = tmp_path / "once.wav", VirtualClock()
+    engine = LiveEngine(
+        FakeStreamer(clock), FileSink(path, limit_s=5), options=EngineOptions(limit_s=5)
+    )
+    engine.run()
+    before = path.read_bytes()
+    for again in (engine.start, engine.run):
+        with pytest.raises(LmdError, match="an engine that is 'stopped'"):
+            again()
+    assert path.read_bytes() == before
+
+
+def test_a_pause_holds_to_the_end() -> None:
+    states = []
+
+    def hold(engine: LiveEngine, clock: VirtualClock) -> None:
+        engine.on_event = lambda event: states.append(getattr(event, "state", None))
+        clock.at(0.1, engine.pause)  # before the queue is full
+        clock.at(60.0, engine.resume)
+
+    engine, sink, _ = play(options=EngineOptions(limit_s=4, queue_s=9.0), before=hold)
+    assert [state for state in states if state] == ["priming", "paused", "playing", "stopped"]
+    assert engine.sink.clock.now() >= 64
+    assert sink.report().heard_samples >= 4 * SAMPLE_RATE
+
+
+def test_what_a_bad_block_would_have_carried_is_heard_with_the_next() -> None:
+    asked: list[int] = []
+
+    class Watched(FakeStreamer):
+        def step(self, state: StreamState, controls: Controls) -> tuple[Block, StreamState]:
+            asked.append(controls.forget_frames)
+            return super().step(state, controls)
+
+    clock = VirtualClock()
+    streamer = Watched(clock, lambda index, controls: 0.3)
+    streamer.poison = {5}
+    changes = []
+
+    def watch(engine: LiveEngine, _clock: VirtualClock) -> None:
+        def follow(event: object) -> None:
+            if isinstance(event, Made) and event.number == 4:
+                changes.append(engine.change(forget_frames=96, seed=7))
+
+        engine.on_event = follow
+
+    engine, _, _ = play(options=EngineOptions(limit_s=30), before=watch, streamer=streamer)
+    assert [made.number for made in engine.ledger.history if made.fault] == [5]
+    assert asked[5:8] == [96, 96, 0]
+    assert [(p.change, p.block) for p in engine.ledger.promises] == [(changes[0], 6)]
+
+
+def test_more_steps_are_taken_at_once_where_the_machine_has_the_time() -> None:
+    def ask(engine: LiveEngine, clock: VirtualClock) -> None:
+        clock.at(12.0, lambda: engine.change(n_steps=16))
+
+    options = EngineOptions(limit_s=60, auto_steps=True)
+    engine, _, _ = play(
+        lambda index, controls: 0.01 * controls.n_steps,
+        options,
+        Controls(prompt="organ", n_steps=2),
+        before=ask,
+    )
+    steps = [made.controls.n_steps for made in engine.ledger.history]
+    assert set(steps) == {2, 16}
+    assert steps == sorted(steps)
+
+
 def test_nothing_can_be_recorded_after_the_end(tmp_path: Path) -> None:
     engine = LiveEngine(FakeStreamer(), NullSink(VirtualClock()), options=EngineOptions(limit_s=2))
     engine.record(tmp_path / "whole.wav")
@@ -535,6 +655,16 @@ def test_nothing_can_be_recorded_after_the_end(tmp_path: Path) -> None:
     with pytest.raises(LmdError, match="a stream that has ended"):
         engine.record(tmp_path / "late.wav")
     assert not (tmp_path / "late.wav").exists()
+
+
+def test_a_prompt_of_before_the_start_is_encoded_before_it_plays() -> None:
+    encoded: list[str] = []
+    desk = ControlDesk(Controls(prompt="a"), WindowConfig(), encoded.extend, print)
+    desk.ask(0.0, prompt="b")
+    desk.warm()
+    desk.ask(0.0, prompt="c")
+    assert desk.take()[0].prompt in encoded
+    desk.close()
 
 
 def test_an_encoder_that_breaks_is_told_and_the_next_text_is_encoded() -> None:

@@ -24,6 +24,7 @@ from lmd.flow import SAMPLERS
 from lmd.oobleck import random_codec
 from lmd.rng import normal
 from lmd.stream import Streamer
+from lmd.text import HashTextEncoder
 from lmd.weights import fingerprint
 
 BASE = Controls(prompt="organ", n_steps=2, block_frames=6)
@@ -452,6 +453,28 @@ def test_a_state_of_other_weights_is_refused(tmp_path):
         assert f"the {part} that it was saved with" in refused.value.todo
     with pytest.raises(LmdError, match="a state of the codec"):
         streamer().load_state(path)  # a codec without weights
+
+
+def test_a_state_made_with_another_text_encoder_goes_on_with_its_own_tokens(tmp_path):
+    class Other(HashTextEncoder):
+        def embed(self, prompt):
+            return -super().embed(prompt)
+
+    path, stream = tmp_path / "state.safetensors", streamer()
+    stream.save_state(play(stream, [BASE])[1], path)
+    other = Streamer(stream.denoiser, stream.codec, Other(6, 8), stream.window)
+    state = other.load_state(path)
+    assert state.memory is None
+    heard, _ = other.step(state, BASE)
+    afresh, _ = other.step(replace(stream.load_state(path), memory=None), BASE)
+    assert torch.equal(heard.latents, afresh.latents)
+    assert stream.load_state(path).memory is not None
+
+
+def test_a_state_that_cannot_be_written_is_refused(tmp_path):
+    stream = streamer()
+    with pytest.raises(LmdError, match="a file that can be written"):
+        stream.save_state(stream.start(), tmp_path / "nowhere" / "state.safetensors")
 
 
 def test_a_state_in_other_precision_is_refused(tmp_path):

@@ -200,6 +200,64 @@ def test_faults_and_underruns_are_noted_and_faults_play_again(tmp_path: Path) ->
     assert digest.hexdigest() == take.sha256
 
 
+def test_a_take_of_nothing_leaves_no_file(tmp_path: Path) -> None:
+    writer = TakeWriter(tmp_path / "none.jsonl", header_of(open_instrument(SOURCE).streamer, ""))
+    assert writer.path.is_file()
+    writer.close()
+    assert not writer.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("n_steps", 0, "n_steps = 0"),
+        ("regime", "x", "regime = 'x'"),
+        ("block_frames", "48", "block_frames = '48'"),
+    ],
+)
+def test_controls_in_a_take_that_cannot_be_played_are_refused(
+    name: str, value: object, told: str, played: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in played[0].read_text().splitlines()]
+    lines[1]["controls"][name] = value
+    path = tmp_path / "edited.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    with pytest.raises(LmdError, match=told):
+        list(play_again(read_take(path), open_instrument(SOURCE).streamer))
+
+
+def test_a_picture_that_could_not_be_drawn_is_refused_before_anything_is_played(
+    played: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for figure in ("take.xyz", "nowhere/take.png"):
+        words = ["replay", str(played[0]), "-o", str(tmp_path / "again.wav")]
+        assert main([*words, "--figure", str(tmp_path / figure)]) == 2
+        assert "a .png or .pdf or .svg file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_whose_blocks_cannot_be_played_ends_with_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise LmdError("nothing", "music", "None.")
+
+    monkeypatch.setattr("lmd.stream.Streamer.step", refuse)
+    words = ["stream", "organ", "--preset", "tiny", "--seconds", "2", "-o", str(tmp_path / "x.wav")]
+    assert main(words) == 1
+
+
+@pytest.mark.parametrize("value", [0, "x"])
+def test_a_take_header_without_a_number_of_threads_is_refused(
+    value: object, played: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, *rest = played[0].read_text().splitlines()
+    path = tmp_path / "edited.jsonl"
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"n_threads": value}), *rest]) + "\n")
+    with pytest.raises(LmdError, match="n_threads"):
+        read_take(path)
+
+
 def test_the_fingerprint_sees_one_changed_weight() -> None:
     part = torch.nn.Linear(3, 3)
     before = fingerprint(part)
@@ -233,6 +291,11 @@ def test_streaming_from_the_command_line_writes_sound_take_and_numbers(tmp_path:
         (["organ", "-o", "x.wav", "--source", "random:huge:0"], "preset 'huge'"),
         (["", "-o", "x.wav", "--cfg-scale", "3"], "with no text"),
         (["organ", "--play", "--paced"], "both --paced and --play"),
+        (["organ", "-o", "x.wav", "--take", "x.jsonl", "--steps", "100"], "n_steps = 100"),
+        (["organ", "-o", ".wav", "--paced", "--take", "x.jsonl"], "the file name '.wav'"),
+        (["organ", "-o", "x.wav", "--source", "random:tiny:0:codec"], "the shipped codec is not"),
+        (["organ", "-o", "x.wav", "--source", "random:tiny:²"], "random:PRESET:SEED"),
+        (["harp\udcff", "-o", "x.wav", "--take", "x.jsonl"], "surrogates not allowed"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(

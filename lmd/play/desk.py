@@ -109,10 +109,11 @@ class ControlDesk:
         self._worker: threading.Thread | None = None
 
     def warm(self) -> None:
-        """Encode the first prompt, before the music starts."""
-        texts = texts_of(self._asked.prompt)
+        """Encode what may be played first, before the music starts."""
+        texts = tuple(dict.fromkeys(texts_of(self._ready.prompt) + texts_of(self._asked.prompt)))
         self._encode(texts)
-        self._remember(texts)
+        with self._lock:
+            self._remember(texts)
 
     def asked(self) -> Controls:
         """Everything as last asked for, heard or not yet."""
@@ -161,6 +162,16 @@ class ControlDesk:
             if taken.forget_frames:
                 self._asked = replace(self._asked, forget_frames=0)
             return taken, heard
+
+    def give_back(self, taken: Controls, heard: list[Change]) -> None:
+        """What `take` handed out was not heard: the next block is to carry it.
+
+        A `forget_frames` among it is asked for again, unless another has been asked for meanwhile.
+        """
+        with self._lock:
+            self._waiting = heard + self._waiting
+            if not self._asked.forget_frames:
+                self._asked = replace(self._asked, forget_frames=taken.forget_frames)
 
     def close(self) -> None:
         """Let the encoding thread end."""

@@ -97,7 +97,12 @@ class LiveEngine:
     # --- from any thread -------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin on a new thread; returns at once."""
+        """Begin on a new thread; returns at once.
+
+        Raises:
+            LmdError: it has been started before.
+        """
+        self._check_is_new()
         release_idle_threads()  # the new thread computes now, not this one
         self._thread = threading.Thread(target=self.run, name="lmd-live", daemon=True)
         self._thread.start()
@@ -162,14 +167,16 @@ class LiveEngine:
             return not self._thread.is_alive()
         return True
 
-    def record(self, path: str | Path) -> Path:
-        """Also write what is made from now on to a wav or flac file.
+    def record(self, path: str | Path, limit_s: float = math.inf) -> Path:
+        """Also write what is made from now on, or `limit_s` of it, to a wav or flac file.
+
+        Should writing fail (a full disk), the recording ends and the music goes on.
 
         Raises:
             LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
         """
         codec = self.streamer.codec
-        return self._recorder.start(path, codec.sample_rate, codec.channels)
+        return self._recorder.start(path, codec.sample_rate, codec.channels, limit_s)
 
     def stop_recording(self) -> Path | None:
         """Finish the recording, if there is one; its path."""
@@ -193,7 +200,12 @@ class LiveEngine:
     # --- the engine's thread ---------------------------------------------------------------
 
     def run(self) -> None:
-        """Play until stopped or until `limit_s`; `start` calls this on a thread."""
+        """Play until stopped or until `limit_s`; `start` calls this on a thread.
+
+        Raises:
+            LmdError: it has played before.
+        """
+        self._check_is_new()
         try:
             codec = self.streamer.codec
             self.sink.open(codec.sample_rate, codec.channels)
@@ -212,6 +224,11 @@ class LiveEngine:
                     if part is not None:
                         ends.callback(part.close)
 
+    def _check_is_new(self) -> None:
+        """An engine plays once: its sink would begin its file anew."""
+        if self._state != "new" or self._thread not in (None, threading.current_thread()):
+            raise LmdError(f"an engine that is {self._state!r}", "a new one", "Make another.")
+
     def _loop(self) -> None:
         clock = self.sink.clock
         while not self._stopping.is_set():
@@ -222,12 +239,16 @@ class LiveEngine:
             if due_in_s <= 0:
                 self._make_one()
                 continue
-            if not self._primed:
-                self._primed, self._runs_since_s = True, clock.now()
-                self._set_state("paused" if self._held else "playing")
-                self.sink.run(not self._held)
+            self._let_sound()
             clock.sleep(min(due_in_s, NAP_S), self._wake)
             self._count_underruns()
+
+    def _let_sound(self) -> None:
+        """The queue is full for the first time, or will get no fuller: play, unless on hold."""
+        if not self._primed:
+            self._primed, self._runs_since_s = True, self.sink.clock.now()
+            self._set_state("paused" if self._held else "playing")
+            self.sink.run(not self._held)
 
     def _finished(self) -> bool:
         limit_s = self.options.limit_s
@@ -237,7 +258,7 @@ class LiveEngine:
         """Let the sink play what it has."""
         self._count_underruns()
         self.sink.finish()
-        self.sink.run(True)
+        self._let_sound()
         while (left_s := self.sink.queued_s()) > 0 and not self._stopping.is_set():
             self.sink.clock.sleep(min(left_s, NAP_S), self._stopping)
 
@@ -282,11 +303,14 @@ class LiveEngine:
         if self._take is not None:
             self._take.piece(piece, controls)
         self._hand_over(piece)
+        if piece.fault is not None:
+            self.desk.give_back(asked, changes)
+            changes = []
         promises = [self._promise(change, made) for change in changes]
         self.ledger.note(made, promises)
         self._n_blocks += 1
         self._n_samples += made.n_samples
-        self._learn(made, asked)
+        self._learn(made)
         for event in (made, *promises):
             self.on_event(event)
 
@@ -310,8 +334,13 @@ class LiveEngine:
 
     def _hand_over(self, piece: Piece) -> None:
         samples = piece.wave[0].numpy()
-        self._recorder.write(samples)
         self.sink.write(samples)
+        try:
+            self._recorder.write(samples)
+        except (OSError, RuntimeError, LmdError) as error:  # a full disk; libsndfile's are Runtime-
+            with contextlib.suppress(OSError, RuntimeError):
+                self._recorder.stop()
+            self._trouble("recording", f"The recording ended: {error}")
 
     def _promise(self, change: Change, made: Made) -> Promise:
         latency_ms = None
@@ -326,7 +355,7 @@ class LiveEngine:
     def _rate(self) -> int:
         return self.streamer.codec.sample_rate
 
-    def _learn(self, made: Made, asked: Controls) -> None:
+    def _learn(self, made: Made) -> None:
         """Costs for pacing, the cap for `auto_steps`, and what to say about a fault."""
         if made.fault is not None:
             self._trouble("fault", f"Block {made.number} was not playable: {made.fault}")
@@ -335,7 +364,7 @@ class LiveEngine:
         if affordable < made.controls.n_steps:
             self._steps_cap = affordable
         else:  # recover one step a block
-            self._steps_cap = min(affordable, asked.n_steps, self._steps_cap + 1)
+            self._steps_cap = min(affordable, self._steps_cap + 1)
 
     def _count_underruns(self) -> None:
         underruns = self.sink.report().underruns

@@ -144,7 +144,12 @@ class Promise:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something went wrong and was survived: a fault, an underrun, a refused text."""
+    """Something went wrong and was survived.
+
+    Attributes:
+        kind: "fault", "underrun", "refused" (a text), "recording" (it ended).
+        message: for a person.
+    """
 
     kind: str
     message: str
@@ -273,6 +278,8 @@ class Ledger:
 
 
 def level_db(wave: Wave) -> float:
-    """RMS level in dB under full scale; −120 for silence."""
+    """RMS level in dB under full scale; −120 for silence, and where there is no sample."""
+    if not wave.numel():
+        return -120.0
     rms = float(wave.detach().float().square().mean().sqrt())
     return 20 * math.log10(max(rms, 1e-6))

@@ -299,17 +299,15 @@ class LivePlayer(PlayerTraits):
             if other is not None and other is not self:
                 other.stop()
             LivePlayer._sounding = self
+        options = EngineOptions(limit_s=limit_s, **self._pacing())
+        sink, controls = self._make_sink(skip_waits=limit_s is not None), self.controls()
+        check_live(controls, self._streamer.window)
         self.take_folder.mkdir(parents=True, exist_ok=True)
         name = f"take-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
         self._header = self._header or header_of(self._streamer, self._source)
         take = TakeWriter(self.take_folder / name, self._header)
         engine = LiveEngine(
-            self._streamer,
-            self._make_sink(skip_waits=limit_s is not None),
-            self.controls(),
-            EngineOptions(limit_s=limit_s, **self._pacing()),
-            take=take,
-            on_event=self._on_event,
+            self._streamer, sink, controls, options, take=take, on_event=self._on_event
         )
         self.engine, self.take_path, self.message = engine, str(take.path), ""
         self._asked.clear()
@@ -345,6 +343,8 @@ class LivePlayer(PlayerTraits):
             self.message = event.message
             if event.kind == "refused":  # the old prompt plays on: show it
                 self._show_heard_prompts()
+            if event.kind == "recording":
+                self.recording = ""
         elif self._page_sink is not None:
             place = {"epoch": self._page_sink.epoch, "first": 0}
             if isinstance(event, Made):

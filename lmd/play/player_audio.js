@@ -74,7 +74,7 @@ class LmdRing extends AudioWorkletProcessor {
 registerProcessor("lmd-ring", LmdRing);
 `;
 
-const RING_SECONDS = 60;
+const RING_SECONDS = 120; // more than the longest queue that the player can ask for
 
 // One AudioContext with its worklet, volume and level meter. Make it inside a click.
 class AudioOut {

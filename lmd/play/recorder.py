@@ -1,5 +1,6 @@
 """A recording beside the music: begun and finished at any time, from any thread."""
 
+import math
 import threading
 from pathlib import Path
 
@@ -17,8 +18,10 @@ class Recorder:
         self._file: AudioFile | None = None
         self._closed = False
 
-    def start(self, path: str | Path, sample_rate: int, channels: int) -> Path:
-        """Write what comes from now on to a wav or flac file; its path.
+    def start(
+        self, path: str | Path, sample_rate: int, channels: int, limit_s: float = math.inf
+    ) -> Path:
+        """Write what comes from now on, or `limit_s` of it, to a wav or flac file; its path.
 
         Raises:
             LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
@@ -28,7 +31,7 @@ class Recorder:
                 raise LmdError("a stream that has ended", "one that plays", "Start another first.")
             if self._file is not None:
                 raise LmdError("a recording under way", "none", "Stop it first.")
-            self._file = AudioFile(path, sample_rate, channels)
+            self._file = AudioFile(path, sample_rate, channels, limit_s)
             return self._file.path
 
     def write(self, samples: np.ndarray) -> None:

@@ -10,23 +10,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lmd.errors import LmdError
 from lmd.instrument import open_instrument
 from lmd.play.sinks import AudioFile
 from lmd.play.takes import SampleHash, Take, play_again, read_take
 from lmd.shapes import Wave
+
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("take", type=Path, help="a file written while playing")
     parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
-    parser.add_argument("--figure", type=Path, help="png or pdf: spectrogram and controls")
+    parser.add_argument("--figure", type=Path, help="png, pdf or svg: spectrogram and controls")
     parser.add_argument("--source", help="weights, if not where the take says")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
 
 
 def main(args: argparse.Namespace) -> int:
     """Replay; status 1 if the samples are not those that were played."""
+    if args.figure is not None:
+        _check_figure(args.figure)
     take = read_take(args.take)
     torch.set_num_threads(take.header.n_threads)  # opening computes, too
     instrument = open_instrument(args.source or take.header.source, device=args.device)
@@ -45,6 +50,14 @@ def main(args: argparse.Namespace) -> int:
     if args.figure is not None:
         draw(take, torch.cat(waves, dim=-1), args.figure)
     return _verdict(take, digest.hexdigest())
+
+
+def _check_figure(path: Path) -> None:
+    """Refuse before anything is played what could not be drawn afterwards."""
+    if path.suffix.lower() not in FIGURES or not path.parent.is_dir():
+        raise LmdError(
+            f"--figure {path}", f"a {' or '.join(FIGURES)} file in a folder that exists", "Mend it."
+        )
 
 
 def draw(take: Take, wave: Wave, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where the sound goes: to nobody by a clock, to a file, to a sound card."""
 
+import math
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +82,7 @@ class NullSink:
 
 
 SUBTYPES = {".wav": "FLOAT", ".flac": "PCM_24"}
+MAX_WAV_BYTES = 2**32 - 2**12  # of samples: a wav file counts itself in 32 bits, header included
 
 
 def check_audio_path(path: Path) -> str:
@@ -100,25 +102,69 @@ def check_audio_path(path: Path) -> str:
 class AudioFile:
     """A wav (float32, the very samples) or flac (24 bit) file that grows while it is written.
 
+    Args:
+        path: the file.
+        sample_rate: in Hz.
+        channels: of the sound.
+        limit_s: write no more than this many seconds.
+
+    Attributes:
+        written: samples in the file.
+
     Raises:
-        LmdError: see `check_audio_path`.
+        LmdError: see `check_audio_path`; the file cannot be made; a limit that no wav file holds.
     """
 
-    def __init__(self, path: str | Path, sample_rate: int, channels: int) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        sample_rate: int,
+        channels: int,
+        limit_s: float = math.inf,
+    ) -> None:
+        self.path, self.written = Path(path), 0
         subtype = check_audio_path(self.path)
-        self._file = soundfile.SoundFile(
-            self.path, "w", samplerate=sample_rate, channels=channels, subtype=subtype
-        )
+        self._most = limit_s * sample_rate
+        self._room = math.inf if subtype == SUBTYPES[".flac"] else MAX_WAV_BYTES // 4 // channels
+        if self._room < self._most < math.inf:
+            raise self._too_long(limit_s, sample_rate)
+        self._rate = sample_rate
+        try:
+            self._file = soundfile.SoundFile(
+                self.path, "w", samplerate=sample_rate, channels=channels, subtype=subtype
+            )
+        except (OSError, soundfile.LibsndfileError) as error:
+            raise LmdError(
+                f"{self.path} ({error})", "a file that can be written", "Choose another name."
+            ) from error
 
     def write(self, samples: np.ndarray) -> None:
-        """Append `[channel, sample]` and flush, so that a crash loses nothing written."""
+        """Append `[channel, sample]` up to the limit, and flush.
+
+        A wav file then holds it whatever happens to the process; a flac file can be read to its
+        end only after `close`.
+
+        Raises:
+            LmdError: more than a wav file holds; what was written before stays good.
+        """
+        if self.written + samples.shape[-1] > self._most:
+            samples = samples[:, : round(self._most) - self.written]
+        if self.written + samples.shape[-1] > self._room:
+            raise self._too_long((self.written + samples.shape[-1]) / self._rate, self._rate)
         self._file.write(samples.T)
         self._file.flush()
+        self.written += samples.shape[-1]
 
     def close(self) -> None:
         """Finish the file."""
         self._file.close()
+
+    def _too_long(self, seconds: float, sample_rate: int) -> LmdError:
+        return LmdError(
+            f"{seconds:.0f} s for {self.path.name}",
+            f"at most {self._room / sample_rate:.0f} s, since a wav file ends at 4 GiB",
+            "Write a .flac file, or less at a time.",
+        )
 
 
 class FileSink:
@@ -136,17 +182,13 @@ class FileSink:
 
     def open(self, sample_rate: int, channels: int) -> None:
         """Create the file."""
-        self._file = AudioFile(self.path, sample_rate, channels)
-        self._sample_rate = sample_rate
+        self._file = AudioFile(self.path, sample_rate, channels, self._limit_s)
 
     def write(self, samples: np.ndarray) -> None:
         """Append to the file."""
         if self._file is not None:
-            left = self._limit_s * self._sample_rate - self._written
-            if left < samples.shape[-1]:
-                samples = samples[:, : round(left)]
             self._file.write(samples)
-            self._written += samples.shape[-1]
+            self._written = self._file.written
 
     def queued_s(self) -> float:
         """Always 0: what is written is done with."""

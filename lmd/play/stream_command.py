@@ -15,6 +15,7 @@ from lmd.config import REGIMES
 from lmd.errors import LmdError
 from lmd.flow import SAMPLERS
 from lmd.instrument import Instrument, open_instrument
+from lmd.play.desk import check_live
 from lmd.play.live import EngineOptions, Event, LiveEngine
 from lmd.play.pace import Made, Meters, percentile
 from lmd.play.play_queue import Sink
@@ -48,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Stream; status 1 if a paced stream ran dry."""
+    """Stream; status 1 if a paced stream ran dry or a block could not be played."""
     _check(args)
     instrument = open_instrument(args.source, preset_name=args.preset, device=args.device)
     print(f"playing on {instrument.description}")
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
         f"{meters.played_s:.1f} s of music, {summary['rtf_all']:.2f}× real time, "
         f"{meters.underruns} underruns" + (f"; {meters.error}" if meters.error else "")
     )
-    return 1 if meters.underruns else 0
+    return 1 if meters.underruns or summary["faults"] else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -80,7 +81,7 @@ def engine_of(args: argparse.Namespace, instrument: Instrument) -> LiveEngine:
     """The engine that the arguments ask for."""
     asked = {name: value for name in SETTABLE if (value := getattr(args, name)) is not None}
     controls = instrument.controls(args.prompt, **asked)
-    controls.validate(instrument.streamer.window)
+    check_live(controls, instrument.streamer.window)
     options = EngineOptions(queue_s=args.queue, auto_steps=args.auto, limit_s=args.seconds)
     sink: Sink
     if args.play:
@@ -94,7 +95,12 @@ def engine_of(args: argparse.Namespace, instrument: Instrument) -> LiveEngine:
         take = TakeWriter(args.take, header_of(instrument.streamer, instrument.source))
     engine = LiveEngine(instrument.streamer, sink, controls, options, take=take)
     if args.output is not None and (args.paced or args.play):
-        engine.record(args.output)
+        try:
+            engine.record(args.output, limit_s=args.seconds)
+        except LmdError:
+            if take is not None:
+                take.close()
+            raise
     return engine
 
 

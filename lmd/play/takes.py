@@ -24,6 +24,7 @@ from lmd.play.desk import NAMES, with_changes
 from lmd.play.guard import Guarded, Piece, guarded_step
 from lmd.shapes import Wave
 from lmd.stream import Streamer
+from lmd.text import told
 from lmd.weights import fingerprint
 
 FORMAT = "lmd-take-1"
@@ -118,11 +119,10 @@ class SampleHash:
 
 def header_of(streamer: Streamer, source: str) -> TakeHeader:
     """The first line of a take played by that streamer."""
-    text = streamer.text
     return TakeHeader(
         model_sha256=fingerprint(streamer.denoiser),
         codec_sha256=fingerprint(streamer.codec),
-        text=f"{type(text).__name__} {text.n_tokens}×{text.dim}",
+        text=told(streamer.text),
         source=source,
         sample_rate=streamer.codec.sample_rate,
         channels=streamer.codec.channels,
@@ -186,10 +186,14 @@ class TakeWriter:
         self._line({"block": self._n_blocks, "sample": self._n_samples, "underrun": True})
 
     def close(self) -> None:
-        """Write the last line."""
-        if not self._file.closed:
+        """Write the last line; a take of no block at all is no take and leaves no file."""
+        if self._file.closed:
+            return
+        if self._n_blocks:
             self._line(self._count() | {"sha256": self._hash.hexdigest()})
-            self._file.close()
+        self._file.close()
+        if not self._n_blocks:
+            self.path.unlink(missing_ok=True)
 
 
 def read_take(path: str | Path) -> Take:
@@ -206,6 +210,12 @@ def read_take(path: str | Path) -> Take:
         raise LmdError(f"{path} ({e})", f"a take ({FORMAT})", "Give another file.") from e
     if header.format != FORMAT:
         raise LmdError(f"{path} of format {header.format!r}", FORMAT, "Update lmd, or play anew.")
+    for name in ("sample_rate", "channels", "n_threads"):
+        value = getattr(header, name)
+        if type(value) is not int or value < 1:
+            raise LmdError(
+                f"{path} with {name} {value!r}", "a whole number, 1 or more", "Mend its first line."
+            )
     return _parse(path, header, lines[1:])
 
 
@@ -254,7 +264,8 @@ def play_again(take: Take, streamer: Streamer) -> Iterator[Piece]:
     """Every block of a take, once more.
 
     Raises:
-        LmdError: the streamer has other weights than the take was played with.
+        LmdError: the streamer has other weights than the take was played with, or cannot play the
+            controls that stand in it.
     """
     here = header_of(streamer, take.header.source)
     for name in ("model_sha256", "codec_sha256", "text"):
@@ -263,6 +274,8 @@ def play_again(take: Take, streamer: Streamer) -> Iterator[Piece]:
             raise LmdError(
                 f"{name} {found[:16]}", f"{expected[:16]}, as in the take", "Load those weights."
             )
+    for controls in take.changes.values():
+        controls.validate(streamer.window)
     guarded = Guarded(streamer.start())
     for number, controls in enumerate(take.controls()):
         piece, guarded = guarded_step(streamer, guarded, controls, take.faults.get(number))
