@@ -24,6 +24,7 @@ from lmd.checkpoint import load_codec, load_model
 from lmd.codec import Codec
 from lmd.config import REGIMES, Preset, SpectralCodecConfig, preset
 from lmd.controls import Controls
+from lmd.data.places import check_file_free
 from lmd.decoder_speed import measure_decoder
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
@@ -85,6 +86,7 @@ def main(args: argparse.Namespace) -> int:
             "at least 2 blocks and 1 thread",
             "Raise them.",
         )
+    check_output(args.json)
     if args.compile:
         check_compiler()
     torch.set_num_threads(args.threads)
@@ -92,6 +94,16 @@ def main(args: argparse.Namespace) -> int:
     tell(report, table(report), args.json)
     agrees = not args.compile or report["compile_max_difference"] <= report["compile_tolerance"]
     return 0 if agrees else 1
+
+
+def check_output(path: str | None) -> None:
+    """Refuse a path for `tell` that cannot be written.
+
+    Raises:
+        LmdError: it is a folder, lies in a file, or may not be written.
+    """
+    if path and path != "-":
+        check_file_free(Path(path))
 
 
 def tell(report: dict, readable: str, path: str | None) -> None:
@@ -102,6 +114,7 @@ def tell(report: dict, readable: str, path: str | None) -> None:
         return
     print(readable)
     if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,15 @@ import torch
 from engine import CONFIG, HoldCodec, random_model, streamer
 
 from lmd.__main__ import main
-from lmd.bench import COMPILE_TOLERANCE, compile_blocks, long_stream, open_parts, rebuilds, table
+from lmd.bench import (
+    COMPILE_TOLERANCE,
+    compile_blocks,
+    long_stream,
+    open_parts,
+    rebuilds,
+    table,
+    tell,
+)
 from lmd.bound import Pass, Rates, passes_of
 from lmd.config import PRESETS, REGIMES, DiTConfig, OobleckConfig, WindowConfig
 from lmd.controls import Controls
@@ -318,3 +326,13 @@ def test_bad_bench_arguments_are_refused(capsys):
     assert "one of tiny, small, paper" in capsys.readouterr().err
     assert main(["bench", "--preset", "tiny", "--blocks", "1"]) == 2
     assert "at least 2 blocks" in capsys.readouterr().err
+
+
+def test_where_the_figures_go_is_asked_before_they_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lmd.bench.measure", lambda args: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path, tmp_path / "file" / "x.json"):
+        assert main(["bench", "--preset", "tiny", "--json", str(place)]) == 2
+    assert "which is a folder" in capsys.readouterr().err
+    tell({"a": 1}, "a table", str(tmp_path / "new" / "x.json"))
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": 1}

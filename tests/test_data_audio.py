@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from audio_files import RATE, make_bad, tone, write
+from torchaudio.functional import resample
 
 from lmd.__main__ import main
 from lmd.data import audio
-from lmd.data.audio import AudioSettings, build_audio, windows_of, with_splits
+from lmd.data.audio import AudioSettings, build_audio, load_segment, windows_of
 from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
-from lmd.data.corpus import Corpus
+from lmd.data.corpus import Corpus, write_manifest
 from lmd.data.levels import TARGET_LUFS, loudness_lufs
+from lmd.data.resampling import resampled, resampled_at_any_rate
 from lmd.data.silence import hear, sounding
+from lmd.data.splits import with_splits
 from lmd.errors import LmdError
 
 
@@ -201,14 +205,160 @@ def test_the_corpus_may_not_lie_in_the_folder_that_is_taken_in(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.wav"]
 
 
+@pytest.mark.parametrize("name", ["audio", "stems"])
+def test_the_corpus_may_not_be_written_into_the_folder_that_is_taken_in(
+    tmp_path: Path, name: str
+) -> None:
+    write(tmp_path / name / "a.wav", tone(5))
+    with pytest.raises(LmdError, match="take in its own output"):
+        build_audio(tmp_path / name, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.wav"]
+
+
+def test_the_same_music_under_several_names_is_in_one_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        source = write(tmp_path / f"in/{number}.wav", tone(2, hz=300 + 40 * number))
+        write(tmp_path / f"in/copies/{number}.flac", soundfile.read(source)[0])
+    (tmp_path / "in/linked.wav").symlink_to(tmp_path / "in/0.wav")
+    rows, _ = build_audio(tmp_path / "in", tmp_path / "out")
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row.sha256, set()).add(row.split)
+    assert [len(found) for found in splits.values()] == [1] * 12
+    assert {row.split for row in rows} >= {"train", "validation"}
+    main(["data", "build", "--audio", str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert said.count("the same music") == 12
+    assert f"0.wav, copies/0.flac, linked.wav ({rows[0].split})" in said
+
+
+def test_music_that_is_there_already_keeps_its_split(tmp_path: Path) -> None:
+    """Whatever is added, renamed, or was drawn in another way when it was taken in."""
+    for number in range(4):
+        write(tmp_path / f"in/{number}.wav", tone(2, hz=300 + 40 * number))
+    rows, _ = build_audio(tmp_path / "in", tmp_path / "out")
+    splits = dict(zip("0123", ("test", "train", "test", "validation"), strict=True))
+    write_manifest(tmp_path / "out", [replace(row, split=splits[row.title]) for row in rows])
+    (tmp_path / "in/0.wav").rename(tmp_path / "in/renamed.wav")
+    write(tmp_path / "in/copy of 2.wav", tone(2, hz=380))
+    write(tmp_path / "in/1.wav", tone(2, hz=700))  # other music under an old name
+    rows, _ = build_audio(tmp_path / "in", tmp_path / "out")
+    found = {row.title: row.split for row in rows}
+    assert found == {"1": found["1"], "2": "test", "3": "validation"} | dict.fromkeys(
+        ("renamed", "copy of 2"), "test"
+    )
+    assert found["1"] == "train"  # for otherwise there is nothing to train on
+    for number in range(20):
+        write(tmp_path / f"in/more-{number}.wav", tone(2, hz=800 + 40 * number))
+    rows, _ = build_audio(tmp_path / "in", tmp_path / "out")
+    assert {row.title: row.split for row in rows if "more" not in row.title} == found
+
+
+def test_copies_in_several_splits_stay_there_and_new_ones_are_trained_on(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.wav", tone(5))
+    (row,), _ = build_audio(tmp_path / "in", tmp_path / "out")
+    before = [replace(row, piece_id=name, split=name) for name in ("train", "test")]
+    rows = [replace(row, piece_id=name, split="") for name in ("test", "new", "train")]
+    assert [one.split for one in with_splits(rows, before)] == ["test", "train", "train"]
+
+
+def test_a_file_that_comes_back_brings_its_own_sound(tmp_path: Path) -> None:
+    """Its first rows are in the log still, but the files of these names hold another sound."""
+    source = write(tmp_path / "in/x.wav", tone(5, hz=440))
+    os.utime(source, ns=(0, 0))
+    first, _ = build_audio(tmp_path / "in", tmp_path / "out")
+    write(source, tone(5, hz=880))  # of the same length
+    build_audio(tmp_path / "in", tmp_path / "out")
+    write(source, tone(5, hz=440))
+    os.utime(source, ns=(0, 0))
+    for _ in range(2):
+        again, _ = build_audio(tmp_path / "in", tmp_path / "out")
+        made = (tmp_path / "out" / again[0].path).read_bytes()
+        assert again == first
+        assert hashlib.sha256(made).hexdigest() == first[0].sha256
+
+
+@pytest.mark.parametrize("rate", [44_101, 44_122, 44_056, 47_953, 22_051])
+def test_a_rate_like_no_other_needs_no_more_than_a_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("a kernel of gigabytes")
+
+    monkeypatch.setattr("lmd.data.resampling.audio.resample", refuse)
+    path = write(tmp_path / "a.wav", tone(5, rate), rate)
+    (wave,) = load_segment(path, AudioSettings())
+    assert len(wave) == 5 * RATE
+    # The ripple of the kernel; at a rate off by a millionth the end would be 4e-3 off.
+    assert np.abs(wave - tone(5)[:, 0])[100:-100].max() < 1.5e-3
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+def test_any_rate_is_resampled_as_the_usual_ones_are(rate: int) -> None:
+    noise = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, rate + 77))).float()
+    usual = resampled(noise, rate, RATE)
+    assert torch.equal(usual, resample(noise, rate, RATE))
+    exact = resample(noise.double(), rate, RATE).float()
+    assert torch.allclose(resampled_at_any_rate(noise, rate, RATE), exact, atol=2e-6)
+
+
+def test_channels_that_cancel_become_the_louder_one(tmp_path: Path) -> None:
+    left = tone(3)
+    path = write(tmp_path / "in/a.wav", np.concatenate([0.8 * left, -0.8 * left], axis=1))
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out")
+    assert len(report.accepted) == len(rows) == 1
+    assert loudness_lufs(Corpus(tmp_path / "out").wave(0), RATE) == pytest.approx(
+        TARGET_LUFS, abs=0.1
+    )
+    write(path, np.concatenate([left, -0.98 * left], axis=1), subtype="FLOAT")
+    assert np.allclose(load_segment(path, AudioSettings())[0], left[:, 0], atol=1e-6)
+    write(path, np.concatenate([left, 0 * left], axis=1), subtype="FLOAT")
+    assert np.allclose(load_segment(path, AudioSettings())[0], 0.5 * left[:, 0], atol=1e-6)
+    assert not load_segment(write(path, 0 * tone(2, channels=2)), AudioSettings()).any()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("--max-seconds", value) for value in ("0", "nan", "-3", "inf")),
+        *(("--sample-rate", value) for value in ("0", "-5", "300")),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_mistaken_option_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str], own: bool
+) -> None:
+    write(tmp_path / "in/a.wav", tone(2))
+    words = ["data", "build", "--out", str(tmp_path / "out"), *option]
+    assert main([*words, *(["--audio", str(tmp_path / "in")] if own else [])]) == 2
+    assert f"found {option[0]} {option[1]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_corpus_where_a_file_is_gets_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
+    source = write(tmp_path / "in/a.wav", tone(2))
+    for out in (source, source / "corpus"):
+        words = ["data", "build", "--out", str(out)]
+        assert main([*words, *(["--audio", str(tmp_path / "in")] if own else [])]) == 2
+    assert capsys.readouterr().err
+
+
 def test_there_is_always_something_to_train_on(tmp_path: Path) -> None:
     write(tmp_path / "in/a.wav", tone(5))
     (row,), _ = build_audio(tmp_path / "in", tmp_path / "out")
     for number in range(300):  # one in eight is drawn for validation or test
-        alone = with_splits([replace(row, piece_id=f"{number}", split="")])
+        alone = with_splits([replace(row, sha256=f"{number}", split="")])
         assert [one.split for one in alone] == ["train"]
-        pair = [replace(row, piece_id=f"{number}-{i}", split="") for i in range(2)]
+        names = [f"{number}-{i}" for i in range(2)]
+        pair = [replace(row, piece_id=name, sha256=name, split="") for name in names]
         assert sorted(one.split for one in with_splits(pair)) == ["train", "validation"]
+        added = replace(row, piece_id="added", sha256=f"{number}", split="")
+        assert [one.split for one in with_splits([row, added], [row])] == ["train", "validation"]
     kept = with_splits([row, replace(row, piece_id="own", split="test")])
     assert [one.split for one in kept] == ["train", "test"]
 

@@ -77,6 +77,16 @@ def test_an_mp3_without_a_header_does_not_say_how_long_it_was(tmp_path: Path) ->
     assert soundfile.info(path).duration < 3
 
 
+def test_a_flac_that_does_not_tell_its_length_has_a_reason_of_its_own(tmp_path: Path) -> None:
+    """As encoders leave it that write to a pipe."""
+    path = write_noise(tmp_path / "a.flac")
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # the number of samples: 36 bits of the first block
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    assert fault(path) == "its header does not tell how long it is: encode it again (flac, ffmpeg)"
+
+
 def test_the_check_accepts_what_the_build_takes_in_and_nothing_else(tmp_path: Path) -> None:
     waves = {"short": tone(0.9), "brief": tone(1.5), "long": tone(6)}
     pauses = np.concatenate([tone(0.3), 0 * tone(2)] * 4)
@@ -171,6 +181,9 @@ def test_the_report_is_json_and_the_status_says_if_anything_was_refused(
         "rejected": [{"path": str(bad), "reason": "empty file (0 bytes)"}],
     }
     assert "1 accepted, 1 rejected" in capsys.readouterr().out
+    for place in (tmp_path, good / "report.json"):
+        assert main(["data", "check", str(tmp_path / "in"), "--json", str(place)]) == 2
+        assert "accepted" not in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
 
 

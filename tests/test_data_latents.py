@@ -18,11 +18,11 @@ from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.data.build import further_captions
 from lmd.data.codec_identity import DECODER_SIZES, encoder_sha256
 from lmd.data.corpus import Corpus, write_manifest
-from lmd.data.encode import EncodeSettings, encode_corpus, encode_wave
+from lmd.data.encode import QUIET, Encoder, EncodeSettings, encode_corpus, encode_wave
 from lmd.data.latents import LatentDataModule, LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
-from lmd.oobleck import build_reference
+from lmd.oobleck import build_reference, random_codec
 from lmd.spectral import SpectralCodec
 
 DIM = 64
@@ -246,6 +246,81 @@ def test_the_command_names_the_encoder_and_not_the_file(
     assert encode_with("decoder.norm.bias") == 0
     assert encode_with("encoder.latent_mean") != 0
     assert "another codec" in capsys.readouterr().err
+
+
+class PlainCodec:
+    """A codec that is no module, as Stable Audio's is: nobody moves it but its owner."""
+
+    sample_rate, channels, latent_dim, samples_per_frame = RATE, 1, DIM, HOP
+    lookback_frames = lookahead_frames = 0
+
+    def __init__(self) -> None:
+        self.moved_to: list[torch.device] = []
+        self.encode = MeanCodec().encode
+
+    def to(self, device: torch.device) -> None:
+        assert not torch.is_inference_mode_enabled()
+        self.moved_to.append(device)
+
+
+def test_a_codec_that_is_no_module_is_brought_to_where_it_computes(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    codec = PlainCodec()
+    trainer = L.Trainer(**QUIET, accelerator="cpu", devices=1, enable_progress_bar=False)
+    encode_corpus(corpus, codec, tmp_path, trainer=trainer)
+    assert codec.moved_to == [torch.device("cpu")]
+    oobleck = random_codec(OobleckConfig(channels=8, c_mults=(1, 2), strides=(2, 4), latent_dim=4))
+    encoder = Encoder(oobleck, corpus, tmp_path).to("meta")
+    encoder.on_predict_start()
+    assert oobleck.device == torch.device("meta")
+
+
+def test_music_without_stems_is_encoded_among_music_that_has_them(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus.folder, folder)
+    rows = [replace(row, stem_paths="") if i % 3 else row for i, row in enumerate(corpus.rows)]
+    write_manifest(folder, rows)
+    encode(Corpus(folder), tmp_path / "latents")
+    assert "4 of 6 sounds have no stems" in capsys.readouterr().out
+    entries = LatentShards(tmp_path / "latents").entries
+    voices = {row.name: [e.voice for e in entries if e.name == row.name] for row in rows}
+    assert list(voices.values()) == [[-1, 0, 1], [-1], [-1]] * 2
+    write_manifest(folder, [replace(row, stem_paths="") for row in rows])
+    with pytest.raises(LmdError, match="no stems in"):
+        encode(Corpus(folder), tmp_path / "other")
+    encode(Corpus(folder), tmp_path / "other", stems=False)  # in the folder that was refused
+    (folder / "corpus.json").write_text('{"soundfont": ""}')
+    assert Corpus(folder).without_stems() == []  # scores are played again
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--rows-per-shard", "0"), ("--rows-per-shard", "-1"), ("--devices", "0"),
+        ("--devices", "x"), ("--num-nodes", "0"), ("--accelerator", "foo"), ("--strategy", "foo"),
+    ],
+)  # fmt: skip
+def test_a_mistaken_option_of_the_encoding_leaves_nothing_behind(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
+    config, tensors = codec_parts("spectral")
+    path, out = tmp_path / "codec.safetensors", tmp_path / "latents"
+    save_checkpoint(path, tensors, kind="codec", config=config)
+    words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(out)]
+    right = {"--accelerator": "cpu", "--devices": "1", option[0]: option[1]}
+    words += [word for pair in right.items() for word in pair]
+    assert main(["data", "encode", *words]) == 2
+    assert f"{option[0]} {option[1]}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_latents_are_not_written_where_a_file_is(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LmdError, match="no folder"):
+        encode(corpus, tmp_path / "file")
 
 
 def test_latents_that_overflow_float16_stop_the_encoding(corpus: Corpus, tmp_path: Path) -> None:

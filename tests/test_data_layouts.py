@@ -141,3 +141,39 @@ def test_a_sidecar_that_is_no_json_is_reported(tmp_path: Path) -> None:
     assert (tracks, report.accepted) == ([], [])
     assert "x.json is not JSON" in report.rejected[0].reason
     assert main(["data", "check", str(tmp_path / "in")]) == 1
+
+
+@pytest.mark.parametrize("name", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(("suffix", "text"), [(".txt", "{}"), (".json", '{{"caption": "{}"}}')])
+def test_sidecars_in_utf16_are_read(tmp_path: Path, name: str, suffix: str, text: str) -> None:
+    path = write(tmp_path / "in/x.wav", tone(5))
+    path.with_suffix(suffix).write_bytes(("\ufeff" + text.format("ein Flötenstück")).encode(name))
+    assert caption_of(path) == "ein Flötenstück"
+
+
+@pytest.mark.parametrize("name", ["utf-16-le", "utf-32"])
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+def test_a_sidecar_that_is_no_text_is_reported(tmp_path: Path, name: str, suffix: str) -> None:
+    path = write(tmp_path / "in/x.wav", tone(5))
+    path.with_suffix(suffix).write_bytes(b'"slow piano"'.decode().encode(name))
+    _, report = survey(tmp_path / "in", progress=False)
+    assert f"NUL in x{suffix}; expected a text in UTF-8" in report.rejected[0].reason
+
+
+def test_half_a_character_in_a_sidecar_does_not_stop_the_build(tmp_path: Path) -> None:
+    path = write(tmp_path / "in/x.wav", tone(5))
+    path.with_suffix(".json").write_text(r'{"caption": "an air \ud83d\u0000 \ud83c\udfb5"}')
+    build_audio(tmp_path / "in", tmp_path / "out")
+    assert Corpus(tmp_path / "out").rows[0].caption == "an air ? 🎵"
+
+
+def test_a_text_beside_stems_makes_them_no_stems(tmp_path: Path) -> None:
+    write(tmp_path / "in/stems/a.wav", tone(5))
+    (tmp_path / "in/mix.txt").write_text("songs")
+    tracks, report = survey(tmp_path / "in", progress=False)
+    assert [track.mix.name for track in tracks] == ["a.wav"]
+    write(tmp_path / "in/stems/silent.wav", 0 * tone(5))
+    assert [r.reason for r in survey(tmp_path / "in", False)[1].rejected] == ["silent"]
+    write(tmp_path / "in/mix.WAV", tone(5))
+    tracks, report = survey(tmp_path / "in", progress=False)
+    assert ([track.mix.name for track in tracks], report.rejected) == (["mix.WAV"], [])

@@ -262,6 +262,25 @@ def test_a_recogniser_of_another_rate_is_refused(world: argparse.Namespace) -> N
 BUDGET = Budget(n_clips=2, n_blocks=3)
 
 
+def test_music_of_families_that_the_listener_does_not_know_is_refused_at_once(
+    world: argparse.Namespace, tmp_path: Path
+) -> None:
+    rows = [replace(row, family="own music") for row in Corpus(world.corpus).rows]
+    write_manifest(tmp_path, rows)
+    sources = Sources(tmp_path, tmp_path, world.recogniser, tmp_path / "parts", random="tiny")
+    with pytest.raises(LmdError, match="test pieces played by own music"):
+        Evaluation(sources, BUDGETS["smoke"])
+    assert not (tmp_path / "parts").exists()
+
+
+def test_results_are_not_to_go_where_a_file_is(world: argparse.Namespace, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LmdError, match="no folder"):
+        run(world, tmp_path / "file")
+    with pytest.raises(LmdError, match="no folder"):
+        run(world, tmp_path / "out", "--parts", tmp_path / "file" / "parts")
+
+
 def clips_of(world: argparse.Namespace, seed: int = 0) -> list[Clip]:
     corpus = Corpus(world.corpus, "test")
     chosen = choose_rows(corpus.rows, 2, 15.0, 0)

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: Ru
     assert runs() == (1, 3)  # what the first one left has changed
     assert run(with_(project, only=("1",), force=True)) == 0
     assert runs() == (2, 3)
+
+
+def test_a_finished_notebook_runs_again_when_what_it_left_is_gone(project: RunOptions) -> None:
+    write_notebook(project, "01_first", WRITE, "(out / 'music').write_text('x')")
+    write_notebook(project, "02_second", "open('../outputs/quick/01_first/music')", WRITE)
+    assert run(project) == 0
+    assert project.out is not None
+    shutil.rmtree(project.out / "01_first")
+    assert run(with_(project, settings=("02.n_steps=8",))) == 0
+    assert (project.out / "01_first/music").exists()
+
+
+def test_a_run_does_not_begin_where_a_file_is(project: RunOptions, tmp_path: Path) -> None:
+    write_notebook(project, "02_second", WRITE)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LmdError, match="no folder"):
+        run(with_(project, out=tmp_path / "file"))
 
 
 def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
@@ -311,6 +329,8 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(
     [
         ({"settings": ("02.n_stepz=8",)}, "'n_stepz' for 02_second.ipynb; expected one of n_steps"),
         ({"settings": ("07.n_steps=8",)}, "notebook '07'"),
+        ({"settings": ("02.output_dir=/tmp/x",)}, "Give it as --out FOLDER"),
+        ({"settings": ("all.output_dir=/tmp/x",)}, "Give it as --out FOLDER"),
         ({"settings": ("n_steps=8",)}, "NOTEBOOK.NAME=VALUE"),
         ({"settings": ("02.n_steps=many",)}, "expected int"),
         ({"settings": ("02.n_steps=true",)}, "expected int"),

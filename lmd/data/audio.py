@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from multiprocessing import get_context
@@ -17,18 +17,28 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-import torchaudio.functional as audio
 from tqdm import tqdm
 
 from lmd.data.analysis import brightness_hz
 from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Report
-from lmd.data.corpus import SETTINGS, Row, is_whole, write_manifest, write_wav
+from lmd.data.corpus import (
+    MANIFEST,
+    SETTINGS,
+    Corpus,
+    Row,
+    check_format,
+    is_whole,
+    write_manifest,
+    write_wav,
+)
 from lmd.data.layouts import Track, survey
 from lmd.data.levels import block_powers, gain_of, gated_lufs, limit
+from lmd.data.places import check_folder_free
 from lmd.data.render import MAX_SECONDS
+from lmd.data.resampling import resampled, to_mono
 from lmd.data.silence import Heard, hear
+from lmd.data.splits import copies, with_splits
 from lmd.errors import LmdError
-from lmd.rng import derive_seed
 
 AUDIO_FORMAT = 2
 SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
@@ -44,12 +54,18 @@ class AudioSettings:
         channels: 1 or 2; stereo is averaged to mono, mono is doubled to stereo.
         window_s: longest stretch in one file of the corpus.
         stems: keep stems where a data set brings them.
+
+    Raises:
+        LmdError: a value out of range.
     """
 
     sample_rate: int = 22_050
     channels: int = 1
     window_s: float = MAX_SECONDS
     stems: bool = False
+
+    def __post_init__(self) -> None:
+        check_format(self.sample_rate, self.channels, self.window_s)
 
 
 def load_segment(
@@ -69,10 +85,8 @@ def load_segment(
         data = sound.read(last - first, dtype="float32", always_2d=True)
     wave = torch.from_numpy(data.T.copy())
     if wave.shape[0] != settings.channels:
-        wave = wave.mean(0, keepdim=True).repeat(settings.channels, 1)
-    if rate != settings.sample_rate:
-        wave = audio.resample(wave, rate, settings.sample_rate)
-    return wave.numpy()
+        wave = to_mono(wave).repeat(settings.channels, 1)
+    return resampled(wave, rate, settings.sample_rate).numpy()
 
 
 def windows_of(n_samples: int, settings: AudioSettings) -> list[tuple[int, int]]:
@@ -182,27 +196,6 @@ def _write(
     )  # fmt: skip
 
 
-def with_splits(rows: Sequence[Row]) -> list[Row]:
-    """Rows with a split each: the data set's own, else 1 in 16 validation and 1 in 16 test.
-
-    Chance never leaves nothing to train on, nor, with two pieces or more, nothing to validate on.
-    """
-    drawn = {row.piece_id: derive_seed(0, "split", row.piece_id) for row in rows if not row.split}
-    names = {0: "validation", 1: "test"}
-    splits = {piece: names.get(value % 16, "train") for piece, value in drawn.items()}
-    in_order = sorted(drawn, key=lambda piece: drawn[piece])
-
-    def n_pieces(split: str) -> int:
-        return len({row.piece_id for row in rows if (row.split or splits[row.piece_id]) == split})
-
-    if in_order and not n_pieces("train"):
-        splits[in_order[-1]] = "train"
-    if len(in_order) > 1 and not n_pieces("validation"):
-        spare = [p for p in in_order if splits[p] != "train" or n_pieces("train") > 1]
-        splits[spare[0]] = "validation"
-    return [row if row.split else replace(row, split=splits[row.piece_id]) for row in rows]
-
-
 def build_audio(
     folder: Path,
     out: Path,
@@ -224,21 +217,24 @@ def build_audio(
 
     Raises:
         LmdError: too many rejects, nothing usable, a corpus made with other settings, or one
-            inside the folder that is taken in.
+            inside the folder that is taken in, or a place that cannot be written.
     """
     settings = settings or AudioSettings()
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise LmdError(
-            f"the corpus {out} inside {folder}, which is taken in",
-            "a folder outside: the next run would take in its own output",
-            "Choose another --out.",
-        )
+    for written in (out, out / "audio", out / "stems"):
+        if written.resolve().is_relative_to(folder.resolve()):
+            raise LmdError(
+                f"the corpus's {written} inside {folder}, which is taken in",
+                "a folder outside: the next run would take in its own output",
+                "Choose another --out.",
+            )
+    check_folder_free(out)
     tracks, report = survey(folder)
     _refuse_too_many(report, keep_going)
     _check_settings(out, settings)
     (out / "rejected.json").write_text(report.as_json() + "\n")
     of_track = _taken_in(tracks, folder, out, settings, workers)
-    rows = with_splits([row for found in of_track for row in found])
+    before = Corpus(out).rows if (out / MANIFEST).is_file() else []
+    rows = with_splits([row for found in of_track for row in found], before)
     if not rows:
         raise LmdError(f"nothing usable in {folder}", "music", "See rejected.json.")
     write_manifest(out, rows)
@@ -260,8 +256,11 @@ def _refuse_too_many(report: Report, keep_going: bool) -> None:
 def _taken_in(
     tracks: Sequence[Track], folder: Path, out: Path, settings: AudioSettings, workers: int
 ) -> list[list[Row]]:
-    """The rows of every track, those of an earlier run first read from its log."""
-    done: dict[str, list[Row]] = {}
+    """The rows of every track, those of an earlier run first read from its log.
+
+    A piece's files have the same names whatever it was, so the last entry of each alone counts.
+    """
+    last: dict[str, tuple[str, list[Row]]] = {}
     with (out / "tracks.jsonl").open("a+") as log:
         log.seek(0)
         for line in log.read().splitlines():
@@ -270,8 +269,8 @@ def _taken_in(
             except json.JSONDecodeError:
                 continue  # torn by an interruption
             rows = [Row(**row) for row in entry["rows"]]
-            if all(is_whole(out, row) for row in rows):
-                done[entry["key"]] = rows
+            last[rows[0].piece_id if rows else entry["key"]] = (entry["key"], rows)
+        done = {key: rows for key, rows in last.values() if all(is_whole(out, r) for r in rows)}
         keys = [_key(track, folder) for track in tracks]
         missing = [i for i, key in enumerate(keys) if key not in done]
         jobs = [(tracks[i], folder, out, settings) for i in missing]
@@ -298,7 +297,9 @@ def _run(jobs: list[Any], workers: int) -> Iterator[list[Row]]:
     if workers <= 1 or len(jobs) < 2:
         yield from map(take_in, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:  # one thread each, as in the command: copies must give the same bytes
         yield from pool.map(take_in, jobs)
 
 
@@ -322,6 +323,8 @@ def build_from_folder(args: argparse.Namespace) -> int:
     rows, report = build_audio(args.audio, args.out, settings, args.keep_going, args.workers)
     for item in report.rejected:
         print(f"rejected  {item}")
+    for line in copies(rows):
+        print(f"the same music  {line}")
     hours = sum(row.duration_s for row in rows) / 3600
     n_pieces = len({row.piece_id for row in rows})
     print(f"{len(rows)} windows of {n_pieces} files, {hours:.2f} h, in {args.out}")

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from lmd.data.analysis import brightness_hz, find_key, onset_density
 from lmd.data.captions import Described, caption, stem_caption
-from lmd.data.corpus import SETTINGS, Row, is_whole, write_manifest, write_wav
+from lmd.data.corpus import SETTINGS, Row, check_format, is_whole, write_manifest, write_wav
 from lmd.data.draw import Draw, QuickDraw
+from lmd.data.places import check_folder_free
 from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
 from lmd.data.tones import ToneBank, default_soundfont, file_sha256, shared_bank
@@ -30,7 +31,11 @@ FEWEST_SCORES, MOST_SCORES = 3, 32  # parsed at once; so few need no further pro
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a rendered corpus depends on; the same settings give the same bytes."""
+    """What a rendered corpus depends on; the same settings give the same bytes.
+
+    Raises:
+        LmdError: a value out of range.
+    """
 
     seed: int = 0
     sample_rate: int = 22_050
@@ -39,6 +44,9 @@ class BuildSettings:
     soundfont: str = ""  # path; empty = the one inside pretty_midi
     stems: bool = False  # write the stems too (they can be played again at any time)
     collections: tuple[str, ...] = COLLECTIONS
+
+    def __post_init__(self) -> None:
+        check_format(self.sample_rate, self.channels, self.max_seconds)
 
 
 def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piece, int]]:
@@ -191,11 +199,12 @@ def build_corpus(
         The manifest's rows.
 
     Raises:
-        LmdError: the folder holds a corpus built with other settings.
+        LmdError: the folder holds a corpus built with other settings, or cannot be written.
     """
     settings = settings or BuildSettings()
     if not 0 < hours < 10_000:
         raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
+    check_folder_free(out)
     shelf = Shelf(settings.collections, cache, workers)
     _check_settings(out, settings, hours)
     jobs = [(piece, rendition, settings, out) for piece, rendition in plan(shelf, hours, settings)]

@@ -20,6 +20,7 @@ STEM_MP4 = ".stem.mp4"  # MUSDB18's packed form, which soundfile cannot open
 MIN_SECONDS = 1.0  # of a file, and of what sounds in it
 MIN_SAMPLE_RATE = 16_000  # Hz; below, there is nothing over 8 kHz to learn from
 MAX_CHANNELS = 2
+UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's word for a header that does not tell the length
 MAX_REJECTED = 0.05  # of all files; more stop a build
 SILENT_PEAK = 1e-4  # -80 dB under full scale
 MUSDB_STEMS = ("drums", "bass", "other", "vocals")
@@ -104,9 +105,9 @@ def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path
 def fault(path: Path) -> str | None:
     """Why a file cannot be used; None if it can. Every sample is read.
 
-    Refused: empty, unreadable, truncated, not audio, shorter than a second (without its silences,
-    too), under 16 kHz, more than two channels, values that are not finite, silence, a name in
-    another encoding than UTF-8. Long files and names in any script are welcome.
+    Refused: empty, unreadable, truncated, not audio, of unknown length, shorter than a second
+    (without its silences, too), under 16 kHz, more than two channels, values that are not finite,
+    silence, a name in another encoding than UTF-8. Long files and names in any script are welcome.
 
     One thing cannot be known: an MP3 without a Xing or LAME header does not say how long it is.
     """
@@ -132,6 +133,8 @@ def fault(path: Path) -> str | None:
 def _header_fault(path: Path) -> str | None:
     """What is wrong with a file's rate, channels or length."""
     about = soundfile.info(path)
+    if about.frames == UNKNOWN_FRAMES:
+        return "its header does not tell how long it is: encode it again (flac, ffmpeg)"
     if about.samplerate < MIN_SAMPLE_RATE:
         return f"sample rate {about.samplerate} Hz, under {MIN_SAMPLE_RATE} Hz"
     if about.channels > MAX_CHANNELS:
@@ -161,7 +164,8 @@ def is_stem(path: Path) -> bool:
     """Whether a file lies where Slakh2100 or MUSDB18 keep stems; those may be silent."""
     if path.stem in MUSDB_STEMS:
         return path.with_name("mixture" + path.suffix).is_file()
-    return path.parent.name == "stems" and any(path.parent.parent.glob("mix.*"))
+    beside = path.parent.parent.glob("mix.*") if path.parent.name == "stems" else ()
+    return any(mix.stem == "mix" and mix.suffix.lower() in AUDIO_SUFFIXES for mix in beside)
 
 
 def check_folder(folder: Path, progress: bool = True) -> Report:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from lmd.data.layouts import survey
+from lmd.data.places import check_file_free
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Report on a folder; status 1 if anything was rejected."""
+    if args.json is not None:
+        check_file_free(args.json)
     _, report = survey(args.folder)
     for item in report.rejected:
         print(f"rejected  {item}")

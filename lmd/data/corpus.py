@@ -1,6 +1,7 @@
 """A built corpus on disk: a manifest, one WAV per rendition, stems stored or played again."""
 
 import json
+import math
 import wave as riff
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,8 @@ from lmd.errors import LmdError
 
 MANIFEST = "manifest.csv"
 SETTINGS = "corpus.json"
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000  # Hz
+MIN_WINDOW_S = 1.0
 _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
 
 
@@ -71,6 +74,23 @@ class Row:
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 TEXT_COLUMNS: dict[str, type] = {field.name: str for field in fields(Row) if field.type is str}
+
+
+def check_format(sample_rate: int, channels: int, max_seconds: float) -> None:
+    """Refuse a format that no corpus can have, before anything is written in it.
+
+    Raises:
+        LmdError: a rate, a number of channels or a longest sound out of range.
+    """
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        expected = f"{MIN_SAMPLE_RATE} … {MAX_SAMPLE_RATE} Hz"
+        hint = "22050 is what the shipped weights take."
+        raise LmdError(f"--sample-rate {sample_rate}", expected, hint)
+    if channels not in (1, 2):
+        raise LmdError(f"--channels {channels}", "1 or 2", "Give one of these.")
+    if not MIN_WINDOW_S <= max_seconds < math.inf:
+        expected = f"{MIN_WINDOW_S:g} or more, but not without end"
+        raise LmdError(f"--max-seconds {max_seconds}", expected, "Give seconds.")
 
 
 def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
@@ -153,6 +173,12 @@ class Corpus:
         if "soundfont" not in settings:
             raise LmdError(f"no stems of {row.name}", "stems stored by --stems", "Build with it.")
         return play_again(row, settings, cache).stems
+
+    def without_stems(self) -> list[int]:
+        """The rows of which there are no stems: own music that brought none."""
+        if "soundfont" in self.settings():
+            return []  # scores are played again
+        return [index for index, row in enumerate(self.rows) if not row.stem_paths]
 
     def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
         """The notes of a rendition as they were played, float64 `[note, 5]`.

@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from lmd.codec import Codec
 from lmd.data.build import further_captions, row_stem_caption
 from lmd.data.codec_identity import encoder_sha256
 from lmd.data.corpus import Corpus, Row
+from lmd.data.places import check_folder_free
 from lmd.data.scores import DEFAULT_CACHE
 from lmd.data.shards import (
     ENTRY_COLUMNS,
@@ -49,11 +51,18 @@ class EncodeSettings:
         stems: encode every voice too.
         rows_per_shard: renditions in one shard.
         cache: where parsed scores are kept (stems are played again).
+
+    Raises:
+        LmdError: shards without rows.
     """
 
     stems: bool = False
     rows_per_shard: int = 32
     cache: Path = DEFAULT_CACHE
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise LmdError(f"--rows-per-shard {self.rows_per_shard}", "1 or more", "Raise it.")
 
 
 def encode_wave(codec: Codec, wave: Wave) -> Latents:
@@ -92,6 +101,7 @@ class _ShardJobs(Dataset):
 
     def __init__(self, corpus: Corpus, jobs: list[tuple[int, range]], how: EncodeSettings) -> None:
         self.corpus, self.jobs, self.how = corpus, jobs, how
+        self.alone = set(corpus.without_stems())
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -101,9 +111,9 @@ class _ShardJobs(Dataset):
         return number, [sound for row in rows for sound in self._sounds(row)]
 
     def _sounds(self, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(row, voice, wave): the mix, then its stems."""
+        """(row, voice, wave): the mix, then its stems, if there are any."""
         yield row, -1, self.corpus.wave(row)
-        if self.how.stems:
+        if self.how.stems and row not in self.alone:
             for voice, stem in enumerate(self.corpus.stems(row, self.how.cache)):
                 yield row, voice, stem
 
@@ -125,6 +135,16 @@ class Encoder(L.LightningModule):
     def __init__(self, codec: Codec, corpus: Corpus, out: Path) -> None:
         super().__init__()
         self.codec, self.corpus, self.out = codec, corpus, out
+
+    def on_predict_start(self) -> None:
+        """Bring a codec that can be moved to where this process computes.
+
+        Lightning itself moves modules alone.
+        """
+        move = getattr(self.codec, "to", None)
+        if move is not None:
+            with torch.inference_mode(False):  # elsewhere gradients may go through its weights
+                move(self.device)
 
     @torch.inference_mode()
     def predict_step(self, batch: Any, batch_idx: int) -> int:
@@ -193,10 +213,21 @@ def encode_corpus(
         Messages about shards that were torn and were made again.
 
     Raises:
-        LmdError: codec and corpus do not fit, or the folder was encoded from something else.
+        LmdError: codec and corpus do not fit, there is not one stem where stems are wanted, or the
+            folder cannot be written or was encoded from something else.
     """
     how = how or EncodeSettings()
+    check_folder_free(out)
     check_fit(codec, corpus)
+    alone = corpus.without_stems() if how.stems else []
+    if len(alone) == len(corpus):
+        raise LmdError(
+            f"no stems in {corpus.folder}",
+            "some, for --stems",
+            "Build it with --stems from music that has them, or leave the option out here.",
+        )
+    if alone:
+        print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone", flush=True)
     settings = _settings(corpus, codec, how, codec_id)
     _check_settings(out, settings)
     numbers = range(-(-len(corpus) // how.rows_per_shard))
@@ -311,20 +342,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--strategy", default="auto", help="auto, ddp …")
 
 
+def _trainer(args: argparse.Namespace) -> L.Trainer:
+    """Lightning's trainer on the machines that were asked for.
+
+    Raises:
+        LmdError: there are none such.
+    """
+    devices = int(args.devices) if str(args.devices).isdigit() else args.devices
+    try:
+        return L.Trainer(
+            accelerator=args.accelerator,
+            devices=devices,
+            num_nodes=args.num_nodes,
+            strategy=args.strategy,
+            **QUIET,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise LmdError(
+            f"--accelerator {args.accelerator} --devices {args.devices} "
+            f"--num-nodes {args.num_nodes} --strategy {args.strategy}",
+            "what this machine has",
+            f"Lightning says: {' '.join(str(error).split())}",
+        ) from error
+
+
 def main(args: argparse.Namespace) -> int:
     """Encode a corpus and say what came out."""
+    how = EncodeSettings(args.stems, args.rows_per_shard, args.cache)
     corpus = Corpus(args.data)
     codec = load_codec(args.codec)
-    devices = int(args.devices) if str(args.devices).isdigit() else args.devices
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    trainer = L.Trainer(
-        accelerator=args.accelerator,
-        devices=devices,
-        num_nodes=args.num_nodes,
-        strategy=args.strategy,
-        **QUIET,
-    )
-    how = EncodeSettings(args.stems, args.rows_per_shard, args.cache)
+    trainer = _trainer(args)
     encode_corpus(corpus, codec, args.out, how, trainer, encoder_sha256(args.codec))
     if trainer.is_global_zero:
         table = pd.read_csv(args.out / INDEX)

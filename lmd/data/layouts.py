@@ -1,5 +1,6 @@
 """How music lies in a folder: plain files, Slakh2100, MUSDB18; and what it is called."""
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import soundfile
 import yaml
 
 from lmd.data.check import AUDIO_SUFFIXES, MUSDB_STEMS, Reject, Report, check_folder, is_stem
+from lmd.errors import LmdError
 
 _CAPTION_KEYS = ("caption", "prompt", "description", "text", "title")
 _SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}
@@ -52,7 +54,7 @@ def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
 def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
     """Gather accepted files into tracks.
 
-    A track that lacks an announced stem, or whose JSON sidecar cannot be read, is rejected.
+    A track that lacks an announced stem, or whose sidecar cannot be read, is rejected.
 
     Args:
         folder: the root that was walked.
@@ -68,7 +70,7 @@ def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reje
         except json.JSONDecodeError as error:
             yield Reject(path, f"{path.with_suffix('.json').name} is not JSON: {error}")
             continue
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, LmdError) as error:
             told = " ".join(str(error).split())
             yield Reject(path, f"a file that describes it cannot be read: {told}")
             continue
@@ -119,25 +121,52 @@ def caption_of(path: Path, otherwise: str = "") -> str:
         path: the audio file; sidecars have its name with another ending.
         otherwise: to be preferred to the folder's name.
 
+    Returns:
+        Words with single spaces between, which UTF-8 can hold.
+
     Raises:
         json.JSONDecodeError: there is a JSON sidecar, and it is none.
+        LmdError: a sidecar is no text.
     """
-    text = path.with_suffix(".txt")
-    if text.is_file():
-        said = " ".join(text.read_text("utf-8-sig", errors="replace").split())
-        if said:
-            return said
-    named = _json_caption(path.with_suffix(".json")) or _tag_caption(path)
-    return named or otherwise or _plain(path)
+    said = (
+        _text_caption(path.with_suffix(".txt"))
+        or _json_caption(path.with_suffix(".json"))
+        or _words(_tag_caption(path))
+    )
+    return said or _words(otherwise) or _plain(path)
+
+
+def _words(text: str) -> str:
+    """The words of a text; what UTF-8 cannot hold (half a pair of surrogates) becomes "?"."""
+    return " ".join(text.encode(errors="replace").decode().replace("\0", " ").split())
+
+
+def _read_text(path: Path) -> str:
+    """A sidecar's text: UTF-8, or UTF-16 where its first bytes say so.
+
+    Raises:
+        LmdError: it holds NUL, so it is neither.
+    """
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+    if "\0" in text:
+        raise LmdError(f"NUL in {path.name}", "a text in UTF-8", "Save it as UTF-8.")
+    return text
+
+
+def _text_caption(path: Path) -> str:
+    """The caption in a text sidecar; empty if there is none."""
+    return _words(_read_text(path)) if path.is_file() else ""
 
 
 def _json_caption(path: Path) -> str:
     """The caption in a JSON sidecar; empty if there is none."""
     if not path.is_file():
         return ""
-    values = json.loads(path.read_text("utf-8-sig", errors="replace"))
+    values = json.loads(_read_text(path))
     found = [values.get(key) for key in _CAPTION_KEYS] if isinstance(values, dict) else [values]
-    return next((" ".join(v.split()) for v in found if isinstance(v, str) and v.strip()), "")
+    return next((words for v in found if isinstance(v, str) and (words := _words(v))), "")
 
 
 def _tag_caption(path: Path) -> str:
@@ -151,4 +180,4 @@ def _tag_caption(path: Path) -> str:
 def _plain(path: Path) -> str:
     """The name of the folder that a file lies in, as words."""
     folder = Path(os.path.abspath(path)).parent.name
-    return " ".join(folder.replace("_", " ").replace("-", " ").split())
+    return _words(folder.replace("_", " ").replace("-", " "))

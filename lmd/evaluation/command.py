@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from lmd.data.corpus import Corpus
+from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
 from lmd.evaluation.earlier import Earlier
 from lmd.evaluation.generation import (
@@ -83,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
         raise LmdError(f"--workers {args.workers}", "at least 1", "Raise it.")
     if args.minutes is not None and not args.minutes >= 0:
         raise LmdError(f"--minutes {args.minutes}", "0 or more", "Raise it.")
+    for folder in (args.out, args.parts):
+        check_folder_free(folder)
     if args.threads:
         torch.set_num_threads(args.threads)
     tune_allocator()

@@ -129,6 +129,7 @@ class Evaluation:
         self.sources, self.budget, self.cfg_scale = sources, budget, cfg_scale
         self.listener, self.listener_header = load_recogniser(sources.recogniser)
         self.corpus = Corpus(self.sources.data, "test")
+        self._check_families()
         self.codec = self._codec()
         listeners, self.listener_words = open_listeners()
         self.judge = Judge(self.listener, self.codec.sample_rate, listeners)
@@ -146,6 +147,17 @@ class Evaluation:
         self.shortest_s = (self.context_samples + self.n_samples) / self.codec.sample_rate
         self.parts = Parts(self.sources.parts, self._key())
         self._instrument: tuple[str, Instrument] | None = None
+
+    def _check_families(self) -> None:
+        """Refuse pieces of which the listener cannot say whether it hears what was asked for."""
+        rows, known = self.corpus.rows, self.listener.config.families
+        unknown = {rows[index].family for index in of_one_family(rows)} - set(known)
+        if unknown:
+            raise LmdError(
+                f"{self.sources.data} with test pieces played by {', '.join(sorted(unknown))}",
+                f"families that the listener knows: {', '.join(known)}",
+                "Evaluate with a rendered corpus: python -m lmd data build --hours H.",
+            )
 
     def _codec(self) -> Codec:
         """The codec whose floor is measured."""

@@ -23,6 +23,7 @@ from lmd.codec import Codec
 from lmd.config import RecogniserConfig
 from lmd.data.corpus import MANIFEST, Corpus, Row
 from lmd.data.instruments import FAMILIES
+from lmd.data.places import check_file_free
 from lmd.data.scores import DEFAULT_CACHE
 from lmd.errors import LmdError
 from lmd.evaluation.recogniser import (
@@ -217,6 +218,7 @@ def main(args: argparse.Namespace) -> int:
     """Fit, measure on held-out pieces, save with a model card beside it."""
     if args.steps < 1 or args.batch < 1 or (args.threads or 1) < 1:
         raise LmdError("--steps, --batch or --threads below 1", "at least 1", "Raise them.")
+    check_file_free(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     tune_allocator()

@@ -12,6 +12,7 @@ from lmd.pipeline.notebook import check_parameters, parameters_of
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
+OUTPUT = "output_dir"  # the parameter that the run sets
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def plan(options: RunOptions) -> list[Task]:
             if target in (None, source):
                 given = given | {name: value}
         given = {name: _fill(value, folder) for name, value in given.items()}
-        given["output_dir"] = f"{folder}/{source.stem}"
+        given[OUTPUT] = f"{folder}/{source.stem}"
         check_parameters(source, parameters_of(source), given)
         tasks.append(Task(source, given))
     skipped = {target for target, _, _ in settings if target} - chosen
@@ -122,6 +123,9 @@ def _setting(text: str, sources: Sequence[Path]) -> tuple[Path | None, str, Any]
         raise LmdError(
             f"--set {text}", "NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500", "Retype it."
         )
+    if name == OUTPUT:
+        found = f"--set {text}"
+        raise LmdError(found, "other parameters: a run has one folder", "Give it as --out FOLDER.")
     try:
         value = tomllib.loads(f"value = {right}")["value"]
     except tomllib.TOMLDecodeError:

@@ -4,7 +4,7 @@
 
 A notebook that finished is not run again unless something that it depends on has changed: its
 cells, its parameters and the data that they name, the package and those that decide results, the
-shipped weights, or what earlier notebooks left.
+shipped weights, or what earlier notebooks left; or unless what it left is gone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
 from lmd.pipeline.inputs import data_key, input_key
 from lmd.pipeline.notebook import NotebookFailed, execute
@@ -37,6 +38,10 @@ class Run:
     def output(self, name: str) -> Path:
         """Where that notebook writes."""
         return self.folder / name
+
+    def metrics(self, name: str) -> Path:
+        """The file that every notebook leaves there."""
+        return self.output(name) / "metrics.json"
 
     def executed(self, name: str) -> Path:
         """Its executed copy."""
@@ -114,10 +119,12 @@ def run(options: RunOptions) -> int:
         0, or 1 when a notebook failed (the run stops there, the report is still written).
 
     Raises:
-        LmdError: an unknown profile, notebook or parameter; nothing has been run then.
+        LmdError: an unknown profile, notebook or parameter, or a folder that cannot be written;
+            nothing has been run then.
     """
     tasks = plan(options)
     folder = options.folder
+    check_folder_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     current = Run(folder)
     started = time.perf_counter()
@@ -146,7 +153,7 @@ def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
     record = current.records.get(task.name, {})
     begun_with = data_key(task, current.folder, options.weights)
     is_same = record.get("key") == key and record.get("status") == "done"
-    is_same = is_same and record["data"] == begun_with
+    is_same = is_same and record["data"] == begun_with and current.metrics(task.name).is_file()
     if is_same and not options.force:
         print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
@@ -168,7 +175,7 @@ def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
 
 def _attempt(current: Run, task: Task) -> str:
     """Run one notebook and look at what it left; what went wrong, or an empty text."""
-    metrics = current.output(task.name) / "metrics.json"
+    metrics = current.metrics(task.name)
     try:
         execute(
             task.source,
