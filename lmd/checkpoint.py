@@ -39,6 +39,8 @@ MODEL_KINDS = ("base", "finetuned", "arc")
 CONFIG_TYPES = {cls.__name__: cls for cls in get_args(Config)}
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
 FORMAT = 1
+ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
+DECODER_SIZES = ("width", "depth", "step_width", "step_depth", "horizon_frames")
 
 
 @dataclass(frozen=True)
@@ -225,15 +227,22 @@ def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> Header:
             "a file written by lmd.checkpoint.save_checkpoint",
             "Read another project's checkpoint with lmd.foreign.load_foreign.",
         )
-    fields = json.loads(metadata[METADATA_KEY])
-    if fields["format"] != FORMAT or fields["config_type"] not in CONFIG_TYPES:
+    try:
+        fields = json.loads(metadata[METADATA_KEY])
+        if fields["format"] != FORMAT or fields["config_type"] not in CONFIG_TYPES:
+            raise LmdError(
+                f"{path} of format {fields['format']} with a {fields['config_type']}",
+                f"format {FORMAT} with one of {sorted(CONFIG_TYPES)}",
+                "It was written by another version: update, or make it again.",
+            )
+        config = from_dict(CONFIG_TYPES[fields["config_type"]], fields["config"])
+        return Header(fields["kind"], config, fields["notes"], fields["sha256"], fields["stored"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise LmdError(
-            f"{path} of format {fields['format']} with a {fields['config_type']}",
-            f"format {FORMAT} with one of {sorted(CONFIG_TYPES)}",
-            "It was written by another version: update, or make it again.",
-        )
-    config = from_dict(CONFIG_TYPES[fields["config_type"]], fields["config"])
-    return Header(fields["kind"], config, fields["notes"], fields["sha256"], fields["stored"])
+            f"{path} whose {METADATA_KEY!r} entry is not ours ({error!r})",
+            "a header as lmd.checkpoint.save_checkpoint writes it",
+            "It was damaged or is something else: fetch or make it again.",
+        ) from error
 
 
 def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
@@ -272,15 +281,43 @@ def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
         LmdError: see `load_tensors` and `load_strict`.
     """
     tensors, header = load_tensors(path, "codec")
-    if isinstance(header.config, OobleckConfig):
+    return _build_codec(header.config, tensors, path, dtype)
+
+
+def _build_codec(
+    config: Config, tensors: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype
+) -> Codec:
+    """The codec that these weights are of."""
+    if isinstance(config, OobleckConfig):
         from lmd.oobleck import OobleckCodec
 
-        return OobleckCodec.from_tensors(header.config, tensors, str(path), dtype)
+        return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
     from lmd.spectral import SpectralCodec
 
-    codec = SpectralCodec(header.config)
+    codec = SpectralCodec(cast(SpectralCodecConfig, config))
     load_strict(codec, tensors, str(path))
     return codec.eval()
+
+
+def encoder_digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
+    """A digest of all that a codec's latents depend on, and of nothing else.
+
+    SHA-256 of the encoder's tensors (names, shapes, values in float32; for the spectral codec the
+    latents' mean and scale are among them) and of the sizes that encoding reads, such as the
+    window of the transform. Another decoder leaves it as it is.
+    """
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    sizes = to_dict(config)
+    if isinstance(config, SpectralCodecConfig):
+        sizes = {name: size for name, size in sizes.items() if name not in DECODER_SIZES}
+    text = json.dumps([sizes, content_sha256(encoder)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def heard_codec(notes: Mapping[str, Any]) -> str | None:
+    """The digest of the encoder whose latents a model learned, if its file says that."""
+    data = notes.get("data")
+    return data.get("latent_settings", {}).get("codec") if isinstance(data, dict) else None
 
 
 def load_bundle(folder: str | Path, kind: str = "arc") -> Bundle:
@@ -295,15 +332,18 @@ def load_bundle(folder: str | Path, kind: str = "arc") -> Bundle:
     """
     folder = Path(folder)
     check_kind(kind, MODEL_KINDS)
-    path = folder / f"{kind}.safetensors"
+    path, codec_path = folder / f"{kind}.safetensors", folder / "codec.safetensors"
     header = read_header(path)
-    preset = header.config
-    codec_header = read_header(folder / "codec.safetensors")
-    if not isinstance(preset, Preset) or codec_header.config != preset.codec:
+    preset, heard = header.config, heard_codec(header.notes)
+    fits = isinstance(preset, Preset) and read_header(codec_path).config == preset.codec
+    if fits:
+        tensors, codec_header = load_tensors(codec_path, "codec")
+        fits = heard is None or heard == encoder_digest(codec_header.config, tensors)
+    if not fits:
         raise LmdError(
-            f"{path} made for another codec than {folder / 'codec.safetensors'}",
+            f"{path} made for another codec than {codec_path}",
             "a model and the codec whose latents it learned",
             "Put the two that were trained together into one folder.",
         )
-    codec = load_codec(folder / "codec.safetensors")
+    codec = _build_codec(codec_header.config, tensors, codec_path, torch.float32)
     return Bundle(preset, load_model(path), codec, build_text_encoder(preset.text))

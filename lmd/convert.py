@@ -67,5 +67,4 @@ def preset_of(foreign: Foreign) -> Preset:
     """`paper`, with the sizes that the checkpoint has."""
     paper, sizes = PRESETS["paper"], foreign.config
     assert sizes.codec is not None
-    text = replace(paper.text, dim=sizes.dit.text_dim, max_seconds=sizes.max_seconds)
-    return replace(paper, dit=sizes.dit, codec=sizes.codec, text=text)
+    return replace(paper, dit=sizes.dit, codec=sizes.codec, text=sizes.text)

@@ -4,34 +4,63 @@ What it asks for is either understood or refused: nothing is silently taken to b
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmd.config import DiTConfig, OobleckConfig
+from lmd.config import DiTConfig, OobleckConfig, TextConfig
 from lmd.errors import LmdError
 
 ADDED = ["inpaint_mask", "inpaint_masked_input"]  # what the input-add projection reads first
 
+
+def a_whole_number(value: Any) -> bool:
+    """A positive one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def a_number(value: Any) -> bool:
+    """A positive, finite one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
+def whole_numbers(value: Any) -> bool:
+    """A list of positive ones."""
+    return isinstance(value, list) and all(map(a_whole_number, value))
+
+
+def a_list(value: Any) -> bool:
+    """Of anything."""
+    return isinstance(value, list)
+
+
 # What a section may say. A tuple lists the values that mean what our code computes (None: absent
-# is fine); `...` marks a value that is read, or that changes nothing in the networks themselves.
+# is fine); a function tells what is read if it is there; `...` marks a value that changes nothing
+# in the networks themselves, or a section with rules of its own.
 TOP = {
     "model_type": ("diffusion_cond", "diffusion_cond_inpaint"),
-    **dict.fromkeys(("sample_size", "sample_rate", "audio_channels", "model", "training"), ...),
+    **dict.fromkeys(("sample_size", "sample_rate", "audio_channels"), a_whole_number),
+    **dict.fromkeys(("model", "training"), ...),
 }
-MODEL = dict.fromkeys(("pretransform", "conditioning", "diffusion", "io_channels"), ...)
+MODEL = {
+    **dict.fromkeys(("pretransform", "conditioning", "diffusion"), ...),
+    "io_channels": a_whole_number,
+}
 DIFFUSION = {
     "type": ("dit",),
     "diffusion_objective": ("rectified_flow", "rf_denoiser"),
-    **dict.fromkeys(("cross_attention_cond_ids", "global_cond_ids", "config"), ...),
-    **dict.fromkeys(("distribution_shift_options", "input_add_ids"), ...),
+    **dict.fromkeys(("cross_attention_cond_ids", "global_cond_ids", "input_add_ids"), a_list),
+    **dict.fromkeys(("config", "distribution_shift_options"), ...),
     "prepend_cond_ids": (None, []),
     "input_concat_ids": (None, []),
 }
 DIT = {
-    **dict.fromkeys(("io_channels", "embed_dim", "depth", "num_heads", "cond_token_dim"), ...),
-    **dict.fromkeys(("global_cond_dim", "ff_kwargs", "postpend", "input_add_dim"), ...),
-    **dict.fromkeys(("diffusion_objective", "zero_init_branch_outputs", "input_add_dims"), ...),
+    **dict.fromkeys(("io_channels", "embed_dim", "depth", "num_heads"), a_whole_number),
+    **dict.fromkeys(("cond_token_dim", "global_cond_dim"), a_whole_number),
+    **dict.fromkeys(("ff_kwargs", "postpend", "input_add_dim", "input_add_dims"), ...),
+    **dict.fromkeys(("diffusion_objective", "zero_init_branch_outputs"), ...),
     "transformer_type": (None, "continuous_transformer"),
     "attn_kwargs": ({"qk_norm": "ln"},),
     "global_cond_type": (None, "prepend"),
@@ -49,35 +78,46 @@ DIT = {
     "use_sinusoidal_emb": (None, False),
     "use_abs_pos_emb": (None, False),
 }
-FF_KWARGS = {"mult": ..., "no_bias": (None, False), "glu": (None, True), "use_conv": (None, False)}
+FF_KWARGS = {
+    "mult": a_whole_number,
+    "no_bias": (None, False),
+    "glu": (None, True),
+    "use_conv": (None, False),
+}
 PRETRANSFORM = {
     "type": ("autoencoder",),
     "scale": (None, 1, 1.0),
     **dict.fromkeys(("config", "iterate_batch", "model_half", "chunked", "enable_grad"), ...),
 }
-AUTOENCODER = dict.fromkeys(
-    ("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", "io_channels"), ...
-)
+AUTOENCODER = {
+    **dict.fromkeys(("encoder", "decoder", "bottleneck"), ...),
+    **dict.fromkeys(("latent_dim", "downsampling_ratio", "io_channels"), a_whole_number),
+}
 HALF = {"type": ("oobleck",), "config": ..., "requires_grad": ...}
 ENCODER = {
-    **dict.fromkeys(("in_channels", "channels", "c_mults", "strides", "latent_dim"), ...),
+    **dict.fromkeys(("in_channels", "channels", "latent_dim"), a_whole_number),
+    **dict.fromkeys(("c_mults", "strides"), whole_numbers),
     "use_snake": (True,),
     "antialias_activation": (None, False),
 }
 DECODER = {
-    **dict.fromkeys(("out_channels", "channels", "c_mults", "strides", "latent_dim"), ...),
+    **dict.fromkeys(("out_channels", "channels", "latent_dim"), a_whole_number),
+    **dict.fromkeys(("c_mults", "strides"), whole_numbers),
     "use_snake": (True,),
     "antialias_activation": (None, False),
     "use_nearest_upsample": (None, False),
     "final_tanh": (False,),  # absent would mean True
 }
 BOTTLENECK = {"type": ("vae",), "config": (None, {})}
-CONDITIONING = dict.fromkeys(("configs", "cond_dim", "default_keys"), ...)
+CONDITIONING = {"configs": a_list, "cond_dim": a_whole_number, "default_keys": ...}
 CONDITIONER = {"id": ..., "type": ("t5", "number"), "config": ...}
-T5 = dict.fromkeys(("t5_model_name", "max_length", "enable_grad"), ...) | {
-    "project_out": (None, False)
+T5 = {
+    "t5_model_name": (None, "t5-base"),  # absent means that, too
+    "max_length": a_whole_number,
+    "enable_grad": ...,
+    "project_out": (None, False),
 }
-NUMBER = {"min_val": (0, 0.0), "max_val": ..., "fourier_features_type": (None, "learned")}
+NUMBER = {"min_val": (0, 0.0), "max_val": a_number, "fourier_features_type": (None, "learned")}
 
 
 @dataclass(frozen=True)
@@ -100,6 +140,11 @@ class ForeignConfig:
     n_text_tokens: int
     sample_size: int
 
+    @property
+    def text(self) -> TextConfig:
+        """How prompts and lengths reach the transformer."""
+        return TextConfig("t5-base", self.n_text_tokens, self.dit.text_dim, self.max_seconds)
+
 
 def read_section(values: Any, rules: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A section of a config whose every key is known and whose every value is supported.
@@ -111,7 +156,11 @@ def read_section(values: Any, rules: Mapping[str, Any], where: str) -> dict[str,
         raise LmdError(f"{where} = {values!r}", "a section", "Check model_config.json.")
     problems = [f"unknown key {key!r}" for key in sorted(set(values) - set(rules))]
     for key, allowed in rules.items():
-        if allowed is not ... and values.get(key) not in allowed:
+        if callable(allowed):
+            if key in values and not allowed(values[key]):
+                wanted = allowed.__name__.replace("_", " ")
+                problems.append(f"{key} = {json.dumps(values[key])} ({wanted} is expected)")
+        elif allowed is not ... and values.get(key) not in allowed:
             wanted = " or ".join(json.dumps(value) for value in allowed if value is not None)
             problems.append(f"{key} = {json.dumps(values.get(key))} (only {wanted} is built here)")
     if problems:

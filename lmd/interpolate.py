@@ -40,11 +40,13 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
     """Write `(1 - share) first + share second`, of the second file's kind, as float16.
 
     Raises:
-        LmdError: a share outside 0 ... 1, models of other sizes, a file or card that is there
-            already.
+        LmdError: a share outside 0 ... 1, models of other sizes, a name that is no weights file's,
+            a file or card that is there already.
     """
     if not 0 <= share <= 1:
         raise LmdError(f"--share {share:g}", "0 to 1", "Extrapolation is not offered.")
+    if out.suffix != ".safetensors":
+        raise LmdError(f"--out {out}", "a name that ends in .safetensors", "Name another --out.")
     there = [str(path) for path in (out, out.with_suffix(".md")) if path.exists()]
     if there:
         raise LmdError(", ".join(there), "files that are not there yet", "Name another --out.")

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from lmd.checkpoint import (
     build_model,
+    encoder_digest,
     load_bundle,
     load_codec,
     load_model,
@@ -21,6 +22,7 @@ from lmd.checkpoint import (
 )
 from lmd.codec import Codec
 from lmd.config import DiTConfig, OobleckConfig, preset
+from lmd.data.codec_identity import encoder_sha256
 from lmd.errors import LmdError
 from lmd.oobleck import OobleckCodec, build_reference
 from lmd.spectral import SpectralCodec
@@ -161,6 +163,21 @@ def test_files_that_are_not_ours_are_refused_with_what_to_do(tmp_path):
         read_header(foreign)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *('{"format":', "nope", "[]", "3", '{"format": 1}', '{"format": 1, "config_type": []}'),
+        '{"format": 1, "config_type": "DiTConfig", "config": {}, "kind": "base"}',
+        '{"format": 1, "config_type": "RecogniserConfig", "config": {}, "kind": "recogniser"}',
+    ],
+)
+def test_a_header_that_is_not_ours_is_refused(tmp_path, entry):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(save({"a": torch.zeros(1)}, {"lmd": entry}))
+    with pytest.raises(LmdError, match="entry is not ours"):
+        read_header(path)
+
+
 def test_a_header_with_a_misspelt_key_is_refused(tmp_path):
     path = tmp_path / "base.safetensors"
     save_checkpoint(path, {"w": torch.zeros(1)}, kind="base", config=TINY)
@@ -226,6 +243,29 @@ def test_a_bundle_holds_what_is_needed_to_be_heard(saved):
     assert bundle.codec.latent_dim == bundle.model.config.latent_dim
     with pytest.raises(LmdError, match=r"no file .*arc"):
         load_bundle(saved.parent)
+
+
+def test_a_bundle_of_a_codec_whose_latents_were_not_heard_is_refused(tmp_path):
+    """The same sizes do not do; another decoder behind the same encoder does."""
+    first, second = SpectralCodec(TINY.codec), SpectralCodec(TINY.codec)
+    path = tmp_path / "codec.safetensors"
+
+    def save(codec):
+        save_checkpoint(path, codec.state_dict(), kind="codec", config=TINY.codec)
+        return encoder_sha256(path)
+
+    heard = save(first)
+    notes = {"data": {"latent_settings": {"codec": heard}}}
+    weights = build_model(TINY).state_dict()
+    base = tmp_path / "base.safetensors"
+    save_checkpoint(base, weights, kind="base", config=TINY, notes=notes)
+    load_bundle(tmp_path, "base")
+    assert save(second) != heard
+    with pytest.raises(LmdError, match="another codec"):
+        load_bundle(tmp_path, "base")
+    second.encoder.load_state_dict(first.encoder.state_dict())
+    assert save(second) == heard
+    load_bundle(tmp_path, "base")
 
 
 def test_a_bundle_of_a_model_and_another_codec_is_refused(saved, tmp_path):

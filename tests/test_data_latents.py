@@ -13,10 +13,10 @@ from corpus_fake import HOP, RATE, make_corpus
 from torch import nn
 
 from lmd.__main__ import main
-from lmd.checkpoint import load_codec, save_checkpoint
+from lmd.checkpoint import DECODER_SIZES, load_codec, save_checkpoint
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.data.build import further_captions
-from lmd.data.codec_identity import DECODER_SIZES, encoder_sha256
+from lmd.data.codec_identity import encoder_sha256
 from lmd.data.corpus import Corpus, write_manifest
 from lmd.data.encode import QUIET, Encoder, EncodeSettings, encode_corpus, encode_wave
 from lmd.data.latents import LatentDataModule, LatentWindows

@@ -61,6 +61,10 @@ def test_what_has_no_line_between_is_refused(ends, tmp_path):
     with pytest.raises(LmdError, match="models of other sizes"):
         interpolate(first, other, 0.5, out)
     assert not out.exists()
+    for name in ("model", "model.ckpt", "model.md"):
+        with pytest.raises(LmdError, match=r"a name that ends in \.safetensors"):
+            interpolate(first, second, 0.5, tmp_path / name)
+        assert not (tmp_path / name).exists()
     card = tmp_path / "another.md"
     out.write_text("mine")
     card.write_text("of others")

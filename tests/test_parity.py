@@ -180,7 +180,28 @@ UNSUPPORTED = {
     "other mirror": lambda raw: _decoder(raw).update(strides=[4, 4, 2]),
     "other latents": lambda raw: raw["model"].update(io_channels=9),
     "other condition": lambda raw: raw["model"]["conditioning"].update(cond_dim=25),
+    "another T5": lambda raw: _prompt(raw).update(t5_model_name="google/flan-t5-base"),
+    "words for numbers": lambda raw: raw.update(sample_size="x"),
+    "a rate in words": lambda raw: raw.update(sample_rate="abc"),
+    "a width in words": lambda raw: raw["model"]["diffusion"]["config"].update(embed_dim="x"),
+    "no channels": lambda raw: raw["model"]["diffusion"]["config"].update(io_channels=0),
+    "yes for a number": lambda raw: raw["model"]["diffusion"]["config"].update(depth=True),
+    "no list of conditions": lambda raw: raw["model"]["conditioning"].update(configs=None),
+    "no conditions' names": lambda raw: raw["model"]["diffusion"].update(global_cond_ids=None),
+    "no added names": lambda raw: raw["model"]["diffusion"].update(input_add_ids=None),
+    "strides in words": lambda raw: _decoder(raw).update(strides=["2", 4, 4]),
+    "no end of time": lambda raw: _seconds(raw).update(max_val=float("inf")),
+    "no tokens": lambda raw: _prompt(raw).update(max_length=0),
+    "a number for a model": lambda raw: raw.update(model=3),
 }
+
+
+def _prompt(raw):
+    return raw["model"]["conditioning"]["configs"][0]["config"]
+
+
+def _seconds(raw):
+    return raw["model"]["conditioning"]["configs"][1]["config"]
 
 
 def _decoder(raw):
@@ -410,6 +431,26 @@ def test_a_converted_checkpoint_is_the_same_model_and_codec(fixtures, tmp_path, 
     assert begun.dit.to_input_add.weight.any()  # the door for context is open
     assert main(["convert", str(fixtures / "parity"), "--out", str(tmp_path)]) == 2
     assert "files that are not there yet" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_says_of_prompt_and_length_is_kept_and_held_against_the_preset(
+    folder, tmp_path
+):
+    def change(raw):
+        _prompt(raw).update(max_length=128)
+        _seconds(raw).update(max_val=512)
+
+    sizes = preset_of(load_foreign(folder))
+    edit_config(folder, change)
+    other = preset_of(load_foreign(folder))
+    assert (sizes.text.n_tokens, sizes.text.max_seconds) == (64, 256)
+    assert (other.text.n_tokens, other.text.max_seconds) == (128, 512)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "converted")]) == 0
+    for init in (folder, tmp_path / "converted" / "base.safetensors"):
+        start_model("base", other, init, seed=0)
+        told = r"text.n_tokens 128, not 64; text.max_seconds 512.0, not 256.0"
+        with pytest.raises(LmdError, match=told):
+            start_model("base", sizes, init, seed=0)
 
 
 def test_a_stock_model_is_a_base_to_begin_with(fixtures, tmp_path):

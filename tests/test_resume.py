@@ -16,8 +16,8 @@ from nodes import HERE
 from lmd.__main__ import main
 from lmd.checkpoint import load_model, read_header
 from lmd.training.card import run_log
-from lmd.training.module import LiveTraining
-from lmd.training.trainer import AtomicCheckpointIO
+from lmd.training.module import LiveTraining, TrainOptions
+from lmd.training.trainer import AtomicCheckpointIO, checkpoints
 from lmd.training.windows import LatentSource
 
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32"]
@@ -98,6 +98,47 @@ def test_a_killed_run_goes_on_with_the_same_losses(runs, stage, when, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_complete_run_is_made_longer_from_its_last_step(runs, stage, tmp_path, monkeypatch):
+    """Though no checkpoint was due there; every step, also the first new one, at its own rate."""
+    used, step = {}, LiveTraining.optimizer_step
+
+    def watch(module, *args, **more):
+        used[module.trainer.global_step] = module.optimizers().param_groups[0]["lr"]
+        step(module, *args, **more)
+
+    monkeypatch.setattr(LiveTraining, "optimizer_step", watch)
+    words = ["--checkpoint-every", 3, *runs.words[stage], "--out", tmp_path]
+    assert train_here(stage, *words, "--steps", 4) == 0
+    kept = [path.name for path in checkpoints(tmp_path)]
+    assert kept == ["step=0000003.ckpt", "step=0000004.ckpt"]
+    used.clear()
+    assert train_here(stage, *words, "--steps", 7) == 0
+    assert run_log(tmp_path)["step"].tolist() == list(range(7))
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir())[1:] == ["from-0000004"]
+    longer = TrainOptions(stage, n_steps=7, lr=3e-3, warmup_steps=1)
+    assert used == {k: 3e-3 * longer.lr_factor(k) for k in (4, 5, 6)}
+
+
+def test_a_torn_checkpoint_is_named_with_the_one_before_it(runs, tmp_path, capsys):
+    words = ["--checkpoint-every", 2, *runs.words["base"], "--out", tmp_path]
+    assert train_here("base", *words, "--steps", 4) == 0
+    older, newest = checkpoints(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert train_here("base", *words, "--steps", 5) == 2
+    told = capsys.readouterr().err
+    assert f"{newest}, which cannot be read" in told
+    assert "goes on from step=0000002.ckpt" in told
+    newest.unlink()
+    assert train_here("base", *words, "--steps", 5) == 0
+    newest, older = checkpoints(tmp_path)[-1], checkpoints(tmp_path)[:-1]
+    for path in older:
+        path.unlink()
+    newest.write_bytes(b"")
+    assert train_here("base", *words, "--steps", 6) == 2
+    assert "begins anew" in capsys.readouterr().err
+
+
 def test_a_live_model_is_distilled_from_itself(runs):
     """The teacher is what the run was given; no checkpoint holds it."""
     out = runs.folder / "distill"
@@ -110,6 +151,8 @@ def test_a_live_model_is_distilled_from_itself(runs):
     card = runs.weights("distill").with_suffix(".md").read_text(encoding="utf-8")
     assert "python -m lmd train distill" in card
     assert "started from" in card
+    assert "in the regimes block-causal and enc-dec." in card
+    assert "(mean squared error of clean blocks)" in card
 
 
 @pytest.mark.parametrize("stage", STAGES)

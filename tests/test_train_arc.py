@@ -15,7 +15,7 @@ import torch
 from latents_fake import write_latents
 
 from lmd.__main__ import main
-from lmd.arc.card import arc_log, costs
+from lmd.arc.card import about, arc_log, costs
 from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.forcing import LossWeights, Trial, Verdict
 from lmd.arc.module import ArcRun, ArcTraining, make_part
@@ -35,7 +35,7 @@ from lmd.rng import normal
 from lmd.text import HashTextEncoder
 from lmd.training.curriculum import Rows
 from lmd.training.module import Windows
-from lmd.training.trainer import RunOptions
+from lmd.training.trainer import RunOptions, checkpoints
 from lmd.training.windows import LatentSource
 
 HERE = Path(__file__).parent
@@ -75,6 +75,8 @@ def data(tmp_path_factory) -> Path:
     for seed, kind in enumerate(("base", "finetuned")):
         weights = lively_model(seed).state_dict()
         save_checkpoint(folder / f"{kind}.safetensors", weights, kind=kind, config=TINY)
+        other = lively_model(seed + 2).state_dict()
+        save_checkpoint(folder / f"other-{kind}.safetensors", other, kind=kind, config=TINY)
     return folder
 
 
@@ -327,13 +329,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(data, straight, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["init", "base"])
-def test_a_run_does_not_go_on_from_other_weights(data, tmp_path, which):
-    assert main(["train", "arc", *words(data, tmp_path, 2)]) == 0
-    other = {"init": "base", "base": "finetuned"}[which]
-    more = words(data, tmp_path, 4, f"--{which}", data / f"{other}.safetensors")
-    assert main(["train", "arc", *more]) != 0
-    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
+def test_a_run_does_not_go_on_from_other_weights(data, tmp_path, which, capsys):
+    assert main(["train", "arc", *words(data, tmp_path, 2, "--warmup", 0)]) == 0
     name = {"init": "finetuned", "base": "base"}[which]
+    more = ["--warmup", 0, f"--{which}", data / f"other-{name}.safetensors"]
+    assert main(["train", "arc", *words(data, tmp_path, 4, *more)]) == 2
+    assert f"other options ({which}_from" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
     assert kept[f"{which}_from"] == read_header(data / f"{name}.safetensors").sha256
 
 
@@ -362,6 +364,7 @@ def test_a_run_leaves_weights_logs_and_a_card(data, straight):
     card = (straight / "arc.md").read_text(encoding="utf-8")
     assert header.sha256 in card
     assert "| generator | 96 |" in card
+    assert "plays in 2 or 3 steps, without guidance" in card
     table = costs(straight)
     assert set(table["rollout_frames"]) == {48, 96}
     assert (table["seconds"] > 0).all()
@@ -426,6 +429,11 @@ def test_a_loss_that_is_not_finite_names_update_rows_and_checkpoint(data):
         (["--steps", "8,x"], "--steps '8,x'"),
         (["--regimes", "sideways"], "--regimes 'sideways'"),
         (["--batch", "0"], "--batch 0"),
+        (["--batch", "6", "--accumulate", "4"], "a global batch of 6 rows for 4 parts"),
+        *(([flag, "-1"], f"{flag} -1") for flag in ("--warmup", "--r1", "--r2", "--contrastive")),
+        *(([flag, "0"], f"{flag} 0") for flag in ("--lr-generator", "--lr-discriminator")),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0"),
+        (["--ema", "1"], "--ema 1"),
         (["--block-frames", "50"], "a block of 50 frames"),
         (["--last-block", "blocks.9"], "blocks.9"),
         (["--init", "nowhere.safetensors"], "no file nowhere.safetensors"),
@@ -433,8 +441,54 @@ def test_a_loss_that_is_not_finite_names_update_rows_and_checkpoint(data):
     ],
 )
 def test_bad_words_are_refused(data, tmp_path, capsys, change, message):
-    assert main(["train", "arc", *words(data, tmp_path, 2), *change]) == 2
+    arguments = words(data, tmp_path / "run", 2, "--warmup", 0)
+    assert main(["train", "arc", *arguments, *change]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_which_the_generator_would_not_learn_is_refused(data, tmp_path, capsys):
+    """Behind a warm-up of 4 the first update is the discriminator's, too."""
+    for n_updates in (1, 4, 5):
+        assert main(["train", "arc", *words(data, tmp_path / "run", n_updates)]) == 2
+        assert "6 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    turns = [plan_update(ArcOptions(n_warmup=4), 0, k).trains for k in range(6)]
+    assert turns.index("generator") == 5
+
+
+@pytest.mark.parametrize(("which", "other"), [("init", "base"), ("base", "finetuned")])
+def test_weights_of_the_wrong_kind_are_refused(data, tmp_path, capsys, which, other):
+    change = [f"--{which}", data / f"{other}.safetensors"]
+    assert main(["train", "arc", *words(data, tmp_path / "run", 6, *change)]) == 2
+    assert f"kind '{other}'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_complete_run_is_made_longer_from_its_last_update(data, tmp_path):
+    arguments = ["--warmup", 0, "--checkpoint-every", 3]
+    assert main(["train", "arc", *words(data, tmp_path, 4, *arguments)]) == 0
+    assert [path.name for path in checkpoints(tmp_path)][-1] == "step=0000004.ckpt"
+    assert main(["train", "arc", *words(data, tmp_path, 6, *arguments)]) == 0
+    assert arc_log(tmp_path)["step"].tolist() == list(range(6))
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir())[1:] == ["from-0000004"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "regimes", "told"),
+    [
+        ((8, 4, 2), ("block-causal", "enc-dec"), "in 8, 4 or 2 steps, without guidance, in the re"),
+        ((6,), ("enc-dec",), "plays in 6 steps, without guidance, in the regime enc-dec."),
+        ((1,), ("full", "enc-dec"), "in 1 step, without guidance, in the regimes full and enc-d"),
+    ],
+)
+def test_a_card_says_which_steps_and_regimes_were_trained(counts, regimes, told):
+    options = replace(
+        OPTIONS,
+        n_steps=tuple((n, 1.0) for n in counts),
+        regimes=tuple((regime, 1.0) for regime in regimes),
+    )
+    assert told in about(options)
 
 
 def test_one_row_cannot_be_contrasted(data):
@@ -459,7 +513,7 @@ def test_an_update_whose_gradient_is_not_finite_reaches_no_weight(
             module.discriminator.base.dit.project_in.weight.grad[0, 0] = torch.nan
 
     monkeypatch.setattr(ArcTraining, "manual_backward", poison)
-    assert main(["train", "arc", *words(data, tmp_path, 4, "--checkpoint-every", 1)]) == 2
+    assert main(["train", "arc", *words(data, tmp_path, 6, "--checkpoint-every", 1)]) == 2
     assert "gradient of norm nan at step 2" in capsys.readouterr().err
     kept = load_model(tmp_path / "arc.safetensors")
     assert all(torch.isfinite(p).all() for p in kept.parameters())

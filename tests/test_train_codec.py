@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmd import phase
+from lmd.__main__ import main as command
 from lmd.checkpoint import load_codec, read_header, save_checkpoint
 from lmd.codec_training import metrics as codec_metrics
 from lmd.codec_training.card import codec_card
@@ -125,6 +126,66 @@ def test_six_steps_equal_three_and_a_restart_and_three(corpus_folder, tmp_path):
     for (name, one), (_, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
     assert read_header(tmp_path / "parts" / "codec.safetensors").notes["steps"] == 6
+
+
+def test_a_complete_run_is_made_longer_and_one_that_is_long_enough_left_alone(
+    corpus_folder, tmp_path
+):
+    def train(**changed) -> tuple[int, str]:
+        words = {"steps": 4, "checkpoint-every": 3, **changed}
+        args = arguments(corpus_folder, tmp_path, **words)
+        assert main(args) == 0
+        header = read_header(tmp_path / "codec.safetensors")
+        return header.notes["steps"], header.sha256
+
+    short = train()
+    assert short[0] == 4
+    assert train() == short
+    steps, weights = train(steps=6)
+    assert steps == 6
+    assert weights != short[1]
+    assert sorted(logged(tmp_path)) == list(range(6))
+    assert train() == (6, weights)
+
+
+def test_a_run_goes_on_with_its_own_options_or_not_at_all(corpus_folder, tmp_path, capsys):
+    """The step at which the discriminator joins is kept, where the words leave it open."""
+    words = ["train", "codec", "--preset", "tiny", "--data", corpus_folder, "--device", "cpu"]
+    words += ["--batch", 2, "--frames", 6, "--encoder-steps", 0, "--out", tmp_path]
+    words = [str(word) for word in words]
+    assert command([*words, "--steps", "2"]) == 0
+    refused = {
+        "--seed 7": "seed 0 → 7",
+        "--noise 0.9": "noise 0.25 → 0.9",
+        "--batch 3": "batch 2 → 3",
+        "--learning-rate 1e-5": "learning_rate 0.001 → 1e-05",
+        "--encoder-steps 1": "encoder_steps 0 → 1",
+        "--precision bf16-mixed": "precision 32-true → bf16-mixed",
+        "--preset small": "preset tiny → small",
+        f"--encoder {tmp_path / 'codec.safetensors'}": "encoder_from None → ",
+    }
+    for other, told in refused.items():
+        assert command([*words, "--steps", "4", *other.split()]) == 2
+        assert told in capsys.readouterr().err
+    assert command([*words, "--steps", "4"]) == 0
+    begun = json.loads((tmp_path / "options.json").read_text())
+    assert (begun["steps"], begun["adversarial_from"]) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"{flag} 0" for flag in ("--batch", "--checkpoint-every", "--steps")),
+        *("--frames 1", "--frames 2"),  # no change from frame to frame, too short to be judged
+        *(f"{flag} -1" for flag in ("--noise", "--encoder-steps", "--adversarial-from")),
+        *("--learning-rate 0", "--learning-rate -1", "--threads -1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_by_name(corpus_folder, tmp_path, capsys, words):
+    more = ["--preset", "tiny", "--data", str(corpus_folder), "--out", str(tmp_path / "run")]
+    assert command(["train", "codec", *more, *words.split()]) == 2
+    assert f"found {words}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_stage_trains_in_half_precision(corpus_folder, tmp_path):

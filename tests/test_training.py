@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,15 +17,17 @@ from matplotlib.image import imread
 from lmd.__main__ import main
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import WindowConfig, preset
+from lmd.data.codec_identity import encoder_sha256
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.instrument import open_instrument
 from lmd.spectral import SpectralCodec
 from lmd.stream import Streamer
 from lmd.text import HashTextEncoder
-from lmd.training.card import run_log
-from lmd.training.curriculum import StepPlan
+from lmd.training.card import about, loss_of, run_log
+from lmd.training.curriculum import FinetuneOptions, StepPlan
 from lmd.training.finetune import pack_blocks, pack_copies, packed_velocity
+from lmd.training.limits import LIMITS
 from lmd.training.lora import add_lora, merged_state
 from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows, step_noise
 from lmd.training.run import (
@@ -34,11 +37,13 @@ from lmd.training.run import (
     command_of,
     compiles,
     configure,
+    start_model,
     train_options,
 )
 from lmd.training.samples import averaged_model, picture, play_module
 from lmd.training.trainer import choose_precision, step_flops
-from lmd.training.windows import LatentSource
+from lmd.training.trajectory import DistillOptions
+from lmd.training.windows import LatentSource, open_start
 
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32"]
 WORDS += ["--accelerator", "cpu", "--no-progress", "--warmup", "1", "--lr", "3e-3"]
@@ -136,6 +141,147 @@ def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys, monkeypatch)
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--batch", "6", "--accumulate", "4"], "a global batch of 6 rows for 4 parts"),
+        (["--lr", "-1"], "--lr -1"),
+        (["--init", "nowhere.safetensors"], "no file nowhere.safetensors"),
+        (["--sample-every", "2", "--codec", "nowhere.safetensors"], "no file nowhere.safetensors"),
+    ],
+)
+def test_a_refused_command_leaves_its_folder_to_the_corrected_one(
+    data, tmp_path, capsys, wrong, told
+):
+    words = ["--steps", 1, "--data", data, "--out", tmp_path / "run"]
+    assert main(["train", "base", *WORDS, *map(str, words), *wrong]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "options.json").exists()
+    train_here("base", *words)
+
+
+def test_a_run_that_kept_nothing_may_be_begun_with_other_options(data, tmp_path, monkeypatch):
+    """It died in its first step."""
+    words = ["--steps", 2, "--data", data, "--out", tmp_path]
+    real = LatentSource.windows
+
+    def poisoned(*args):
+        windows = real(*args)
+        windows.latents[:] = torch.nan
+        return windows
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LatentSource, "windows", poisoned)
+        assert main(["train", "base", *WORDS, *map(str, words)]) == 2
+    assert (tmp_path / "options.json").is_file()
+    train_here("base", *words, "--lr", "1e-3")
+    assert run_log(tmp_path)["step"].tolist() == [0, 1]
+
+
+def test_torn_options_are_refused_with_what_to_do(data, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "options.json").write_text('{"a":')
+    words = ["--steps", "21", "--data", str(data), "--out", str(tmp_path / "run")]
+    assert main(["train", "base", *WORDS, *words]) == 2
+    assert "Remove it to go on" in capsys.readouterr().err
+
+
+NUMBERS = [
+    *(f"{flag} 0" for flag in ("--steps", "--batch", "--accumulate", "--devices", "--num-nodes")),
+    *(f"--checkpoint-every {n}" for n in (0, -1)),
+    *(f"--lr {n}" for n in (0, -1, "nan", "inf")),
+    *(f"{flag} -1" for flag in ("--lora", "--warmup", "--sample-every")),
+    *(f"{flag} {n}" for flag in ("--text-dropout", "--short-context") for n in (-0.1, 1.5, "nan")),
+    *(f"--ema {n}" for n in (-0.1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("words", NUMBERS)
+def test_numbers_that_mean_nothing_are_refused_by_name(data, tmp_path, capsys, words):
+    more = ["--data", str(data), "--out", str(tmp_path / "run")]
+    assert main(["train", "finetune", *WORDS, *more, *words.split()]) == 2
+    assert f"found {words}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_limits_keep_their_ends_unless_these_are_open():
+    assert LIMITS["text_dropout"].hold(0)
+    assert LIMITS["text_dropout"].hold(1)
+    assert LIMITS["ema"].hold(0)
+    assert not LIMITS["ema"].hold(1)
+    assert LIMITS["lr"].hold(1e-9)
+
+
+def test_an_out_that_is_a_file_is_refused(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        words = ["--data", str(data), "--out", str(out)]
+        assert main(["train", "base", *WORDS, *words]) == 2
+        assert "is a file; expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(data, tmp_path, capsys):
+    words = ["--data", str(data), "--out", str(tmp_path / "run"), "--accelerator", "gpu"]
+    assert main(["train", "base", *WORDS, "--steps", "2", *words]) == 2
+    assert "no 1 × gpu here" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "options.json").exists()
+
+
+def test_an_unknown_distribution_of_noise_levels_is_refused(data, tmp_path, capsys):
+    words = ["--data", str(data), "--out", str(tmp_path / "run"), "--noise", "pink"]
+    with pytest.raises(SystemExit):
+        main(["train", "base", *WORDS, *words])
+    assert "'pink'" in capsys.readouterr().err
+
+
+def test_weights_of_the_same_shapes_but_another_meaning_are_refused(tmp_path):
+    """What shapes do not show: text encoder, its tokens, the longest length, the rotary base."""
+    tiny, path = preset("tiny"), tmp_path / "base.safetensors"
+    weights = LiveModel(tiny.dit).state_dict()
+    near = dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, rope_base=10_000.5))
+    save_checkpoint(path, weights, kind="base", config=near)
+    start_model("base", tiny, path, 0)
+    others = {
+        "rope_base 5000, not 10000": {"dit": dataclasses.replace(tiny.dit, rope_base=5_000.0)},
+        "max_seconds 512.0, not 256.0": {"text": dataclasses.replace(tiny.text, max_seconds=512.0)},
+        "n_tokens 9, not 8": {"text": dataclasses.replace(tiny.text, n_tokens=9)},
+        "encoder t5-base, not hash": {"text": dataclasses.replace(tiny.text, encoder="t5-base")},
+    }
+    for told, other in others.items():
+        save_checkpoint(path, weights, kind="base", config=dataclasses.replace(tiny, **other))
+        with pytest.raises(LmdError, match=told):
+            start_model("base", tiny, path, 0)
+
+
+def test_a_base_without_steps_can_be_begun_with(tmp_path):
+    """A converted or interpolated one has no `steps`."""
+    tiny = preset("tiny")
+    weights = LiveModel(tiny.dit).state_dict()
+    save_checkpoint(tmp_path / "base.safetensors", weights, kind="base", config=tiny)
+    assert open_start(tmp_path, tiny, 0)[1] == "a base that was not trained here"
+    notes = {"steps": 7}
+    save_checkpoint(tmp_path / "base.safetensors", weights, kind="base", config=tiny, notes=notes)
+    assert open_start(tmp_path, tiny, 0)[1] == "the shipped base, 7 steps"
+
+
+def test_a_card_says_what_its_run_did():
+    of = dataclasses.replace
+    live = TrainOptions("finetune", 1)
+    assert about(live).endswith("block by block, in all three regimes.")
+    one = of(live, finetune=FinetuneOptions(regimes=(("enc-dec", 1.0), ("full", 0.0))))
+    assert about(one).endswith("in the regime enc-dec.")
+    distilled = TrainOptions("distill", 1, distill=DistillOptions(n_steps=6, cfg_scale=2.0))
+    told = about(distilled)
+    assert "6 steps of its teacher at guidance 2 end at" in told
+    assert told.endswith("in the regimes block-causal and enc-dec.")
+    assert loss_of(live) == "mean squared error"
+    assert loss_of(distilled) == "mean squared error of clean blocks"
+    on_velocity = of(distilled, distill=DistillOptions(loss_on="velocity"))
+    assert loss_of(on_velocity) == "mean squared error of velocities"
+
+
 def test_lora_changes_nothing_at_first_and_merges_into_ordinary_weights():
     torch.manual_seed(0)
     plain = LiveModel(preset("tiny").dit)
@@ -190,7 +336,24 @@ def test_a_run_plays_now_and_then_if_the_codec_is_its_own(tmp_path):
     of_small = Path(__file__).parents[1] / "data/pretrained/codec.safetensors"
     assert every("--codec", of_small) == 0
     assert every("--codec", codec, "--sample-every", 0) == 0
-    assert every("--sample-every", 7) == 7
+    assert every("--codec", codec, "--sample-every", 7) == 7
+    with pytest.raises(LmdError, match="another codec than that of the latents"):
+        every("--codec", of_small, "--sample-every", 7)
+
+
+def test_a_codec_of_the_same_sizes_is_not_played_if_the_latents_are_of_another(data, tmp_path):
+    sizes, codec = preset("tiny"), tmp_path / "codec.safetensors"
+    weights = SpectralCodec(sizes.codec).state_dict()
+    save_checkpoint(codec, weights, kind="codec", config=sizes.codec)
+    parser = argparse.ArgumentParser()
+    configure(parser, "base")
+    silent = parser.parse_args(["--codec", str(codec)])
+    loud = parser.parse_args(["--codec", str(codec), "--sample-every", "2"])
+    assert choose_samples(silent, sizes, encoder_sha256(codec)) == 500
+    assert choose_samples(silent, sizes, "of another") == 0
+    assert choose_samples(loud, sizes, encoder_sha256(codec)) == 2
+    with pytest.raises(LmdError, match="another codec"):
+        choose_samples(loud, sizes, "of another")
 
 
 @pytest.mark.parametrize("stage", ["base", "finetune"])
@@ -225,6 +388,32 @@ def test_rows_of_parts_make_up_the_global_batch():
         assert {part.n_global for part in parts} == {whole.n_global}
     with pytest.raises(LmdError, match="for 3 parts"):
         shard_rows(options, 0, 0, 3)
+
+
+@pytest.mark.parametrize(("batch", "n_parts"), [(8, 4), (8, 8), (48, 3), (48, 6)])
+def test_a_batch_is_the_same_however_many_parts_share_it(batch, n_parts):
+    """Long steps have 2 and 8 rows here: fewer than parts, or not a multiple of them."""
+    options = TrainOptions("base", n_steps=50, batch=batch)
+    long = [k for k in range(50) if options.plan(k).n_frames > options.base.window_frames]
+    for step in (long[0], 0):
+        whole = shard_rows(options, step, 0, 1)
+        parts = [shard_rows(options, step, shard, n_parts) for shard in range(n_parts)]
+        assert whole.weight == 1
+        assert {part.n_global for part in parts} == {whole.n_global}
+        assert sum(part.weight for part in parts) == pytest.approx(n_parts)
+        weighing = [part for part in parts if part.weight]
+        assert whole.positions == sum((part.positions for part in weighing), ())
+        for part in weighing:  # every row counts alike
+            per_row = part.weight / len(part.positions) / n_parts
+            assert per_row == pytest.approx(1 / whole.n_global)
+        assert all(part.positions for part in parts)  # each has something to compute
+
+
+def test_a_long_step_in_more_parts_than_rows_loses_what_it_loses_whole(data, tmp_path):
+    words = ["--steps", 3, "--long-share", 1, "--data", data, "--sample-every", 0]
+    train_here("base", *words, "--out", tmp_path / "whole")
+    train_here("base", *words, "--out", tmp_path / "parts", "--accumulate", 4)
+    assert np.abs(losses(tmp_path / "parts") - losses(tmp_path / "whole")).max() < 1e-5
 
 
 @pytest.mark.parametrize("regime", [None, "block-causal", "enc-dec"])

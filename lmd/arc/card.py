@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lmd.arc.plan import CONDITIONS
+from lmd.arc.plan import CONDITIONS, ArcOptions
 from lmd.checkpoint import read_header
-from lmd.training.card import NOTICE, data_row, file_rows, hardware_row, start_rows
+from lmd.training.card import NOTICE, among, data_row, file_rows, hardware_row, start_rows
 
 WHO = {0: "discriminator", 1: "generator"}
 
@@ -101,8 +101,24 @@ def save_curves(out: Path) -> Path:
     return path
 
 
-def arc_card(out: Path, weights: Path) -> str:
+def about(options: ArcOptions) -> str:
+    """One sentence: what a run's weights are."""
+    *most, last = [str(n) for n, _ in options.n_steps]
+    told = f"{', '.join(most)} or {last}" if most else last
+    steps = "step" if told == "1" else "steps"
+    return (
+        f"The live model after ARC-Forcing: plays in {told} {steps}, without guidance, "
+        f"{among(options.regimes)}."
+    )
+
+
+def arc_card(out: Path, weights: Path, options: ArcOptions) -> str:
     """Markdown about the weights that the run in `out` made; nothing in it is typed by hand.
+
+    Args:
+        out: the run's folder.
+        weights: what it exported.
+        options: of the run's updates.
 
     Raises:
         LmdError: `weights` is not a checkpoint of this project.
@@ -114,7 +130,7 @@ def arc_card(out: Path, weights: Path) -> str:
         [
             f"# {weights.stem}",
             "",
-            "The live model after ARC-Forcing: plays in 8, 4 or 2 steps, without guidance.",
+            about(options),
             "",
             "| | |",
             "|---|---|",

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -27,7 +28,7 @@ from lmd.arc.card import WHO, arc_log
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.module import ArcTraining
 from lmd.arc.plan import ArcOptions
-from lmd.bench import grid, tell
+from lmd.bench import check_output, grid, tell
 from lmd.checkpoint import build_model
 from lmd.config import preset
 from lmd.errors import LmdError
@@ -75,6 +76,7 @@ def main(args: argparse.Namespace) -> int:
     for name, value in {"--updates": args.updates, "--threads": args.threads}.items():
         if value < 1:
             raise LmdError(f"{name} {value}", "1 or more", "Correct the number.")
+    check_output(args.json)
     torch.set_num_threads(args.threads)
     kinds = itertools.product(args.dtype, args.checkpointing, args.blocks)
     cases = [Case(dtype, word == "yes", n_blocks) for dtype, word, n_blocks in kinds]
@@ -159,7 +161,7 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as out:
         words = training_words(args, case, Path(out))
         module = build_module(words)
-        train.fit(module, run_options(words))
+        train.fit(module, replace(run_options(words), keep_last=False))
         log = arc_log(Path(out))
     timed = log[log["step"] >= N_UNTIMED].groupby("is_generator").median()
     on_gpu, own = log["memory_gb"].max(), peak_mb(torch.device("cpu")) * 2**20 / 1e9

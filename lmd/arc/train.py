@@ -30,14 +30,17 @@ from lmd.errors import LmdError
 from lmd.machine import tune_allocator
 from lmd.rng import derive_seed
 from lmd.text import build_text_encoder
+from lmd.training.begun import NoteOptions
+from lmd.training.limits import check_words
+from lmd.training.module import check_parts
 from lmd.training.run import (
     command_of,
     configure_run,
+    describe_run,
     load_into,
     notes_of,
     open_latents,
     origin_of,
-    remember_options,
     run_options,
 )
 from lmd.training.trainer import Export, RunOptions, build_trainer, go_on
@@ -83,12 +86,17 @@ def arc_run(args: argparse.Namespace, sizes: Preset) -> ArcRun:
     """The run that the words describe.
 
     Raises:
-        LmdError: counts below one, an unknown regime, lengths that do not fit.
+        LmdError: numbers out of their limits, an unknown regime, lengths that do not fit, or no
+            update in which the generator learns.
     """
-    counts = {"--updates": args.updates, "--batch": args.batch, "--accumulate": args.accumulate}
-    for name, value in counts.items():
-        if value < 1:
-            raise LmdError(f"{name} {value}", "1 or more", "Correct the number.")
+    check_words(args)
+    check_parts(args.batch, args.devices * args.num_nodes * args.accumulate)
+    if args.updates < args.warmup + 2:
+        raise LmdError(
+            f"--updates {args.updates} with --warmup {args.warmup}",
+            f"{args.warmup + 2} or more: behind the warm-up, every second one trains the generator",
+            "Raise --updates, or lower --warmup.",
+        )
     regimes = tuple(word.strip() for word in args.regimes.split(","))
     if not set(regimes) <= set(REGIMES):
         raise LmdError(f"--regimes {args.regimes!r}", f"some of {REGIMES}", "Correct the names.")
@@ -130,10 +138,10 @@ def fit(module: ArcTraining, where: RunOptions, callbacks: Sequence[Callback] = 
     return go_on(trainer, module, where.out)
 
 
-def load_start(path: Path, sizes: Preset) -> LiveModel:
-    """A model to start from, of exactly these sizes."""
+def load_start(path: Path, sizes: Preset, *kinds: str) -> LiveModel:
+    """A model to start from, of one of these kinds and of exactly these sizes."""
     model = build_model(sizes)
-    load_into(model, path)
+    load_into(model, path, sizes, *kinds)
     return model
 
 
@@ -154,12 +162,11 @@ def build_module(args: argparse.Namespace, run: ArcRun, sizes: Preset) -> ArcTra
         LmdError: files that are missing, of another kind or size; latents of another width.
     """
     source = open_latents(args.data, sizes, args.seed)
-    base = load_start(args.base, sizes)
+    base = load_start(args.base, sizes, "base")
     torch.manual_seed(derive_seed(args.seed, "score head"))
     judge = Discriminator(base, run.arc.last_block, run.arc.head)
-    return ArcTraining(
-        load_start(args.init, sizes), judge, build_text_encoder(sizes.text), source, run
-    )
+    player = load_start(args.init, sizes, "finetuned", "arc")
+    return ArcTraining(player, judge, build_text_encoder(sizes.text), source, run)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -168,15 +175,16 @@ def main(args: argparse.Namespace) -> int:
     sizes = preset(args.preset)
     run, where = arc_run(args, sizes), run_options(args)
     module = build_module(args, run, sizes)
-    precision = remember_options(where.out, run, args, module.source.shards)
-    where = replace(where, precision=precision)
+    described = describe_run(where.out, run, args, module.source.shards)
+    where = replace(where, precision=described["precision"])
     notes = arc_notes(args, module.source.shards)
     export = Export(where.out / "arc.safetensors", where.checkpoint_every, sizes, notes)
     start = time.time()
-    trainer = fit(module, where, (export,))
+    trainer = fit(module, where, (NoteOptions(where.out, described), export))
     export.export(trainer, module)  # a run that was complete before has not done it now
     if trainer.is_global_zero:
-        write_atomic(where.out / "arc.md", arc_card(where.out, export.path).encode())
+        card = arc_card(where.out, export.path, run.arc)
+        write_atomic(where.out / "arc.md", card.encode())
         save_curves(where.out)
         print(cost_table(where.out))
         print(f"{export.path} after {trainer.global_step} updates, {time.time() - start:.0f} s")

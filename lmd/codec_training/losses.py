@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lmd.phase import Magnitude, Spectrum
 
 LN10_OVER_10 = math.log(10) / 10
+WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and judged
 Scalar = Float[Tensor, ""]
 
 
@@ -86,7 +87,7 @@ def multi_resolution_loss(
     wave: Float[Tensor, "batch sample"],
     target: Float[Tensor, "batch sample"],
     sample_rate: int,
-    sizes: tuple[int, ...] = (512, 1024, 2048),
+    sizes: tuple[int, ...] = WINDOWS,
 ) -> Scalar:
     """Mean over window sizes of the L1 distance of mel levels, in decibels."""
     total = wave.new_zeros(())
@@ -112,7 +113,7 @@ class Discriminator(nn.Module):
         sizes: window lengths in samples.
     """
 
-    def __init__(self, width: int = 24, sizes: tuple[int, ...] = (512, 1024, 2048)) -> None:
+    def __init__(self, width: int = 24, sizes: tuple[int, ...] = WINDOWS) -> None:
         super().__init__()
         self.sizes = sizes
         self.stacks = nn.ModuleList(_stack(width) for _ in sizes)

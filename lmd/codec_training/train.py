@@ -1,8 +1,10 @@
 """Train the spectral codec: `python -m lmd train codec`; measure one: `--evaluate FILE`."""
 
 import argparse
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,14 +16,17 @@ from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomic
 from lmd.codec_training.card import codec_card
+from lmd.codec_training.losses import WINDOWS
 from lmd.codec_training.metrics import evaluate, markdown_table
 from lmd.codec_training.module import CodecPlan, CodecTraining, CodecWindows, start_from_components
-from lmd.config import SpectralCodecConfig, preset
+from lmd.config import SpectralCodecConfig, preset, to_dict
 from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, pick_device, tune_allocator
 from lmd.rng import derive_seed
 from lmd.spectral import SpectralCodec, decode_in_panels
+from lmd.training.begun import NoteOptions, begun_as, compare
+from lmd.training.limits import check_words
 from lmd.training.trainer import AtomicCheckpointIO
 
 Precision = Literal["32-true", "bf16-mixed"]
@@ -52,10 +57,11 @@ class Keep(Callback):
         self.earlier_s = state_dict["wall_s"]
 
     def on_train_start(self, trainer: L.Trainer, module: CodecTraining) -> None:
-        """Open the progress bar where the run stands."""
+        """Open the progress bar where the run stands; a run that is complete stops here."""
         self.bar = tqdm(
             total=module.plan.steps, initial=int(module.step), desc="codec", mininterval=5
         )
+        trainer.should_stop = int(module.step) >= module.plan.steps
 
     def on_train_batch_end(self, trainer: L.Trainer, module: CodecTraining, *args: Any) -> None:
         """Count; save now and then."""
@@ -117,18 +123,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train, or measure."""
+    """Train, or measure.
+
+    Raises:
+        LmdError: numbers out of their limits, a plan or a corpus that does not fit, a run that was
+            begun with other options.
+    """
+    check_words(args)
     tune_allocator()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.evaluate:
         return measure(args)
     module = build(args)
-    trainer = build_trainer(args)
+    described = compare(args.out, begun_as(args.out), describe_run(args, module))
+    trainer = build_trainer(args, callbacks=[NoteOptions(args.out, described)])
     last = args.out / LAST
     trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=False)
     print(f"{int(module.step)} steps; weights in {args.out / 'codec.safetensors'}")
     return 0
+
+
+def describe_run(args: argparse.Namespace, module: CodecTraining) -> dict[str, Any]:
+    """What the run is: plan, sizes, what it learns from and starts from."""
+    sounds = "\n".join(row.sha256 for row in module.windows.corpus.rows)
+    return {
+        "preset": args.preset,
+        "precision": args.precision,
+        "encoder_from": read_header(args.encoder).sha256 if args.encoder else None,
+        "corpus": hashlib.sha256(sounds.encode()).hexdigest(),
+        **to_dict(module.plan),
+    }
 
 
 def measure(args: argparse.Namespace) -> int:
@@ -154,6 +179,8 @@ def measure(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> CodecTraining:
     """The module of a run, ready to start or to go on.
 
+    One that goes on keeps the step from which its discriminator joins in, unless the words name it.
+
     Raises:
         LmdError: a preset without a spectral codec; a plan that does not add up.
     """
@@ -168,7 +195,8 @@ def build(args: argparse.Namespace) -> CodecTraining:
             "Change one of them.",
         )
     half = encoder_steps + (args.steps - encoder_steps) // 2
-    adversarial_from = half if args.adversarial_from is None else args.adversarial_from
+    begun = begun_as(args.out).get("adversarial_from", half)
+    adversarial_from = begun if args.adversarial_from is None else args.adversarial_from
     plan = CodecPlan(
         steps=args.steps,
         encoder_steps=encoder_steps,
@@ -179,6 +207,14 @@ def build(args: argparse.Namespace) -> CodecTraining:
         noise=args.noise,
         seed=args.seed,
     )
+    judged = plan.frames * config.samples_per_frame - config.n_fft  # samples without the edges
+    if adversarial_from < args.steps and judged < max(WINDOWS):
+        fewest = -(-(max(WINDOWS) + config.n_fft) // config.samples_per_frame)
+        raise LmdError(
+            f"--frames {args.frames} for a discriminator with windows of {max(WINDOWS)} samples",
+            f"{fewest} or more",
+            "Raise --frames, or do without it: --adversarial-from as --steps.",
+        )
     windows = CodecWindows(Corpus(args.data, "train"), config, plan)
     torch.manual_seed(derive_seed(plan.seed, "codec weights"))
     if args.encoder:
@@ -194,12 +230,15 @@ def build(args: argparse.Namespace) -> CodecTraining:
     return CodecTraining(codec, plan, windows)
 
 
-def build_trainer(args: argparse.Namespace, stop_at: int | None = None) -> L.Trainer:
+def build_trainer(
+    args: argparse.Namespace, stop_at: int | None = None, callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
     """Lightning's Trainer: logs, precision, atomic checkpoints.
 
     Args:
         args: the command's.
         stop_at: stop after this step, as an interrupted run would, its plan unchanged.
+        callbacks: what else happens on the way.
     """
     device = pick_device(args.device)
     n_runs = len(list((args.out / "logs").glob("run-*")))
@@ -219,10 +258,10 @@ def build_trainer(args: argparse.Namespace, stop_at: int | None = None) -> L.Tra
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=1,
         precision=cast(Precision, args.precision),
-        max_epochs=1,
+        max_epochs=-1,  # `Keep` stops it
         logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
         log_every_n_steps=1,
-        callbacks=[Keep(args.out, args.checkpoint_every, notes, stop_at)],
+        callbacks=[Keep(args.out, args.checkpoint_every, notes, stop_at), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -6,11 +6,39 @@ from typing import Any
 import pandas as pd
 
 from lmd.checkpoint import Header, read_header
+from lmd.config import REGIMES
+from lmd.training.curriculum import Shares
+from lmd.training.module import TrainOptions
 
-WHAT = {
-    "base": "The bidirectional base: predicts the velocity of every frame of a window.",
-    "finetuned": "The live model: continues clean context block by block, in all three regimes.",
-}
+
+def about(options: TrainOptions) -> str:
+    """One sentence: what a run's weights are."""
+    if options.stage == "base":
+        return "The bidirectional base: predicts the velocity of every frame of a window."
+    if options.stage == "finetune":
+        where = among(options.finetune.regimes)
+        return f"The live model: continues clean context block by block, {where}."
+    o = options.distill
+    return (
+        f"The live model, distilled: names, without guidance, the block that {o.n_steps} steps of "
+        f"its teacher at guidance {o.cfg_scale:g} end at, {among(o.regimes)}."
+    )
+
+
+def among(shares: Shares) -> str:
+    """Which regimes are taught, as words of a sentence."""
+    names = [regime for regime, share in shares if share > 0]
+    if set(names) == set(REGIMES):
+        return "in all three regimes"
+    return f"in the regime{'s' * (len(names) > 1)} {' and '.join(names)}"
+
+
+def loss_of(options: TrainOptions) -> str:
+    """What a run's loss is."""
+    if options.stage != "distill":
+        return "mean squared error"
+    of = "clean blocks" if options.distill.loss_on == "block" else "velocities"
+    return f"mean squared error of {of}"
 
 
 def run_log(out: Path) -> pd.DataFrame:
@@ -25,8 +53,13 @@ def run_log(out: Path) -> pd.DataFrame:
     return log.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
-def model_card(out: Path, weights: Path) -> str:
+def model_card(out: Path, weights: Path, options: TrainOptions) -> str:
     """Markdown about the weights that the run in `out` made.
+
+    Args:
+        out: the run's folder.
+        weights: what it exported.
+        options: of the run.
 
     Raises:
         LmdError: `weights` is not a checkpoint of this project.
@@ -38,7 +71,7 @@ def model_card(out: Path, weights: Path) -> str:
         [
             f"# {weights.stem}",
             "",
-            WHAT[header.kind],
+            about(options),
             "",
             "| | |",
             "|---|---|",
@@ -54,7 +87,7 @@ def model_card(out: Path, weights: Path) -> str:
             data_row(notes),
             f"| command | `{notes['command']}` |",
             "",
-            "Mean training loss (mean squared error) along the run:",
+            f"Mean training loss ({loss_of(options)}) along the run:",
             "",
             *_losses(log),
             "",

@@ -93,12 +93,16 @@ class FinetuneOptions:
 
 
 class Rows(NamedTuple):
-    """Which rows of which global batch: randomness depends on these and on nothing else."""
+    """Which rows of which global batch: randomness depends on these and on nothing else.
+
+    `weight` is that of their mean loss in the mean over all parts of the batch: 1 in equal parts.
+    """
 
     seed: int
     step: int
     positions: tuple[int, ...]  # in the global batch
     n_global: int  # rows of the global batch
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

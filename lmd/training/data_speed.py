@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lmd.bench import grid, percentile, tell
+from lmd.bench import check_output, grid, percentile, tell
 from lmd.data.corpus import Corpus, play_again
 from lmd.data.latents import LatentWindows
 from lmd.data.scores import DEFAULT_CACHE
@@ -44,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
     for name, value in {"--batch": args.batch, "--turns": args.turns}.items():
         if value < 1:
             raise LmdError(f"{name} {value}", "1 or more", "Correct the number.")
+    check_output(args.json)
     torch.set_num_threads(1)
     report = {"threads": 1, "batch": args.batch, "machine": machine_dict(), "rows": measure(args)}
     tell(report, "\n".join(grid(COLUMNS, report["rows"])), args.json)

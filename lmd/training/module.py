@@ -135,15 +135,19 @@ def check_parts(batch: int, n_parts: int) -> None:
 
 
 def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> Rows:
-    """The rows of one part (process, accumulation) of a step's global batch.
+    """The rows of one part (process, accumulation) of a step's global batch, split evenly.
+
+    Where a step has fewer rows than parts, a part that gets none computes the first one with
+    weight 0, so that all processes do the same work.
 
     Raises:
         LmdError: see `check_parts`.
     """
     check_parts(options.batch, n_shards)
-    n = max(options.n_rows(options.plan(step)), n_shards)
-    each = n // n_shards
-    return Rows(options.seed, step, tuple(range(shard * each, (shard + 1) * each)), each * n_shards)
+    n = options.n_rows(options.plan(step))
+    own = range(shard * n // n_shards, (shard + 1) * n // n_shards)
+    weight = len(own) * n_shards / n
+    return Rows(options.seed, step, tuple(own) or (0,), n, weight)
 
 
 def step_noise(options: TrainOptions, rows: Rows, n_channels: int) -> Tensor:
@@ -333,7 +337,7 @@ class LiveTraining(L.LightningModule):
         return n_frames / self.preset.frame_rate_hz
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        """Mean loss of this process's rows."""
+        """Mean loss of this process's rows, weighted so that the parts' mean is the batch's."""
         clean, noise = batch["latents"], batch["noise"]
         tokens = self.text.encode(batch["prompts"]).to(self.device)
         options, rows = self.options, batch["rows"]
@@ -344,7 +348,7 @@ class LiveTraining(L.LightningModule):
         else:
             condition = self.model.condition(tokens, seconds)
             losses = stage_loss(self.model, clean, noise, condition, options, rows)
-        loss = losses.mean()
+        loss = losses.mean() * rows.weight
         if not math.isfinite(loss.item()):
             raise LmdError(
                 f"a loss of {loss.item()} at step {rows.step} on {batch['names']}",
@@ -357,6 +361,12 @@ class LiveTraining(L.LightningModule):
             self.parts = []
             self.log("loss", mean, prog_bar=True, batch_size=len(clean), sync_dist=True)
         return loss
+
+    def on_train_start(self) -> None:
+        """The schedule's rate from the first step on; a checkpoint of a shorter run has its own."""
+        rate = self.options.lr * self.options.lr_factor(self.trainer.global_step)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a warm-up, a constant rate and a cool-down."""

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -11,8 +11,17 @@ from typing import Any, NamedTuple, get_args
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import Header, build_model, load_strict, load_tensors, read_header, write_atomic
-from lmd.config import Preset, preset, to_dict
+from lmd.checkpoint import (
+    MODEL_KINDS,
+    Header,
+    build_model,
+    load_strict,
+    load_tensors,
+    read_header,
+    write_atomic,
+)
+from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
+from lmd.data.codec_identity import encoder_sha256
 from lmd.data.shards import LatentShards
 from lmd.dit import LiveModel
 from lmd.errors import LmdError
@@ -20,11 +29,18 @@ from lmd.foreign import load_foreign
 from lmd.machine import check_compiler, machine_dict, tune_allocator
 from lmd.rng import derive_seed
 from lmd.text import build_text_encoder
+from lmd.training.begun import NoteOptions, begun_as, compare
 from lmd.training.card import model_card
-from lmd.training.curriculum import BaseOptions, FinetuneOptions, NoiseOptions
+from lmd.training.curriculum import (
+    BaseOptions,
+    FinetuneOptions,
+    LevelDistribution,
+    NoiseOptions,
+)
 from lmd.training.finetune import open_context_door
+from lmd.training.limits import check_words
 from lmd.training.lora import add_lora
-from lmd.training.module import LiveTraining, Stage, TrainOptions
+from lmd.training.module import LiveTraining, Stage, TrainOptions, check_parts
 from lmd.training.samples import Samples
 from lmd.training.trainer import Export, RunOptions, choose_precision, fit
 from lmd.training.trajectory import DistillOptions, LossOn, PointsOn
@@ -46,9 +62,9 @@ STARTS: dict[Stage, Start] = {
 }
 
 
-OPEN_ENDED = ("n_steps", "n_updates")  # a run may be made longer
 SAMPLE_EVERY = 500
 LONG_RUN = 2000  # steps after which compiling two lengths has paid even where it gains 5 %
+ROPE_TOLERANCE = 1e-3  # relative; a foreign file's base is worked out from its float32 frequencies
 
 
 def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
@@ -90,7 +106,8 @@ def configure(parser: argparse.ArgumentParser, stage: Stage) -> None:
         on = DistillOptions.loss_on
         add("--loss-on", choices=get_args(LossOn), default=on, help="what is compared")
         return
-    add("--noise", default="uniform", help="distribution of noise levels")
+    distributions = get_args(LevelDistribution)
+    add("--noise", choices=distributions, default="uniform", help="how noise levels are drawn")
     if is_base:
         add("--long-share", type=float, default=0.1, help="share of steps on 768 frames")
     else:
@@ -118,13 +135,13 @@ def configure_run(parser: argparse.ArgumentParser, out: Path, checkpoint_every: 
 
 
 def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
-    """The run that the words describe."""
-    if args.steps < 1 or args.batch < 1 or args.accumulate < 1:
-        raise LmdError(
-            f"--steps {args.steps} --batch {args.batch} --accumulate {args.accumulate}",
-            "1 or more of each",
-            "Correct the numbers.",
-        )
+    """The run that the words describe.
+
+    Raises:
+        LmdError: see `check_words` and `check_parts`.
+    """
+    check_words(args)
+    check_parts(args.batch, args.devices * args.num_nodes * args.accumulate)
     noise, distill = NoiseOptions(getattr(args, "noise", "uniform")), DistillOptions()
     if stage == "distill":
         distill = DistillOptions(
@@ -170,21 +187,53 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
         return model
     if init.is_dir():
         foreign = load_foreign(init)
+        check_sizes(foreign.config.dit, foreign.config.text, sizes, init)
         load_strict(model, foreign.model.state_dict(), str(init))
         opens = bool(foreign.fresh)
     else:
-        opens = load_into(model, init).kind == "base"
+        opens = load_into(model, init, sizes, *MODEL_KINDS).kind == "base"
     if opens and stage == "distill":
         expected = "a live model, which continues context"
         raise LmdError(f"a base in {init}", expected, "Fine-tune it first: train finetune.")
     return open_context_door(model) if opens and stage == "finetune" else model
 
 
-def load_into(model: LiveModel, path: Path) -> Header:
-    """Weights of exactly this size from a file of ours; what the file says about itself."""
-    tensors, header = load_tensors(path, "base", "finetuned", "arc")
+def load_into(model: LiveModel, path: Path, sizes: Preset, *kinds: str) -> Header:
+    """Weights of one of these kinds and of these sizes; what the file says about itself.
+
+    Raises:
+        LmdError: no such file, or one of another kind, or of other sizes.
+    """
+    tensors, header = load_tensors(path, *kinds)
+    if isinstance(header.config, Preset):
+        check_sizes(header.config.dit, header.config.text, sizes, path)
     load_strict(model, tensors, str(path))
     return header
+
+
+def check_sizes(dit: DiTConfig, text: TextConfig, sizes: Preset, path: Path) -> None:
+    """Refuse weights that a run would read in another sense than they were trained in.
+
+    Shapes do not show that: the longest length, the text encoder and the rotary base have none.
+    Controls and widths do show, and are listed one by one when the weights are loaded.
+
+    Raises:
+        LmdError: names what differs.
+    """
+    found, wanted = to_dict(text), to_dict(sizes.text)
+    told = [
+        f"text.{name} {found[name]}, not {wanted[name]}"
+        for name in ("encoder", "n_tokens", "max_seconds")
+        if found[name] != wanted[name]
+    ]
+    if not math.isclose(dit.rope_base, sizes.dit.rope_base, rel_tol=ROPE_TOLERANCE):
+        told.append(f"rope_base {dit.rope_base:g}, not {sizes.dit.rope_base:g}")
+    if told:
+        raise LmdError(
+            f"{path} with {'; '.join(told)}",
+            f"weights for preset {sizes.name}",
+            "Choose the preset that they were made for, or other weights.",
+        )
 
 
 def open_latents(folder: Path, sizes: Preset, seed: int) -> LatentSource:
@@ -217,12 +266,6 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     )
 
 
-def begun_as(out: Path) -> dict[str, Any]:
-    """What the run in a folder was begun with; empty if there is none."""
-    path = out / "options.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def compiles() -> bool:
     """Whether a trial of `torch.compile` comes out here: compiler, headers, everything."""
     try:
@@ -251,22 +294,39 @@ def choose_compile(stage: Stage, args: argparse.Namespace, before: dict[str, Any
     return stage == "base" and args.steps >= LONG_RUN and is_alone and compiles()
 
 
-def choose_samples(args: argparse.Namespace, sizes: Preset) -> int:
-    """How often a run plays something: as told, else now and then if it can be heard; 0: never."""
-    if args.sample_every is not None:
-        return args.sample_every
-    fits = args.codec.is_file() and read_header(args.codec).config == sizes.codec
-    return SAMPLE_EVERY if fits else 0
+def choose_samples(args: argparse.Namespace, sizes: Preset, heard: str | None = None) -> int:
+    """How often a run plays something: as told, else now and then if it can be heard; 0: never.
+
+    Args:
+        args: the command's words.
+        sizes: the preset.
+        heard: the encoder whose latents the run learns (`encoder_sha256`), where that is known.
+
+    Raises:
+        LmdError: sounds are asked for, and the codec is another than that of the latents.
+    """
+    every = args.sample_every
+    if every == 0 or (every is None and not args.codec.is_file()):
+        return 0
+    fits = read_header(args.codec).config == sizes.codec
+    fits = fits and (heard is None or heard == encoder_sha256(args.codec))
+    if every and not fits:
+        raise LmdError(
+            f"{args.codec}, another codec than that of the latents",
+            "the codec that they were encoded with",
+            "Name it with --codec, or leave sounds out: --sample-every 0.",
+        )
+    return every or (SAMPLE_EVERY if fits else 0)
 
 
-def remember_options(
+def describe_run(
     out: Path,
     options: Any,
     args: argparse.Namespace,
     data: LatentShards,
     compiled: bool = False,
-) -> str:
-    """Write what the run is, or compare it with what it was begun as.
+) -> dict[str, Any]:
+    """What the run is, to be written when it begins; compared with what it was begun as.
 
     Args:
         out: the run's folder.
@@ -276,34 +336,23 @@ def remember_options(
         compiled: see `choose_compile`.
 
     Returns:
-        The precision: the one that the run was begun with where the words leave it open.
+        Among others `precision`: as the run was begun, where the words leave it open.
 
     Raises:
-        LmdError: the folder holds a run with other options (a longer one is welcome).
+        LmdError: see `compare`.
     """
     before, width = begun_as(out), preset(args.preset).dit.width
     precision = args.precision if args.precision != "auto" else before.get("precision", "auto")
-    precision = choose_precision(precision, width, args.devices * args.num_nodes)
     known = {
         "preset": args.preset,
-        "precision": precision,
+        "precision": choose_precision(precision, width, args.devices * args.num_nodes),
         "compile": compiled,
         "lora": getattr(args, "lora", 0),
         **started_from(args),
         "latents": {k: v for k, v in data.settings.items() if k != "silence"},
         **to_dict(options),
     }
-    present = json.loads(json.dumps(known))
-    other = [change for change in changes(before, present) if change[0] not in OPEN_ENDED]
-    if other:
-        told = ", ".join(f"{name} {old} → {new}" for name, old, new in other)
-        raise LmdError(
-            f"a run in {out} that was begun with other options ({told})",
-            "the same options, or an empty folder",
-            "Give them again, or another --out.",
-        )
-    write_atomic(out / "options.json", json.dumps(present, indent=1).encode())
-    return precision
+    return compare(out, before, known)
 
 
 def started_from(args: argparse.Namespace) -> dict[str, str | None]:
@@ -314,18 +363,6 @@ def started_from(args: argparse.Namespace) -> dict[str, str | None]:
             path = getattr(args, name)
             begun = str(path) if path else None
             found[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else begun
-    return found
-
-
-def changes(before: dict[str, Any], present: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What is named in both and differs: `part.name`, old and new value, sorted by name."""
-    found: list[tuple[str, Any, Any]] = []
-    for name in sorted(set(before) & set(present)):
-        old, new = before[name], present[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += [(f"{name}.{inner}", *values) for inner, *values in changes(old, new)]
-        elif old != new:
-            found.append((name, old, new))
     return found
 
 
@@ -377,8 +414,9 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
     source = open_latents(args.data, sizes, args.seed)
     compiled = choose_compile(stage, args, begun_as(run.out))
-    precision = remember_options(run.out, options, args, source.shards, compiled)
-    run = dataclasses.replace(run, precision=precision)
+    described = describe_run(run.out, options, args, source.shards, compiled)
+    run = dataclasses.replace(run, precision=described["precision"])
+    sample_every = choose_samples(args, sizes, source.shards.settings.get("codec"))
     model = start_model(stage, sizes, args.init, args.seed)
     if getattr(args, "lora", 0):
         model = add_lora(model, args.lora)
@@ -393,14 +431,14 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
         notes["init"] = origin_of(args.init)
     path = run.out / ("base.safetensors" if stage == "base" else "finetuned.safetensors")
     export = Export(path, run.checkpoint_every, sizes, notes)
-    callbacks: list[Callback] = [export]
-    if every := choose_samples(args, sizes):
-        callbacks.append(Samples(run.out / "samples", every, args.codec))
+    callbacks: list[Callback] = [NoteOptions(run.out, described), export]
+    if sample_every:
+        callbacks.append(Samples(run.out / "samples", sample_every, args.codec))
     start = time.time()
     trainer = fit(module, run, callbacks)
     export.export(trainer, module)  # a run that was complete before has not done it now
     if trainer.is_global_zero:
-        card = model_card(run.out, path)
+        card = model_card(run.out, path, options)
         write_atomic(path.with_suffix(".md"), card.encode())
         print(f"{path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
     return 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lmd.bench import grid, percentile, tell
+from lmd.bench import check_output, grid, percentile, tell
 from lmd.checkpoint import build_model
 from lmd.config import Preset, Regime, preset
 from lmd.errors import LmdError
@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
     for name, value in counts.items():
         if value < 1:
             raise LmdError(f"{name} {value}", "1 or more", "Correct the number.")
+    check_output(args.json)
     if args.compile:
         check_compiler()
     torch.set_num_threads(args.threads)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import pickle
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lmd.checkpoint import save_checkpoint, write_atomic
 from lmd.config import DiTConfig, Preset
+from lmd.errors import LmdError
 from lmd.machine import describe_machine, memory_gb
 from lmd.training.curriculum import StepPlan
 from lmd.training.lora import merged_state
@@ -41,6 +44,7 @@ class RunOptions:
         checkpoint_every: steps between checkpoints.
         accelerator: Lightning's name: `auto`, `cpu`, `gpu`.
         progress: whether to draw the bar.
+        keep_last: whether the last step is kept, too, so that the run can be made longer.
     """
 
     out: Path
@@ -51,6 +55,7 @@ class RunOptions:
     checkpoint_every: int = 200
     accelerator: str = "auto"
     progress: bool = True
+    keep_last: bool = True
 
 
 def product_rate(
@@ -164,6 +169,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         write_atomic(path, buffer.getvalue())
 
+    def load_checkpoint(self, path: Any, *args: Any, **more: Any) -> dict[str, Any]:
+        """Read one.
+
+        Raises:
+            LmdError: it is torn; names the one before it.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **more)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            path = Path(path)
+            older = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other < path]
+            begins = f"goes on from {older[-1]}" if older else "begins anew"
+            raise LmdError(
+                f"{path}, which cannot be read ({str(error).partition('.')[0]})",
+                "a whole checkpoint",
+                f"Remove it; the run then {begins}.",
+            ) from error
+
 
 class Export(Callback):
     """The averaged weights as safetensors (float16, LoRA merged in), at every checkpoint.
@@ -207,13 +230,24 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 class Remember(ModelCheckpoint):
-    """Tells the module where its last good checkpoint is."""
+    """Keeps the last step, too, if told so; tells the module where its last good checkpoint is."""
+
+    def __init__(self, *args: Any, keep_last: bool, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.keep_last = keep_last
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """A run that goes on has one from the start."""
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
             pl_module.last_checkpoint = str(trainer.ckpt_path)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
+        """The last step is kept whatever its number, so that a longer run goes on from there."""
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        is_kept = self._last_global_step_saved == trainer.global_step
+        if self.keep_last and trainer.global_step == trainer.max_steps and not is_kept:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -231,6 +265,9 @@ def build_trainer(
         n_steps: optimizer steps of the whole run.
         callbacks: what else happens on the way.
         more: of the Trainer's own arguments.
+
+    Raises:
+        LmdError: devices that are not there.
     """
     n_processes = run.devices * run.num_nodes
     precision = choose_precision(run.precision, width, n_processes)
@@ -244,25 +281,33 @@ def build_trainer(
         save_top_k=2,
         every_n_train_steps=run.checkpoint_every,
         save_on_train_epoch_end=False,
+        keep_last=run.keep_last,
     )
     bar = [TQDMProgressBar(refresh_rate=1)] if run.progress else []
-    return L.Trainer(
-        accelerator=run.accelerator,
-        devices=run.devices,
-        num_nodes=run.num_nodes,
-        strategy=choose_strategy(run, n_processes),
-        precision=PRECISIONS[precision],
-        max_steps=n_steps,
-        max_epochs=-1,
-        logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
-        log_every_n_steps=1,
-        callbacks=[keep, *bar, *callbacks],
-        enable_progress_bar=run.progress,
-        enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        **more,
-    )
+    try:
+        return L.Trainer(
+            accelerator=run.accelerator,
+            devices=run.devices,
+            num_nodes=run.num_nodes,
+            strategy=choose_strategy(run, n_processes),
+            precision=PRECISIONS[precision],
+            max_steps=n_steps,
+            max_epochs=-1,
+            logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
+            log_every_n_steps=1,
+            callbacks=[keep, *bar, *callbacks],
+            enable_progress_bar=run.progress,
+            enable_model_summary=False,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            **more,
+        )
+    except MisconfigurationException as error:
+        raise LmdError(
+            f"no {run.devices} × {run.accelerator} here ({str(error).partition('.')[0]})",
+            "devices that this machine has",
+            "Change --accelerator or --devices.",
+        ) from error
 
 
 def choose_strategy(run: RunOptions, n_processes: int) -> Any:

@@ -84,7 +84,8 @@ def open_start(folder: Path | str, sizes: Preset, seed: int) -> tuple[LiveModel,
     """
     path = Path(folder) / "base.safetensors"
     if path.is_file() and read_header(path).config == sizes:
-        about = f"the shipped base, {read_header(path).notes['steps']} steps"
+        steps = read_header(path).notes.get("steps")  # converted or interpolated weights have none
+        about = f"the shipped base, {steps} steps" if steps else "a base that was not trained here"
         return open_context_door(load_model(path)), about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
