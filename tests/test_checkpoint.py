@@ -11,7 +11,6 @@ from safetensors.torch import save, save_file
 
 from lmd.checkpoint import (
     build_model,
-    encoder_digest,
     load_bundle,
     load_codec,
     load_model,
