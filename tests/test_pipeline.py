@@ -18,7 +18,7 @@ from jupyter_client.session import Session
 
 from lmd.__main__ import main
 from lmd.errors import LmdError
-from lmd.pipeline.inputs import input_key
+from lmd.pipeline.inputs import data_key, input_key
 from lmd.pipeline.kernel import PatientChannel
 from lmd.pipeline.notebook import max_silence_s
 from lmd.pipeline.plan import RunOptions, plan
@@ -215,6 +215,24 @@ def test_a_failed_notebook_does_not_go_on_with_what_other_data_left(project: Run
     assert [found_its_own(), found_its_own()] == ["False", "True"]
     (root / "music/a.wav").write_text("another")
     assert [found_its_own(), found_its_own()] == ["False", "True"]
+
+
+def test_weights_that_a_notebook_is_to_play_are_among_its_inputs(project: RunOptions) -> None:
+    parameters = f'{PARAMETERS}\nsource = "../mine:finetuned"\nprompt = "a text: with a colon"'
+    write_notebook(project, "02_second", WRITE, parameters=parameters)
+    (task,) = plan(project)
+
+    def key() -> str:
+        return data_key(task, project.folder, project.weights)
+
+    keys = [key()]
+    weights = project.notebooks.parent / "mine" / "finetuned.safetensors"
+    weights.parent.mkdir()
+    for text in ("some", "others"):
+        weights.write_text(text)
+        keys.append(key())
+    assert len(set(keys)) == 3
+    assert key() == keys[-1]
 
 
 def test_a_finished_notebook_runs_again_with_other_versions(

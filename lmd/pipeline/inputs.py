@@ -38,6 +38,8 @@ def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
 def data_key(task: Task, run: Path, weights: Path) -> str:
     """A digest of the files and folders that parameters name, outside the run and the weights.
 
+    A folder of weights may be named as FOLDER:KIND.
+
     Music may be gigabytes, so names, sizes and times of change stand for contents. A notebook may
     write there as well (01_data_prep does), so take the digest when it has ended.
 
@@ -49,16 +51,24 @@ def data_key(task: Task, run: Path, weights: Path) -> str:
     for name, value in sorted((parameters_of(task.source) | task.parameters).items()):
         if name in NO_INPUTS or not isinstance(value, str) or not value:
             continue
-        place = os.path.join(task.source.parent, value)
-        if not os.path.exists(place):  # a text, or nothing there yet
+        place = _named(task.source.parent, value)
+        if place is None:
             continue
-        resolved = Path(place).resolve()
+        resolved = place.resolve()
         if any(resolved.is_relative_to(known.resolve()) for known in (run, weights)):
             continue
         for path in _files(resolved):
             about = path.stat()
             digest.update(f"{name} {path} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _named(folder: Path, value: str) -> Path | None:
+    """What a parameter names, seen from a folder; None: it is a text, or nothing is there yet."""
+    for name in (value, value.rpartition(":")[0]):
+        if name and os.path.exists(place := os.path.join(folder, name)):
+            return Path(place)
+    return None
 
 
 def _files(place: Path) -> Iterator[Path]:
