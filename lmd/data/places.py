@@ -14,7 +14,9 @@ def check_folder_free(folder: Path) -> None:
     """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise LmdError(f"{there}, which is no folder", "a folder", "Choose another place.")
+        raise LmdError(
+            f"{there}, which is no folder: it is a file", "a folder", "Choose another place."
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise LmdError(
             f"a folder {there} that may not be written", "one that may", "Choose another place."

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lmd.pipeline.notebook import parameters_of
+from lmd.pipeline.notebook import OUTPUT, parameters_of
 from lmd.pipeline.plan import PACKAGE, Task
 from lmd.pipeline.report import versions
 
 SOURCES = ("*.py", "*.cpp", "*.js", "*.css")  # what of the package can change a result
-NO_INPUTS = ("output_dir", "cache")  # where it writes; what can be made again
+NO_INPUTS = (OUTPUT, "cache")  # where it writes; what can be made again
 
 
 def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:

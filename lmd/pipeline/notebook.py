@@ -34,7 +34,8 @@ from lmd.errors import LmdError
 from lmd.pipeline.kernel import KernelClient
 from lmd.pipeline.progress import CellCount, Lines, Log, Ticker
 
-REQUIRED = ("output_dir", "seed", "preset")
+OUTPUT = "output_dir"  # the parameter that a run sets
+REQUIRED = (OUTPUT, "seed", "preset")
 BAR = "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
 KERNEL_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",

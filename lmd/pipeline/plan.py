@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lmd.errors import LmdError
-from lmd.pipeline.notebook import check_parameters, parameters_of
+from lmd.pipeline.notebook import OUTPUT, check_parameters, parameters_of
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
-OUTPUT = "output_dir"  # the parameter that the run sets
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ class LiveEngine:
         self.sink.write(samples)
         try:
             self._recorder.write(samples)
-        except (OSError, RuntimeError, LmdError) as error:  # a full disk; libsndfile's are Runtime-
+        except (OSError, RuntimeError, LmdError) as error:  # libsndfile's are RuntimeErrors
             with contextlib.suppress(OSError, RuntimeError):
                 self._recorder.stop()
             self._trouble("recording", f"The recording ended: {error}")

@@ -2,9 +2,9 @@
 
 import argparse
 import math
-from pathlib import Path
 from typing import NamedTuple
 
+from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
 
 
@@ -45,22 +45,11 @@ def check_words(args: argparse.Namespace) -> None:
     Words that are no numbers in a command (`--steps 8,4,2`, `--noise uniform`) are not looked at.
 
     Raises:
-        LmdError: names the option, and what it may be.
+        LmdError: names the option, and what it may be; see `check_folder_free`.
     """
     for name, limits in LIMITS.items():
         value = getattr(args, name, None)
         if isinstance(value, int | float) and not limits.hold(value):
             flag = f"--{name.replace('_', '-')}"
             raise LmdError(f"{flag} {value:g}", limits.told, "Correct the number.")
-    check_folder(args.out)
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a path that cannot become a folder.
-
-    Raises:
-        LmdError: it is a file, or lies below one.
-    """
-    there = next((path for path in (out, *out.parents) if path.exists()), None)
-    if there is not None and not there.is_dir():
-        raise LmdError(f"--out {out}, where {there} is a file", "a folder", "Name another --out.")
+    check_folder_free(args.out)
