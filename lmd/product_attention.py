@@ -1,12 +1,18 @@
 """Attention as matrix products with a backward pass of its own, for half precision on the CPU.
 
 Processors with matrix instructions carry these products out several times faster than the library's
-fused kernel does backwards. A module of its own, because what a compiler has to leave alone imports
-that compiler.
+fused kernel does backwards. Where queries see the same keys in groups, as the blocks of a packed
+training window do, each group's products are of what it sees alone: two thirds of the pairs of
+such a window are hidden.
+
+A module of its own, because what a compiler has to leave alone imports that compiler.
 """
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,8 +21,63 @@ from torch.autograd.function import once_differentiable
 from lmd.shapes import Heads, SeenHeads, Visibility
 
 CHUNK_SCORES = 1 << 21  # attention scores computed at once: what a core's cache still holds
+LEAST_QUERIES = 24  # of a group: products of fewer rows cost more than hidden pairs do
 
 Matrices = Float[Tensor, "batch_head _ _"]
+GroupHeads = Float[Tensor, "batch head_group _ head_dim"]  # of a part: groups like further heads
+Run = tuple[int, int]  # neighbouring tokens: first, one behind the last
+Groups = tuple[tuple[Run, ...], ...]  # each as runs; all of one size
+
+
+class Part(NamedTuple):
+    """Groups of equally many queries and keys, whose products are computed together.
+
+    Attributes:
+        queries: of each group; every query is in one group of one part.
+        keys: of each group, those that its queries see.
+        visible: where a (single) group's queries do not see all of its keys: who sees whom.
+    """
+
+    queries: Groups
+    keys: Groups
+    visible: Visibility | None
+
+
+def parts_of(visible: Visibility) -> tuple[Part, ...]:
+    """Take a mask apart; groups that have no like and small ones are left together, as one."""
+    bits = np.packbits(visible.numpy())
+    return _parts(visible.shape[0], visible.shape[1], bits.tobytes())
+
+
+@lru_cache(maxsize=64)  # a training's windows are of a few kinds
+def _parts(n_queries: int, n_keys: int, bits: bytes) -> tuple[Part, ...]:
+    flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=n_queries * n_keys)
+    visible = flat.reshape(n_queries, n_keys).astype(bool)
+    same: dict[bytes, list[int]] = {}
+    for query, row in enumerate(visible):
+        same.setdefault(row.tobytes(), []).append(query)
+    sizes: dict[tuple[int, int], list[list[int]]] = {}
+    for queries in same.values():
+        sizes.setdefault((len(queries), int(visible[queries[0]].sum())), []).append(queries)
+    parts, left = [], np.zeros(n_queries, bool)
+    for (n, _), groups in sizes.items():
+        if len(groups) > 1 and n >= LEAST_QUERIES:
+            keys = tuple(_runs(np.flatnonzero(visible[queries[0]])) for queries in groups)
+            parts.append(Part(tuple(_runs(queries) for queries in groups), keys, None))
+        else:
+            left[[query for queries in groups for query in queries]] = True
+    if left.any():
+        seen = visible[left].any(axis=0)
+        mask = torch.from_numpy(visible[left][:, seen])
+        queries, keys = (_runs(np.flatnonzero(some)) for some in (left, seen))
+        parts.append(Part((queries,), (keys,), None if mask.all() else mask))
+    return tuple(parts)
+
+
+def _runs(tokens: Sequence[int] | np.ndarray) -> tuple[Run, ...]:
+    """Ascending tokens as runs of neighbours."""
+    pieces = np.split(np.asarray(tokens), np.flatnonzero(np.diff(tokens) != 1) + 1)
+    return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)
 
 
 class _AttendByProducts(torch.autograd.Function):
@@ -55,10 +116,82 @@ class _AttendByProducts(torch.autograd.Function):
         return to_q.mul_(ctx.scale), to_k.mul_(ctx.scale), to_v, None
 
 
+class _Take(torch.autograd.Function):
+    """The tokens of every part's groups, side by side; a token may be in several."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: Sequence[Groups]) -> tuple[Tensor, ...]:
+        ctx.parts, ctx.like = parts, (x.shape, x.dtype)
+        return tuple(_gather(x, groups) for groups in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        shape, dtype = ctx.like
+        total = torch.zeros(shape)  # in full precision: many may be added
+        for groups, gradient in zip(ctx.parts, gradients, strict=True):
+            for tokens, group, place in _places(total, groups):
+                tokens.add_(_by_group(gradient, groups)[:, :, group, place])
+        return total.to(dtype), None
+
+
+class _Place(torch.autograd.Function):
+    """The way back: what was found for every part's queries, in their order."""
+
+    @staticmethod
+    def forward(ctx: Any, n_tokens: int, parts: Sequence[Groups], *found: Tensor) -> Tensor:
+        ctx.parts, n_heads = parts, found[0].shape[1] // len(parts[0])
+        out = found[0].new_empty(len(found[0]), n_heads, n_tokens, found[0].shape[-1])
+        for groups, values in zip(parts, found, strict=True):
+            for tokens, group, place in _places(out, groups):
+                tokens.copy_(_by_group(values, groups)[:, :, group, place])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(_gather(gradient, groups) for groups in ctx.parts)
+
+
 @torch.compiler.disable
 def attend_by_products(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility | None) -> Heads:
-    """`lmd.operations.attend`, for training in half precision on the CPU."""
-    return _AttendByProducts.apply(q, k, v, visible)
+    """`lmd.operations.attend`, for training in half precision on the CPU.
+
+    Every query has to see some key.
+    """
+    parts = () if visible is None else parts_of(visible)
+    if len(parts) < 2:
+        return _AttendByProducts.apply(q, k, v, visible)
+    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
+    taken = (_Take.apply(q, queries), _Take.apply(k, keys), _Take.apply(v, keys))
+    found = [
+        _AttendByProducts.apply(*qkv, part.visible)
+        for part, *qkv in zip(parts, *taken, strict=True)
+    ]
+    return _Place.apply(q.shape[2], queries, *found)
+
+
+def _gather(x: Heads, groups: Groups) -> GroupHeads:
+    """The tokens of each group."""
+    n_tokens = sum(end - begin for begin, end in groups[0])
+    found = x.new_empty(*x.shape[:2], len(groups), n_tokens, x.shape[-1])
+    for tokens, group, place in _places(x, groups):
+        found[:, :, group, place] = tokens
+    return found.flatten(1, 2)
+
+
+def _by_group(x: GroupHeads, groups: Groups) -> Tensor:
+    """`[batch, head, group, token, head_dim]`, without a copy."""
+    return x.unflatten(1, (-1, len(groups)))
+
+
+def _places(x: Heads, groups: Groups) -> Iterator[tuple[Tensor, int, slice]]:
+    """Of every run: its tokens in `x`, its group, and where in the group they stand."""
+    for group, runs in enumerate(groups):
+        at = 0
+        for begin, end in runs:
+            yield x[:, :, begin:end], group, slice(at, at + end - begin)
+            at += end - begin
 
 
 def _chunks(scores: Tensor) -> list[slice]:

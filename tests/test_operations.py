@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lmd.dit import RotaryEmbedding
 from lmd.errors import LmdError
 from lmd.machine import check_compiler
 from lmd.operations import Rotation, attend, gated, rotate
-from lmd.product_attention import CHUNK_SCORES
+from lmd.product_attention import CHUNK_SCORES, parts_of
+from lmd.training.finetune import pack_blocks, pack_copies
 
 
 def gradients(work, *inputs):
@@ -82,6 +84,57 @@ def test_half_precision_attention_learns_what_exact_attention_does(masked, batch
     for one, other in zip(found, exact, strict=True):
         distance = (one.double() - other).norm() / other.norm()
         assert distance < 0.02  # bfloat16 keeps 8 bits; measured 0.003 to 0.006
+
+
+def windows() -> dict[str, Tensor]:
+    """Who sees whom in packed training windows, all tokens and those that the last block reads."""
+    causal, copies = pack_blocks(3, 48, 96), pack_copies(4, 24, 48)
+    short = pack_blocks(4, 12, 48)  # groups too small to be worth it
+    return {
+        "causal": causal.visible,
+        "causal, read": causal.visible[causal.n_clean : -3],
+        "copies": copies.visible,
+        "short": short.visible,
+    }
+
+
+def tokens_of(runs) -> Tensor:
+    return torch.tensor([token for run in runs for token in range(*run)])
+
+
+@pytest.mark.parametrize("name", windows())
+def test_parts_of_a_mask_are_the_mask(name):
+    """Every query in one group; what a group has is what is visible; where it can, nothing else."""
+    visible = windows()[name]
+    found, n_computed = torch.zeros(visible.shape, dtype=torch.int), 0
+    for part in parts_of(visible):
+        for group in zip(part.queries, part.keys, strict=True):
+            queries, keys = (tokens_of(runs) for runs in group)
+            seen = torch.ones(len(queries), len(keys), dtype=torch.int)
+            if part.visible is not None:
+                seen = part.visible.int()
+            found[queries[:, None], keys] += seen
+            n_computed += seen.numel()
+    assert torch.equal(found, visible.int())
+    # hidden pairs are left, if any, among the clean blocks that see different numbers of blocks
+    share = n_computed / visible.sum().item()
+    assert share == 1 if name in ("causal, read", "copies") else share > 1
+    assert n_computed < visible.numel() or name == "short"
+
+
+@pytest.mark.parametrize("name", windows())
+@pytest.mark.parametrize("batch", [2, 40])  # one chunk, several
+def test_half_precision_attention_in_groups_learns_what_exact_attention_does(name, batch):
+    visible = windows()[name]
+    shapes = [(batch, 2, n, 8) for n in (visible.shape[0], visible.shape[1], visible.shape[1])]
+    qkv = [numbers(*s, seed=i, dtype=torch.bfloat16) for i, s in enumerate(shapes)]
+    found = gradients(lambda *x: attend(*x, visible), *qkv)
+    exact = gradients(
+        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=visible), *[x.double() for x in qkv]
+    )
+    for one, other in zip(found, exact, strict=True):
+        distance = (one.double() - other).norm() / other.norm()
+        assert distance < 0.02  # as above
 
 
 def test_full_precision_attention_is_the_librarys():

@@ -135,6 +135,14 @@ def pack_copies(n_targets: int, block_frames: int, context_frames: int) -> Packi
     return Packing(context_frames, (context_frames,) * n_targets, context_frames, visible)
 
 
+def packing_of(plan: StepPlan) -> Packing | None:
+    """How a step's window is packed; None where it is not: the base's, the `full` regime's."""
+    if plan.regime in (None, "full"):
+        return None
+    pack = pack_blocks if plan.regime == "block-causal" else pack_copies
+    return pack(plan.n_targets, plan.block_frames, plan.context_frames)
+
+
 def packed_velocity(
     model: LiveModel,
     clean: Latents,

@@ -44,9 +44,8 @@ from lmd.training.finetune import (
     drop_text,
     flow_loss,
     outpaint_loss,
-    pack_blocks,
-    pack_copies,
     packed_loss,
+    packing_of,
 )
 from lmd.training.read_ahead import read_ahead
 from lmd.training.sharding import shard
@@ -194,10 +193,9 @@ def stage_loss(
         return flow_loss(model, clean, noise, t[:, 0], condition)
     s, o = plan.context_frames, plan.block_frames
     clean = drop_context(clean, options.finetune, rows, o, s)
-    if plan.regime == "full":
+    packing = packing_of(plan)
+    if packing is None:
         return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
-    pack = pack_blocks if plan.regime == "block-causal" else pack_copies
-    packing = pack(plan.n_targets, o, s)
     return packed_loss(model, clean, noise, t, condition, packing).mean(dim=1)
 
 

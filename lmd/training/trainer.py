@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from lmd.config import DiTConfig, Preset
 from lmd.errors import LmdError
 from lmd.machine import describe_machine, memory_gb
 from lmd.training.curriculum import StepPlan
+from lmd.training.finetune import packing_of
 from lmd.training.lora import merged_state
 from lmd.training.module import LiveTraining
 from lmd.training.sharding import Sharding
@@ -92,23 +94,25 @@ def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
     return "bf16" if half >= BF16_GAIN * single else "32"
 
 
+@lru_cache(maxsize=64)  # a training's plans are of a few kinds
 def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int) -> float:
     """Floating-point operations of a training step: three times its forward products.
 
-    Counts the linear layers over frames and global tokens, attention scores and values over all
-    pairs of the pass, cross-attention's queries and outputs; leaves out text, norms and activation.
-    In the last block, clean frames and global tokens have but queries, keys and values.
+    Counts the linear layers over frames and global tokens, attention scores and values of the pairs
+    that see each other, cross-attention's queries and outputs; leaves out text, norms and
+    activation. In the last block, clean frames and global tokens have but queries, keys and values.
     """
-    d, noised, clean = config.width, plan.n_frames, 0
-    if plan.regime in ("block-causal", "enc-dec"):
-        noised, clean = plan.n_targets * plan.block_frames, plan.context_frames
-    if plan.regime == "block-causal":
-        clean += (plan.n_targets - 1) * plan.block_frames
-    tokens = clean + noised + plan.n_targets
-    unread = tokens - noised if clean else 0
+    d, packing = config.width, packing_of(plan)
+    tokens = read = plan.n_frames + 1
+    pairs = pairs_read = tokens * tokens
+    if packing is not None:
+        noised = slice(packing.n_clean, len(packing.visible) - plan.n_targets)
+        tokens, read = len(packing.visible), noised.stop - noised.start
+        pairs, pairs_read = int(packing.visible.sum()), int(packing.visible[noised].sum())
     behind_attention = 1 + 2 + 3 * config.ff_mult  # matrices of d × d: to_out, cross-attention, ff
-    linear = (tokens * config.depth * (3 + behind_attention) - unread * behind_attention) * d * d
-    attention = (tokens * config.depth - unread) * tokens * 2 * d
+    n_behind = tokens * (config.depth - 1) + read
+    linear = (tokens * config.depth * 3 + n_behind * behind_attention) * d * d
+    attention = (pairs * (config.depth - 1) + pairs_read) * 2 * d
     return 3 * 2 * n_rows * (linear + attention)
 
 
@@ -133,15 +137,17 @@ class Throughput(Callback):
         if (index + 1) % o.accumulate:
             return
         plan, rows = o.plan(batch["rows"].step), batch["rows"]
-        flops = step_flops(module.preset.dit, plan, rows.n_global)
         done, took = trainer.global_step - self.first, now - self.last
         left = (o.n_steps - trainer.global_step) * (now - self.since) / max(1, done)
         self.last = now
-        used = flops / took / self.rate / trainer.world_size
+        used = {}
+        if o.stage != "distill":  # whose teacher would not be counted
+            flops = step_flops(module.preset.dit, plan, rows.n_global)
+            used = {"mfu": flops / took / self.rate / trainer.world_size}
         module.log_dict(
             {
                 "frames/s": plan.taught_frames * rows.n_global / took,
-                **({} if o.stage == "distill" else {"mfu": used}),  # its teacher is not counted
+                **used,
                 "GB": memory_gb(module.device),
                 "ETA min": left / 60,
             },
