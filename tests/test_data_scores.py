@@ -1,12 +1,13 @@
 """Scores: parsed into note tables, rejected with reasons, split by piece."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from music21 import note, stream, tie
 
-from lmd.data.about import BEGIN, END, counts_table
+from lmd.data.about import BEGIN, END, counts_table, held_out_like
 from lmd.data.analysis import find_key, onset_density
 from lmd.data.scores import (
     COLLECTIONS,
@@ -15,9 +16,12 @@ from lmd.data.scores import (
     Shelf,
     cached_piece,
     corpus_files,
+    load_scores,
     parse_piece,
 )
+from lmd.data.tunes import TRAINED_ON, VERSION, figures, nearest, shared
 from lmd.errors import LmdError
+from lmd.rng import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,46 @@ def test_pieces_that_begin_with_the_same_tune_are_in_the_same_split() -> None:
     assert a.split == b.split
 
 
+def noted(name: str, *voices: list[int]) -> Piece:
+    """A piece of these pitches, a quarter note each."""
+    notes = [
+        (float(onset), 1.0, pitch, voice, 0)
+        for voice, pitches in enumerate(voices)
+        for onset, pitch in enumerate(pitches)
+    ]
+    return Piece(name, "x", name, ("v",) * len(voices), "4/4", (0.0,), tuple(sorted(notes)))
+
+
+def test_a_version_is_known_behind_an_upbeat_in_another_voice_key_and_rhythm() -> None:
+    g = np.random.default_rng(0)
+    tune, bass, other = (60 + g.integers(-9, 10, 60).cumsum() for _ in range(3))
+    piece = figures(noted("x/a", tune.tolist(), bass.tolist()).table)
+    held = np.repeat(tune + 5, 2)  # every note twice, a fourth higher
+    version = noted("x/b", other.tolist(), [40, 43, *held.tolist()])
+    assert shared(figures(version.table), piece) > 0.9
+    assert shared(figures(noted("x/c", other.tolist()).table), piece) == 0
+    part = noted("x/d", [*tune[:20].tolist(), *other.tolist()])
+    assert 0.1 < shared(figures(part.table), piece) < VERSION
+    assert shared(figures(noted("x/e", tune[:17].tolist()).table), []) == 0
+
+
+def test_held_out_pieces_have_no_version_that_is_trained_on(cache: Path) -> None:
+    """Some that the draw would hold out; `python -m lmd.data.about` compares all pieces."""
+    versions = {"69.6-a": "12.7", "248.35-3": "248.35-3c", "288": "289", "11.6": "43.11"}
+    names = [f"bach/bwv{number}" for pair in versions.items() for number in pair]
+    pieces = {piece.piece_id: piece for piece in Shelf(("bach",), cache).pieces(names)}
+    for piece in pieces.values():
+        assert piece.split == "train", piece.piece_id
+    for held, trained in ((f"bach/bwv{a}", f"bach/bwv{b}") for a, b in versions.items()):
+        assert derive_seed(0, "split", pieces[held].group) % 16 < 2, held
+        found = {name: figures(pieces[name].table) for name in (held, trained)}
+        assert nearest([held], [trained], found)[held][0] >= VERSION
+    unlisted = [replace(piece, piece_id=f"y/{name}") for name, piece in pieces.items()]
+    with pytest.raises(LmdError, match=r"y/bach/bwv69\.6-a \(y/bach/bwv12\.7\)"):
+        held_out_like(unlisted)
+    assert {name for name, _ in corpus_files(("bach",))} >= TRAINED_ON
+
+
 def test_files_that_reserve_all_rights_are_left_out(cache: Path) -> None:
     shelf = Shelf(("monteverdi",), cache)
     wanted = [name for name in shelf.ids if "madrigal.5.2" in name]
@@ -140,7 +184,8 @@ def readme_counts() -> dict[str, list[int]]:
 
 
 def counts_of(table: str) -> dict[str, list[int]]:
-    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines()]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     return {row[0]: [int(cell.replace(",", "")) for cell in row[1:]] for row in rows[2:]}
 
 
@@ -157,6 +202,7 @@ def test_the_readme_counts_every_score_there_is() -> None:
 def test_the_readme_table_is_what_the_scores_give(cache: Path) -> None:
     """For the small collections: all scores together take minutes to parse."""
     small = ("ciconia", "corelli", "cpebach", "luca", "lusitano", "monteverdi", "schumann_robert")
-    found, stated = counts_of(counts_table(cache, 2, small)), readme_counts()
+    table = counts_table(*load_scores(small, cache, 2), small)
+    found, stated = counts_of(table), readme_counts()
     assert found.pop("all")[0] == sum(found[name][0] for name in small)
     assert found == {name: stated[name] for name in small}
