@@ -222,12 +222,13 @@ def test_dropped_items_get_zeroed_tokens_and_the_others_keep_theirs():
     assert torch.equal(condition.global_cond, null.global_cond)
 
 
-def with_last_calls_of(
+def with_learning_calls_of(
     moved: LiveModel, model: LiveModel, question: Asked, recorded: Tensor, plan: RolloutPlan
 ) -> Tensor:
-    """The blocks of a rollout whose last calls, and the text that they read, have other weights.
+    """The blocks of a rollout whose learning calls, with the text they read, have other weights.
 
-    Contexts, their keys and all earlier calls, with the text that those read, are `model`'s.
+    Contexts, their keys and all other calls, with the text that those read, are `model`'s. A block
+    that is played out moves by as much as the clean block that its learning call names.
     """
     times, blocks = schedule(plan.n_steps), []
     still, other = (question.for_model(net, 2.0) for net in (model, moved))
@@ -235,41 +236,62 @@ def with_last_calls_of(
     for index, n_calls in enumerate(plan.n_calls):
         window = recorded[..., index * BLOCK : index * BLOCK + CONTEXT]
         session = LiveDenoiser(model).open_block(window, still, plan.block, memory)
-        n_left = n_calls
+        n_left, named_apart = n_calls, torch.zeros(())
 
         def velocities(noisy, t, session=session):
-            nonlocal n_left
-            last = copy.copy(session)
-            last.dit, last.condition = moved.dit, other
-            last.memory = replace(session.memory, text=text)
+            nonlocal n_left, named_apart
+            other_session = copy.copy(session)
+            other_session.dit, other_session.condition = moved.dit, other
+            other_session.memory = replace(session.memory, text=text)
             velocity = session(noisy, t)
             n_left -= 1
-            return Guidance(velocity if n_left else last(noisy, t))
+            if n_left:
+                return Guidance(velocity)
+            if plan.plays_out:
+                named_apart = t * (velocity - other_session(noisy, t))
+                return Guidance(velocity)
+            return Guidance(other_session(noisy, t))
 
-        blocks.append(
-            sample(
-                plan.sampler,
-                velocities,
-                plan.noise(4, "noise", index),
-                (*times[:n_calls], 0.0),
-                1.0,
-                lambda step, index=index: plan.noise(4, "renoise", index, step),
-            )
+        block = sample(
+            plan.sampler,
+            velocities,
+            plan.noise(4, "noise", index),
+            times if plan.plays_out else (*times[:n_calls], 0.0),
+            1.0,
+            lambda step, index=index: plan.noise(4, "renoise", index, step),
         )
+        blocks.append(block + named_apart)
         memory = session.memory
     return torch.cat(blocks, dim=-1)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_gradient_is_that_of_moving_the_last_calls_alone(regime, sampler):
+def test_blocks_that_are_played_out_are_what_plays_whichever_call_learns(regime, sampler):
+    condition = asked().for_model(random_model(), 2.0)
+
+    def blocks(n_calls: tuple[int, ...], plays_out: bool) -> Tensor:
+        plan = RolloutPlan(BlockPlan(regime, BLOCK), 4, n_calls, (5, 6), sampler, plays_out)
+        denoiser = LiveDenoiser(random_model())
+        return rollout(denoiser, context_of(), condition, plan, with_grad=True)
+
+    as_played = blocks((4, 4, 4), False)
+    assert torch.equal(blocks((3, 1, 4), True), as_played)
+    assert not torch.allclose(blocks((3, 1, 4), False), as_played, atol=1e-3)
+
+
+@pytest.mark.parametrize("plays_out", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_gradient_is_that_of_moving_the_learning_calls_alone(regime, sampler, plays_out):
     """Finite differences in all weights, those of the shared text among them.
 
-    Whatever else a weight moves, contexts, their keys, earlier calls of the block and a sampler's
+    Whatever else a weight moves, contexts, their keys, other calls of the block and a sampler's
     memory of them, is held still, and is not in the gradient.
     """
     model, question = random_model(), asked(2, dropped=(1,))
-    plan = RolloutPlan(BlockPlan(regime, BLOCK), 4, (3, 1, 1, 4, 2), (5, 6), sampler)
+    block_plan, calls = BlockPlan(regime, BLOCK), (3, 1, 1, 4, 2)
+    plan = RolloutPlan(block_plan, 4, calls, (5, 6), sampler, plays_out)
     probe = torch.randn(2, 4, 5 * BLOCK, generator=draws(9))
 
     def played_by(net: LiveModel) -> Tensor:
@@ -299,9 +321,9 @@ def test_gradient_is_that_of_moving_the_last_calls_alone(regime, sampler):
         return ((ends[0] - ends[1]) / 2e-3).item()
 
     kept, model = out.detach(), model.requires_grad_(False)
-    replayed = with_last_calls_of(model, model, question, kept, plan)
+    replayed = with_learning_calls_of(model, model, question, kept, plan)
     torch.testing.assert_close(replayed, kept[..., CONTEXT:])
-    alone = measured(lambda net: with_last_calls_of(net, model, question, kept, plan))
+    alone = measured(lambda net: with_learning_calls_of(net, model, question, kept, plan))
     everything = measured(lambda net: played_by(net)[..., CONTEXT:])
     # measured: 3e-4 at most; of a rollout by moved weights alone, 0.4 to 3.3 times the slope
     assert alone == pytest.approx(slope, rel=2e-3)

@@ -3,10 +3,11 @@
 The model continues real context for several blocks, exactly as it plays. A discriminator, grown
 from the bidirectional base, compares the whole continuation with real music (relativistic pair
 loss) and real music under the right prompt with the same under a wrong one (contrastive loss).
-Each block carries gradient through one network call, the last one made.
+Each block carries gradient through one network call.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; Self Forcing
-(arXiv 2506.08009); ARC (arXiv 2505.08175); approximate R1/R2 (arXiv 2501.08316).
+(arXiv 2506.08009); ARC (arXiv 2505.08175); approximate R1/R2 (arXiv 2501.08316);
+straight-through gradients (arXiv 1308.3432).
 Taught in notebook 03_arc_forcing.
 """
 
@@ -24,10 +25,10 @@ from lmd.arc.discriminator import Discriminator, Scores
 from lmd.cache import Memory
 from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
-from lmd.flow import Guidance, SamplerName, noised, sample, schedule
+from lmd.flow import Guidance, SamplerName, clean_of, noised, sample, schedule
 from lmd.outpaint import BlockPlan, BlockSession, Denoiser
 from lmd.rng import normal
-from lmd.shapes import Latents, NoiseLevel, Tokens
+from lmd.shapes import BlockLatents, Latents, NoiseLevel, Tokens
 
 Rolled = Float[Tensor, "batch latent context_and_rollout"]
 
@@ -39,10 +40,13 @@ class RolloutPlan:
     Attributes:
         block: regime and block length.
         n_steps: length of the noise schedule that is walked.
-        n_calls: per block, how many calls are made, 1 ... n_steps; the last one jumps to clean.
+        n_calls: per block, which call learns, 1 ... n_steps.
         seeds: one per item, of its noise; block and step numbers do the rest. Item i hears the
             noise that a stream of its own with seed `seeds[i]` would.
         sampler: how a block is walked; without guidance.
+        plays_out: whether blocks are walked to their end. If not, the call that learns is a block's
+            last and jumps to clean, as in arXiv 2605.22717; many blocks then end after fewer calls
+            than anybody plays with.
     """
 
     block: BlockPlan
@@ -50,6 +54,7 @@ class RolloutPlan:
     n_calls: tuple[int, ...]
     seeds: tuple[int, ...]
     sampler: SamplerName = "pingpong"
+    plays_out: bool = False
 
     def __post_init__(self) -> None:
         if not self.n_calls or not all(1 <= n <= self.n_steps for n in self.n_calls):
@@ -66,7 +71,7 @@ class RolloutPlan:
 
 
 def draw_calls(n_blocks: int, n_steps: int, generator: torch.Generator) -> tuple[int, ...]:
-    """For every block the call that learns, uniform over all that are played: 1 ... n_steps."""
+    """For every block the call that learns, uniform over all of a schedule: 1 ... n_steps."""
     return tuple((torch.randint(n_steps, (n_blocks,), generator=generator) + 1).tolist())
 
 
@@ -81,16 +86,18 @@ def rollout(
 ) -> Rolled:
     """Continue `context` for several blocks as the streamer plays them.
 
-    With all steps in every block it gives what `Streamer.step` gives, bit for bit. A block that
-    ends after call k walks `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are
-    detached; within a block only the last call builds a graph.
+    Blocks of all steps are what `Streamer.step` gives, bit for bit; a block that ends after call k
+    walks `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are detached; within a
+    block only the call that learns builds a graph. Where blocks are played out and it is not the
+    last, the block's gradient is taken to be that of the clean block which this call names
+    (straight through): after distillation, all calls of a block name nearly the same one.
 
     Args:
         denoiser: what plays.
         context: clean latents, `[batch, latent, context frame]`.
         condition: one for the whole rollout.
         plan: blocks, calls, noise.
-        with_grad: whether the last call of every block builds a graph.
+        with_grad: whether the call of every block that learns builds a graph.
         memory: text keys to share (they may carry gradient), or None.
 
     Returns:
@@ -105,31 +112,44 @@ def rollout(
         def draw(step: int, index: int = index) -> Latents:
             return plan.noise(latent_dim, "renoise", index, step).to(context)
 
+        calls = OneLearns(session, n_calls, with_grad)
         block = sample(
             plan.sampler,
-            LastCallOnly(session, n_calls, with_grad),
+            calls,
             plan.noise(latent_dim, "noise", index).to(context),
-            (*times[:n_calls], 0.0),
+            times if plan.plays_out else (*times[:n_calls], 0.0),
             1.0,
             draw,
         )
+        if plan.plays_out:
+            block = block.detach() + (calls.clean - calls.clean.detach())
         memory = session.memory
         pieces.append(block)
         window = torch.cat([window, block.detach()], dim=-1)[..., plan.block.block_frames :]
     return torch.cat(pieces, dim=-1)
 
 
-class LastCallOnly:
-    """A session as the sampler calls it, with gradient in the last of `n_calls` calls alone."""
+class OneLearns:
+    """A session as the sampler calls it, with gradient in call number `learns` (from 1) alone.
 
-    def __init__(self, session: BlockSession, n_calls: int, with_grad: bool) -> None:
-        self.session, self.n_left, self.with_grad = session, n_calls, with_grad
+    Attributes:
+        clean: the clean block that this call named.
+    """
+
+    clean: BlockLatents
+
+    def __init__(self, session: BlockSession, learns: int, with_grad: bool) -> None:
+        self.session, self.learns, self.with_grad, self.n_made = session, learns, with_grad, 0
 
     def __call__(self, noisy: Latents, t: float) -> Guidance:
-        """Velocity of the block; the graph is built in the last call."""
-        self.n_left -= 1
-        with torch.set_grad_enabled(self.with_grad and self.n_left == 0):
-            return Guidance(self.session(noisy, t))
+        """Velocity of the block; the graph is built in the call that learns."""
+        self.n_made += 1
+        learns = self.n_made == self.learns
+        with torch.set_grad_enabled(self.with_grad and learns):
+            velocity = self.session(noisy, t)
+        if learns:
+            self.clean = clean_of(noisy, velocity, t)
+        return Guidance(velocity)
 
 
 def text_memory(model: LiveModel, condition: Condition) -> Memory:

@@ -205,13 +205,15 @@ class ArcTraining(L.LightningModule):
             if self.n_winning.item() == self.run.winning_updates:
                 warn_of_winning(self.run)
         self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
-        n_frames = plan.n_frames - self.run.arc.context_frames
+        options = self.run.arc
+        n_frames = plan.n_frames - options.context_frames
+        full = plan.n_steps * len(plan.n_calls)
         costs = {
             "real score": mean["real"],
             "fake score": mean["fake"],
             "is_generator": float(who == "generator"),
             "rollout_frames": float(n_frames),
-            "calls": float(sum(plan.n_calls)),
+            "calls": float(full if options.plays_out else sum(plan.n_calls)),
             "update_s": took_s,
             "memory_gb": memory_gb(self.device),
         }

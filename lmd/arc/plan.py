@@ -44,6 +44,7 @@ class ArcOptions:
     n_blocks: tuple[tuple[int, float], ...] = ((8, 1.0),)  # of a rollout
     n_steps: tuple[tuple[int, float], ...] = ((8, 0.4), (4, 0.3), (2, 0.3))
     sampler: SamplerName = "pingpong"
+    plays_out: bool = False  # see RolloutPlan; False in arXiv 2605.22717
     context_dropout_all: float = 0.25
     context_dropout_part: float = 0.1
     text_dropout: float = 0.1  # once per rollout, for player and judge alike
@@ -93,7 +94,7 @@ class UpdatePlan:
         trains: whose turn it is.
         block: regime and block length of the rollout.
         n_steps: length of the noise schedule.
-        n_calls: per block, how many calls are made.
+        n_calls: per block, which call learns.
         n_frames: context and rollout.
     """
 
@@ -162,7 +163,9 @@ def play_trial(model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: Arc
             LiveDenoiser(model),
             real[..., :s],
             condition,
-            RolloutPlan(plan.block, plan.n_steps, plan.n_calls, seeds, options.sampler),
+            RolloutPlan(
+                plan.block, plan.n_steps, plan.n_calls, seeds, options.sampler, options.plays_out
+            ),
             with_grad=plan.trains == "generator",
             memory=text_memory(model, condition),
         )

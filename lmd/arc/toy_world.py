@@ -70,6 +70,7 @@ class ToySettings:
     batch: int = 16
     n_blocks: int = 6  # of a rollout
     n_steps: int = 4  # calls per block, in training and in play
+    plays_out: bool = False  # whether blocks of a rollout are walked to their end
     lr_generator: float = 2e-4
     lr_discriminator: float = 2e-3
     contrastive: float = 1.0
@@ -89,6 +90,7 @@ class ToySettings:
             block_lengths=((BLOCK, 1.0),),
             n_blocks=((self.n_blocks, 1.0),),
             n_steps=((self.n_steps, 1.0),),
+            plays_out=self.plays_out,
             context_dropout_all=0.0,
             context_dropout_part=0.0,
             text_dropout=0.0,

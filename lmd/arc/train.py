@@ -58,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--block-frames", default="48", help="block length; several: 48,24")
     add("--steps", default="8,4,2", help="step counts that inference will use")
     add("--sampler", choices=("pingpong", "dpmpp", "euler"), default=ArcOptions.sampler)
+    add("--plays-out", action="store_true", help="blocks do not end with the call that learns")
     add("--regimes", default="block-causal,enc-dec")
     add("--lr-generator", type=float, default=ArcRun.lr_generator)
     add("--lr-discriminator", type=float, default=ArcRun.lr_discriminator)
@@ -65,6 +66,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--r1", type=float, default=0.01, help="smoothness around real music")
     add("--r2", type=float, default=0.01, help="smoothness around rollouts")
     add("--text-dropout", type=float, default=ArcOptions.text_dropout)
+    words = "share of rollouts from silence"
+    add("--from-silence", type=float, default=ArcOptions.context_dropout_all, help=words)
     add("--last-block", default=ArcOptions.last_block, help="of the base, in the discriminator")
     add("--ema", type=float, default=ArcRun.ema, help="decay of the averaged weights")
     parser.set_defaults(strategy="ddp")  # two networks in turn are not split
@@ -112,7 +115,9 @@ def arc_run(args: argparse.Namespace, sizes: Preset) -> ArcRun:
         n_blocks=numbers(args.blocks, "--blocks"),
         n_steps=numbers(args.steps, "--steps"),
         sampler=args.sampler,
+        plays_out=args.plays_out,
         text_dropout=args.text_dropout,
+        context_dropout_all=args.from_silence,
         weights=LossWeights(args.contrastive, args.r1, args.r2),
         n_warmup=args.warmup,
         last_block=args.last_block,

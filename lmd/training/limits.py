@@ -33,7 +33,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("lr", "lr_generator", "lr_discriminator", "learning_rate"), POSITIVE),
     **dict.fromkeys(("warmup", "encoder_steps", "adversarial_from", "sample_every"), NOT_NEGATIVE),
     **dict.fromkeys(("lora", "threads", "noise", "contrastive", "r1", "r2"), NOT_NEGATIVE),
-    **dict.fromkeys(("text_dropout", "short_context", "long_share"), SHARE),
+    **dict.fromkeys(("text_dropout", "from_silence", "short_context", "long_share"), SHARE),
     "frames": Limits("2 or more", 2),  # a latent's change from frame to frame is looked at
     "ema": DECAY,
 }
