@@ -408,13 +408,18 @@ def test_a_row_counts_families_and_tempi_and_leaves_out_what_is_not_a_number() -
         names_bpm=np.array([True, True, False]),
         real=said,
     )
-    reference = Reference(gaussian(embedding.reshape(-1, 2)), 24)
+    cloud, far = (gaussian(embedding.reshape(-1, 2) + shift) for shift in (0, 3))
+    reference = Reference(cloud, 24, far, 24)
     row = row_of([said, said], [truth, truth], reference)
     assert row["family"]["mean"] == pytest.approx(2 / 3)
     assert row["tempo"]["mean"] == 0.5  # 61 is half of 120, 150 is wrong, the third was not told
     assert row["key_share"]["mean"] == pytest.approx(0.7)
     assert row["kl"]["mean"] == pytest.approx(0)
     assert row["fd"]["mean"] == pytest.approx(0, abs=1e-9)
+    # the same music twice (its covariance is divided by n - 1: 3e-4): the mean is 3, 3 away
+    assert row["fd_infinite"]["mean"] == pytest.approx(0, abs=1e-3)
+    assert row["fd_own_infinite"]["mean"] == pytest.approx(18, abs=1e-3)
+    assert row["pooled_own"]["2"]["without"] == pytest.approx([18, 18], abs=1e-3)
     assert (row["windows"], row["clips"]) == (24, 3)
     turned = rolled(truth)
     assert turned.family.tolist() == [1, 0, 1]
@@ -473,7 +478,9 @@ def test_every_seed_follows_long_streams_of_other_prompts(
     assert heard[0] != heard[1]
 
 
-def a_line(method: str, fd: list[float], family: float = 1.0, key: float = 0.95) -> dict:
+def a_line(
+    method: str, fd: list[float], family: float = 1.0, key: float = 0.95, own: float = 1.0
+) -> dict:
     interval = {"mean": float(np.mean(fd)), "low": 0.0, "high": 9.0, "n": len(fd)}
     pooled = {}  # as if the distances of seeds could be averaged
     for n in range(2, len(fd) + 1):
@@ -491,6 +498,10 @@ def a_line(method: str, fd: list[float], family: float = 1.0, key: float = 0.95)
         "tempo": {"mean": 0.4, "low": 0.3, "high": 0.5},
         "by_seed": {"fd": fd},
         "pooled": pooled,
+        "pooled_own": {
+            n: {"all": own * one["all"], "without": [own * x for x in one["without"]]}
+            for n, one in pooled.items()
+        },
     }
 
 
@@ -506,29 +517,31 @@ def test_aims_are_judged_seed_by_seed() -> None:
         a_line("ED", [5.0, 7.0, 9.0]),
         a_line("ED+AF", [4.0, 6.1, 8.0]),
         a_line("BC", [5.0, 7.0, 9.0]),
-        a_line("BC+AF", [4.0, 8.0, 7.0], family=0.8, key=0.92),
+        a_line("BC+AF", [4.0, 8.0, 7.0], family=0.8, key=0.92, own=0.1),
     ]
     anchor = a_line("real", [1.0, 1.0, 1.0])
     anchors = {"real": anchor, "codec": a_line("codec", [3.0, 3.5, 4.0]), "other prompts": anchor}
     said = {"rows": rows, "anchors": anchors, "drift": drift}
     found = aims(said | {"recogniser": {"embedding": 10}})
-    met = [True, False, True, True, True, True, False, True, False, True, False]
+    met = [True, False, True, True, True, True, True, True, False, True, False, True, False]
     assert [one["met"] for one in found] == met
+    assert [one["aim"].count("FD∞ own") for one in found[:5]] == [0, 0, 1, 1, 0]
+    found = found[2:]
     assert found[2]["found"] == "6.03 against 3.5 (ED+AF, 8 steps)"
     assert found[7]["aim"].startswith("BC+AF, 4 steps: no drift")
     assert "at most 0.1 over 20 s; the distance is 2" in found[7]["found"]
     assert "40.0% (30.0% – 50.0%) with ED+AF, 8 steps" in found[8]["found"]
     assert found[10]["found"] == "8 steps 95.0% → 92.0%"
     rarely = anchors | {"other prompts": anchor | {"tempo": {"mean": 0.2}}}
-    assert aims(said | {"recogniser": {"embedding": 10}, "anchors": rarely})[8]["met"]
+    assert aims(said | {"recogniser": {"embedding": 10}, "anchors": rarely})[10]["met"]
     euler = [a_line(row["method"] + "-Euler", [9.0, 9.5, 9.9]) for row in rows[::2]]
     euler += [a_line("ED+AF-Euler", [8.0, 8.6, 8.9]), a_line("BC+AF-Euler", [9.1, 9.6, 10.0])]
     more = aims(said | {"recogniser": {"embedding": 10}, "rows": rows + euler})
-    assert [one["met"] for one in more] == [*met[:2], True, False, *met[2:]]
+    assert [one["met"] for one in more] == [*met[:2], True, False, *met[2:4], True, False, *met[4:]]
     assert [one["aim"][-8:] for one in more[2:4]] == ["ED-Euler", "BC-Euler"]
     assert "8 steps -0.967 " in more[2]["found"]
     few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
-    assert few[2]["met"] is few[3]["met"] is None
+    assert few[4]["met"] is few[5]["met"] is None
 
 
 def test_lines_of_fewer_seeds_are_not_the_best_and_are_compared_on_those_they_share() -> None:
@@ -640,7 +653,7 @@ def test_installed_listeners_join_the_row(monkeypatch: pytest.MonkeyPatch) -> No
         replace(measured([[1.0]] * 2, np.zeros((2, 1, 1))), others=heard),
         {"CLAP": listeners["CLAP"].read(["a", "b"])},
     )
-    values = other_values([(truth.real, truth)], Reference(cloud, 1, {"OpenL3": cloud}))
+    values = other_values([(truth.real, truth)], Reference(cloud, 1, cloud, 1, {"OpenL3": cloud}))
     assert values["FD OpenL3"] == pytest.approx([0], abs=1e-9)
     assert values["KL PaSST"] == pytest.approx([0], abs=1e-9)
     assert values["cosine CLAP"] == pytest.approx([0.6])
@@ -792,6 +805,8 @@ def spoil(result: dict, *keys: str, value: object) -> dict:
     [
         (("recogniser", "sha256"), "0" * 64, "recogniser 0000"),
         (("reference_windows",), 1, "reference windows 1"),
+        (("own_windows",), 1, "windows of the prompts' pieces 1"),
+        (("own_windows",), None, "an evaluation"),
         (("anchors", "codec", "fd", "mean"), 1e9, "fd 1e.09 of 'codec'"),
         (("budget", "n_clips"), 99, "'n_clips': 99"),
         (("budget", "n_seeds"), 99, "'n_seeds': 99"),

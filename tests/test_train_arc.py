@@ -381,6 +381,15 @@ def test_a_run_with_several_block_lengths_rolls_out_in_all_of_them(data, tmp_pat
     assert kept["arc"]["block_lengths"] == [[48, 1.0], [24, 1.0], [12, 1.0]]
 
 
+def test_a_run_may_play_its_blocks_out_and_begin_from_silence(data, tmp_path):
+    how = ["--plays-out", "--from-silence", "0.75", "--blocks", "2", "--steps", "3"]
+    assert main(["train", "arc", *words(data, tmp_path, 6), *how]) == 0
+    assert set(arc_log(tmp_path)["calls"]) == {2 * 3}  # all of both blocks, whichever learns
+    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))["arc"]
+    assert (kept["plays_out"], kept["context_dropout_all"]) == (True, 0.75)
+    assert "--plays-out --from-silence 0.75" in (tmp_path / "arc.md").read_text(encoding="utf-8")
+
+
 # What stops or warns
 
 
@@ -434,6 +443,7 @@ def test_a_loss_that_is_not_finite_names_update_rows_and_checkpoint(data):
         *(([flag, "0"], f"{flag} 0") for flag in ("--lr-generator", "--lr-discriminator")),
         (["--checkpoint-every", "0"], "--checkpoint-every 0"),
         (["--ema", "1"], "--ema 1"),
+        (["--from-silence", "1.5"], "--from-silence 1.5"),
         (["--block-frames", "50"], "a block of 50 frames"),
         (["--last-block", "blocks.9"], "blocks.9"),
         (["--init", "nowhere.safetensors"], "no file nowhere.safetensors"),

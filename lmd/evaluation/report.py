@@ -26,6 +26,7 @@ ANCHOR_WORDS = {
 COLUMNS = {
     "fd": "FD",
     "fd_infinite": "FD∞",
+    "fd_own_infinite": "FD∞ own",
     "kl": "KL",
     "family": "family %",
     "tempo": "tempo %",
@@ -146,7 +147,11 @@ def _setting(result: Mapping[str, Any]) -> str:
         "else; compare it within a column only, for with so few windows most of it is the size of "
         "the sample. "
         "FD∞: all seeds together, extrapolated to endless samples (the jackknife over seeds; of "
-        "three seeds a wide guess); real music gets what lies between these pieces and those. KL: "
+        "three seeds a wide guess); real music gets what lies between these pieces and those. "
+        f"FD∞ own: the same from {result['own_windows']} windows of the pieces that the prompts "
+        "come from, as the paper's reference is the test set itself: it does not depend on which "
+        "other pieces are held out (real music is among these windows, so that it and what the "
+        "codec makes of it can come out below 0). KL: "
         "families heard in the real piece against those heard in the clip, nats (for real music: "
         "in another excerpt of the piece). Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}{_kept(result)}"

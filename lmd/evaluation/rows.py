@@ -46,13 +46,17 @@ class Reference:
     """Held-out music as a cloud.
 
     Attributes:
-        gaussian: in the recogniser's embedding.
+        gaussian: in the recogniser's embedding; of other pieces than the prompts'.
         windows: how many went into it.
-        others: in the embeddings of further listeners, by name.
+        own: of the pieces that the prompts come from.
+        own_windows: how many went into that.
+        others: in the embeddings of further listeners, by name; of other pieces.
     """
 
     gaussian: Gaussian
     windows: int
+    own: Gaussian
+    own_windows: int
     others: dict[str, Gaussian] = field(default_factory=dict)
 
 
@@ -70,11 +74,13 @@ def row_of(
         Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at one seed's sample size), `kl`
         (nats, real against found), `family` and `tempo` (shares recognised), and the means of the
         measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed,
-        `pooled` (see `pooled_distances`).
+        `pooled` (see `pooled_distances`); `fd_own_infinite`, `pooled_own`: the same from the music
+        of the prompts' own pieces.
     """
     embeddings = [flat(one) for one in seeds]
-    pooled = pooled_distances(embeddings, reference.gaussian)
-    together = pooled.get(str(len(seeds)), {"all": float("nan"), "without": []})
+    pooled, pooled_own = (
+        pooled_distances(embeddings, cloud) for cloud in (reference.gaussian, reference.own)
+    )
     kl = [kl_divergence(t.real.family, one.family) for one, t in zip(seeds, truths, strict=True)]
     pairs = list(zip(seeds, truths, strict=True))
     values = {
@@ -87,7 +93,8 @@ def row_of(
     return {
         "windows": len(embeddings[0]),
         "clips": len(seeds[0].family),
-        "fd_infinite": asdict(jackknife(together["all"], together["without"])),
+        "fd_infinite": endless(pooled, len(seeds)),
+        "fd_own_infinite": endless(pooled_own, len(seeds)),
         **{name: asdict(mean_interval(value)) for name, value in values.items()},
         "others": {
             name: asdict(mean_interval(value))
@@ -95,6 +102,7 @@ def row_of(
         },
         "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
         "pooled": pooled,
+        "pooled_own": pooled_own,
     }
 
 
@@ -140,6 +148,12 @@ def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[s
         }
         for n in range(2, len(seeds) + 1)
     }
+
+
+def endless(pooled: dict[str, dict[str, Any]], n_seeds: int) -> dict[str, float]:
+    """The distance that all seeds together have, extrapolated, as an interval."""
+    together = pooled.get(str(n_seeds), {"all": float("nan"), "without": []})
+    return asdict(jackknife(together["all"], together["without"]))
 
 
 def flat(measured: Measured) -> np.ndarray:

@@ -19,6 +19,7 @@ from lmd.checkpoint import load_codec, read_header
 from lmd.codec import Codec
 from lmd.controls import Controls
 from lmd.data.corpus import MANIFEST, Corpus
+from lmd.data.scores import Split
 from lmd.errors import LmdError
 from lmd.evaluation.generation import (
     Budget,
@@ -247,26 +248,28 @@ class Evaluation:
 
     @cached_property
     def reference(self) -> Reference:
-        """Held-out music of one family each, as the prompts are, but of the validation pieces."""
-        kept = self.embed_reference()
+        """Held-out music of one family each, as the prompts are: of the validation pieces, and,
+        apart from it, of the test's own."""
+        kept, own = self.embed_held_out("validation"), self.embed_held_out("test")["embedding"]
         others = {name: gaussian(points) for name, points in others_in(kept).items()}
-        return Reference(gaussian(kept["embedding"]), len(kept["embedding"]), others)
+        points = kept["embedding"]
+        return Reference(gaussian(points), len(points), gaussian(own), len(own), others)
 
-    def embed_reference(self) -> dict[str, np.ndarray]:
-        """The embeddings of held-out music, the recogniser's and other listeners'."""
+    def embed_held_out(self, split: Split) -> dict[str, np.ndarray]:
+        """The embeddings of a split's music, the recogniser's and other listeners'."""
 
         def embed() -> dict[str, np.ndarray]:
             found: dict[str, list[np.ndarray]] = {"embedding": []}
             distances = {n: x for n, x in self.judge.listeners.items() if x.kind == "distance"}
-            corpus = Corpus(self.sources.data, "validation")
+            corpus = Corpus(self.sources.data, split)
             chosen = of_one_family(corpus.rows)
             if not chosen:
                 raise LmdError(
-                    "no validation piece played by one family",
+                    f"no {split} piece played by one family",
                     "some, to be compared with",
                     "Build more hours: python -m lmd data build --hours H.",
                 )
-            for index in tqdm(chosen, desc="reference", mininterval=2):
+            for index in tqdm(chosen, desc=f"{split} pieces", mininterval=2):
                 row = corpus.rows[index]
                 n = min(row.n_samples, round(self.budget.reference_s * row.sample_rate))
                 start = (row.n_samples - n) // 2
@@ -277,7 +280,8 @@ class Evaluation:
                     found.setdefault(f"{OTHER}{name}", []).append(heard)
             return {name: np.concatenate(parts) for name, parts in found.items()}
 
-        return self.parts.arrays("reference", embed)
+        name = "reference" if split == "validation" else f"reference-{split}"
+        return self.parts.arrays(name, embed)
 
     def anchors(self) -> dict[str, list[Measured]]:
         """Real music's own context, the codec's floor, and frames in random order; per seed."""
