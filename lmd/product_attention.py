@@ -1,9 +1,9 @@
 """Attention as matrix products with a backward pass of its own, for half precision on the CPU.
 
 Processors with matrix instructions carry these products out several times faster than the library's
-fused kernel does backwards. Where queries see the same keys in groups, as the blocks of a packed
-training window do, each group's products are of what it sees alone: two thirds of the pairs of
-such a window are hidden.
+fused kernel does backwards. Where queries see the same keys in groups of some size, as the blocks
+of a packed training window do, each group's products are of what it sees alone; what is left is
+computed under its mask. A block-causal window of five blocks hides two thirds of its pairs.
 
 A module of its own, because what a compiler has to leave alone imports that compiler.
 """
@@ -44,7 +44,10 @@ class Part(NamedTuple):
 
 
 def parts_of(visible: Visibility) -> tuple[Part, ...]:
-    """Take a mask apart; groups that have no like and small ones are left together, as one."""
+    """Take a mask apart; groups that have no like and small ones are left together, as one.
+
+    Every query has to see some key.
+    """
     bits = np.packbits(visible.numpy())
     return _parts(visible.shape[0], visible.shape[1], bits.tobytes())
 
@@ -160,7 +163,7 @@ def attend_by_products(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility
     Every query has to see some key.
     """
     parts = () if visible is None else parts_of(visible)
-    if len(parts) < 2:
+    if len(parts) < 2 and (not parts or len(parts[0].queries) == 1):  # nothing to part
         return _AttendByProducts.apply(q, k, v, visible)
     queries, keys = [part.queries for part in parts], [part.keys for part in parts]
     taken = (_Take.apply(q, queries), _Take.apply(k, keys), _Take.apply(v, keys))

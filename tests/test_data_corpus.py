@@ -1,6 +1,7 @@
 """A built corpus: the same bytes every time, resumable, split by piece, stems played again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_two_builds_are_equal_to_the_byte(built: Path, cache: Path, tmp_path: Pa
 def test_two_processes_build_what_one_builds(built: Path, cache: Path, tmp_path: Path) -> None:
     build_corpus(tmp_path, HOURS, SETTINGS, workers=2, cache=cache)
     assert contents(tmp_path) == contents(built)
+
+
+def test_what_was_built_before_a_piece_was_known_as_a_version_is_trained_on(
+    built: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(built, tmp_path / "corpus")
+    log, piece = folder / "rows.jsonl", Corpus(built).rows[0].piece_id
+    log.write_text(log.read_text().replace('"split": "train"', '"split": "test"'))
+    monkeypatch.setattr("lmd.data.build.TRAINED_ON", {piece})
+    build_corpus(folder, HOURS, SETTINGS, cache=cache)
+    splits = {row.piece_id: row.split for row in Corpus(folder).rows}
+    assert splits.pop(piece) == "train"
+    assert "train" not in splits.values()
 
 
 def test_an_interrupted_build_goes_on_and_ends_the_same(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmd import product_attention
 from lmd.dit import RotaryEmbedding
 from lmd.errors import LmdError
 from lmd.machine import check_compiler
@@ -120,6 +121,23 @@ def test_parts_of_a_mask_are_the_mask(name):
     share = n_computed / visible.sum().item()
     assert share == 1 if name in ("causal, read", "copies") else share > 1
     assert n_computed < visible.numel() or name == "short"
+
+
+@pytest.mark.parametrize(("name", "n_parts"), [("causal", 3), ("causal, read", 1), ("short", 0)])
+def test_groups_are_attended_apart_wherever_there_are_some(name, n_parts, monkeypatch):
+    computed = []
+    plain = product_attention._AttendByProducts.apply
+    monkeypatch.setattr(
+        product_attention._AttendByProducts,
+        "apply",
+        lambda q, k, v, visible: computed.append((q, k)) or plain(q, k, v, visible),
+    )
+    visible = windows()[name]
+    shapes = [(1, 2, n, 8) for n in (visible.shape[0], visible.shape[1], visible.shape[1])]
+    attend(*(numbers(*s, dtype=torch.bfloat16).requires_grad_() for s in shapes), visible)
+    assert len(computed) == max(1, n_parts)
+    n_pairs = sum(q.shape[1] * q.shape[2] * k.shape[2] for q, k in computed)
+    assert (n_pairs < 2 * visible.numel()) == (n_parts > 0)
 
 
 @pytest.mark.parametrize("name", windows())

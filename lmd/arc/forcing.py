@@ -59,7 +59,7 @@ class RolloutPlan:
     def __post_init__(self) -> None:
         if not self.n_calls or not all(1 <= n <= self.n_steps for n in self.n_calls):
             raise LmdError(
-                f"{self.n_calls} calls per block",
+                f"{self.n_calls} as the calls that learn",
                 f"one or more numbers from 1 to n_steps = {self.n_steps}",
                 "Draw them with draw_calls.",
             )
@@ -88,8 +88,8 @@ def rollout(
 
     Blocks of all steps are what `Streamer.step` gives, bit for bit; a block that ends after call k
     walks `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are detached; within a
-    block only the call that learns builds a graph. Where blocks are played out and it is not the
-    last, the block's gradient is taken to be that of the clean block which this call names
+    block only the call that learns builds a graph. Where blocks are played out and that call is not
+    the last, the block's gradient is taken to be that of the clean block which that call names
     (straight through): after distillation, all calls of a block name nearly the same one.
 
     Args:

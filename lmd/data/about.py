@@ -55,8 +55,9 @@ def held_out_like(pieces: Sequence[Piece]) -> str:
             "Add them to TRAINED_ON in lmd/data/tunes.py.",
         )
     (share, other), name = max((value, name) for name, value in near.items())
+    n_moved = sum(piece.piece_id in TRAINED_ON for piece in pieces)
     return (
-        f"Trained on as versions of others: {len(TRAINED_ON)} pieces. Most alike of what is held "
+        f"Trained on as versions of others: {n_moved} pieces. Most alike of what is held "
         f"out and trained on now: {name} and {other}, {share:.0%} of a voice's figures.\n"
     )
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lmd.data.places import check_folder_free
 from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
 from lmd.data.tones import ToneBank, default_soundfont, file_sha256, shared_bank
+from lmd.data.tunes import TRAINED_ON
 from lmd.errors import LmdError
 from lmd.rng import generator
 
@@ -212,8 +213,8 @@ def build_corpus(
     (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
     rows: dict[str, Row] = {}
     with (out / "rows.jsonl").open("a+") as log:
-        for row in _finished(log, out):
-            rows[row.name] = row
+        for row in _finished(log, out):  # of a build, perhaps, that knew fewer versions
+            rows[row.name] = replace(row, split="train") if row.piece_id in TRAINED_ON else row
         missing = [job for job in jobs if row_name(job[0], job[1]) not in rows]
         with tqdm(
             total=len(jobs), initial=len(jobs) - len(missing), desc="rendering", mininterval=1

@@ -82,7 +82,7 @@ class Piece:
 
     @cached_property
     def group(self) -> str:
-        """What stays together in a split: pieces whose top voices begin with the same intervals."""
+        """What is drawn together: pieces whose top voices begin with the same intervals."""
         top = self.table[self.table[:, 3] == 0]
         pitches = top[np.argsort(top[:, 0], kind="stable"), 2].astype(int)
         kept = pitches[np.insert(np.diff(pitches) != 0, 0, True)][:9]  # no repeated notes

@@ -2,7 +2,7 @@
 
 A figure is eight successive intervals of one voice, repeated notes left out, so that neither key
 nor rhythm matters. Two pieces are versions of one another if half of the figures of some voice of
-either are in the other, in whatever voice.
+either are in the other, in whatever voice. Versions with an ornament in every phrase escape this.
 """
 
 from collections.abc import Collection, Iterator, Mapping

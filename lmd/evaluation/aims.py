@@ -60,8 +60,9 @@ def difference(first: Line, second: Line, reference: str = "pooled") -> Interval
         reference: `pooled`: from other pieces; `pooled_own`: from the prompts' own.
     """
     shared = min(line["fd"]["n"] for line in (first, second))
-    if shared < 2:
-        return Interval(second["fd"]["mean"] - first["fd"]["mean"], -math.inf, math.inf, shared)
+    if shared < 2:  # of which one distance is known
+        known = second["fd"]["mean"] - first["fd"]["mean"] if reference == "pooled" else math.nan
+        return Interval(known, -math.inf, math.inf, shared)
     near, far = (line[reference][str(shared)] for line in (first, second))
     without = [b - a for a, b in zip(near["without"], far["without"], strict=True)]
     return jackknife(far["all"] - near["all"], without)

@@ -48,7 +48,7 @@ class Reference:
     Attributes:
         gaussian: in the recogniser's embedding; of other pieces than the prompts'.
         windows: how many went into it.
-        own: of the pieces that the prompts come from.
+        own: of the pieces that prompts are drawn from.
         own_windows: how many went into that.
         others: in the embeddings of further listeners, by name; of other pieces.
     """

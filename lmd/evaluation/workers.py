@@ -52,7 +52,7 @@ def make_parts(
         until_s: on the monotonic clock; nothing of `units` is begun later.
     """
     first = [Job("embed_held_out", split) for split in ("validation", "test")]
-    first += [*(Job("anchors_of", k) for k in range(budget.n_seeds))]
+    first += [Job("anchors_of", seed) for seed in range(budget.n_seeds)]
     first += [Job("real", seed) for seed in range(budget.n_seeds)]
     then = [Job("drift_anchors_of", seed) for seed in range(budget.drift_seeds)]
     then += [job for unit in units for job in jobs_of(unit, budget)]
