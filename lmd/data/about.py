@@ -45,8 +45,11 @@ def held_out_like(pieces: Sequence[Piece]) -> str:
         LmdError: it is a version of that piece.
     """
     found = {piece.piece_id: figures(piece.table) for piece in tqdm(pieces, "figures", delay=2)}
-    trained = [piece.piece_id for piece in pieces if piece.split == "train"]
-    near = nearest([name for name in found if name not in set(trained)], trained, found)
+    held, trained = (
+        [piece.piece_id for piece in pieces if (piece.split == "train") == is_trained_on]
+        for is_trained_on in (False, True)
+    )
+    near = nearest(held, trained, found)
     versions = [f"{name} ({near[name][1]})" for name in near if near[name][0] >= VERSION]
     if versions:
         raise LmdError(

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
-from lmd.data.tunes import TRAINED_ON
+from lmd.data.tunes import TRAINED_ON, intervals
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 
@@ -83,10 +83,8 @@ class Piece:
     @cached_property
     def group(self) -> str:
         """What is drawn together: pieces whose top voices begin with the same intervals."""
-        top = self.table[self.table[:, 3] == 0]
-        pitches = top[np.argsort(top[:, 0], kind="stable"), 2].astype(int)
-        kept = pitches[np.insert(np.diff(pitches) != 0, 0, True)][:9]  # no repeated notes
-        return ",".join(map(str, np.diff(kept))) if len(kept) > 4 else self.piece_id
+        first = intervals(self.table, voice=0)[:8]
+        return ",".join(map(str, first)) if len(first) >= 4 else self.piece_id
 
     @property
     def split(self) -> Split:

@@ -24,13 +24,18 @@ TRAINED_ON = frozenset(f"bach/bwv{number}" for number in _CHORALES.split())
 Figures = list[set[tuple[int, ...]]]  # of each voice
 
 
+def intervals(table: np.ndarray, voice: int) -> list[int]:
+    """Successive intervals of a voice of a note table `[note, 5]`, repeated notes left out."""
+    own = table[table[:, 3] == voice]
+    steps = np.diff(own[np.argsort(own[:, 0], kind="stable"), 2].astype(int))
+    return steps[steps != 0].tolist()
+
+
 def figures(table: np.ndarray) -> Figures:
     """The figures of the voices of a note table `[note, 5]`, see `Piece.table`."""
     found: Figures = []
     for voice in np.unique(table[:, 3]):
-        own = table[table[:, 3] == voice]
-        steps = np.diff(own[np.argsort(own[:, 0], kind="stable"), 2].astype(int))
-        steps = steps[steps != 0].tolist()
+        steps = intervals(table, voice)
         found.append({tuple(steps[i : i + FIGURE]) for i in range(len(steps) - FIGURE + 1)})
     return found
 
