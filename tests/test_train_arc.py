@@ -387,7 +387,10 @@ def test_a_run_may_play_its_blocks_out_and_begin_from_silence(data, tmp_path):
     assert set(arc_log(tmp_path)["calls"]) == {2 * 3}  # all of both blocks, whichever learns
     kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))["arc"]
     assert (kept["plays_out"], kept["context_dropout_all"]) == (True, 0.75)
-    assert "--plays-out --from-silence 0.75" in (tmp_path / "arc.md").read_text(encoding="utf-8")
+    card = (tmp_path / "arc.md").read_text(encoding="utf-8")
+    (command,) = [line for line in card.splitlines() if line.startswith("| command |")]
+    assert " --plays-out " in command
+    assert " --from-silence 0.75 " in command
 
 
 # What stops or warns
