@@ -409,17 +409,17 @@ def test_a_row_counts_families_and_tempi_and_leaves_out_what_is_not_a_number() -
         real=said,
     )
     cloud, far = (gaussian(embedding.reshape(-1, 2) + shift) for shift in (0, 3))
-    reference = Reference(cloud, 24, far, 24)
-    row = row_of([said, said], [truth, truth], reference)
+    row = row_of([said, said], [truth, truth], Reference(cloud, 24))
     assert row["family"]["mean"] == pytest.approx(2 / 3)
     assert row["tempo"]["mean"] == 0.5  # 61 is half of 120, 150 is wrong, the third was not told
     assert row["key_share"]["mean"] == pytest.approx(0.7)
     assert row["kl"]["mean"] == pytest.approx(0)
     assert row["fd"]["mean"] == pytest.approx(0, abs=1e-9)
-    # the same music twice (its covariance is divided by n - 1: 3e-4): the mean is 3, 3 away
+    # the same music twice (its covariance is divided by n - 1: 3e-4)
     assert row["fd_infinite"]["mean"] == pytest.approx(0, abs=1e-3)
-    assert row["fd_own_infinite"]["mean"] == pytest.approx(18, abs=1e-3)
-    assert row["pooled_own"]["2"]["without"] == pytest.approx([18, 18], abs=1e-3)
+    beside = row_of([said, said], [truth, truth], Reference(far, 24))  # the mean is 3, 3 away
+    assert beside["fd_infinite"]["mean"] == pytest.approx(18, abs=1e-3)
+    assert beside["pooled"]["2"]["without"] == pytest.approx([18, 18], abs=1e-3)
     assert (row["windows"], row["clips"]) == (24, 3)
     turned = rolled(truth)
     assert turned.family.tolist() == [1, 0, 1]
@@ -478,9 +478,7 @@ def test_every_seed_follows_long_streams_of_other_prompts(
     assert heard[0] != heard[1]
 
 
-def a_line(
-    method: str, fd: list[float], family: float = 1.0, key: float = 0.95, own: float = 1.0
-) -> dict:
+def a_line(method: str, fd: list[float], family: float = 1.0, key: float = 0.95) -> dict:
     interval = {"mean": float(np.mean(fd)), "low": 0.0, "high": 9.0, "n": len(fd)}
     pooled = {}  # as if the distances of seeds could be averaged
     for n in range(2, len(fd) + 1):
@@ -498,11 +496,22 @@ def a_line(
         "tempo": {"mean": 0.4, "low": 0.3, "high": 0.5},
         "by_seed": {"fd": fd},
         "pooled": pooled,
-        "pooled_own": {
-            n: {"all": own * one["all"], "without": [own * x for x in one["without"]]}
-            for n, one in pooled.items()
-        },
     }
+
+
+def test_the_reference_is_all_held_out_music_and_of_long_streams_other_pieces(
+    world: argparse.Namespace,
+) -> None:
+    sources = Sources(Path(), world.corpus, world.recogniser, world.folder / "parts", "tiny", "cpu")
+    evaluation = Evaluation(sources, BUDGETS["smoke"])
+    test, other = (
+        evaluation.embed_held_out(split)["embedding"] for split in ("test", "validation")
+    )
+    assert evaluation.reference.windows == len(test) + len(other) > len(test) > 0
+    together = gaussian(np.concatenate([test, other]))
+    assert frechet(evaluation.reference.gaussian, together) == pytest.approx(0, abs=1e-6)
+    assert frechet(evaluation.other_pieces, gaussian(other)) == pytest.approx(0, abs=1e-6)
+    assert frechet(evaluation.other_pieces, together) > 1e-3
 
 
 def test_aims_are_judged_seed_by_seed() -> None:
@@ -517,31 +526,30 @@ def test_aims_are_judged_seed_by_seed() -> None:
         a_line("ED", [5.0, 7.0, 9.0]),
         a_line("ED+AF", [4.0, 6.1, 8.0]),
         a_line("BC", [5.0, 7.0, 9.0]),
-        a_line("BC+AF", [4.0, 8.0, 7.0], family=0.8, key=0.92, own=0.1),
+        a_line("BC+AF", [4.0, 8.0, 7.0], family=0.8, key=0.92),
     ]
     anchor = a_line("real", [1.0, 1.0, 1.0])
     anchors = {"real": anchor, "codec": a_line("codec", [3.0, 3.5, 4.0]), "other prompts": anchor}
     said = {"rows": rows, "anchors": anchors, "drift": drift}
     found = aims(said | {"recogniser": {"embedding": 10}})
-    met = [True, False, True, True, True, True, True, True, False, True, False, True, False]
+    met = [True, False, True, True, True, True, False, True, False, True, False]
     assert [one["met"] for one in found] == met
-    assert [one["aim"].count("FD∞ own") for one in found[:5]] == [0, 0, 1, 1, 0]
-    found = found[2:]
+    assert all(one["aim"].endswith("both with DPM-Solver++") for one in found[:2])
     assert found[2]["found"] == "6.03 against 3.5 (ED+AF, 8 steps)"
     assert found[7]["aim"].startswith("BC+AF, 4 steps: no drift")
     assert "at most 0.1 over 20 s; the distance is 2" in found[7]["found"]
     assert "40.0% (30.0% – 50.0%) with ED+AF, 8 steps" in found[8]["found"]
     assert found[10]["found"] == "8 steps 95.0% → 92.0%"
     rarely = anchors | {"other prompts": anchor | {"tempo": {"mean": 0.2}}}
-    assert aims(said | {"recogniser": {"embedding": 10}, "anchors": rarely})[10]["met"]
+    assert aims(said | {"recogniser": {"embedding": 10}, "anchors": rarely})[8]["met"]
     euler = [a_line(row["method"] + "-Euler", [9.0, 9.5, 9.9]) for row in rows[::2]]
     euler += [a_line("ED+AF-Euler", [8.0, 8.6, 8.9]), a_line("BC+AF-Euler", [9.1, 9.6, 10.0])]
     more = aims(said | {"recogniser": {"embedding": 10}, "rows": rows + euler})
-    assert [one["met"] for one in more] == [*met[:2], True, False, *met[2:4], True, False, *met[4:]]
-    assert [one["aim"][-8:] for one in more[2:4]] == ["ED-Euler", "BC-Euler"]
-    assert "8 steps -0.967 " in more[2]["found"]
+    assert [one["met"] for one in more] == [True, False, *met]
+    assert [one["aim"].count("Euler's method") for one in more[:5]] == [1, 1, 0, 0, 0]
+    assert "8 steps -0.967 " in more[0]["found"]
     few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
-    assert few[4]["met"] is few[5]["met"] is None
+    assert few[2]["met"] is few[3]["met"] is None
 
 
 def test_lines_of_fewer_seeds_are_not_the_best_and_are_compared_on_those_they_share() -> None:
@@ -805,8 +813,6 @@ def spoil(result: dict, *keys: str, value: object) -> dict:
     [
         (("recogniser", "sha256"), "0" * 64, "recogniser 0000"),
         (("reference_windows",), 1, "reference windows 1"),
-        (("own_windows",), 1, "windows of the prompts' pieces 1"),
-        (("own_windows",), None, "an evaluation"),
         (("anchors", "codec", "fd", "mean"), 1e9, "fd 1e.09 of 'codec'"),
         (("budget", "n_clips"), 99, "'n_clips': 99"),
         (("budget", "n_seeds"), 99, "'n_seeds': 99"),

@@ -192,7 +192,6 @@ def evaluate(
         },
         "random_weights": bool(evaluation.sources.random),
         "reference_windows": evaluation.reference.windows,
-        "own_windows": evaluation.reference.own_windows,
         "prompts": evaluation.prompts(),
         "corpus_hours": corpus.duration_s / 3600,
         "corpus_asked_hours": corpus.settings().get("hours"),

@@ -62,7 +62,6 @@ class Earlier:
             result |= {name: _with_nan(result[name]) for name in TABLES}
             theirs = {name: result["budget"][name] for name in SIZES}
             shared = result["recogniser"]["sha256"], result["reference_windows"], result["machine"]
-            shared += (result["own_windows"],)
             levels = [anchor[x]["mean"] for anchor in result["anchors"].values() for x in LEVELS]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LmdError(f"{path}: {error!r}", "an evaluation", todo) from error
@@ -84,8 +83,7 @@ class Earlier:
         """Hold what both must share against what was measured now.
 
         Args:
-            head: `version`, `recogniser`, `reference_windows`, `own_windows` and `anchors` as
-                measured now.
+            head: `version`, `recogniser`, `reference_windows` and `anchors` as measured now.
 
         Raises:
             LmdError: another recogniser, corpus, codec or way to measure.
@@ -95,7 +93,6 @@ class Earlier:
             (self.result.get("version"), head["version"], "version of the measures"),
             (self.result["recogniser"]["sha256"], head["recogniser"]["sha256"], "recogniser"),
             (self.result["reference_windows"], head["reference_windows"], "reference windows"),
-            (self.result["own_windows"], head["own_windows"], "windows of the prompts' pieces"),
             (sorted(self.result["anchors"]), sorted(head["anchors"]), "anchors"),
         ):
             if theirs != ours:

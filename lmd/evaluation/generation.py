@@ -92,7 +92,7 @@ class Budget:
 
     n_clips: int = 16
     n_blocks: int = 5
-    n_seeds: int = 8
+    n_seeds: int = 16
     other_seeds: int = 3
     steps: tuple[int, ...] = (50, 8, 4, 2)
     naive_steps: tuple[int, ...] = (50, 8, 4, 2)

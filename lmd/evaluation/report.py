@@ -26,7 +26,6 @@ ANCHOR_WORDS = {
 COLUMNS = {
     "fd": "FD",
     "fd_infinite": "FD∞",
-    "fd_own_infinite": "FD∞ own",
     "kl": "KL",
     "family": "family %",
     "tempo": "tempo %",
@@ -142,16 +141,13 @@ def _setting(result: Mapping[str, Any]) -> str:
         f"window at every step. {_solvers(result)}"
         "Values are means over seeds with Student's 95 % intervals, wide where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
-        f"{result['reference_windows']} of other held-out pieces, in the embedding of the "
+        f"{result['reference_windows']} of all held-out pieces, in the embedding of the "
         f"recogniser {result['recogniser']['sha256'][:8]}, which knows this corpus and nothing "
         "else; compare it within a column only, for with so few windows most of it is the size of "
         "the sample. "
         "FD∞: all seeds together, extrapolated to endless samples (the jackknife over seeds; of "
-        "three seeds a wide guess); real music gets what lies between these pieces and those. "
-        f"FD∞ own: the same from {result['own_windows']} windows of the pieces that prompts are "
-        "drawn from, as the paper's reference is the test set itself: it does not depend on which "
-        "other pieces are held out (the real music here is among these windows or beside them, so "
-        "that it and what the codec makes of it can come out below 0). KL: "
+        "three seeds a wide guess); real music does not get 0, for prompts are drawn from the test "
+        "half of these pieces alone. KL: "
         "families heard in the real piece against those heard in the clip, nats (for real music: "
         "in another excerpt of the piece). Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}{_kept(result)}"
@@ -287,8 +283,8 @@ def _drift_table(
     lines = [
         "Long streams: mean distance from real music, then changes per minute with their 95 % "
         "intervals over streams (**bold**: differs from 0). This distance is defined for a single "
-        "window, not FD: squared, in units of the reference's covariance, per dimension; 1 is what "
-        "held-out music has on average.",
+        "window, not FD: squared, in units of the covariance of other held-out pieces than the "
+        "prompts', per dimension; 1 is what those have on average.",
         "",
         "| | steps | seconds | streams | distance from real | "
         f"{' | '.join(f'{words}, a minute' for words in DRIFT_WORDS.values())} |",

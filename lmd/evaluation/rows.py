@@ -46,17 +46,13 @@ class Reference:
     """Held-out music as a cloud.
 
     Attributes:
-        gaussian: in the recogniser's embedding; of other pieces than the prompts'.
+        gaussian: in the recogniser's embedding.
         windows: how many went into it.
-        own: of the pieces that prompts are drawn from.
-        own_windows: how many went into that.
-        others: in the embeddings of further listeners, by name; of other pieces.
+        others: in the embeddings of further listeners, by name.
     """
 
     gaussian: Gaussian
     windows: int
-    own: Gaussian
-    own_windows: int
     others: dict[str, Gaussian] = field(default_factory=dict)
 
 
@@ -74,13 +70,10 @@ def row_of(
         Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at one seed's sample size), `kl`
         (nats, real against found), `family` and `tempo` (shares recognised), and the means of the
         measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed,
-        `pooled` (see `pooled_distances`); `fd_own_infinite`, `pooled_own`: the same from the music
-        of the prompts' own pieces.
+        `pooled` (see `pooled_distances`).
     """
     embeddings = [flat(one) for one in seeds]
-    pooled, pooled_own = (
-        pooled_distances(embeddings, cloud) for cloud in (reference.gaussian, reference.own)
-    )
+    pooled = pooled_distances(embeddings, reference.gaussian)
     kl = [kl_divergence(t.real.family, one.family) for one, t in zip(seeds, truths, strict=True)]
     pairs = list(zip(seeds, truths, strict=True))
     values = {
@@ -94,7 +87,6 @@ def row_of(
         "windows": len(embeddings[0]),
         "clips": len(seeds[0].family),
         "fd_infinite": endless(pooled, len(seeds)),
-        "fd_own_infinite": endless(pooled_own, len(seeds)),
         **{name: asdict(mean_interval(value)) for name, value in values.items()},
         "others": {
             name: asdict(mean_interval(value))
@@ -102,7 +94,6 @@ def row_of(
         },
         "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
         "pooled": pooled,
-        "pooled_own": pooled_own,
     }
 
 

@@ -36,7 +36,7 @@ from lmd.evaluation.generation import (
     of_one_family,
 )
 from lmd.evaluation.judge import OTHER, Judge, Measured, Waves, drift, others_in
-from lmd.evaluation.metrics import gaussian, mean_interval
+from lmd.evaluation.metrics import Gaussian, gaussian, mean_interval
 from lmd.evaluation.other_listeners import open_listeners
 from lmd.evaluation.recogniser import load_recogniser
 from lmd.evaluation.rows import Reference, Truths, row_of
@@ -44,6 +44,7 @@ from lmd.instrument import CFG_SCALE, Instrument, open_instrument
 from lmd.machine import hardware, machine_dict
 
 VERSION = 3  # of what is generated and how it is measured
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
 MADE_ON = "made_on"  # in a part: the hardware
 BIN_S = 10.0
 FADE_BLOCKS = 12
@@ -248,12 +249,18 @@ class Evaluation:
 
     @cached_property
     def reference(self) -> Reference:
-        """Held-out music of one family each, as the prompts are: of the validation pieces, and,
-        apart from it, of the test's own."""
-        kept, own = self.embed_held_out("validation"), self.embed_held_out("test")["embedding"]
+        """All held-out music of one family each, as the prompts are: both splits together."""
+        halves = [self.embed_held_out(split) for split in HELD_OUT]
+        kept = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
         others = {name: gaussian(points) for name, points in others_in(kept).items()}
         points = kept["embedding"]
-        return Reference(gaussian(points), len(points), gaussian(own), len(own), others)
+        return Reference(gaussian(points), len(points), others)
+
+    @cached_property
+    def other_pieces(self) -> Gaussian:
+        """Held-out music of other pieces than the prompts': what long streams are held against, a
+        window at a time, for real music must not be compared with a cloud that it is in."""
+        return gaussian(self.embed_held_out("validation")["embedding"])
 
     def embed_held_out(self, split: Split) -> dict[str, np.ndarray]:
         """The embeddings of a split's music, the recogniser's and other listeners'."""
@@ -366,7 +373,7 @@ class Evaluation:
         def follow() -> dict[str, np.ndarray]:
             streamer = self.instrument(method.weights).streamer
             waves = long_stream(streamer, prompts, controls, budget.drift_s)
-            return drift(self.judge, waves, self.reference.gaussian, BIN_S)
+            return drift(self.judge, waves, self.other_pieces, BIN_S)
 
         name = f"drift-{part_name(method, sha256, controls)}"
         size = f"{budget.drift_s:g}s-{budget.drift_clips}"
@@ -389,7 +396,7 @@ class Evaluation:
         }
 
         def follow(make: Callable[[], Waves]) -> dict[str, np.ndarray]:
-            return drift(self.judge, make(), self.reference.gaussian, BIN_S)
+            return drift(self.judge, make(), self.other_pieces, BIN_S)
 
         return {
             name: self.parts.arrays(f"drift-{name}-{seed}", partial(follow, make))

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from lmd.evaluation.generation import Budget
-from lmd.evaluation.run import Evaluation, OutOfTime, Sources
+from lmd.evaluation.run import HELD_OUT, Evaluation, OutOfTime, Sources
 from lmd.evaluation.units import Unit
 
 Job = methodcaller  # of `Evaluation`, with its arguments: it can be sent to another process
@@ -51,7 +51,7 @@ def make_parts(
         n_workers: processes.
         until_s: on the monotonic clock; nothing of `units` is begun later.
     """
-    first = [Job("embed_held_out", split) for split in ("validation", "test")]
+    first = [Job("embed_held_out", split) for split in HELD_OUT]
     first += [Job("anchors_of", seed) for seed in range(budget.n_seeds)]
     first += [Job("real", seed) for seed in range(budget.n_seeds)]
     then = [Job("drift_anchors_of", seed) for seed in range(budget.drift_seeds)]
