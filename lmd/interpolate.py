@@ -13,7 +13,14 @@ import argparse
 import shlex
 from pathlib import Path
 
-from lmd.checkpoint import MODEL_KINDS, load_tensors, read_header, save_checkpoint, write_atomic
+from lmd.checkpoint import (
+    MODEL_KINDS,
+    heard_codec,
+    load_tensors,
+    read_header,
+    save_checkpoint,
+    write_atomic,
+)
 from lmd.errors import LmdError
 from lmd.training.card import NOTICE, file_rows, origin_row
 from lmd.training.run import origin_of
@@ -40,8 +47,8 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
     """Write `(1 - share) first + share second`, of the second file's kind, as float16.
 
     Raises:
-        LmdError: a share outside 0 ... 1, models of other sizes, a name that is no weights file's,
-            a file or card that is there already.
+        LmdError: a share outside 0 ... 1, models of other sizes or codecs, a name that is no
+            weights file's, a file or card that is there already.
     """
     if not 0 <= share <= 1:
         raise LmdError(f"--share {share:g}", "0 to 1", "Extrapolation is not offered.")
@@ -52,12 +59,13 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
         raise LmdError(", ".join(there), "files that are not there yet", "Name another --out.")
     start, start_header = load_tensors(first, *MODEL_KINDS)
     end, header = load_tensors(second, *MODEL_KINDS)
+    todo = "Give weights of which one was trained on from the other."
     if start_header.config != header.config or start.keys() != end.keys():
-        raise LmdError(
-            f"models of other sizes in {first} and {second}",
-            "two of the same preset",
-            "Give weights of which one was trained on from the other.",
-        )
+        raise LmdError(f"models of other sizes in {first} and {second}", "two of one preset", todo)
+    codecs = {heard_codec(found.notes) for found in (start_header, header)} - {None}
+    if len(codecs) > 1:
+        found = f"{first} and {second}, which learned latents of {len(codecs)} codecs"
+        raise LmdError(found, "two that learned the same", todo)
     words = ["python", "-m", "lmd", "interpolate", str(first), str(second)]
     words += ["--share", f"{share:g}", "--out", str(out)]
     notes = {
@@ -66,6 +74,8 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
         "first": origin_of(first),
         "second": origin_of(second),
     }
+    if "data" in header.notes:
+        notes["data"] = header.notes["data"]  # it names the codec
     between = {name: start[name].float().lerp(end[name].float(), share) for name in end}
     save_checkpoint(
         out, between, kind=header.kind, config=header.config, notes=notes, stored="float16"

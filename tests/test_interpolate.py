@@ -5,7 +5,7 @@ import torch
 from engine import random_model
 
 from lmd.__main__ import main
-from lmd.checkpoint import load_tensors, save_checkpoint
+from lmd.checkpoint import heard_codec, load_tensors, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.interpolate import interpolate
@@ -60,7 +60,15 @@ def test_what_has_no_line_between_is_refused(ends, tmp_path):
     save_checkpoint(other, weights, kind="arc", config=preset("small"))
     with pytest.raises(LmdError, match="models of other sizes"):
         interpolate(first, other, 0.5, out)
+    heard = [{"data": {"latent_settings": {"codec": digit * 64}}} for digit in "12"]
+    apart = [tmp_path / f"heard-{digit}.safetensors" for digit in "12"]
+    for path, notes in zip(apart, heard, strict=True):
+        save_checkpoint(path, weights, kind="arc", config=preset("tiny"), notes=notes)
+    with pytest.raises(LmdError, match="latents of 2 codecs"):
+        interpolate(*apart, 0.5, out)
     assert not out.exists()
+    interpolate(first, apart[1], 0.5, tmp_path / "known.safetensors")
+    assert heard_codec(read_header(tmp_path / "known.safetensors").notes) == "2" * 64
     for name in ("model", "model.ckpt", "model.md"):
         with pytest.raises(LmdError, match=r"a name that ends in \.safetensors"):
             interpolate(first, second, 0.5, tmp_path / name)

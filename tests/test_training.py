@@ -15,7 +15,7 @@ from latents_fake import write_latents
 from matplotlib.image import imread
 
 from lmd.__main__ import main
-from lmd.checkpoint import load_model, read_header, save_checkpoint
+from lmd.checkpoint import build_model, load_model, read_header, save_checkpoint
 from lmd.config import WindowConfig, preset
 from lmd.data.codec_identity import encoder_sha256
 from lmd.dit import LiveModel
@@ -122,6 +122,36 @@ def test_latents_of_another_codec_are_refused(data, tmp_path, capsys):
     words = ["--preset", "small", "--data", str(data), "--out", str(tmp_path)]
     assert main(["train", "base", *words]) == 2
     assert "latents of 8 channels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "which"), [("base", "init"), ("finetune", "init"), ("arc", "init"), ("arc", "base")]
+)
+def test_weights_that_learned_another_codecs_latents_are_refused(tmp_path, capsys, stage, which):
+    data, out = write_latents(tmp_path / "latents"), tmp_path / "run"
+    settings = json.loads((data / "latents.json").read_text(encoding="utf-8"))
+    (data / "latents.json").write_text(json.dumps(settings | {"codec": "1" * 64}))
+    files = {"init": tmp_path / "finetuned.safetensors", "base": tmp_path / "base.safetensors"}
+    for name, path in files.items():
+        notes = {"data": {"latent_settings": {"codec": ("2" if name == which else "1") * 64}}}
+        weights, sizes = build_model(preset("tiny")).state_dict(), preset("tiny")
+        save_checkpoint(path, weights, kind=path.stem, config=sizes, notes=notes)
+    words = ["--preset", "tiny", "--data", data, "--out", out, "--init", files["init"]]
+    if stage == "arc":
+        words += [
+            "--base",
+            files["base"],
+            "--updates",
+            6,
+            "--warmup",
+            4,
+            "--last-block",
+            "blocks.1",
+        ]
+    assert main(["train", stage, *map(str, words)]) == 2
+    told = f"--{which} {files[which]}, which learned latents of the codec 222222222222"
+    assert told in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_run_keeps_what_it_was_begun_with(data, tmp_path, capsys, monkeypatch):

@@ -34,6 +34,7 @@ from lmd.training.begun import NoteOptions
 from lmd.training.limits import check_words
 from lmd.training.module import check_parts
 from lmd.training.run import (
+    check_heard,
     command_of,
     configure_run,
     describe_run,
@@ -180,6 +181,7 @@ def main(args: argparse.Namespace) -> int:
     sizes = preset(args.preset)
     run, where = arc_run(args, sizes), run_options(args)
     module = build_module(args, run, sizes)
+    check_heard(args, module.source.shards)
     described = describe_run(where.out, run, args, module.source.shards)
     where = replace(where, precision=described["precision"])
     notes = arc_notes(args, module.source.shards)

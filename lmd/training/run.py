@@ -15,6 +15,7 @@ from lmd.checkpoint import (
     MODEL_KINDS,
     Header,
     build_model,
+    heard_codec,
     load_strict,
     load_tensors,
     read_header,
@@ -355,6 +356,25 @@ def describe_run(
     return compare(out, before, known)
 
 
+def check_heard(args: argparse.Namespace, data: LatentShards) -> None:
+    """Refuse weights that learned the latents of another encoder than these, where both are known.
+
+    Raises:
+        LmdError: names both encoders.
+    """
+    ours = data.settings.get("codec")
+    for name in ("init", "base"):
+        path = getattr(args, name, None)
+        theirs = heard_codec(read_header(path).notes) if path and path.is_file() else None
+        if ours and theirs and ours != theirs:
+            raise LmdError(
+                f"--{name} {path}, which learned latents of the codec {theirs[:12]}",
+                f"weights that learned those in {args.data}, of {ours[:12]}",
+                "Encode with the codec of the weights (data encode --codec), or begin without "
+                "them: latents of two codecs have nothing in common.",
+            )
+
+
 def started_from(args: argparse.Namespace) -> dict[str, str | None]:
     """What a run is begun with, by option: SHA-256 of the weights in a file, or a folder's name."""
     found: dict[str, str | None] = {}
@@ -413,6 +433,7 @@ def train(stage: Stage, args: argparse.Namespace) -> int:
     tune_allocator()
     options, run, sizes = train_options(stage, args), run_options(args), preset(args.preset)
     source = open_latents(args.data, sizes, args.seed)
+    check_heard(args, source.shards)
     compiled = choose_compile(stage, args, begun_as(run.out))
     described = describe_run(run.out, options, args, source.shards, compiled)
     run = dataclasses.replace(run, precision=described["precision"])
