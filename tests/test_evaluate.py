@@ -536,6 +536,7 @@ def test_aims_are_judged_seed_by_seed() -> None:
     assert [one["met"] for one in found] == met
     assert all(one["aim"].endswith("both with DPM-Solver++") for one in found[:2])
     assert found[2]["found"] == "6.03 against 3.5 (ED+AF, 8 steps)"
+    assert ": -0.967 (" in found[3]["found"]  # 6.033 - 2 * 3.5
     assert found[7]["aim"].startswith("BC+AF, 4 steps: no drift")
     assert "at most 0.1 over 20 s; the distance is 2" in found[7]["found"]
     assert "40.0% (30.0% – 50.0%) with ED+AF, 8 steps" in found[8]["found"]
