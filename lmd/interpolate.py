@@ -22,7 +22,7 @@ from lmd.checkpoint import (
     write_atomic,
 )
 from lmd.errors import LmdError
-from lmd.training.card import NOTICE, file_rows, origin_row
+from lmd.training.card import NOTICE, data_row, file_rows, origin_row
 from lmd.training.run import origin_of
 
 
@@ -74,8 +74,9 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
         "first": origin_of(first),
         "second": origin_of(second),
     }
-    if "data" in header.notes:
-        notes["data"] = header.notes["data"]  # it names the codec
+    learned = [found.notes["data"] for found in (header, start_header) if heard_codec(found.notes)]
+    if learned:
+        notes["data"] = learned[0]  # it names the codec
     between = {name: start[name].float().lerp(end[name].float(), share) for name in end}
     save_checkpoint(
         out, between, kind=header.kind, config=header.config, notes=notes, stored="float16"
@@ -97,6 +98,7 @@ def card_of(weights: Path, second_card: Path) -> str:
         f"| sizes | preset `{header.config.name}` |",
         origin_row("first", notes["first"]),
         origin_row("second", notes["second"]),
+        *([data_row(notes)] if "data" in notes else []),
         f"| command | `{notes['command']}` |",
         "",
     ]

@@ -44,7 +44,7 @@ from lmd.evaluation.generation import (
     side_by_side,
 )
 from lmd.evaluation.held_out import PIECES
-from lmd.evaluation.judge import Judge, Measured
+from lmd.evaluation.judge import OTHER, Judge, Measured
 from lmd.evaluation.metrics import frechet, gaussian
 from lmd.evaluation.other_listeners import open_listeners
 from lmd.evaluation.recogniser import (
@@ -500,9 +500,9 @@ def a_line(method: str, fd: list[float], family: float = 1.0, key: float = 0.95)
 
 
 def test_the_reference_is_all_held_out_music_and_of_long_streams_other_pieces(
-    world: argparse.Namespace,
+    world: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sources = Sources(Path(), world.corpus, world.recogniser, world.folder / "parts", "tiny", "cpu")
+    sources = Sources(Path(), world.corpus, world.recogniser, tmp_path / "parts", "tiny", "cpu")
     evaluation = Evaluation(sources, BUDGETS["smoke"])
     test, other = (
         evaluation.embed_held_out(split)["embedding"] for split in ("test", "validation")
@@ -512,6 +512,33 @@ def test_the_reference_is_all_held_out_music_and_of_long_streams_other_pieces(
     assert frechet(evaluation.reference.gaussian, together) == pytest.approx(0, abs=1e-6)
     assert frechet(evaluation.other_pieces, gaussian(other)) == pytest.approx(0, abs=1e-6)
     assert frechet(evaluation.other_pieces, together) > 1e-3
+
+    heard: list[object] = []
+
+    def follow(judge: object, waves: object, cloud: object, bin_s: float) -> dict:
+        heard.append(cloud)
+        return {}
+
+    monkeypatch.setattr("lmd.evaluation.run.drift", follow)
+    monkeypatch.setattr("lmd.evaluation.run.long_stream", lambda *rest: None)
+    evaluation.drift_of_seed(METHODS[2], "0", 1, 0)
+    evaluation.drift_anchors_of(0)
+    assert len(heard) == 4
+    assert all(cloud is evaluation.other_pieces for cloud in heard)
+
+
+def test_further_listeners_have_all_held_out_music_for_reference_too(
+    world: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = Sources(Path(), world.corpus, world.recogniser, world.folder / "parts", "tiny", "cpu")
+    evaluation = Evaluation(sources, BUDGETS["smoke"])
+    points = {"validation": np.array([[0.0], [2.0]]), "test": np.array([[4.0], [6.0]])}
+    monkeypatch.setattr(
+        evaluation,
+        "embed_held_out",
+        lambda split: {"embedding": points[split], f"{OTHER}OpenL3": 10 * points[split]},
+    )
+    assert evaluation.reference.others["OpenL3"].mean == pytest.approx([30.0])
 
 
 def test_aims_are_judged_seed_by_seed() -> None:
@@ -536,7 +563,10 @@ def test_aims_are_judged_seed_by_seed() -> None:
     assert [one["met"] for one in found] == met
     assert all(one["aim"].endswith("both with DPM-Solver++") for one in found[:2])
     assert found[2]["found"] == "6.03 against 3.5 (ED+AF, 8 steps)"
-    assert ": -0.967 (" in found[3]["found"]  # 6.033 - 2 * 3.5
+    # by seeds: 4 - 2 * 3, 6.1 - 2 * 3.5, 8 - 2 * 4; Student's half width of three is 2.484 sd
+    half = 4.302653 * np.std([-2.0, -0.9, 0.0], ddof=1) / math.sqrt(3)
+    ends = f"-0.967 ({-0.966667 - half:.3g} – {-0.966667 + half:.3g}) beyond twice"
+    assert ends in found[3]["found"]
     assert found[7]["aim"].startswith("BC+AF, 4 steps: no drift")
     assert "at most 0.1 over 20 s; the distance is 2" in found[7]["found"]
     assert "40.0% (30.0% – 50.0%) with ED+AF, 8 steps" in found[8]["found"]
@@ -549,6 +579,9 @@ def test_aims_are_judged_seed_by_seed() -> None:
     assert [one["met"] for one in more] == [True, False, *met]
     assert [one["aim"].count("Euler's method") for one in more[:5]] == [1, 1, 0, 0, 0]
     assert "8 steps -0.967 " in more[0]["found"]
+    once = [a_line("ED", [5.0]), a_line("ED+AF", [4.0])]
+    alone = said | {"rows": once, "recogniser": {"embedding": 1}}
+    assert aims(alone)[3]["met"] is None  # FD∞ needs more than one seed
     few = aims(said | {"recogniser": {"embedding": 11}})  # 21 windows are fewer than twice that
     assert few[2]["met"] is few[3]["met"] is None
 
@@ -662,7 +695,7 @@ def test_installed_listeners_join_the_row(monkeypatch: pytest.MonkeyPatch) -> No
         replace(measured([[1.0]] * 2, np.zeros((2, 1, 1))), others=heard),
         {"CLAP": listeners["CLAP"].read(["a", "b"])},
     )
-    values = other_values([(truth.real, truth)], Reference(cloud, 1, cloud, 1, {"OpenL3": cloud}))
+    values = other_values([(truth.real, truth)], Reference(cloud, 1, {"OpenL3": cloud}))
     assert values["FD OpenL3"] == pytest.approx([0], abs=1e-9)
     assert values["KL PaSST"] == pytest.approx([0], abs=1e-9)
     assert values["cosine CLAP"] == pytest.approx([0.6])
@@ -800,7 +833,9 @@ def test_several_processes_find_what_one_does_and_say_on_what(
         with np.load(path) as file:
             np.savez(path, **(dict(file) | {"made_on": np.array("an abacus")}))
     assert run(world, tmp_path / "again", *words) == 0
-    assert "Music made on: an abacus; timed here." in (tmp_path / "again/evaluation.md").read_text()
+    told = (tmp_path / "again/evaluation.md").read_text()
+    (here,) = one["made_on"]
+    assert f"Music made on: {here} (here); an abacus; timed here." in told
 
 
 def spoil(result: dict, *keys: str, value: object) -> dict:

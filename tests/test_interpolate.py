@@ -27,6 +27,9 @@ def test_weights_lie_on_the_line_and_say_what_they_are(ends, tmp_path):
     (first, start), (second, end) = ends
     out = tmp_path / "between" / "arc.safetensors"
     second.with_suffix(".md").write_text("# arc\n\nAs it was trained.\n")
+    learned = {"renditions": 7, "hours": 0.5, "latent_settings": {"codec": "1", "corpus": "c" * 64}}
+    notes = {"command": "arc", "data": learned}
+    save_checkpoint(second, end, kind="arc", config=preset("tiny"), notes=notes)
     assert main(["interpolate", str(first), str(second), "--share", "0.25", "--out", str(out)]) == 0
     found, header = load_tensors(out, "arc")
     assert found.keys() == end.keys()
@@ -34,7 +37,9 @@ def test_weights_lie_on_the_line_and_say_what_they_are(ends, tmp_path):
         expected = 0.75 * start[name] + 0.25 * end[name]
         torch.testing.assert_close(tensor.float(), expected, rtol=1e-3, atol=1e-5)
     assert (header.kind, header.config) == ("arc", preset("tiny"))
+    assert header.notes["data"] == learned
     card = out.with_suffix(".md").read_text()
+    assert f"| data | 7 renditions, 0.5 h, corpus `{'c' * 12}` |" in card
     for told in ("25% of the way", header.sha256, header.notes["command"], "As it was trained."):
         assert told in card
     assert "made by `finetuned`" in card
@@ -67,8 +72,10 @@ def test_what_has_no_line_between_is_refused(ends, tmp_path):
     with pytest.raises(LmdError, match="latents of 2 codecs"):
         interpolate(*apart, 0.5, out)
     assert not out.exists()
-    interpolate(first, apart[1], 0.5, tmp_path / "known.safetensors")
-    assert heard_codec(read_header(tmp_path / "known.safetensors").notes) == "2" * 64
+    for number, (start, end) in enumerate(((first, apart[1]), (apart[1], second))):
+        known = tmp_path / f"known-{number}.safetensors"
+        interpolate(start, end, 0.5, known)
+        assert heard_codec(read_header(known).notes) == "2" * 64
     for name in ("model", "model.ckpt", "model.md"):
         with pytest.raises(LmdError, match=r"a name that ends in \.safetensors"):
             interpolate(first, second, 0.5, tmp_path / name)

@@ -125,7 +125,8 @@ def test_latents_of_another_codec_are_refused(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("stage", "which"), [("base", "init"), ("finetune", "init"), ("arc", "init"), ("arc", "base")]
+    ("stage", "which"),
+    [("base", "init"), ("finetune", "init"), ("distill", "init"), ("arc", "init"), ("arc", "base")],
 )
 def test_weights_that_learned_another_codecs_latents_are_refused(tmp_path, capsys, stage, which):
     data, out = write_latents(tmp_path / "latents"), tmp_path / "run"

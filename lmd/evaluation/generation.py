@@ -46,8 +46,8 @@ class Method:
     sampler: SamplerName
 
 
-# Everybody plays with the sampler that suits it best at every count of steps (docs/log.md), so that
-# ARC-Forcing is measured against the strongest it has to beat.
+# Everybody plays with the sampler that suits it best at every count of steps (docs/log.md): what
+# ARC-Forcing is worth to somebody who has a solver of second order.
 METHODS = (
     Method("naive", "finetuned", "full", "dpmpp"),
     Method("ED", "finetuned", "enc-dec", "dpmpp"),
@@ -56,7 +56,7 @@ METHODS = (
     Method("BC+AF", "arc", "block-causal", "dpmpp"),
 )
 # The paper plays what is not ARC-Forced with Euler's method. Both sides with it: what ARC-Forcing
-# is worth to somebody who has no solver of second order.
+# is worth to somebody who has no such solver.
 BY_EULER = "-Euler"  # ends these methods' names
 WITH_EULER = tuple(
     replace(method, name=method.name + BY_EULER, sampler="euler")

@@ -141,13 +141,16 @@ def _setting(result: Mapping[str, Any]) -> str:
         f"window at every step. {_solvers(result)}"
         "Values are means over seeds with Student's 95 % intervals, wide where seeds are few. "
         f"FD is the Fréchet distance of {real['windows']} windows per seed from "
-        f"{result['reference_windows']} of all held-out pieces, in the embedding of the "
-        f"recogniser {result['recogniser']['sha256'][:8]}, which knows this corpus and nothing "
-        "else; compare it within a column only, for with so few windows most of it is the size of "
-        "the sample. "
+        f"{result['reference_windows']} of all held-out pieces that one family plays, in the "
+        f"embedding of the recogniser {result['recogniser']['sha256'][:8]}, which knows this "
+        "corpus and nothing else; compare it within a column only, for with so few windows most of "
+        "it is the size of the sample. "
         "FD∞: all seeds together, extrapolated to endless samples (the jackknife over seeds; of "
-        "three seeds a wide guess); real music does not get 0, for prompts are drawn from the test "
-        "half of these pieces alone. KL: "
+        "three seeds a wide guess). Seeds draw other prompts, excerpts and noise from the same few "
+        "pieces: their intervals say what other draws would give, not what other pieces would. "
+        "Real music does not get 0, for prompts are drawn from the test pieces alone; it and what "
+        "the codec makes of it are excerpts of music that is in the reference, which no method's "
+        "are, so that they come out lower than music from elsewhere would. KL: "
         "families heard in the real piece against those heard in the clip, nats (for real music: "
         "in another excerpt of the piece). Joins, clicks: "
         f"at block boundaries over elsewhere, 1 = not heard. {_guidance(result)}{_kept(result)}"
@@ -176,9 +179,10 @@ def _solvers(result: Mapping[str, Any]) -> str:
 
 
 def _made_on(result: Mapping[str, Any]) -> str:
-    """Where music was made, if not where it was timed."""
-    others = [name for name in result["made_on"] if name != hardware(result["machine"])]
-    return f"Music made on: {'; '.join(others)}; timed here. " if others else ""
+    """Where music was made, if not only where it was timed."""
+    here, found = hardware(result["machine"]), result["made_on"]
+    places = [f"{name} (here)" if name == here else name for name in found]
+    return f"Music made on: {'; '.join(places)}; timed here. " if set(found) - {here} else ""
 
 
 def _kept(result: Mapping[str, Any]) -> str:

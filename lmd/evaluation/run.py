@@ -43,7 +43,8 @@ from lmd.evaluation.rows import Reference, Truths, row_of
 from lmd.instrument import CFG_SCALE, Instrument, open_instrument
 from lmd.machine import hardware, machine_dict
 
-VERSION = 3  # of what is generated and how it is measured
+PARTS = 3  # version of what is generated and how it is measured
+VERSION = 4  # of how lines are made of that
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 MADE_ON = "made_on"  # in a part: the hardware
 BIN_S = 10.0
@@ -173,7 +174,7 @@ class Evaluation:
         )
         manifest = hashlib.sha256((self.sources.data / MANIFEST).read_bytes()).hexdigest()
         return {
-            "version": VERSION,
+            "version": PARTS,
             "clips": self.budget.n_clips,
             "blocks": [self.budget.n_blocks, self.budget.block_frames],
             "reference_s": self.budget.reference_s,

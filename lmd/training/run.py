@@ -370,8 +370,8 @@ def check_heard(args: argparse.Namespace, data: LatentShards) -> None:
             raise LmdError(
                 f"--{name} {path}, which learned latents of the codec {theirs[:12]}",
                 f"weights that learned those in {args.data}, of {ours[:12]}",
-                "Encode with the codec of the weights (data encode --codec), or begin without "
-                "them: latents of two codecs have nothing in common.",
+                "Encode with the codec of the weights (data encode --codec), or train from the "
+                "base on: latents of two codecs have nothing in common.",
             )
 
 
