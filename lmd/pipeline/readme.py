@@ -195,7 +195,8 @@ def _latency(found: dict[str, Any]) -> list[list[str]]:
     rows = []
     for frames, row in found["blocks"].items():
         what = f"slider to sound, blocks of {frames} frames ({row['block_ms']:.0f} ms)"
-        rows.append([what, f"p50 {row['p50_ms']:.0f} ms, p95 {row['p95_ms']:.0f} ms"])
+        heard = f"p50 {row['p50_ms']:.0f} ms, p95 {row['p95_ms']:.0f} ms"
+        rows.append([what, f"{heard}; underruns: {row['underruns']}"])
     return rows
 
 
