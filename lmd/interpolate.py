@@ -62,9 +62,10 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
     todo = "Give weights of which one was trained on from the other."
     if start_header.config != header.config or start.keys() != end.keys():
         raise LmdError(f"models of other sizes in {first} and {second}", "two of one preset", todo)
-    codecs = {heard_codec(found.notes) for found in (start_header, header)} - {None}
-    if len(codecs) > 1:
-        found = f"{first} and {second}, which learned latents of {len(codecs)} codecs"
+    learned = {heard_codec(found.notes): found.notes for found in (start_header, header)}
+    learned.pop(None, None)
+    if len(learned) > 1:
+        found = f"{first} and {second}, which learned latents of {len(learned)} codecs"
         raise LmdError(found, "two that learned the same", todo)
     words = ["python", "-m", "lmd", "interpolate", str(first), str(second)]
     words += ["--share", f"{share:g}", "--out", str(out)]
@@ -74,9 +75,9 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
         "first": origin_of(first),
         "second": origin_of(second),
     }
-    learned = [found.notes["data"] for found in (header, start_header) if heard_codec(found.notes)]
     if learned:
-        notes["data"] = learned[0]  # it names the codec
+        (said,) = learned.values()
+        notes["data"] = said["data"]  # it names the codec
     between = {name: start[name].float().lerp(end[name].float(), share) for name in end}
     save_checkpoint(
         out, between, kind=header.kind, config=header.config, notes=notes, stored="float16"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmd.checkpoint import Header, read_header
+from lmd.checkpoint import Header, heard_codec, read_header
 from lmd.codec_training.metrics import markdown_table
 from lmd.config import PRESETS
 from lmd.data.codec_identity import encoder_sha256
@@ -141,7 +141,7 @@ def _learned(learner: Path, machine: Mapping[str, Any]) -> list[str]:
 def _learner_notes(codec: Path, learner: Path) -> dict[str, Any]:
     """What the weights in `learner` say of their training; refused if it proves nothing here."""
     notes = read_header(learner / "base.safetensors").notes
-    heard, wanted = notes["data"]["latent_settings"].get("codec"), encoder_sha256(codec)
+    heard, wanted = heard_codec(notes), encoder_sha256(codec)
     if "init" in notes or heard != wanted:
         knew = f"weights begun from {notes['init']['file']}" if "init" in notes else ""
         raise LmdError(

@@ -103,13 +103,13 @@ def _forcing_helps(streamed: Sequence[Line], regime: str, solver: str) -> dict[s
 
 def _near_the_floor(best: Line, codec: Line, embedding: int) -> list[dict[str, Any]]:
     """Twice: at the size of this sample, and extrapolated, where the floor itself is lower."""
-    enough = best["windows"] * best["fd"]["n"] >= 2 * embedding
-    n = str(best["fd"]["n"])
+    n_seeds = best["fd"]["n"]
+    enough = n_seeds > 1 and best["windows"] * n_seeds >= 2 * embedding
+    n = str(n_seeds)
     ours, floor = (x["pooled"][n]["all"] if n in x["pooled"] else math.nan for x in (best, codec))
     endless = [x["fd_infinite"] for x in (best, codec)]
     told = [f"{x['mean']:.3g} ({x['low']:.3g} – {x['high']:.3g})" for x in endless]
     beyond = difference(codec, best, times=2)
-    enough = enough and best["fd"]["n"] > 1
     more = f"{beyond.mean:+.3g} ({beyond.low:.3g} – {beyond.high:.3g}) beyond twice"
     words = f"({name_of(best)})" + ("" if enough else ", of too few windows to say")
     aim = "of the best streamed method within twice the codec floor's"

@@ -74,6 +74,7 @@ def row_of(
     """
     embeddings = [flat(one) for one in seeds]
     pooled = pooled_distances(embeddings, reference.gaussian)
+    together = pooled.get(str(len(seeds)), {"all": float("nan"), "without": []})
     kl = [kl_divergence(t.real.family, one.family) for one, t in zip(seeds, truths, strict=True)]
     pairs = list(zip(seeds, truths, strict=True))
     values = {
@@ -86,7 +87,7 @@ def row_of(
     return {
         "windows": len(embeddings[0]),
         "clips": len(seeds[0].family),
-        "fd_infinite": endless(pooled, len(seeds)),
+        "fd_infinite": asdict(jackknife(together["all"], together["without"])),
         **{name: asdict(mean_interval(value)) for name, value in values.items()},
         "others": {
             name: asdict(mean_interval(value))
@@ -139,12 +140,6 @@ def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[s
         }
         for n in range(2, len(seeds) + 1)
     }
-
-
-def endless(pooled: dict[str, dict[str, Any]], n_seeds: int) -> dict[str, float]:
-    """The distance that all seeds together have, extrapolated, as an interval."""
-    together = pooled.get(str(n_seeds), {"all": float("nan"), "without": []})
-    return asdict(jackknife(together["all"], together["without"]))
 
 
 def flat(measured: Measured) -> np.ndarray:

@@ -288,8 +288,7 @@ class Evaluation:
                     found.setdefault(f"{OTHER}{name}", []).append(heard)
             return {name: np.concatenate(parts) for name, parts in found.items()}
 
-        name = "reference" if split == "validation" else f"reference-{split}"
-        return self.parts.arrays(name, embed)
+        return self.parts.arrays(f"reference-{split}", embed)
 
     def anchors(self) -> dict[str, list[Measured]]:
         """Real music's own context, the codec's floor, and frames in random order; per seed."""

@@ -363,8 +363,7 @@ def check_heard(args: argparse.Namespace, data: LatentShards) -> None:
         LmdError: names both encoders.
     """
     ours = data.settings.get("codec")
-    for name in ("init", "base"):
-        path = getattr(args, name, None)
+    for name, path in begun_with(args).items():
         theirs = heard_codec(read_header(path).notes) if path and path.is_file() else None
         if ours and theirs and ours != theirs:
             raise LmdError(
@@ -378,12 +377,15 @@ def check_heard(args: argparse.Namespace, data: LatentShards) -> None:
 def started_from(args: argparse.Namespace) -> dict[str, str | None]:
     """What a run is begun with, by option: SHA-256 of the weights in a file, or a folder's name."""
     found: dict[str, str | None] = {}
-    for name in ("init", "base"):
-        if hasattr(args, name):
-            path = getattr(args, name)
-            begun = str(path) if path else None
-            found[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else begun
+    for name, path in begun_with(args).items():
+        begun = str(path) if path else None
+        found[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else begun
     return found
+
+
+def begun_with(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The weights that a stage may begin with, by option; None: none are."""
+    return {name: getattr(args, name) for name in ("init", "base") if hasattr(args, name)}
 
 
 def command_of(stage: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
