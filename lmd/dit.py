@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmd.config import DiTConfig
-from lmd.operations import Rotation, attend, gated, rotate
+from lmd.operations import Rotation, attend, gated, linear, normalised, rotate
 from lmd.shapes import (
     FrameControls,
     FrameMask,
@@ -80,6 +80,22 @@ class RotaryEmbedding(nn.Module):
         return Rotation(angle.cos(), angle.sin())
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, by way of `lmd.operations`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens or heads in and out."""
+        return normalised(x, self.weight, self.bias, self.eps)
+
+
+class Linear(nn.Linear):
+    """PyTorch's with a bias, by way of `lmd.operations`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows in and out."""
+        return linear(x, self.weight, self.bias)
+
+
 def split_heads(x: Tokens, n_heads: int) -> Heads:
     """`[batch, token, head * dim]` to `[batch, head, token, dim]`."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
@@ -97,8 +113,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.to_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.q_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
-        self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.q_norm = LayerNorm(config.head_dim, eps=1e-6)
+        self.k_norm = LayerNorm(config.head_dim, eps=1e-6)
         self.to_out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
@@ -144,8 +160,8 @@ class CrossAttention(nn.Module):
         self.n_heads = config.n_heads
         self.to_q = nn.Linear(config.width, config.width, bias=False)
         self.to_kv = nn.Linear(config.width, 2 * config.width, bias=False)
-        self.q_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
-        self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.q_norm = LayerNorm(config.head_dim, eps=1e-6)
+        self.k_norm = LayerNorm(config.head_dim, eps=1e-6)
         self.to_out = nn.Linear(config.width, config.width, bias=False)
 
     def key_value(self, text: Tokens) -> KeyValue:
@@ -168,8 +184,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.to_gated = nn.Linear(config.width, 2 * config.ff_mult * config.width)
-        self.to_out = nn.Linear(config.ff_mult * config.width, config.width)
+        self.to_gated = Linear(config.width, 2 * config.ff_mult * config.width)
+        self.to_out = Linear(config.ff_mult * config.width, config.width)
 
     def forward(self, x: Tokens) -> Tokens:
         """`[batch, token, width]` in and out."""
@@ -181,11 +197,11 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.pre_norm = nn.LayerNorm(config.width, bias=False)
+        self.pre_norm = LayerNorm(config.width, bias=False)
         self.self_attn = SelfAttention(config)
-        self.cross_norm = nn.LayerNorm(config.width, bias=False)
+        self.cross_norm = LayerNorm(config.width, bias=False)
         self.cross_attn = CrossAttention(config)
-        self.ff_norm = nn.LayerNorm(config.width, bias=False)
+        self.ff_norm = LayerNorm(config.width, bias=False)
         self.ff = FeedForward(config)
         for branch in (self.self_attn, self.cross_attn, self.ff):
             for parameter in branch.to_out.parameters():

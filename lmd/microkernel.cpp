@@ -20,7 +20,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -64,6 +64,8 @@ typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 inline Vector load(const Brain* brains) {
 #if defined(__AVX512F__)  // one instruction; of what follows, GCC makes five
   return (Vector)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)brains)) << 16);
+#elif defined(__AVX2__)
+  return (Vector)((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((__m128i*)brains)) << 16);
 #else
   Shorts bits;
   std::memcpy(&bits, brains, sizeof bits);
@@ -74,8 +76,14 @@ inline Vector load(const Brain* brains) {
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
 inline void store(Brain* to, Vector x) {  // to the nearest, ties to even
   const Words words = (Words)x, rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
-  const Shorts bits = __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Shorts);
+  const Words whole = (Words)(x == x ? rounded : Words{} + 0x7fc0);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)whole, (__m256i)whole);
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+#else
+  const Shorts bits = __builtin_convertvector(whole, Shorts);
   std::memcpy(to, &bits, sizeof bits);
+#endif
 }
 
 // e to the x, within a few units of the last place; 0 below e^-87 and for NaN, e^88 at most.

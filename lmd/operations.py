@@ -2,9 +2,10 @@
 
 Each is an ordinary formula; written as one step for autograd it costs no concatenation and no
 zero-filled gradient of a slice. A compiler (`torch.compile`) gets the plain formulas: it fuses them
-itself.
+itself. Training in bfloat16 on the CPU goes through `lmd.step_kernel`, compiled or not.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,19 @@ class Rotation(NamedTuple):
         return Rotation(self.cos, -self.sin)
 
 
+def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`F.layer_norm` over the last dimension of tokens or heads."""
+    kernel = _kernel_for(x, x.shape[-1])
+    if kernel is not None and weight.dtype == torch.float32:
+        return kernel.normalise(x, weight, bias, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
 def rotate(x: Heads, rotation: Rotation) -> Heads:
     """Turn dimension pairs (i, i + rope_dim / 2) of `x` by their position's angle, in float32."""
+    kernel = _kernel_for(x, x.shape[-1], rotation.cos.shape[-1])
+    if kernel is not None:
+        return kernel.rotate(x, *rotation, False)
     if torch.compiler.is_compiling():
         half = rotation.cos.shape[-1]
         turned = [part.to(x.dtype) for part in _turned_pairs(x, rotation)]
@@ -43,10 +55,21 @@ def rotate(x: Heads, rotation: Rotation) -> Heads:
 
 def gated(x: Tokens) -> GatedTokens:
     """`value * silu(gate)` of `[value, gate]` along the last dimension."""
+    kernel = _kernel_for(x, x.shape[-1] // 2)
+    if kernel is not None:
+        return kernel.gate(x)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Gated.apply(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.silu(gate)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear`."""
+    learns = weight.requires_grad and bias.requires_grad
+    if learns and torch.is_autocast_enabled("cpu") and _kernel_for(x, len(bias)) is not None:
+        return _Linear.apply(x, weight.to(x.dtype), bias)
+    return F.linear(x, weight, bias)
 
 
 def attend(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility | None = None) -> Heads:
@@ -60,6 +83,15 @@ def attend(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility | None = No
 
         return attend_by_products(q, k, v, visible)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def _kernel_for(x: Tensor, *widths: int) -> ModuleType | None:
+    """`lmd.step_kernel` if it takes this: a training step in bfloat16 on the CPU."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return None
+    from lmd import step_kernel  # with PyTorch's compiler: 2 s
+
+    return step_kernel if step_kernel.suits(*widths) else None
 
 
 def _turned_pairs(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -111,3 +143,21 @@ class _Gated(torch.autograd.Function):
         torch.mul(gradient, F.silu(gate), out=to_value)
         torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=to_gate)
         return both
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose bias's gradient is summed by the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from lmd import step_kernel
+
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        return gradient @ weight, rows.T @ x.flatten(0, -2), step_kernel.sum_rows(rows)

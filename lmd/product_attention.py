@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmd import step_kernel
 from lmd.shapes import Heads, SeenHeads, Visibility
 
 CHUNK_SCORES = 1 << 21  # attention scores computed at once: what a core's cache still holds
@@ -124,18 +125,13 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Sequence[Groups]) -> tuple[Tensor, ...]:
-        ctx.parts, ctx.like = parts, (x.shape, x.dtype)
+        ctx.parts, ctx.n_tokens = parts, x.shape[2]
         return tuple(_gather(x, groups) for groups in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        shape, dtype = ctx.like
-        total = torch.zeros(shape)  # in full precision: many may be added
-        for groups, gradient in zip(ctx.parts, gradients, strict=True):
-            for tokens, group, place in _places(total, groups):
-                tokens.add_(_by_group(gradient, groups)[:, :, group, place])
-        return total.to(dtype), None
+        return _put(gradients, ctx.parts, ctx.n_tokens), None
 
 
 class _Place(torch.autograd.Function):
@@ -143,12 +139,8 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, n_tokens: int, parts: Sequence[Groups], *found: Tensor) -> Tensor:
-        ctx.parts, n_heads = parts, found[0].shape[1] // len(parts[0])
-        out = found[0].new_empty(len(found[0]), n_heads, n_tokens, found[0].shape[-1])
-        for groups, values in zip(parts, found, strict=True):
-            for tokens, group, place in _places(out, groups):
-                tokens.copy_(_by_group(values, groups)[:, :, group, place])
-        return out
+        ctx.parts = parts
+        return _put(found, parts, n_tokens)
 
     @staticmethod
     @once_differentiable
@@ -176,11 +168,37 @@ def attend_by_products(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility
 
 def _gather(x: Heads, groups: Groups) -> GroupHeads:
     """The tokens of each group."""
+    if _suits_kernel(x):
+        taken = step_kernel.take(x, _tokens(groups))
+        return taken.unflatten(2, (len(groups), -1)).flatten(1, 2)
     n_tokens = sum(end - begin for begin, end in groups[0])
     found = x.new_empty(*x.shape[:2], len(groups), n_tokens, x.shape[-1])
     for tokens, group, place in _places(x, groups):
         found[:, :, group, place] = tokens
     return found.flatten(1, 2)
+
+
+def _put(found: Sequence[Tensor], parts: Sequence[Groups], n_tokens: int) -> Heads:
+    """The way back; what was found of a token more than once is added up."""
+    taken = [_by_group(x, groups) for x, groups in zip(found, parts, strict=True)]
+    if _suits_kernel(found[0]):
+        rows = [values.flatten(2, 3) for values in taken]
+        return step_kernel.put(rows, [_tokens(groups) for groups in parts], n_tokens)
+    total = torch.zeros(*taken[0].shape[:2], n_tokens, taken[0].shape[-1])  # many may be added
+    for groups, values in zip(parts, taken, strict=True):
+        for tokens, group, place in _places(total, groups):
+            tokens.add_(values[:, :, group, place])
+    return total.to(found[0].dtype)
+
+
+def _suits_kernel(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and step_kernel.suits(x.shape[-1])
+
+
+@lru_cache(maxsize=256)  # several of each of a training's windows
+def _tokens(groups: Groups) -> Tensor:
+    """Of all groups, one after another."""
+    return torch.tensor([token for runs in groups for run in runs for token in range(*run)])
 
 
 def _by_group(x: GroupHeads, groups: Groups) -> Tensor:
