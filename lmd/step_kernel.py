@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmd.errors import LmdError
 from lmd.panels import NUMBER, POINTER, SIZE, SWITCH, compiled, why_not
 
 SOURCE = Path(__file__).with_name("stepkernel.cpp")
@@ -44,10 +45,10 @@ def suits(*widths: int) -> bool:
 @torch.library.custom_op("lmd::normalise", mutates_args=(), device_types="cpu")
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`F.layer_norm` over the last dimension of tokens or of heads."""
+    shift = torch.zeros_like(weight) if bias is None else bias
+    weight, shift = (_wide(part, x.shape[-1:]) for part in (weight, shift))
     x, heads = _as_heads(x)
     y = x.new_empty(x.shape)
-    weight = weight.contiguous()
-    shift = torch.zeros_like(weight) if bias is None else bias.contiguous()
     kernel().step_normalise(
         ctypes.byref(heads), *_at(x, weight, shift), eps, y.data_ptr(), torch.get_num_threads()
     )
@@ -59,8 +60,9 @@ def unnormalise(
     gradient: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `normalise`: of `x`, `weight` and `bias`."""
+    weight = _wide(weight, x.shape[-1:])
     x, heads = _as_heads(x)
-    gradient, weight = gradient.contiguous(), weight.contiguous()
+    gradient = gradient.contiguous()
     to_x, sums = _like_heads(x), weight.new_empty(2, len(weight))
     kernel().step_unnormalise(
         ctypes.byref(heads),
@@ -75,10 +77,11 @@ def unnormalise(
 @torch.library.custom_op("lmd::rotate", mutates_args=(), device_types="cpu")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     """Dimension pairs of `[batch, head, token, dim]` turned by their token's angle, or back."""
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    y = torch.empty_like(x)
     n_tokens, dim = x.shape[-2:]
-    sizes = (x.numel() // (n_tokens * dim), n_tokens, dim, cos.shape[-1], backwards)
+    x, half = x.contiguous(), min(cos.shape[-1], dim // 2)
+    cos, sin = (_wide(part, (n_tokens, half)) for part in (cos, sin))
+    y = torch.empty_like(x)
+    sizes = (x.numel() // (n_tokens * dim), n_tokens, dim, half, backwards)
     kernel().step_rotate(*_at(x, cos, sin), *sizes, y.data_ptr(), torch.get_num_threads())
     return y
 
@@ -137,6 +140,17 @@ def put(parts: Sequence[Tensor], tokens: Sequence[Tensor], n_tokens: int) -> Ten
         torch.get_num_threads(),
     )
     return y
+
+
+def _wide(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """In one piece. The kernel reads what it is pointed at, so that is looked at before."""
+    if x.dtype != torch.float32 or x.shape != tuple(shape):
+        raise LmdError(
+            f"{x.dtype} of shape {tuple(x.shape)}",
+            f"torch.float32 of shape {tuple(shape)}, as the tokens beside it have it",
+            "Convert the model and what goes into it together, or set LMD_STEP_KERNEL=0.",
+        )
+    return x.contiguous()
 
 
 def _at(*tensors: Tensor) -> list[int]:

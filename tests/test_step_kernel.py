@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lmd import operations, product_attention, step_kernel
 from lmd.checkpoint import build_model
 from lmd.config import preset
+from lmd.errors import LmdError
 from lmd.operations import Rotation, gated, linear, normalised, rotate
 from lmd.step_kernel import can_use_step_kernel, why_no_step_kernel
 from lmd.training.curriculum import Rows
@@ -151,6 +152,22 @@ def test_tokens_taken_and_put_back_are_added_up():
     for part, some in zip(parts, whose, strict=True):
         expected.index_add_(2, some, part.float())
     assert torch.equal(step_kernel.put(parts, whose, 20), expected.bfloat16())
+
+
+@needs_kernel
+def test_what_does_not_fit_is_refused_before_it_is_read():
+    x, ones, angle = numbers(2, 3, 5, 64), torch.ones(64), torch.ones(5, 16)
+    for work, told in (
+        (lambda: step_kernel.normalise(x, ones[:32], None, 1e-5), r"\(32,\).*\(64,\)"),
+        (lambda: step_kernel.normalise(x, ones.bfloat16(), None, 1e-5), "bfloat16.*float32"),
+        (lambda: step_kernel.normalise(x, ones, ones[:1], 1e-5), r"\(1,\).*\(64,\)"),
+        (lambda: step_kernel.unnormalise(x, x, ones[:63], 1e-5), r"\(63,\).*\(64,\)"),
+        (lambda: step_kernel.rotate(x, angle[:4], angle[:4], False), r"\(4, 16\).*\(5, 16\)"),
+        (lambda: step_kernel.rotate(x, angle, angle[:, :8], False), r"\(5, 8\).*\(5, 16\)"),
+        (lambda: step_kernel.rotate(x, ones.expand(5, 64), angle, False), r"\(5, 64\).*\(5, 32\)"),
+    ):
+        with pytest.raises(LmdError, match=told):
+            work()
 
 
 @needs_kernel
