@@ -81,7 +81,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, by way of `lmd.operations`."""
+    """PyTorch's over one dimension, learning by way of `lmd.operations`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens or heads in and out."""
@@ -89,7 +89,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """PyTorch's with a bias, by way of `lmd.operations`."""
+    """PyTorch's with a bias, learning by way of `lmd.operations`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows in and out."""

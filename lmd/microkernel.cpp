@@ -30,6 +30,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 13;
 #elif defined(__AVX2__) && defined(__FMA__)
+#define EIGHT_LANES
 constexpr int LANES = 8, ROWS = 6;
 #else
 constexpr int LANES = 4, ROWS = 8;
@@ -48,7 +49,7 @@ Vector load(const float* weights) { return *(const Vector*)weights; }
 typedef uint16_t Half;
 #if defined(__AVX512F__)
 Vector load(const Half* w) { return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((__m256i*)w)); }
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(EIGHT_LANES) && defined(__F16C__)
 Vector load(const Half* w) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((__m128i*)w)); }
 #else
 #define NO_HALVES
@@ -62,9 +63,9 @@ typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
 typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
 inline Vector load(const Brain* brains) {
-#if defined(__AVX512F__)  // one instruction; of what follows, GCC makes five
+#if defined(__AVX512F__)  // one instruction to widen; of the last way, GCC makes five
   return (Vector)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)brains)) << 16);
-#elif defined(__AVX2__)
+#elif defined(EIGHT_LANES)
   return (Vector)((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((__m128i*)brains)) << 16);
 #else
   Shorts bits;
@@ -77,7 +78,7 @@ inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
 inline void store(Brain* to, Vector x) {  // to the nearest, ties to even
   const Words words = (Words)x, rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
   const Words whole = (Words)(x == x ? rounded : Words{} + 0x7fc0);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EIGHT_LANES)
   const __m256i packed = _mm256_packus_epi32((__m256i)whole, (__m256i)whole);
   _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
 #else

@@ -36,7 +36,7 @@ class Rotation(NamedTuple):
 def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`F.layer_norm` over the last dimension of tokens or heads."""
     kernel = _kernel_for(x, x.shape[-1])
-    if kernel is not None and weight.dtype == torch.float32:
+    if kernel is not None and x.dim() in (3, 4) and weight.dtype == torch.float32:
         return kernel.normalise(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -44,7 +44,7 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def rotate(x: Heads, rotation: Rotation) -> Heads:
     """Turn dimension pairs (i, i + rope_dim / 2) of `x` by their position's angle, in float32."""
     kernel = _kernel_for(x, x.shape[-1], rotation.cos.shape[-1])
-    if kernel is not None:
+    if kernel is not None and rotation.cos.dtype == torch.float32:
         return kernel.rotate(x, *rotation, False)
     if torch.compiler.is_compiling():
         half = rotation.cos.shape[-1]
@@ -66,7 +66,7 @@ def gated(x: Tokens) -> GatedTokens:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`."""
-    learns = weight.requires_grad and bias.requires_grad
+    learns = weight.requires_grad and bias.requires_grad and x.dim() > 1
     if learns and torch.is_autocast_enabled("cpu") and _kernel_for(x, len(bias)) is not None:
         return _Linear.apply(x, weight.to(x.dtype), bias)
     return F.linear(x, weight, bias)

@@ -131,7 +131,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _put(gradients, ctx.parts, ctx.n_tokens), None
+        return _put(gradients, ctx.parts, ctx.n_tokens, once=False), None
 
 
 class _Place(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _Place(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, n_tokens: int, parts: Sequence[Groups], *found: Tensor) -> Tensor:
         ctx.parts = parts
-        return _put(found, parts, n_tokens)
+        return _put(found, parts, n_tokens, once=True)
 
     @staticmethod
     @once_differentiable
@@ -178,16 +178,18 @@ def _gather(x: Heads, groups: Groups) -> GroupHeads:
     return found.flatten(1, 2)
 
 
-def _put(found: Sequence[Tensor], parts: Sequence[Groups], n_tokens: int) -> Heads:
-    """The way back; what was found of a token more than once is added up."""
+def _put(found: Sequence[Tensor], parts: Sequence[Groups], n_tokens: int, once: bool) -> Heads:
+    """The way back; what was found of a token is added up, unless each was found once."""
     taken = [_by_group(x, groups) for x, groups in zip(found, parts, strict=True)]
     if _suits_kernel(found[0]):
         rows = [values.flatten(2, 3) for values in taken]
         return step_kernel.put(rows, [_tokens(groups) for groups in parts], n_tokens)
-    total = torch.zeros(*taken[0].shape[:2], n_tokens, taken[0].shape[-1])  # many may be added
+    shape = (*taken[0].shape[:2], n_tokens, taken[0].shape[-1])
+    total = found[0].new_empty(shape) if once else torch.zeros(shape)  # float32: many are added
     for groups, values in zip(parts, taken, strict=True):
         for tokens, group, place in _places(total, groups):
-            tokens.add_(values[:, :, group, place])
+            own = values[:, :, group, place]
+            tokens.copy_(own) if once else tokens.add_(own)
     return total.to(found[0].dtype)
 
 
@@ -198,7 +200,8 @@ def _suits_kernel(x: Tensor) -> bool:
 @lru_cache(maxsize=256)  # several of each of a training's windows
 def _tokens(groups: Groups) -> Tensor:
     """Of all groups, one after another."""
-    return torch.tensor([token for runs in groups for run in runs for token in range(*run)])
+    tokens = [token for runs in groups for run in runs for token in range(*run)]
+    return torch.tensor(tokens, device="cpu")
 
 
 def _by_group(x: GroupHeads, groups: Groups) -> Tensor:

@@ -87,6 +87,35 @@ def test_tokens_are_normalised_however_they_lie(lay):
 
 
 @needs_kernel
+@pytest.mark.parametrize("n_heads", [1, 3])
+def test_heads_are_normalised_however_they_lie(n_heads):
+    weight, bias = numbers(2, 64, seed=1, dtype=torch.float32)
+    x = numbers(2, n_heads, 9, 64)
+    for lay in (
+        torch.Tensor.contiguous,
+        lambda x: x[:, :, 2:7],
+        lambda x: x[:1].expand(3, -1, -1, -1),
+    ):
+        assert_agree(
+            lambda x, weight, bias, lay=lay: normalised(lay(x), weight, bias, 1e-6),
+            lambda x, weight, bias, lay=lay: F.layer_norm(lay(x), (64,), weight, bias, 1e-6),
+            x,
+            weight,
+            bias,
+        )
+
+
+@needs_kernel
+def test_rows_that_hardly_vary_are_normalised_with_epsilon():
+    x, weight = numbers(2, 3, 96) * 1e-3, torch.ones(96)
+    x[0] = 2.5  # not at all
+    found = normalised(x.requires_grad_(), weight, None, 1e-6)
+    expected = F.layer_norm(x.double(), (96,), None, None, 1e-6)
+    assert (found[0] == 0).all()
+    assert distance(found, expected) < ROUNDED
+
+
+@needs_kernel
 def test_pairs_are_turned():
     angle = numbers(9, 16, seed=1, dtype=torch.float64)
     turn = Rotation(angle.cos(), angle.sin())
@@ -107,6 +136,18 @@ def test_gates_are_taken():
         return value * F.silu(gate)
 
     assert_agree(gated, exactly, numbers(2, 70, 320) * 4)
+
+
+@needs_kernel
+def test_every_gate_is_exact_to_one_rounding():
+    """All bfloat16 numbers from the smallest that are not denormal to those that overflow."""
+    gate = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = gate[(gate.abs() > 1e-30) & (gate.abs() < 80)]
+    gate = gate[: len(gate) // 32 * 32]
+    found = step_kernel.gate(torch.cat([torch.ones_like(gate), gate])[None])
+    share = 1 / (1 + (-gate.double()).exp())
+    error = (found[0].double() / (gate.double() * share) - 1).abs()
+    assert error.max() < 2**-8 + 5e-5  # half of the last place, of 8 bits, and the formula's own
 
 
 @needs_kernel
@@ -157,16 +198,28 @@ def test_tokens_taken_and_put_back_are_added_up():
 @needs_kernel
 def test_what_does_not_fit_is_refused_before_it_is_read():
     x, ones, angle = numbers(2, 3, 5, 64), torch.ones(64), torch.ones(5, 16)
+    some = torch.tensor([0, 4])
     for work, told in (
         (lambda: step_kernel.normalise(x, ones[:32], None, 1e-5), r"\(32,\).*\(64,\)"),
         (lambda: step_kernel.normalise(x, ones.bfloat16(), None, 1e-5), "bfloat16.*float32"),
         (lambda: step_kernel.normalise(x, ones, ones[:1], 1e-5), r"\(1,\).*\(64,\)"),
+        (lambda: step_kernel.normalise(x.half(), ones, None, 1e-5), "float16.*bfloat16"),
+        (lambda: step_kernel.normalise(x[..., :20], ones[:20], None, 1e-5), "divides"),
         (lambda: step_kernel.unnormalise(x, x, ones[:63], 1e-5), r"\(63,\).*\(64,\)"),
+        (lambda: step_kernel.unnormalise(x[:, :, :4], x, ones, 1e-5), "3, 4, 64.*3, 5, 64"),
         (lambda: step_kernel.rotate(x, angle[:4], angle[:4], False), r"\(4, 16\).*\(5, 16\)"),
         (lambda: step_kernel.rotate(x, angle, angle[:, :8], False), r"\(5, 8\).*\(5, 16\)"),
-        (lambda: step_kernel.rotate(x, ones.expand(5, 64), angle, False), r"\(5, 64\).*\(5, 32\)"),
+        (lambda: step_kernel.rotate(x, ones.expand(5, 64), angle, False), r"5, 64.*5, 32"),
+        (lambda: step_kernel.gate(x[..., :20]), "divides"),
+        (lambda: step_kernel.gate(x.float()), "float32.*bfloat16"),
+        (lambda: step_kernel.ungate(x, x), "5, 64.*5, 32"),
+        (lambda: step_kernel.sum_rows(x[0, 0].float()), "float32.*bfloat16"),
+        (lambda: step_kernel.take(x, some.int()), "int32.*int64"),
+        (lambda: step_kernel.take(x, some + 1), "tokens 1 to 5"),
+        (lambda: step_kernel.put([x], [some], 5), "3, 5, 64.*3, 2, 64"),
+        (lambda: step_kernel.put([x[:, :, :2]], [some - 1], 5), "tokens -1 to 3"),
     ):
-        with pytest.raises(LmdError, match=told):
+        with pytest.raises(LmdError, match="(?s)" + told):
             work()
 
 
@@ -215,14 +268,14 @@ def test_a_training_step_in_bfloat16_is_no_farther_from_exact_with_the_kernel(wh
     kind = kinds(sizes, 1, torch.device("cpu"))[which]
     kind.clean = numbers(*kind.clean.shape, seed=4, dtype=torch.float32)
     exact_loss, exact = step_of(kind, model)
-    calls = []
+    answers = []
     plain = step_kernel.suits
     with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(step_kernel, "suits", lambda *w: calls.append(w) or plain(*w))
+        monkeypatch.setattr(step_kernel, "suits", lambda *w: answers.append(plain(*w)) or plain(*w))
         loss, gradient = step_of(kind, model)
         monkeypatch.setattr(step_kernel, "suits", lambda *widths: False)
         other_loss, other = step_of(kind, model)
-    assert len(calls) > 6 * sizes.dit.depth
+    assert sum(answers) > 6 * sizes.dit.depth  # norms, rotations, gates, biases of every block
     error = ((gradient - exact).norm() / exact.norm()).item()
     others = ((other - exact).norm() / exact.norm()).item()
     assert error < 1.05 * others < 0.1, (error, others)
