@@ -25,8 +25,8 @@ void by_block(long n_rows, long n_sums, int n_threads, float* sums, Work work) {
     for (long i = 0; i < n_sums; ++i) sums[i] += parts[block * n_sums + i];
 }
 
-// Heads of tokens: x lies as [batch, token, head, dim], tokens `stride` apart, and its gradient, too,
-// but close together; results, and what arrives as their gradients, lie as [batch, head, token, dim].
+// Heads of tokens: x lies as [batch, token, head, dim], tokens `stride` apart, its gradient likewise
+// but close together; results, and what arrives as their gradients, as [batch, head, token, dim].
 struct Heads {
   long n_batch, n_heads, n_tokens, dim, stride;
   long n_rows() const { return n_batch * n_tokens; }
@@ -48,7 +48,7 @@ inline float folded(Vector x) {
 }
 
 // To the nearest, ties to even; a NaN stays one. (The instruction makes zeros of denormal numbers.)
-inline void put(Brain* to, Vector x) {
+inline void round_to(Brain* to, Vector x) {
 #if defined(__AVX512BF16__)
   const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
   std::memcpy(to, &bits, sizeof bits);
@@ -98,7 +98,7 @@ struct Token {
     for (long head = 0; head < heads.n_heads; ++head, to += heads.next()) {
       const float* from = centred.data() + head * heads.dim;
       for (long i = 0; i < heads.dim; i += LANES)
-        put(to + i, load(from + i) * scale[head] * load(weight + i) + load(bias + i));
+        round_to(to + i, load(from + i) * scale[head] * load(weight + i) + load(bias + i));
     }
   }
 
@@ -123,13 +123,14 @@ struct Token {
       }
       const float level = folded(sum) / dim, slope = folded(product) / dim * scale[head];
       for (long i = 0; i < dim; i += LANES)
-        put(to_x + head * dim + i,
+        round_to(to_x + head * dim + i,
             (load(weighed + i) - level - load(from + i) * slope) * scale[head]);
     }
   }
 };
 
-// 1 / (1 + e^-x), within 1e-5 of it; a bfloat16 is rounded by up to 2e-3. Far below, as at -87.
+// 1 / (1 + e^-x), within 1e-5 of it, where rounding to bfloat16 takes up to 4e-3; at most 2^126 for
+// the power.
 inline Vector sigmoid(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(sizeof(Vector))));
   Vector power = x * -1.44269504f;  // of two
@@ -167,8 +168,7 @@ extern "C" void step_unnormalise(const Heads* heads, const Brain* x, const Brain
   });
 }
 
-// `[matrix, token, dim]`; pairs (i, i + half) by their token's angle, as `cos` and `sin` have it, or
-// back.
+// `[matrix, token, dim]`: pairs (i, i + half) by their token's angle, or back.
 extern "C" void step_rotate(const Brain* x, const float* cos, const float* sin, long n_matrices,
                             long n_tokens, long dim, long half, int backwards, Brain* y,
                             int n_threads) {
@@ -181,8 +181,8 @@ extern "C" void step_rotate(const Brain* x, const float* cos, const float* sin, 
     for (long i = 0; i < half; i += LANES) {
       const Vector left = load(from + i), right = load(from + half + i);
       const Vector c = load(cos + angle + i), s = load(sin + angle + i) * sign;
-      put(to + i, left * c - right * s);
-      put(to + half + i, right * c + left * s);
+      round_to(to + i, left * c - right * s);
+      round_to(to + half + i, right * c + left * s);
     }
     std::copy(from + 2 * half, from + dim, to + 2 * half);
   }
@@ -195,7 +195,7 @@ extern "C" void step_gate(const Brain* x, long n_rows, long width, Brain* y, int
     const Brain *value = x + 2 * row * width, *gate = value + width;
     for (long i = 0; i < width; i += LANES) {
       const Vector g = load(gate + i);
-      put(y + row * width + i, load(value + i) * g * sigmoid(g));
+      round_to(y + row * width + i, load(value + i) * g * sigmoid(g));
     }
   }
 }
@@ -209,8 +209,8 @@ extern "C" void step_ungate(const Brain* x, const Brain* gradient, long n_rows, 
     for (long i = 0; i < width; i += LANES) {
       const Vector arriving = load(gradient + row * width + i);
       const Vector v = load(value + i), g = load(gate + i), share = sigmoid(g);
-      put(to + i, arriving * g * share);
-      put(to + width + i, arriving * v * share * (1.0f + g * (1.0f - share)));
+      round_to(to + i, arriving * g * share);
+      round_to(to + width + i, arriving * v * share * (1.0f + g * (1.0f - share)));
     }
   }
 }
@@ -251,7 +251,7 @@ extern "C" void step_put(const Brain* const* x, const long* const* tokens, const
           for (long d = 0; d < dim; d += LANES) store(to + d, load(to + d) + load(from + d));
         }
       for (long i = 0; i < n_tokens * dim; i += LANES)
-        put(y + matrix * n_tokens * dim + i, load(sums.data() + i));
+        round_to(y + matrix * n_tokens * dim + i, load(sums.data() + i));
     }
   }
 }
