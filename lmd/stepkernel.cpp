@@ -129,8 +129,7 @@ struct Token {
   }
 };
 
-// 1 / (1 + e^-x), within 1e-5 of it, where rounding to bfloat16 takes up to 4e-3; at most 2^126 for
-// the power.
+// 1 / (1 + e^-x), within 1e-5 of it (rounding to bfloat16 takes up to 4e-3); below -87 as at -87.
 inline Vector sigmoid(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(sizeof(Vector))));
   Vector power = x * -1.44269504f;  // of two
