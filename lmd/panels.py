@@ -189,11 +189,16 @@ def can_use_panels() -> bool:
 @cache
 def why_no_panels() -> str:
     """What stands in the way of the kernel, for a person; "" if nothing does."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return f"{SWITCH} is 0"
+    if off := switched_off(SWITCH):
+        return off
     if not sys.platform.startswith("linux"):
         return f"{sys.platform}: torch's own products are used"
     return why_not(_multiplies_rightly)
+
+
+def switched_off(*switches: str) -> str:
+    """Which of these variables of the environment is 0, for a person; "" if none is."""
+    return next((f"{name} is 0" for name in switches if os.environ.get(name) == "0"), "")
 
 
 def why_not(computes_rightly: Callable[[], bool]) -> str:

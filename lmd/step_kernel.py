@@ -12,7 +12,6 @@ differentiated once, backwards.
 """
 
 import ctypes
-import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmd.errors import LmdError
-from lmd.panels import NUMBER, POINTER, SIZE, SWITCH, compiled, why_not
+from lmd.panels import NUMBER, POINTER, SIZE, SWITCH, compiled, switched_off, why_not
 
 SOURCE = Path(__file__).with_name("stepkernel.cpp")
 SWITCHES = ("LMD_STEP_KERNEL", SWITCH)
@@ -192,7 +191,7 @@ def _as_heads(x: Tensor) -> tuple[Tensor, _Heads]:
     if n_heads == 1:
         expected = (expected[0], head.stride(1), *expected[2:])
     if head.stride() != expected or stride < n_heads * dim:
-        x, stride = _copied_heads(x), n_heads * dim
+        x, stride = _like_heads(x).copy_(x), n_heads * dim
     return x, _Heads(n_batch, n_heads, n_tokens, dim, stride)
 
 
@@ -201,10 +200,6 @@ def _like_heads(x: Tensor) -> Tensor:
     if x.dim() == 3:
         return x.new_empty(x.shape)
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def _copied_heads(x: Tensor) -> Tensor:
-    return _like_heads(x).copy_(x)
 
 
 @normalise.register_fake
@@ -285,9 +280,8 @@ def can_use_step_kernel() -> bool:
 @cache
 def why_no_step_kernel() -> str:
     """What stands in the way of the kernel, for a person; "" if nothing does."""
-    for switch in SWITCHES:
-        if os.environ.get(switch, "1") == "0":
-            return f"{switch} is 0"
+    if off := switched_off(*SWITCHES):
+        return off
     if not sys.platform.startswith("linux"):
         return f"{sys.platform}: torch's own operations are used"
     return why_not(_computes_rightly)

@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from jaxtyping import BFloat16
 from torch import Tensor, nn
 
-from lmd.panels import NUMBER, POINTER, SIZE, SWITCH, PanelLinear, compiled, processor, why_not
+from lmd.panels import (
+    NUMBER,
+    POINTER,
+    SIZE,
+    SWITCH,
+    PanelLinear,
+    compiled,
+    processor,
+    switched_off,
+    why_not,
+)
 
 SOURCE = Path(__file__).with_name("tilekernel.cpp")
 INSTRUCTIONS = ("amx_tile", "amx_bf16", "avx512f")  # as Linux names them
@@ -84,9 +94,8 @@ def can_use_tiles() -> bool:
 @cache
 def why_no_tiles() -> str:
     """What stands in the way of the kernel, for a person; "" if nothing does."""
-    for switch in SWITCHES:
-        if os.environ.get(switch, "1") == "0":
-            return f"{switch} is 0"
+    if off := switched_off(*SWITCHES):
+        return off
     if missing := [name for name in INSTRUCTIONS if name not in processor().split()]:
         return f"the processor has no {', '.join(missing)}"
     return why_not(_multiplies_rightly)

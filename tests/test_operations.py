@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from learning import gradients, numbers, plain_gate, plain_rotate
 from torch import Tensor
 
 from lmd import product_attention
@@ -19,28 +20,9 @@ from lmd.product_attention import CHUNK_SCORES, parts_of
 from lmd.training.finetune import pack_blocks, pack_copies
 
 
-def gradients(work, *inputs):
-    """The output, and the inputs' gradients of a fixed random projection of it."""
-    inputs = [x.clone().requires_grad_(True) for x in inputs]
-    out = work(*inputs)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
-
-
-def numbers(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def rotation(n_tokens, dim):
     angle = numbers(n_tokens, dim // 2, seed=5)
     return Rotation(angle.cos(), angle.sin())
-
-
-def plain_rotate(x, turn):
-    half = turn.cos.shape[-1]
-    left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    pairs = [left * turn.cos - right * turn.sin, right * turn.cos + left * turn.sin]
-    return torch.cat([*pairs, rest], dim=-1)
 
 
 def test_rotation_and_its_gradient_equal_the_formula_to_the_bit():
@@ -57,12 +39,8 @@ def test_a_rotation_undone_is_none():
 
 
 def test_gate_and_its_gradient_equal_the_formula_to_the_bit():
-    def plain(x):
-        value, gate = x.chunk(2, dim=-1)
-        return value * F.silu(gate)
-
     for one, other in zip(
-        gradients(gated, numbers(2, 5, 8)), gradients(plain, numbers(2, 5, 8)), strict=True
+        gradients(gated, numbers(2, 5, 8)), gradients(plain_gate, numbers(2, 5, 8)), strict=True
     ):
         assert torch.equal(one, other)
 

@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import learning
 import pytest
 import torch
 import torch.nn.functional as F
+from learning import gradients, plain_gate, plain_rotate
 
 from lmd import operations, product_attention, step_kernel
 from lmd.checkpoint import build_model
@@ -25,16 +28,7 @@ needs_kernel = pytest.mark.skipif(not can_use_step_kernel(), reason=why_no_step_
 ROUNDED = 0.004  # a bfloat16's share of error, as a norm; measured 0.0012 to 0.0029
 
 
-def numbers(*shape, seed=0, dtype=torch.bfloat16):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def learned(work, *inputs):
-    """The output, and the inputs' gradients of a fixed random projection of it."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    out = work(*inputs)
-    weight = numbers(*out.shape, seed=9, dtype=torch.float32).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
+numbers = partial(learning.numbers, dtype=torch.bfloat16)
 
 
 def distance(one, other):
@@ -44,8 +38,8 @@ def distance(one, other):
 def assert_agree(work, exact, *inputs):
     """`work` by the kernel against `exact` in double precision."""
     with torch.autocast("cpu", torch.bfloat16):
-        found = learned(work, *inputs)
-    expected = learned(exact, *(x.double() for x in inputs))
+        found = gradients(work, *inputs)
+    expected = gradients(exact, *(x.double() for x in inputs))
     for ours, theirs, given in zip(found, expected, [None, *inputs], strict=True):
         assert distance(ours, theirs) < ROUNDED
         assert ours.shape == theirs.shape
@@ -120,22 +114,13 @@ def test_pairs_are_turned():
     angle = numbers(9, 16, seed=1, dtype=torch.float64)
     turn = Rotation(angle.cos(), angle.sin())
 
-    def exactly(x):
-        left, right, rest = x.split([16, 16, 32], dim=-1)
-        turned = [left * turn.cos - right * turn.sin, right * turn.cos + left * turn.sin]
-        return torch.cat([*turned, rest], dim=-1)
-
     single = Rotation(*(part.float() for part in turn))
-    assert_agree(lambda x: rotate(x, single), exactly, numbers(2, 3, 9, 64))
+    assert_agree(lambda x: rotate(x, single), lambda x: plain_rotate(x, turn), numbers(2, 3, 9, 64))
 
 
 @needs_kernel
 def test_gates_are_taken():
-    def exactly(x):
-        value, gate = x.chunk(2, dim=-1)
-        return value * F.silu(gate)
-
-    assert_agree(gated, exactly, numbers(2, 70, 320) * 4)
+    assert_agree(gated, plain_gate, numbers(2, 70, 320) * 4)
 
 
 @needs_kernel
@@ -154,7 +139,7 @@ def test_every_gate_is_exact_to_one_rounding():
 def test_a_gate_far_out_stays_finite_and_a_nan_is_not_hidden():
     far = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")])
     x = torch.stack([torch.ones(8), far]).repeat_interleave(2, dim=1).reshape(1, 1, 32)
-    out, gradient = learned(gated, x.bfloat16())
+    out, gradient = gradients(gated, x.bfloat16())
     expected = F.silu(far).repeat_interleave(2).bfloat16()[None, None]
     assert torch.allclose(out, expected, rtol=0.01, atol=1e-7, equal_nan=True)
     assert torch.isfinite(gradient.view(2, 16)[:, :14]).all()
@@ -293,8 +278,7 @@ def test_switched_off_the_plain_formulas_stay_and_the_reason_is_told(switch, mon
     x = numbers(2, 5, 64)
     assert operations._kernel_for(x, 64) is None
     assert not product_attention._suits_kernel(x[None])
-    value, gate = x.double().chunk(2, dim=-1)
-    assert distance(learned(gated, x)[0], value * F.silu(gate)) < ROUNDED
+    assert distance(gradients(gated, x)[0], plain_gate(x.double())) < ROUNDED
 
 
 @pytest.mark.parametrize("x", [numbers(2, 5, 64, dtype=torch.float32), numbers(2, 5, 61)])
