@@ -25,6 +25,7 @@ from lmd.config import PRESETS, REGIMES, DiTConfig, OobleckConfig, WindowConfig
 from lmd.controls import Controls
 from lmd.decoder_speed import DecoderSpeed
 from lmd.dit import DiT
+from lmd.machine import hardware, machine_dict
 from lmd.outpaint import BlockPlan, LiveDenoiser
 from lmd.packed import PackedLinear, can_pack, fastest_layout, is_packed, layouts, pack
 from lmd.rng import normal
@@ -340,3 +341,20 @@ def test_where_the_figures_go_is_asked_before_they_are_measured(tmp_path, monkey
             assert re.search("which is (a|no) folder", capsys.readouterr().err)
     tell({"a": 1}, "a table", str(tmp_path / "new" / "x.json"))
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({}, "a processor"),
+        ({"avx512_bf16": True}, "a processor with AVX-512 BF16"),
+        ({"amx": True, "avx512_bf16": True}, "a processor with AMX"),
+        ({"amx": True, "gpu": "a GPU"}, "a processor with AMX and a GPU"),
+    ],
+)
+def test_a_machine_is_named_with_what_multiplies_bfloat16(found, told):
+    none = {name: False for name, value in machine_dict().items() if isinstance(value, bool)}
+    assert found.keys() <= none.keys() | {"gpu"}
+    assert hardware({**none, "cpu": "a processor", "gpu": "", **found}) == told
+    before_it_was_asked = {"cpu": "a processor", "amx": False, "gpu": ""}
+    assert hardware(before_it_was_asked) == "a processor"

@@ -20,6 +20,7 @@ from typing import Any
 import soundfile
 
 from lmd.errors import LmdError
+from lmd.machine import hardware
 from lmd.pipeline.plan import ROOT
 
 BLOCK = re.compile(r"(<!-- begin (\w+)(?: ([^\n]*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -113,9 +114,7 @@ def _speed_tables(root: Path, pattern: str, columns: dict[str, str]) -> str:
     for path in sorted(_published(root).glob(pattern)):
         values = json.loads(path.read_text(encoding="utf-8"))
         machine = values.get("machine", {})
-        hardware = [str(machine[key]) for key in ("cpu", "gpu") if machine.get(key)]
-        hardware += ["AMX"] if machine.get("amx") else []
-        where = f" ({', '.join(hardware)})" if hardware else ""
+        where = f" ({hardware(machine)})" if machine else ""
         how = [f"`{values['preset']}`", values["dtype"]]
         how += [f"batch {values['batch']}"] if "batch" in values else []
         how += ["compiled"] if values.get("compiled") or "compile_s" in values else []
@@ -135,7 +134,7 @@ def durations(root: Path, profile: str) -> str:
     rows = [[name, entry["seconds"]] for name, entry in run["notebooks"].items()]
     total = sum(entry["seconds"] for entry in run["notebooks"].values())
     machine = run["machine"]
-    where = f"{machine['cpu']}, {machine['n_cores']} cores, {machine['memory_gib']:.0f} GiB"
+    where = f"{hardware(machine)}, {machine['n_cores']} cores, {machine['memory_gib']:.0f} GiB"
     return (
         f"{_table(['notebook', 'seconds'], [*rows, ['together', total]])}\n\nMeasured on {where}."
     )

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lmd.checkpoint import save_checkpoint, write_atomic
 from lmd.config import DiTConfig, Preset
 from lmd.errors import LmdError
-from lmd.machine import describe_machine, memory_gb
+from lmd.machine import half_products, machine_dict, memory_gb
 from lmd.training.curriculum import StepPlan
 from lmd.training.finetune import packing_of
 from lmd.training.lora import merged_state
@@ -82,12 +82,12 @@ def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
     """`32` or `bf16`; `auto` takes bf16 where products are `BF16_GAIN` times as fast.
 
     Several processes must agree, so there the hardware decides instead of the clock: bf16 on CUDA
-    and on CPUs with AMX.
+    and on CPUs with instructions for its products.
     """
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available() or n_processes > 1:
-        fast = torch.cuda.is_available() or describe_machine().amx
+        fast = torch.cuda.is_available() or bool(half_products(machine_dict()))
         return "bf16" if fast else "32"
     # Few tokens: without instructions for it, one bfloat16 product of a whole batch takes a second.
     half, single = (product_rate(d, width, 0.1, 240) for d in (torch.bfloat16, torch.float32))
