@@ -145,7 +145,8 @@ def test_real_and_fake_are_noised_alike():
     same = replace(same, fake=same.real)
     verdict = discriminator_loss(discriminator(), same, LossWeights(contrastive=0))
     torch.testing.assert_close(verdict.real, verdict.fake, rtol=1e-4, atol=1e-3)
-    assert verdict.pair.item() == pytest.approx(math.log(2), abs=1e-6)
+    # half of what scores of up to 50 differ by: 1.5e-5 at most where a row's place changes rounding
+    assert verdict.pair.item() == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_the_terms_add_up_with_their_weights():

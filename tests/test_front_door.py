@@ -325,7 +325,7 @@ def test_publishing_copies_what_the_readme_names_and_fills_it_in(tmp_path: Path)
     (run / "04_play").mkdir(parents=True)
     soundfile.write(run / "04_play" / "stream.wav", np.zeros(44_100), 22_050)
     entry = {"status": "done", "seconds": 3.5, "metrics": {"rtf": 12.25}}
-    machine = {"cpu": "a CPU", "n_cores": 2, "memory_gib": 8.0}
+    machine = {"cpu": "a CPU", "n_cores": 2, "memory_gib": 8.0, "amx": True, "gpu": ""}
     summary = {"profile": "quick", "machine": machine, "notebooks": {"04_play": entry}}
     (run / "metrics.json").write_text(json.dumps(summary))
     text = (
@@ -336,6 +336,7 @@ def test_publishing_copies_what_the_readme_names_and_fills_it_in(tmp_path: Path)
     publish(run, text, tmp_path)
     filled = fill(text, tmp_path)
     assert "| 04_play | 3.5 |" in filled
+    assert "Measured on a CPU with AMX, 2 cores, 8 GiB." in filled
     assert "| `rtf` | 12.2 |" in filled
     assert "[Hear it](outputs/published/04_play_stream.ogg) (2 s)" in filled
     assert "old" not in filled
