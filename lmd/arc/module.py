@@ -136,7 +136,9 @@ class ArcTraining(L.LightningModule):
         run = self.run
         pairs = (self.generator, run.lr_generator), (self.discriminator, run.lr_discriminator)
         return [
-            torch.optim.AdamW(net.parameters(), lr, run.betas, weight_decay=run.weight_decay)
+            torch.optim.AdamW(
+                net.parameters(), lr, run.betas, weight_decay=run.weight_decay, fused=True
+            )
             for net, lr in pairs
         ]
 

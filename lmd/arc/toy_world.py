@@ -191,7 +191,7 @@ def teach(
     batch: int = 16,
 ) -> LiveModel:
     """Stage 1 in this world: the base (every frame), or the live model (a block after context)."""
-    adam = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
+    adam = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: min(1.0, 2 - 2 * k / n_steps))
     plan = StepPlan("block-causal", n_frames, BLOCK)
     for step in range(n_steps):
@@ -248,8 +248,10 @@ def arc_updates(
     options = settings.arc
     betas = (0.0, 0.95)  # without momentum the two chase each other less
     adams = {
-        "generator": torch.optim.AdamW(live.parameters(), settings.lr_generator, betas),
-        "discriminator": torch.optim.AdamW(judge.parameters(), settings.lr_discriminator, betas),
+        "generator": torch.optim.AdamW(live.parameters(), settings.lr_generator, betas, fused=True),
+        "discriminator": torch.optim.AdamW(
+            judge.parameters(), settings.lr_discriminator, betas, fused=True
+        ),
     }
     for update in range(settings.n_updates):
         plan = plan_update(options, seed, update)

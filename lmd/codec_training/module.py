@@ -110,8 +110,10 @@ class CodecTraining(L.LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Two AdamW: codec, discriminator."""
         return [
-            torch.optim.AdamW(self.codec.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.01),
-            torch.optim.AdamW(self.discriminator.parameters(), 1e-3, betas=(0.8, 0.98)),
+            torch.optim.AdamW(
+                self.codec.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.01, fused=True
+            ),
+            torch.optim.AdamW(self.discriminator.parameters(), 1e-3, (0.8, 0.98), fused=True),
         ]
 
     def train_dataloader(self) -> DataLoader:
