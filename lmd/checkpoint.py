@@ -320,12 +320,15 @@ def heard_codec(notes: Mapping[str, Any]) -> str | None:
     return data.get("latent_settings", {}).get("codec") if isinstance(data, dict) else None
 
 
-def load_bundle(folder: str | Path, kind: str = "arc") -> Bundle:
+def load_bundle(
+    folder: str | Path, kind: str = "arc", dtype: torch.dtype = torch.float32
+) -> Bundle:
     """Model, codec and text encoder from a folder holding `codec.safetensors` and `KIND….`
 
     Args:
         folder: e.g. `data/pretrained`.
         kind: which model: "base", "finetuned" or "arc".
+        dtype: of the model; for the codec see `load_codec`.
 
     Raises:
         LmdError: a file is missing, or the two do not belong together.
@@ -345,5 +348,5 @@ def load_bundle(folder: str | Path, kind: str = "arc") -> Bundle:
             "a model and the codec whose latents it learned",
             "Put the two that were trained together into one folder.",
         )
-    codec = _build_codec(codec_header.config, tensors, codec_path, torch.float32)
-    return Bundle(preset, load_model(path), codec, build_text_encoder(preset.text))
+    codec = _build_codec(codec_header.config, tensors, codec_path, dtype)
+    return Bundle(preset, load_model(path).to(dtype), codec, build_text_encoder(preset.text))

@@ -21,7 +21,7 @@ from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.machine import pick_device
 from lmd.oobleck import random_codec
-from lmd.packed import pack
+from lmd.packed import pack, usual_layout
 from lmd.panels import can_use_panels
 from lmd.rng import derive_seed, normal
 from lmd.shapes import Latents, Wave
@@ -30,6 +30,7 @@ from lmd.stream import Streamer
 from lmd.text import Prompt, build_text_encoder
 
 SHIPPED = Path(__file__).parent.parent / "data" / "pretrained"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEST_FIRST = ("arc", "finetuned", "base")  # as measured (docs/log.md)
 CFG_SCALE = 1.5  # that weights without ARC-Forcing play best with (docs/log.md)
 TRAINED_BY_REGRESSION = {"sampler": "dpmpp", "n_steps": 16, "cfg_scale": CFG_SCALE}
@@ -122,50 +123,79 @@ class QuietCodec:
 
 
 def open_instrument(
-    source: str = "best", *, preset_name: str = "small", device: str = "auto"
+    source: str = "best",
+    *,
+    preset_name: str = "small",
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> Instrument:
     """Load an instrument.
 
     Args:
         source: `best` (the best shipped weights of that preset, else random ones), a shipped kind
             (`arc`, `finetuned`, `base`), `FOLDER:KIND`, or `random:PRESET:SEED` (with
-            `:codec` behind it for random weights in front of the shipped codec).
+            `:codec` behind it for random weights in front of the shipped codec). Behind each of
+            them may stand `@bfloat16`.
         preset_name: for `best` only.
         device: where it computes; `auto`: on a CUDA GPU if there is one.
+        dtype: of the transformer and of Stable Audio's autoencoder: `float32`, or `bfloat16`, which
+            takes half the memory for weights and cache and is faster with large models where the
+            processor multiplies it; None: as `source` says, else float32. The default codec
+            computes in float32.
 
     Raises:
-        LmdError: no such source or device, or files that are missing or do not fit.
+        LmdError: no such source, device or precision, or files that are missing or do not fit.
     """
-    place = pick_device(device)
+    place, precision = pick_device(device), dtype or precision_of(source)
+    source = _split(source)[0]
+    if precision not in DTYPES:
+        raise LmdError(f"dtype {precision!r}", f"one of {', '.join(DTYPES)}", "Pick one of these.")
     if source == "best":
         source = _best(preset(preset_name))
     if source.startswith("random:"):
-        return _instrument(_random(source), source, place, is_trained=False)
-    folder, kind = _place(source)
-    if kind not in MODEL_KINDS:
-        raise LmdError(
-            f"source {source!r}",
-            f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED",
-            "Pick one of these.",
-        )
-    bundle = load_bundle(folder, kind)
-    return _instrument(bundle, source, place, is_trained=True)
+        parts, is_trained = _random(source, DTYPES[precision]), False
+    else:
+        folder, kind = _place(source)
+        if kind not in MODEL_KINDS:
+            raise LmdError(
+                f"source {source!r}",
+                f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED",
+                "Pick one of these.",
+            )
+        parts, is_trained = load_bundle(folder, kind, DTYPES[precision]), True
+    source += "" if precision == "float32" else f"@{precision}"
+    return _instrument(parts, source, place, is_trained)
+
+
+def precision_of(source: str) -> str:
+    """A name among `DTYPES`."""
+    return _split(source)[1]
+
+
+def _split(source: str) -> tuple[str, str]:
+    """The weights and the precision that a source names."""
+    weights, at, precision = source.rpartition("@")
+    return (weights, precision) if at and precision in DTYPES else (source, "float32")
 
 
 def _place(source: str) -> tuple[Path, str]:
     """Folder and kind of `FOLDER:KIND`, or of a shipped kind."""
-    folder, _, kind = source.rpartition(":")
+    folder, _, kind = _split(source)[0].rpartition(":")
     return Path(folder) if folder else SHIPPED, kind
 
 
 def _instrument(parts: Bundle, source: str, device: torch.device, is_trained: bool) -> Instrument:
-    """The parts put together on their device; on a CPU laid out for it where that is possible."""
+    """The parts put together on their device; on a CPU laid out for it where that is possible.
+
+    The layout is a function of machine and precision, not of a trial: equal seeds, equal samples.
+    """
     codec = parts.codec.model if isinstance(parts.codec, QuietCodec) else parts.codec
     parts.model.to(device)
     codec.to(device)
-    if device.type == "cpu" and can_use_panels():
-        pack(parts.model, layout="panels")
-        decode_in_panels(codec)
+    if device.type == "cpu":
+        pack(parts.model, layout=usual_layout(parts.model.dit.dtype))
+        if can_use_panels():
+            decode_in_panels(codec)
     streamer = Streamer(parts.model, parts.codec, parts.text, parts.preset.window)
     return Instrument(streamer, parts.preset, source, is_trained)
 
@@ -181,7 +211,7 @@ def _best(wanted: Preset) -> str:
     return f"random:{wanted.name}:0" + (":codec" if fits else "")
 
 
-def _random(source: str) -> Bundle:
+def _random(source: str, dtype: torch.dtype) -> Bundle:
     """Fresh weights, a function of the preset and the seed."""
     parts = source.split(":")
     well_formed = len(parts) in (3, 4) and parts[2].isdecimal() and parts[3:] in ([], ["codec"])
@@ -199,8 +229,8 @@ def _random(source: str) -> Bundle:
         torch.manual_seed(derive_seed(int(parts[2]), "weights"))
         model = build_model(chosen).eval()
         _leave_no_zeros(model)
-        own = load_codec(shipped) if parts[3:] else _random_codec(chosen)
-    return Bundle(chosen, model, own, build_text_encoder(chosen.text))
+        own = load_codec(shipped, dtype) if parts[3:] else _random_codec(chosen, dtype)
+    return Bundle(chosen, model.to(dtype), own, build_text_encoder(chosen.text))
 
 
 def _leave_no_zeros(model: nn.Module) -> None:
@@ -210,7 +240,7 @@ def _leave_no_zeros(model: nn.Module) -> None:
             parameter.data = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
 
 
-def _random_codec(chosen: Preset) -> Codec:
+def _random_codec(chosen: Preset, dtype: torch.dtype) -> Codec:
     if isinstance(chosen.codec, OobleckConfig):
-        return QuietCodec(random_codec(chosen.codec))
+        return QuietCodec(random_codec(chosen.codec, dtype=dtype))
     return QuietCodec(SpectralCodec(chosen.codec).eval())

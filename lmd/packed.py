@@ -164,6 +164,13 @@ def layouts(dtype: torch.dtype, n_tokens: int) -> dict[str, LayOut]:
     return ways
 
 
+def usual_layout(dtype: torch.dtype) -> str:
+    """The layout to play with in that precision, where none is tried: a name, or "plain"."""
+    if dtype == torch.float32:
+        return "panels" if can_use_panels() else "plain"
+    return next(iter(layouts(dtype, n_tokens=49)), "plain")
+
+
 @torch.no_grad()
 def fastest_layout(model: LiveModel, n_tokens: int = 49) -> str:
     """Which layout's products are fastest here, tried for a fraction of a second.

@@ -313,6 +313,22 @@ def test_the_command_line_refuses_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_take_in_half_precision_is_the_same_samples_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "take.jsonl"
+    words = ["--source", SOURCE, "--dtype", "bfloat16", "--steps", "2", "--seconds", "2"]
+    words += ["-o", str(tmp_path / "played.wav"), "--take", str(path)]
+    assert main(["stream", "organ", *words]) == 0
+    assert read_take(path).header.source == f"{SOURCE}@bfloat16"
+    for place in (
+        [],
+        ["--source", SOURCE],
+    ):  # the take knows the precision, whoever has the weights
+        assert main(["replay", str(path), *place]) == 0
+    assert capsys.readouterr().out.count("the same samples") == 2
+
+
 def test_random_weights_are_not_deafening() -> None:
     instrument = open_instrument(SOURCE)
     assert isinstance(instrument.streamer.codec, QuietCodec)

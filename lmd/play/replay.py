@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.instrument import open_instrument
+from lmd.instrument import open_instrument, precision_of
 from lmd.play.sinks import AudioFile
 from lmd.play.takes import SampleHash, Take, play_again, read_take
 from lmd.shapes import Wave
@@ -34,7 +34,11 @@ def main(args: argparse.Namespace) -> int:
         _check_figure(args.figure)
     take = read_take(args.take)
     torch.set_num_threads(take.header.n_threads)  # opening computes, too
-    instrument = open_instrument(args.source or take.header.source, device=args.device)
+    instrument = open_instrument(
+        args.source or take.header.source,
+        device=args.device,
+        dtype=precision_of(take.header.source),
+    )
     digest, waves = SampleHash(), []
     with ExitStack() as stack:
         file = None

@@ -14,7 +14,7 @@ from lmd.checkpoint import write_atomic
 from lmd.config import REGIMES
 from lmd.errors import LmdError
 from lmd.flow import SAMPLERS
-from lmd.instrument import Instrument, open_instrument
+from lmd.instrument import DTYPES, Instrument, open_instrument
 from lmd.play.desk import check_live
 from lmd.play.live import EngineOptions, Event, LiveEngine
 from lmd.play.pace import Made, Meters, percentile
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="best", help="weights (default: the best there are)")
     parser.add_argument("--preset", default="small", help="tiny, small, paper (for --source best)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default float32)")
     parser.add_argument("--cfg-scale", type=float, help="guidance, 1 = off")
     parser.add_argument("--steps", type=int, dest="n_steps", help="model calls per block")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS))
@@ -51,7 +52,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Stream; status 1 if a paced stream ran dry or a block could not be played."""
     _check(args)
-    instrument = open_instrument(args.source, preset_name=args.preset, device=args.device)
+    instrument = open_instrument(
+        args.source, preset_name=args.preset, device=args.device, dtype=args.dtype
+    )
     print(f"playing on {instrument.description}")
     engine = engine_of(args, instrument)
     meters = run_with_progress(engine, args.seconds)
