@@ -139,14 +139,14 @@ def open_instrument(
         preset_name: for `best` only.
         device: where it computes; `auto`: on a CUDA GPU if there is one.
         dtype: of the transformer and of Stable Audio's autoencoder: `float32`, or `bfloat16`, which
-            takes half the memory for weights and cache and is faster with large models where the
-            processor multiplies it; None: as `source` says, else float32. The default codec
-            computes in float32.
+            halves weights and cache once they are loaded, and is faster with large models where
+            the processor multiplies it (slower elsewhere); None: as `source` says, else float32.
+            The default codec computes in float32.
 
     Raises:
         LmdError: no such source, device or precision, or files that are missing or do not fit.
     """
-    place, precision = pick_device(device), dtype or precision_of(source)
+    place, precision = pick_device(device), precision_of(source) if dtype is None else dtype
     source = _split(source)[0]
     if precision not in DTYPES:
         raise LmdError(f"dtype {precision!r}", f"one of {', '.join(DTYPES)}", "Pick one of these.")
@@ -159,7 +159,8 @@ def open_instrument(
         if kind not in MODEL_KINDS:
             raise LmdError(
                 f"source {source!r}",
-                f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED",
+                f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED, "
+                "with or without @bfloat16 behind it",
                 "Pick one of these.",
             )
         parts, is_trained = load_bundle(folder, kind, DTYPES[precision]), True
@@ -168,7 +169,7 @@ def open_instrument(
 
 
 def precision_of(source: str) -> str:
-    """A name among `DTYPES`."""
+    """The precision that a source names, one of `DTYPES`."""
     return _split(source)[1]
 
 
@@ -216,7 +217,11 @@ def _random(source: str, dtype: torch.dtype) -> Bundle:
     parts = source.split(":")
     well_formed = len(parts) in (3, 4) and parts[2].isdecimal() and parts[3:] in ([], ["codec"])
     if not well_formed:
-        raise LmdError(f"source {source!r}", "random:PRESET:SEED", "E.g. random:tiny:0.")
+        raise LmdError(
+            f"source {source!r}",
+            "random:PRESET:SEED, with or without @bfloat16 behind it",
+            "E.g. random:tiny:0.",
+        )
     chosen = preset(parts[1])
     shipped = SHIPPED / "codec.safetensors"
     if parts[3:] and read_header(shipped).config != chosen.codec:

@@ -32,6 +32,8 @@ LayOut = Callable[..., nn.Module]  # (linear, rows=…) to a `PackedLinear`, `Pa
 class PackedLinear(nn.Module):
     """A linear layer in oneDNN's layout, for inference; agrees with `nn.Linear` within rounding.
 
+    It stays on the CPU and in its precision, and cannot be copied: load the weights again instead.
+
     Args:
         linear: the plain layer.
         n_tokens: how many tokens a pass usually has.

@@ -74,8 +74,9 @@ def test_a_precision_is_no_part_of_the_place():
     assert open_instrument("random:tiny:0@bfloat16", dtype="float32").source == "random:tiny:0"
     with pytest.raises(LmdError, match="dtype 'float8'"):
         open_instrument("random:tiny:0", dtype="float8")
-    with pytest.raises(LmdError, match="source 'arc@float8'"):
-        open_instrument("arc@float8")
+    for source in ("arc@float8", "random:tiny:0@float8"):
+        with pytest.raises(LmdError, match=f"source '{source}'; .*with or without @bfloat16"):
+            open_instrument(source)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

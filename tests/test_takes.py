@@ -247,14 +247,16 @@ def test_a_stream_whose_blocks_cannot_be_played_ends_with_status_1(
     assert main(words) == 1
 
 
-@pytest.mark.parametrize("value", [0, "x"])
-def test_a_take_header_without_a_number_of_threads_is_refused(
-    value: object, played: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_threads", 0), ("n_threads", "x"), ("source", 5), ("text", None)]
+)
+def test_a_take_header_with_something_else_than_it_should_hold_is_refused(
+    name: str, value: object, played: tuple[Path, Path], tmp_path: Path
 ) -> None:
     first, *rest = played[0].read_text().splitlines()
     path = tmp_path / "edited.jsonl"
-    path.write_text("\n".join([json.dumps(json.loads(first) | {"n_threads": value}), *rest]) + "\n")
-    with pytest.raises(LmdError, match="n_threads"):
+    path.write_text("\n".join([json.dumps(json.loads(first) | {name: value}), *rest]) + "\n")
+    with pytest.raises(LmdError, match=f"edited.jsonl with {name} {value!r}"):
         read_take(path)
 
 

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("take", type=Path, help="a file written while playing")
     parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
     parser.add_argument("--figure", type=Path, help="png, pdf or svg: spectrogram and controls")
-    parser.add_argument("--source", help="weights, if not where the take says")
+    parser.add_argument("--source", help="weights, if not where the take says; in its precision")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
 
 

@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="best", help="weights (default: the best there are)")
     parser.add_argument("--preset", default="small", help="tiny, small, paper (for --source best)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default float32)")
+    words = "of the model (default float32); bfloat16 is slower where the processor has none"
+    parser.add_argument("--dtype", choices=DTYPES, help=words)
     parser.add_argument("--cfg-scale", type=float, help="guidance, 1 = off")
     parser.add_argument("--steps", type=int, dest="n_steps", help="model calls per block")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS))

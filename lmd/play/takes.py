@@ -216,6 +216,9 @@ def read_take(path: str | Path) -> Take:
             raise LmdError(
                 f"{path} with {name} {value!r}", "a whole number, 1 or more", "Mend its first line."
             )
+    for name in ("model_sha256", "codec_sha256", "text", "source"):
+        if not isinstance(value := getattr(header, name), str):
+            raise LmdError(f"{path} with {name} {value!r}", "a text", "Mend its first line.")
     return _parse(path, header, lines[1:])
 
 
