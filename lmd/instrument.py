@@ -146,26 +146,25 @@ def open_instrument(
     Raises:
         LmdError: no such source, device or precision, or files that are missing or do not fit.
     """
-    place, precision = pick_device(device), precision_of(source) if dtype is None else dtype
-    source = _split(source)[0]
+    place, (weights, precision) = pick_device(device), _split(source)
+    precision = precision if dtype is None else dtype
     if precision not in DTYPES:
         raise LmdError(f"dtype {precision!r}", f"one of {', '.join(DTYPES)}", "Pick one of these.")
-    if source == "best":
-        source = _best(preset(preset_name))
-    if source.startswith("random:"):
-        parts, is_trained = _random(source, DTYPES[precision]), False
-    else:
-        folder, kind = _place(source)
-        if kind not in MODEL_KINDS:
-            raise LmdError(
-                f"source {source!r}",
-                f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED, "
-                "with or without @bfloat16 behind it",
-                "Pick one of these.",
-            )
-        parts, is_trained = load_bundle(folder, kind, DTYPES[precision]), True
-    source += "" if precision == "float32" else f"@{precision}"
-    return _instrument(parts, source, place, is_trained)
+    if weights == "best":
+        weights = _best(preset(preset_name))
+    source = weights if precision == "float32" else f"{weights}@{precision}"
+    if weights.startswith("random:"):
+        return _instrument(_random(weights, DTYPES[precision]), source, place, is_trained=False)
+    folder, kind = _place(weights)
+    if kind not in MODEL_KINDS:
+        raise LmdError(
+            f"source {weights!r}",
+            f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED, "
+            "with or without @bfloat16 behind it",
+            "Pick one of these.",
+        )
+    bundle = load_bundle(folder, kind, DTYPES[precision])
+    return _instrument(bundle, source, place, is_trained=True)
 
 
 def precision_of(source: str) -> str:

@@ -124,7 +124,7 @@ struct Token {
       const float level = folded(sum) / dim, slope = folded(product) / dim * scale[head];
       for (long i = 0; i < dim; i += LANES)
         round_to(to_x + head * dim + i,
-            (load(weighed + i) - level - load(from + i) * slope) * scale[head]);
+                 (load(weighed + i) - level - load(from + i) * slope) * scale[head]);
     }
   }
 };

@@ -84,6 +84,17 @@ def test_the_usual_layout_is_one_that_this_machine_has(dtype):
     assert usual_layout(dtype) in ("plain", *layouts(dtype, 49))
 
 
+def test_the_usual_layout_is_the_projects_own_before_another(monkeypatch):
+    for name in ("can_use_panels", "can_use_tiles", "can_pack"):
+        monkeypatch.setattr(f"lmd.packed.{name}", lambda *_: True)
+    assert (usual_layout(torch.float32), usual_layout(torch.bfloat16)) == ("panels", "tiles")
+    monkeypatch.setattr("lmd.packed.can_use_panels", lambda: False)
+    monkeypatch.setattr("lmd.packed.can_use_tiles", lambda: False)
+    assert (usual_layout(torch.float32), usual_layout(torch.bfloat16)) == ("plain", "onednn")
+    monkeypatch.setattr("lmd.packed.can_pack", lambda _: False)
+    assert usual_layout(torch.bfloat16) == "plain"
+
+
 def test_an_instrument_in_half_precision_is_laid_out_for_the_processor(monkeypatch):
     asked = []
     monkeypatch.setattr("lmd.instrument.pack", lambda model, layout: asked.append(layout))

@@ -323,10 +323,8 @@ def test_a_take_in_half_precision_is_the_same_samples_again(
     words += ["-o", str(tmp_path / "played.wav"), "--take", str(path)]
     assert main(["stream", "organ", *words]) == 0
     assert read_take(path).header.source == f"{SOURCE}@bfloat16"
-    for place in (
-        [],
-        ["--source", SOURCE],
-    ):  # the take knows the precision, whoever has the weights
+    # The take knows the precision, whoever has the weights.
+    for place in ([], ["--source", SOURCE]):
         assert main(["replay", str(path), *place]) == 0
     assert capsys.readouterr().out.count("the same samples") == 2
 
