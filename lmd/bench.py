@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from lmd.bound import Pass, bound_ms, machine_rates, passes_of
 from lmd.checkpoint import load_codec, load_model
-from lmd.codec import Codec
+from lmd.codec.base import Codec
+from lmd.codec.oobleck import OobleckCodec, random_codec
+from lmd.codec.spectral import SpectralCodec, decode_in_panels
 from lmd.config import REGIMES, Preset, SpectralCodecConfig, preset
-from lmd.controls import Controls
 from lmd.data.places import check_file_free
 from lmd.decoder_speed import measure_decoder
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.machine import (
     check_compiler,
@@ -36,11 +36,11 @@ from lmd.machine import (
     trim_memory,
     tune_allocator,
 )
-from lmd.oobleck import OobleckCodec, random_codec
+from lmd.model.dit import LiveModel
+from lmd.model.text import HashTextEncoder
 from lmd.packed import fastest_layout, is_packed, pack
-from lmd.spectral import SpectralCodec, decode_in_panels
-from lmd.stream import Block, Streamer, StreamState
-from lmd.text import HashTextEncoder
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Block, Streamer, StreamState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Furthest latent of a compiled stream from the eager one, as a share of the largest. Measured with
@@ -263,13 +263,13 @@ def rebuilds(
     lengths, before = streamer.window.block_lengths(), replace(base, n_steps=1)
     length = min(set(lengths) - {base.block_frames}, key=lambda n: abs(n - base.block_frames))
     regime = "enc-dec" if base.regime == "block-causal" else "block-causal"
-    forgetting = replace(base, forget_frames=base.block_frames)
+    forgetting = replace(base, drop_context_frames=base.block_frames)
     made = {}
     for cause, earlier, present in (
         ("prompt", replace(before, prompt="harp"), base),
         ("block_frames", replace(before, block_frames=length), base),
         ("regime", replace(before, regime=regime), base),
-        ("forget_frames", before, forgetting),
+        ("drop_context_frames", before, forgetting),
     ):
         ready = streamer.step(state, earlier)[1]
         made[cause] = [streamer.step(ready, present)[0] for _ in range(n_times)]

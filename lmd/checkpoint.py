@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lmd.codec import Codec
+from lmd.codec.base import Codec
 from lmd.config import (
     DiTConfig,
     OobleckConfig,
@@ -28,10 +28,10 @@ from lmd.config import (
     from_dict,
     to_dict,
 )
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.text import TextEncoder, build_text_encoder
-from lmd.weights import load_strict
+from lmd.model.dit import LiveModel
+from lmd.model.text import TextEncoder, build_text_encoder
+from lmd.model.weights import load_strict
 
 KINDS = ("codec", "base", "finetuned", "arc", "recogniser")
 Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | RecogniserConfig
@@ -289,10 +289,10 @@ def _build_codec(
 ) -> Codec:
     """The codec that these weights are of."""
     if isinstance(config, OobleckConfig):
-        from lmd.oobleck import OobleckCodec
+        from lmd.codec.oobleck import OobleckCodec
 
         return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
-    from lmd.spectral import SpectralCodec
+    from lmd.codec.spectral import SpectralCodec
 
     codec = SpectralCodec(cast(SpectralCodecConfig, config))
     load_strict(codec, tensors, str(path))
@@ -314,7 +314,7 @@ def encoder_digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def heard_codec(notes: Mapping[str, Any]) -> str | None:
+def codec_hash_of(notes: Mapping[str, Any]) -> str | None:
     """The digest of the encoder whose latents a model learned, if its file says that."""
     data = notes.get("data")
     return data.get("latent_settings", {}).get("codec") if isinstance(data, dict) else None
@@ -337,7 +337,7 @@ def load_bundle(
     check_kind(kind, MODEL_KINDS)
     path, codec_path = folder / f"{kind}.safetensors", folder / "codec.safetensors"
     header = read_header(path)
-    preset, heard = header.config, heard_codec(header.notes)
+    preset, heard = header.config, codec_hash_of(header.notes)
     fits = isinstance(preset, Preset) and read_header(codec_path).config == preset.codec
     if fits:
         tensors, codec_header = load_tensors(codec_path, "codec")

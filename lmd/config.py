@@ -107,7 +107,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class RecogniserConfig:
-    """The small listener that distances are measured with (see `lmd.evaluation.recogniser`)."""
+    """The small listener that distances are measured with (see `lmd.evaluation.tagger`)."""
 
     families: tuple[str, ...]  # instrument families, in the order of the output
     sample_rate: int = 22_050
@@ -118,7 +118,7 @@ class RecogniserConfig:
 
 @dataclass(frozen=True)
 class SpectralCodecConfig:
-    """The default codec: magnitudes in, latents, inverse STFT out (see `lmd.spectral`)."""
+    """The default codec: magnitudes in, latents, inverse STFT out (see `lmd.codec.spectral`)."""
 
     sample_rate: int = 22_050
     channels: int = 1
@@ -144,7 +144,7 @@ class SpectralCodecConfig:
 
 @dataclass(frozen=True)
 class OobleckConfig:
-    """Stable Audio's convolutional autoencoder (see `lmd.oobleck`)."""
+    """Stable Audio's convolutional autoencoder (see `lmd.codec.oobleck`)."""
 
     sample_rate: int = 44_100
     audio_channels: int = 2

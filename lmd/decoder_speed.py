@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lmd.codec.oobleck import OobleckCodec, build_reference, decoder_flops_per_frame
 from lmd.config import OobleckConfig
 from lmd.machine import now_s
-from lmd.oobleck import OobleckCodec, build_reference, decoder_flops_per_frame
 
 PRODUCT = (4096, 1024, 1024)  # rows, inner, columns of the product that the bound is taken from
 TRIAL = OobleckConfig(channels=128, c_mults=(1, 2), strides=(2, 4))  # small, of the real widths

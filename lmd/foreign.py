@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lmd.codec.oobleck import OobleckCodec, build_reference, from_stable_audio
 from lmd.config import ControlChannel, DiTConfig
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.foreign_config import ForeignConfig, parse_config
-from lmd.oobleck import OobleckCodec, build_reference, from_stable_audio
-from lmd.weights import load_strict
+from lmd.model.dit import LiveModel
+from lmd.model.weights import load_strict
 
 CONFIG_FILE = "model_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.ckpt")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lmd.checkpoint import (
     MODEL_KINDS,
-    heard_codec,
+    codec_hash_of,
     load_tensors,
     read_header,
     save_checkpoint,
@@ -62,7 +62,7 @@ def interpolate(first: Path, second: Path, share: float, out: Path) -> None:
     todo = "Give weights of which one was trained on from the other."
     if start_header.config != header.config or start.keys() != end.keys():
         raise LmdError(f"models of other sizes in {first} and {second}", "two of one preset", todo)
-    learned = {heard_codec(found.notes): found.notes for found in (start_header, header)}
+    learned = {codec_hash_of(found.notes): found.notes for found in (start_header, header)}
     learned.pop(None, None)
     if len(learned) > 1:
         found = f"{first} and {second}, which learned latents of {len(learned)} codecs"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmd.shapes import Heads, SeenHeads, Tokens, Visibility
+from lmd.shapes import AttentionMask, Heads, SeenHeads, Tokens
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -72,17 +72,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def attend(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility | None = None) -> Heads:
-    """`softmax(q k^T / sqrt(head_dim)) v`; `visible` says which keys a query sees (None: all)."""
+def attend(q: Heads, k: SeenHeads, v: SeenHeads, attn_mask: AttentionMask | None = None) -> Heads:
+    """`softmax(q k^T / sqrt(head_dim)) v`; `attn_mask` says which keys a query sees (None: all)."""
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if learns and q.device.type == "cpu" and q.dtype in HALF:
-        if torch.compiler.is_compiling() and visible is None:
+        if torch.compiler.is_compiling() and attn_mask is None:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             return scores.softmax(dim=-1) @ v
         from lmd.product_attention import attend_by_products  # with PyTorch's compiler: 2 s
 
-        return attend_by_products(q, k, v, visible)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return attend_by_products(q, k, v, attn_mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
 
 def _kernel_for(x: Tensor, *widths: int) -> ModuleType | None:

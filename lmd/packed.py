@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmd.dit import ALL, NONE, Block, KeyValue, LiveModel
 from lmd.errors import LmdError
 from lmd.machine import trim_memory
+from lmd.model.dit import ALL, NONE, Block, KeyValue, LiveModel
 from lmd.operations import Rotation
 from lmd.panel_attention import cross_attention, self_attention
 from lmd.panels import PanelLinear, can_use_panels
-from lmd.shapes import ReadTokens, Tokens, Visibility
+from lmd.shapes import AttentionMask, ReadTokens, Tokens
 from lmd.tiles import TileLinear, can_use_tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,7 +78,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedBlock(nn.Module):
-    """One transformer block, see `lmd.dit.Block`, of packed layers.
+    """One transformer block, see `lmd.model.dit.Block`, of packed layers.
 
     Args:
         block: the plain block; its layers are taken out of it one by one, so that memory does not
@@ -103,7 +103,7 @@ class PackedBlock(nn.Module):
         x: Tokens,
         rotation: Rotation,
         text: KeyValue,
-        visible: Visibility | None = None,
+        attn_mask: AttentionMask | None = None,
         past: KeyValue | None = None,
         read: slice = ALL,
     ) -> tuple[ReadTokens, KeyValue]:
@@ -112,7 +112,7 @@ class PackedBlock(nn.Module):
         h = b.pre_norm(x)
         if read == NONE:
             return x[:, read], b.self_attn.query_key_value(h)[1]
-        seen, fresh = self_attention(b.self_attn, h, rotation, visible, past)
+        seen, fresh = self_attention(b.self_attn, h, rotation, attn_mask, past)
         x = b.self_attn.to_out.plus(seen[:, read], x[:, read])
         x = b.cross_attn.to_out.plus(cross_attention(b.cross_attn, b.cross_norm(x), text), x)
         h = b.ff_norm(x)

@@ -3,7 +3,7 @@
 In PyTorch that is some twenty small operations a layer: norms, rotation, copies of cached and fresh
 keys side by side, the attention itself. For 13 to 97 tokens most of their time is spent on starting
 threads and on moving what a processor's first cache could have kept. `microkernel.cpp` does all of
-it for one head after another; results agree with `lmd.dit` within rounding. Where `lmd.tiles`
+it for one head after another; results agree with `lmd.model.dit` within rounding. Where `lmd.tiles`
 multiplies, `tilekernel.cpp` does the same in bfloat16.
 
 Source: scores of a group of queries at a time as in FlashAttention (arXiv 2205.14135).
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lmd import panels, tiles
 from lmd.config import DiTConfig
-from lmd.dit import CrossAttention, KeyValue, SelfAttention
 from lmd.errors import LmdError
+from lmd.model.dit import CrossAttention, KeyValue, SelfAttention
 from lmd.operations import Rotation
 from lmd.panels import can_use_panels
-from lmd.shapes import Tokens, Visibility
+from lmd.shapes import AttentionMask, Tokens
 from lmd.tiles import can_use_tiles
 
 _POINTERS = ("q", "k", "v", "q_weight", "q_bias", "k_weight", "k_bias", "cos", "sin")
@@ -59,20 +59,22 @@ def self_attention(
     attention: SelfAttention,
     x: Tokens,
     rotation: Rotation,
-    visible: Visibility | None,
+    attn_mask: AttentionMask | None,
     past: KeyValue | None,
 ) -> tuple[Tokens, KeyValue]:
     """`SelfAttention.heads`: what the heads see, side by side, and the fresh, unrotated keys."""
     head_dim = attention.q_norm.normalized_shape[0]
     if not suits(x, head_dim):
-        return attention.heads(x, rotation, visible, past)
+        return attention.heads(x, rotation, attn_mask, past)
     qkv = attention.to_qkv(x)
     n_batch, n_tokens, _ = qkv.shape
     q, k, v = qkv.chunk(3, dim=-1)
     fresh = KeyValue(
         *(x.new_empty(n_batch, attention.n_heads, n_tokens, head_dim) for _ in range(2))
     )
-    seen = _attend(attention, q, k, v, rotation=rotation, visible=visible, past=past, fresh=fresh)
+    seen = _attend(
+        attention, q, k, v, rotation=rotation, attn_mask=attn_mask, past=past, fresh=fresh
+    )
     return seen, fresh
 
 
@@ -90,7 +92,7 @@ def _attend(
     v: Tensor | None = None,
     *,
     rotation: Rotation | None = None,
-    visible: Visibility | None = None,
+    attn_mask: AttentionMask | None = None,
     past: KeyValue | None = None,
     fresh: KeyValue | None = None,
 ) -> Tokens:
@@ -116,8 +118,8 @@ def _attend(
         tensors |= {"fresh_key": fresh.key, "fresh_value": fresh.value}
     if rotation is not None:
         tensors |= {"cos": rotation.cos.contiguous(), "sin": rotation.sin.contiguous()}
-    if visible is not None:
-        tensors["visible"] = visible.contiguous()
+    if attn_mask is not None:
+        tensors["visible"] = attn_mask.contiguous()
     n_keys = n_past + (0 if k is None else n_tokens)
     _check(tensors, (n_tokens, n_keys))
     call = _Attention(
@@ -174,13 +176,13 @@ def _attends_rightly(head_dim: int, dtype: torch.dtype = torch.float32) -> bool:
     past = KeyValue(*(normal(1, n_heads, n_past, head_dim).to(dtype) for _ in range(2)))
     angle = normal(n_tokens, head_dim // 4)
     rotation = Rotation(angle.cos(), angle.sin())
-    visible = normal(n_tokens, n_past + n_tokens) > 0
-    visible[:, 0] = True
+    attn_mask = normal(n_tokens, n_past + n_tokens) > 0
+    attn_mask[:, 0] = True
     x = normal(1, n_tokens, n_heads * head_dim).to(dtype)
     qkv = attention.to_qkv(x).chunk(3, dim=-1)
     fresh = KeyValue(*(x.new_empty(1, n_heads, n_tokens, head_dim) for _ in range(2)))
-    seen = _attend(attention, *qkv, rotation=rotation, visible=visible, past=past, fresh=fresh)
-    expected, kept = attention.heads(x, rotation, visible, past)
+    seen = _attend(attention, *qkv, rotation=rotation, attn_mask=attn_mask, past=past, fresh=fresh)
+    expected, kept = attention.heads(x, rotation, attn_mask, past)
     pairs = ((seen, expected), (fresh.key, kept.key), (fresh.value, kept.value))
     close = 1e-4 if dtype == torch.float32 else 0.05  # torch rounds between its steps
     return all(torch.allclose(ours, theirs, atol=close) for ours, theirs in pairs)

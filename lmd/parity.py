@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmd.dit import Condition
+from lmd.codec.oobleck import OobleckCodec
 from lmd.errors import LmdError
 from lmd.foreign import Foreign, load_foreign, read_weights
-from lmd.oobleck import OobleckCodec
+from lmd.model.dit import Condition
 
 EXPECTED_FILE = "expected.safetensors"
 TOLERANCE = 1e-4  # on the largest absolute difference

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmd import step_kernel
-from lmd.shapes import Heads, SeenHeads, Visibility
+from lmd.shapes import AttentionMask, Heads, SeenHeads
 
 CHUNK_SCORES = 1 << 21  # attention scores computed at once: what a core's cache still holds
 LEAST_QUERIES = 24  # of a group: products of fewer rows cost more than hidden pairs do
@@ -36,43 +36,43 @@ class Part(NamedTuple):
     Attributes:
         queries: of each group; every query is in one group of one part.
         keys: of each group, those that its queries see.
-        visible: where a (single) group's queries do not see all of its keys: who sees whom.
+        attn_mask: where a (single) group's queries do not see all of its keys: who sees whom.
     """
 
     queries: Groups
     keys: Groups
-    visible: Visibility | None
+    attn_mask: AttentionMask | None
 
 
-def parts_of(visible: Visibility) -> tuple[Part, ...]:
+def parts_of(attn_mask: AttentionMask) -> tuple[Part, ...]:
     """Take a mask apart; groups that have no like and small ones are left together, as one.
 
     Every query has to see some key.
     """
-    bits = np.packbits(visible.numpy())
-    return _parts(visible.shape[0], visible.shape[1], bits.tobytes())
+    bits = np.packbits(attn_mask.numpy())
+    return _parts(attn_mask.shape[0], attn_mask.shape[1], bits.tobytes())
 
 
 @lru_cache(maxsize=64)  # a training's windows are of a few kinds
 def _parts(n_queries: int, n_keys: int, bits: bytes) -> tuple[Part, ...]:
     flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=n_queries * n_keys)
-    visible = flat.reshape(n_queries, n_keys).astype(bool)
+    attn_mask = flat.reshape(n_queries, n_keys).astype(bool)
     same: dict[bytes, list[int]] = {}
-    for query, row in enumerate(visible):
+    for query, row in enumerate(attn_mask):
         same.setdefault(row.tobytes(), []).append(query)
     sizes: dict[tuple[int, int], list[list[int]]] = {}
     for queries in same.values():
-        sizes.setdefault((len(queries), int(visible[queries[0]].sum())), []).append(queries)
+        sizes.setdefault((len(queries), int(attn_mask[queries[0]].sum())), []).append(queries)
     parts, left = [], np.zeros(n_queries, bool)
     for (n, _), groups in sizes.items():
         if len(groups) > 1 and n >= LEAST_QUERIES:
-            keys = tuple(_runs(np.flatnonzero(visible[queries[0]])) for queries in groups)
+            keys = tuple(_runs(np.flatnonzero(attn_mask[queries[0]])) for queries in groups)
             parts.append(Part(tuple(_runs(queries) for queries in groups), keys, None))
         else:
             left[[query for queries in groups for query in queries]] = True
     if left.any():
-        seen = visible[left].any(axis=0)
-        mask = torch.from_numpy(visible[left][:, seen])
+        seen = attn_mask[left].any(axis=0)
+        mask = torch.from_numpy(attn_mask[left][:, seen])
         queries, keys = (_runs(np.flatnonzero(some)) for some in (left, seen))
         parts.append(Part((queries,), (keys,), None if mask.all() else mask))
     return tuple(parts)
@@ -88,11 +88,11 @@ class _AttendByProducts(torch.autograd.Function):
     """Attention as matrix products, a few rows of the batch at a time."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
         ctx.scale = q.shape[-1] ** -0.5
         hidden = q.new_zeros(())
-        if visible is not None:
-            hidden = q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+        if attn_mask is not None:
+            hidden = q.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, float("-inf"))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         shares, out = q.new_empty(*q.shape[:3], k.shape[2]), torch.empty_like(q)
         for rows in _chunks(shares):
@@ -149,18 +149,20 @@ class _Place(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def attend_by_products(q: Heads, k: SeenHeads, v: SeenHeads, visible: Visibility | None) -> Heads:
+def attend_by_products(
+    q: Heads, k: SeenHeads, v: SeenHeads, attn_mask: AttentionMask | None
+) -> Heads:
     """`lmd.operations.attend`, for training in half precision on the CPU.
 
     Every query has to see some key.
     """
-    parts = () if visible is None else parts_of(visible)
+    parts = () if attn_mask is None else parts_of(attn_mask)
     if len(parts) < 2 and (not parts or len(parts[0].queries) == 1):  # nothing to part
-        return _AttendByProducts.apply(q, k, v, visible)
+        return _AttendByProducts.apply(q, k, v, attn_mask)
     queries, keys = [part.queries for part in parts], [part.keys for part in parts]
     taken = (_Take.apply(q, queries), _Take.apply(k, keys), _Take.apply(v, keys))
     found = [
-        _AttendByProducts.apply(*qkv, part.visible)
+        _AttendByProducts.apply(*qkv, part.attn_mask)
         for part, *qkv in zip(parts, *taken, strict=True)
     ]
     return _Place.apply(q.shape[2], queries, *found)

@@ -13,5 +13,5 @@ Tokens = Float[Tensor, "batch token dim"]  # text embeddings, or hidden states
 ReadTokens = Float[Tensor, "batch read dim"]  # hidden states of some of a pass's tokens
 Heads = Float[Tensor, "batch head token head_dim"]  # queries, keys, values
 SeenHeads = Float[Tensor, "batch head key head_dim"]  # keys and values beside other queries
-Visibility = Bool[Tensor, "query key"]  # True = the query sees the key
+AttentionMask = Bool[Tensor, "query key"]  # True = the query sees the key
 Positions = Int[Tensor, " token"]  # rotary positions

@@ -98,7 +98,7 @@ def piano_roll(notes: np.ndarray, voices: Sequence[str] = (), ax: Axes | None = 
     """Draw notes as bars over seconds and MIDI pitch, one colour per voice.
 
     Args:
-        notes: rows (onset_s, gate_s, pitch, voice, …), as `lmd.data.render.note_times` gives them.
+        notes: rows (onset_s, gate_s, pitch, voice, …), as `note_times` gives them.
         voices: their names, for the legend.
         ax: where to draw; None = a new figure.
     """

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from lmd.config import DiTConfig, WindowConfig
-from lmd.dit import Condition, LiveModel
-from lmd.stream import Streamer
-from lmd.text import HashTextEncoder
+from lmd.model.dit import Condition, LiveModel
+from lmd.model.text import HashTextEncoder
+from lmd.stream.streamer import Streamer
 
 CONFIG = DiTConfig(latent_dim=4, width=16, depth=2, n_heads=2, text_dim=8, global_dim=8)
 WINDOW = WindowConfig(context_frames=24, block_frames=6)
@@ -70,15 +70,15 @@ def masked_forward(
     dit = model.dit
     n_known, o = known.shape[-1], noisy.shape[-1]
     n_all = n_known + o
-    visible = torch.zeros(n_all + 1, n_all + 1, dtype=torch.bool)
+    attn_mask = torch.zeros(n_all + 1, n_all + 1, dtype=torch.bool)
     for query in range(n_all + 1):
         for key in range(n_all + 1):
             frame_q, frame_k = min(query, n_all - 1), min(key, n_all - 1)
             if n_back is None:
-                visible[query, key] = key < n_known or query >= n_known
+                attn_mask[query, key] = key < n_known or query >= n_known
             else:
                 behind = frame_q // o - frame_k // o
-                visible[query, key] = 0 <= behind <= n_back
+                attn_mask[query, key] = 0 <= behind <= n_back
     n_context = n_known if n_back is None else n_back * o
     ones = torch.ones_like(known[:, :1])
     x_known = torch.cat([ones, known], dim=1).transpose(1, 2) @ dit.to_input_add.weight.T
@@ -91,7 +91,7 @@ def masked_forward(
     positions = torch.cat([positions, torch.zeros(1, dtype=torch.long)])
     text = dit.to_cond_embed(condition.tokens)
     for block in dit.blocks:
-        x = x + _self_attention(block.self_attn, block.pre_norm(x), positions, visible, dit)
+        x = x + _self_attention(block.self_attn, block.pre_norm(x), positions, attn_mask, dit)
         x = x + _cross_attention(block.cross_attn, block.cross_norm(x), text)
         value, gate = block.ff.to_gated(block.ff_norm(x)).chunk(2, dim=-1)
         x = x + block.ff.to_out(value * gate * torch.sigmoid(gate))
@@ -99,11 +99,11 @@ def masked_forward(
     return y + dit.postprocess_conv.weight[:, :, 0] @ y
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
     """Softmax attention of one head, `[batch, token, dim]`."""
     scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
     return scores.softmax(dim=-1) @ v
 
 
@@ -118,14 +118,14 @@ def _turn(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def _self_attention(
-    layer: torch.nn.Module, x: Tensor, positions: Tensor, visible: Tensor, dit: torch.nn.Module
+    layer: torch.nn.Module, x: Tensor, positions: Tensor, attn_mask: Tensor, dit: torch.nn.Module
 ) -> Tensor:
     q, k, v = (x @ w.T for w in layer.to_qkv.weight.chunk(3))
     heads = []
     for qh, kh, vh in zip(*(part.chunk(layer.n_heads, dim=-1) for part in (q, k, v)), strict=True):
         qh = _turn(layer.q_norm(qh), positions, dit.rope.inv_freq)
         kh = _turn(layer.k_norm(kh), positions, dit.rope.inv_freq)
-        heads.append(_attend(qh, kh, vh, visible))
+        heads.append(_attend(qh, kh, vh, attn_mask))
     return torch.cat(heads, dim=-1) @ layer.to_out.weight.T
 
 

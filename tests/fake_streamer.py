@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from lmd.config import WindowConfig
-from lmd.controls import Controls
-from lmd.stream import Block, Streamer, StreamState
-from lmd.text import HashTextEncoder
+from lmd.model.text import HashTextEncoder
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Block, Streamer, StreamState
 
 SAMPLE_RATE, SAMPLES_PER_FRAME = 8000, 400  # 20 latent frames a second
 
@@ -51,7 +51,7 @@ class FakeCodec:
 
 def tone_hz(controls: Controls) -> float:
     """Which tone the fake plays under these controls: any change moves it."""
-    text = repr(replace(controls, forget_frames=0))
+    text = repr(replace(controls, drop_context_frames=0))
     return 200.0 + zlib.crc32(text.encode()) % 800
 
 

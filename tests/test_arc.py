@@ -9,10 +9,10 @@ from engine import CONFIG, WINDOW, random_model
 from torch import Tensor, nn
 
 from lmd.arc.discriminator import PATCH_FRAMES, Discriminator, HeadConfig, ScoreHead
-from lmd.arc.forcing import (
-    Asked,
+from lmd.arc.losses import (
     LossWeights,
-    Trial,
+    Prompts,
+    RealFakePair,
     contrastive_loss,
     derangement,
     discriminator_loss,
@@ -21,8 +21,8 @@ from lmd.arc.forcing import (
     relativistic_loss,
     smoothness,
 )
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
+from lmd.model.dit import LiveModel
 
 HEAD = HeadConfig(channels=(8, 8, 12, 16), n_blocks=1)
 CONTEXT, BLOCK = WINDOW.context_frames, WINDOW.block_frames
@@ -33,17 +33,17 @@ def draws(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def asked(batch: int = 3, dropped: tuple[int, ...] = (), seed: int = 1) -> Asked:
+def asked(batch: int = 3, dropped: tuple[int, ...] = (), seed: int = 1) -> Prompts:
     flags = torch.tensor([i in dropped for i in range(batch)])
-    return Asked(torch.randn(batch, 6, 8, generator=draws(seed)), flags)
+    return Prompts(torch.randn(batch, 6, 8, generator=draws(seed)), flags)
 
 
-def trial(batch: int = 3, n_blocks: int = 2) -> Trial:
+def trial(batch: int = 3, n_blocks: int = 2) -> RealFakePair:
     real = torch.randn(batch, 4, CONTEXT + n_blocks * BLOCK, generator=draws(2))
     fake = torch.randn(batch, 4, CONTEXT + n_blocks * BLOCK, generator=draws(3))
     fake[..., :CONTEXT] = real[..., :CONTEXT]
     noise = torch.randn(real.shape, generator=draws(4))
-    return Trial(
+    return RealFakePair(
         real=real,
         fake=fake,
         asked=asked(batch),

@@ -22,15 +22,15 @@ from lmd.bench import (
 )
 from lmd.bound import Pass, Rates, passes_of
 from lmd.config import PRESETS, REGIMES, DiTConfig, OobleckConfig, WindowConfig
-from lmd.controls import Controls
 from lmd.decoder_speed import DecoderSpeed
-from lmd.dit import DiT
 from lmd.machine import hardware, machine_dict
-from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.model.dit import DiT
+from lmd.model.weights import fingerprint
 from lmd.packed import PackedLinear, can_pack, fastest_layout, is_packed, layouts, pack
 from lmd.rng import normal
-from lmd.stream import Streamer
-from lmd.weights import fingerprint
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
 
 KEYS = {
     "regime", "n_steps", "tokens_per_block", "dit_ms_p50", "dit_ms_p95", "decode_ms_p50",
@@ -38,7 +38,7 @@ KEYS = {
     "rebuild_ms_p50", "rebuild_ms",
 }  # fmt: skip
 
-CAUSES = {"prompt", "block_frames", "regime", "forget_frames"}
+CAUSES = {"prompt", "block_frames", "regime", "drop_context_frames"}
 
 
 def test_bench_writes_a_row_per_regime_and_step_count(tmp_path, capsys):
@@ -90,9 +90,9 @@ def test_what_is_timed_as_a_rebuild_is_one(regime, monkeypatch):
         assert len(timed) == 2
         for block in timed:
             assert block.rebuilt, cause
-            asked = replace(block.controls, forget_frames=0)
+            asked = replace(block.controls, drop_context_frames=0)
             assert asked == base
-            assert (block.controls.forget_frames > 0) == (cause == "forget_frames")
+            assert (block.controls.drop_context_frames > 0) == (cause == "drop_context_frames")
     earlier = [controls for controls, block, _ in made if controls.n_steps == 1]
     moved = [
         {name for name in CAUSES if getattr(controls, name) != getattr(base, name)}
@@ -206,9 +206,9 @@ def test_block_one_thousand_costs_the_passes_of_block_ten(monkeypatch):
     passes, block_class = [], type(stream.denoiser.model.dit.blocks[0])
     forward = block_class.forward
 
-    def counting(self, x, rotation, text, visible=None, past=None, *read):
+    def counting(self, x, rotation, text, attn_mask=None, past=None, *read):
         passes.append((x.shape[1], len(rotation.cos), 0 if past is None else past.key.shape[2]))
-        return forward(self, x, rotation, text, visible, past, *read)
+        return forward(self, x, rotation, text, attn_mask, past, *read)
 
     monkeypatch.setattr(block_class, "forward", counting)
     costs = []
@@ -249,10 +249,10 @@ def test_what_is_measured_of_a_compiled_stream_was_compiled_before(monkeypatch):
     block_class = type(stream.denoiser.model.dit.blocks[0])
     forward = block_class.forward
 
-    def noting(self, x, rotation, text, visible, past, read):
-        mask = None if visible is None else visible.shape
+    def noting(self, x, rotation, text, attn_mask, past, read):
+        mask = None if attn_mask is None else attn_mask.shape
         shapes.add((x.shape, rotation.cos.shape, mask, past and past.key.shape, str(read)))
-        return forward(self, x, rotation, text, visible, past, read)
+        return forward(self, x, rotation, text, attn_mask, past, read)
 
     monkeypatch.setattr(block_class, "forward", noting)
     monkeypatch.setattr(DiT, "compile_blocks", lambda self, mode: None)

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from lab import CHROMIUM, FLAGS, Lab, in_kernel, jupyterlab
 
-from lmd.instrument import open_instrument
 from lmd.play.player import LivePlayer
 from lmd.play.takes import play_again, read_take
+from lmd.pretrained import open_instrument
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "outputs" / "published"

@@ -8,16 +8,16 @@ from engine import CONFIG, WINDOW, masked_forward, random_model, streamer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmd.attention import visibility
-from lmd.cache import Memory
 from lmd.config import PRESETS, ControlChannel, DiTConfig, WindowConfig, preset
-from lmd.controls import Controls
-from lmd.dit import LiveModel, frame_positions
-from lmd.flow import Guidance, sample, schedule
-from lmd.outpaint import BlockPlan, LiveDenoiser, add_controls, both_branches
+from lmd.model.dit import LiveModel, frame_positions
+from lmd.model.kv_cache import Memory
+from lmd.model.masks import attention_mask
+from lmd.model.text import mix
 from lmd.rng import normal
-from lmd.stream import forget
-from lmd.text import mix
+from lmd.stream.block import BlockPlan, LiveDenoiser, add_controls, both_branches
+from lmd.stream.controls import Controls
+from lmd.stream.samplers import Guidance, sample, schedule
+from lmd.stream.streamer import drop_context
 
 # The largest absolute difference in float32 from an independently written pass; measured 5e-5 over
 # 13 blocks of a random model with latents up to 8, and 1e-5 over 400 drawn shapes and plans.
@@ -36,8 +36,8 @@ class Reference:
     def step(self, index, controls):
         s, o = self.stream.window.context_frames, controls.block_frames
         key = (controls.prompt, controls.is_guided, controls.regime, o)
-        if key != self.key or controls.forget_frames or controls.regime == "enc-dec":
-            self.known = forget(self.known[..., -s:], controls.forget_frames)
+        if key != self.key or controls.drop_context_frames or controls.regime == "enc-dec":
+            self.known = drop_context(self.known[..., -s:], controls.drop_context_frames)
         self.key = key
         tokens = mix(self.stream.text, controls.prompt).expand(len(self.known), -1, -1)
         condition = self.model.condition(tokens, self.stream.window_s)
@@ -91,8 +91,12 @@ def test_cached_stream_equals_one_masked_pass_over_the_history(regime, guidance,
     plan = [base] * 4
     plan += [replace(base, prompt="bright harp")] * 3  # a prompt change
     plan += [replace(base, prompt="bright harp", block_frames=12)] * 3  # a block-length change
-    forgetting = replace(base, prompt="bright harp", block_frames=12, forget_frames=10)
-    plan += [forgetting, replace(forgetting, forget_frames=0), replace(forgetting, forget_frames=0)]
+    forgetting = replace(base, prompt="bright harp", block_frames=12, drop_context_frames=10)
+    plan += [
+        forgetting,
+        replace(forgetting, drop_context_frames=0),
+        replace(forgetting, drop_context_frames=0),
+    ]
     assert worst_difference(streamer(model), model, batch, plan) < TOLERANCE
 
 
@@ -122,7 +126,7 @@ def plans(draw, window):
                 n_steps=drawn["n_steps"],
                 block_frames=lengths[drawn["length"] % len(lengths)],
                 regime=drawn["regime"],
-                forget_frames=int(drawn["forget"] * window.context_frames),
+                drop_context_frames=int(drawn["forget"] * window.context_frames),
                 **drawn["guidance"],
             )
         )
@@ -184,7 +188,7 @@ def test_context_keys_and_values_are_the_same_bits_whatever_t_and_the_target(reg
 @torch.no_grad()
 def test_one_uncached_pass_with_the_mask_equals_the_cached_step():
     """`LiveModel.forward`, which training uses, agrees with the caches that play."""
-    from lmd.attention import visibility
+    from lmd.model.masks import attention_mask
 
     model = random_model()
     context, noisy = normal((2, 4, 24), 0, "context"), normal((2, 4, 6), 0, "noise")
@@ -196,7 +200,7 @@ def test_one_uncached_pass_with_the_mask_equals_the_cached_step():
     for regime in ("enc-dec", "block-causal"):
         whole = model(
             window, torch.tensor([0.6, 0.6]), condition,
-            context=known, keep_mask=keep, visible=visibility(regime, 24, 6),
+            context=known, keep_mask=keep, attn_mask=attention_mask(regime, 24, 6),
         )  # fmt: skip
         session = LiveDenoiser(model).open_block(context, condition, BlockPlan(regime, 6), None)
         torch.testing.assert_close(session(noisy, 0.6), whole[..., 24:], atol=1e-5, rtol=1e-5)
@@ -208,13 +212,13 @@ def test_tokens_that_nobody_reads_change_nothing_of_those_that_are_read(read, ch
     """Hidden states, every key and value, and the gradients are those of a pass that reads all."""
     model = random_model()
     model.dit.checkpointing = checkpointing
-    visible = visibility("block-causal", 24, 6)
+    attn_mask = attention_mask("block-causal", 24, 6)
 
     def outcome(wanted, kept):
         model.zero_grad()
         text = model.dit.text_key_values(normal((2, 7, 8), 0, "text"))
         x = model.dit.embed_target(normal((2, 4, 31), 0, "noisy"))
-        x, fresh = model.dit.trunk(x, frame_positions(30), text, visible, read=wanted)
+        x, fresh = model.dit.trunk(x, frame_positions(30), text, attn_mask, read=wanted)
         (x[:, kept].square().sum() + sum(kv.key.sum() + kv.value.sum() for kv in fresh)).backward()
         gradients = {n: p.grad for n, p in model.dit.named_parameters() if p.grad is not None}
         return x[:, kept], fresh, gradients
@@ -236,11 +240,11 @@ def test_future_frames_do_not_change_past_frames():
     """Block-causal: moving a later block leaves every earlier hidden state as it was."""
     model = random_model()
     text = model.dit.text_key_values(normal((1, 7, 8), 0, "text"))
-    visible = visibility("block-causal", 24, 6)[:24, :24]
+    attn_mask = attention_mask("block-causal", 24, 6)[:24, :24]
 
     def hidden(context):
         x = model.dit.embed_context(context, torch.ones(1, 1, 24))
-        return model.dit.trunk(x, frame_positions(24)[:-1], text, visible)[0]
+        return model.dit.trunk(x, frame_positions(24)[:-1], text, attn_mask)[0]
 
     context = normal((1, 4, 24), 0, "context")
     moved = context.clone()
@@ -325,6 +329,6 @@ def test_every_preset_has_the_one_latent_geometry(name):
 
 def test_shape_checks_are_on():
     with pytest.raises(Exception, match="Type-check error"):
-        forget(torch.zeros(4, 24), 1)
+        drop_context(torch.zeros(4, 24), 1)
     assert CONFIG.latent_dim == 4
     assert WINDOW.context_frames == 24

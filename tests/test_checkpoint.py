@@ -19,12 +19,12 @@ from lmd.checkpoint import (
     save_checkpoint,
     write_atomic,
 )
-from lmd.codec import Codec
+from lmd.codec.base import Codec
+from lmd.codec.oobleck import OobleckCodec, build_reference
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import DiTConfig, OobleckConfig, preset
 from lmd.data.codec_identity import encoder_sha256
 from lmd.errors import LmdError
-from lmd.oobleck import OobleckCodec, build_reference
-from lmd.spectral import SpectralCodec
 
 TINY = preset("tiny")
 

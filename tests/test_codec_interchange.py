@@ -17,23 +17,23 @@ from corpus_fake import make_corpus
 
 from lmd.arc.drift import drift_of, frame_statistics, play_streams
 from lmd.checkpoint import build_model
-from lmd.codec import Codec, DecodeState, StreamingCodec, decode_block
+from lmd.codec.base import Codec, DecodeState, StreamingCodec, decode_block
+from lmd.codec.oobleck import random_codec
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, preset
-from lmd.controls import Controls
 from lmd.data.encode import QUIET, EncodeSettings, encode_corpus, encode_wave
 from lmd.data.shards import LatentShards
 from lmd.evaluation.generation import decoded
 from lmd.evaluation.metrics import join_ratio
-from lmd.instrument import Instrument, QuietCodec
-from lmd.oobleck import random_codec
+from lmd.model.text import build_text_encoder
 from lmd.play.player import LivePlayer
 from lmd.play.take_figure import plot_take
 from lmd.play.takes import SampleHash, play_again, read_take
+from lmd.pretrained import Instrument, QuietCodec
 from lmd.rng import normal
 from lmd.show import latentplot, play, specplot
-from lmd.spectral import SpectralCodec
-from lmd.stream import Streamer, StreamState
-from lmd.text import build_text_encoder
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer, StreamState
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*treespec, LeafSpec.*",  # inside Lightning
@@ -86,19 +86,19 @@ def test_both_codecs_offer_the_protocol_and_a_stream() -> None:
         assert isinstance(codec, StreamingCodec)
 
 
-@pytest.mark.parametrize("seam", ["exact", "fade"])
+@pytest.mark.parametrize("boundary", ["exact", "fade"])
 def test_a_stream_is_heard_drawn_and_written(
-    instrument: Instrument, tmp_path: Path, seam: str
+    instrument: Instrument, tmp_path: Path, boundary: str
 ) -> None:
     """What 00, 02 and 04 do: stream, go on from given latents, decode, draw, write."""
     streamer, codec = instrument.streamer, instrument.streamer.codec
-    controls = instrument.controls("organ", n_steps=1, seam=seam)
+    controls = instrument.controls("organ", n_steps=1, boundary=boundary)
     blocks = list(streamer.stream(controls, n_blocks=2))
     wave = torch.cat([block.wave for block in blocks], dim=-1)
-    late = codec.lookahead_frames if seam == "exact" else 0
+    late = codec.lookahead_frames if boundary == "exact" else 0
     n_frames = 2 * controls.block_frames - late
     assert wave.shape == (1, codec.channels, n_frames * codec.samples_per_frame)
-    by_hand, _ = decode_block(codec, DecodeState(), blocks[0].latents, seam)
+    by_hand, _ = decode_block(codec, DecodeState(), blocks[0].latents, boundary)
     assert by_hand.shape[1:] == (codec.channels, blocks[0].wave.shape[-1])
     context = normal((1, codec.latent_dim, streamer.window.context_frames), 0, "context")
     (block,) = streamer.stream(controls, n_blocks=1, state=StreamState(context))

@@ -15,11 +15,11 @@ from audio_files import RATE, make_bad, tone, write
 from torchaudio.functional import resample
 
 from lmd.__main__ import main
+from lmd.corpus.levels import TARGET_LUFS, loudness_lufs
 from lmd.data import audio
 from lmd.data.audio import AudioSettings, build_audio, load_segment, windows_of
 from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
 from lmd.data.corpus import Corpus, write_manifest
-from lmd.data.levels import TARGET_LUFS, loudness_lufs
 from lmd.data.resampling import resampled, resampled_at_any_rate
 from lmd.data.silence import hear, sounding
 from lmd.data.splits import with_splits

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from lmd.__main__ import main
-from lmd.data.analysis import find_key
+from lmd.corpus.analysis import find_key
+from lmd.corpus.levels import limit
+from lmd.corpus.render import sum_stems
+from lmd.corpus.scores import Shelf
 from lmd.data.build import BuildSettings, build_corpus, plan
 from lmd.data.corpus import COLUMNS, Corpus, play_again, read_manifest, write_wav
-from lmd.data.levels import limit
-from lmd.data.render import sum_stems
-from lmd.data.scores import Shelf
 from lmd.errors import LmdError
 
 SETTINGS = BuildSettings(collections=("corelli", "ciconia", "luca"), max_seconds=6.0)

@@ -14,6 +14,8 @@ from torch import nn
 
 from lmd.__main__ import main
 from lmd.checkpoint import DECODER_SIZES, load_codec, save_checkpoint
+from lmd.codec.oobleck import build_reference, random_codec
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.data.build import further_captions
 from lmd.data.codec_identity import encoder_sha256
@@ -22,8 +24,6 @@ from lmd.data.encode import QUIET, Encoder, EncodeSettings, encode_corpus, encod
 from lmd.data.latents import LatentDataModule, LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
-from lmd.oobleck import build_reference, random_codec
-from lmd.spectral import SpectralCodec
 
 DIM = 64
 

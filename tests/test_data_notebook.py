@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmd.corpus.render import sum_stems
 from lmd.data.latents import LatentWindows
-from lmd.data.render import sum_stems
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.rng import derive_seed
 

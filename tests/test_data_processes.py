@@ -12,9 +12,9 @@ from data_worker import GLOBAL_BATCH, STEPS, main
 from nodes import HERE, run_pair
 
 from lmd.checkpoint import save_checkpoint
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import preset
 from lmd.data.shards import LatentShards
-from lmd.spectral import SpectralCodec
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import torchaudio.functional as audio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmd.data.captions import SYNONYMS, Described, caption, stem_caption
-from lmd.data.draw import Draw
-from lmd.data.instruments import FAMILIES, FAMILY_WEIGHTS, INSTRUMENTS
-from lmd.data.levels import CEILING, TARGET_LUFS, limit, loudness_lufs
-from lmd.data.render import (
+from lmd.corpus.captions import SYNONYMS, Described, caption, stem_caption
+from lmd.corpus.draw import Draw
+from lmd.corpus.instruments import FAMILIES, FAMILY_WEIGHTS, INSTRUMENTS
+from lmd.corpus.levels import CEILING, TARGET_LUFS, limit, loudness_lufs
+from lmd.corpus.render import (
     ARTICULATIONS,
     DYNAMICS,
     draw_rendition,
@@ -22,8 +22,8 @@ from lmd.data.render import (
     sum_stems,
     with_instruments,
 )
-from lmd.data.scores import Piece
-from lmd.data.tones import ToneBank, fold, played_note
+from lmd.corpus.scores import Piece
+from lmd.corpus.tones import ToneBank, fold, played_note
 from lmd.errors import LmdError
 
 RATE = 22_050
@@ -225,8 +225,8 @@ def test_captions_are_many_and_true() -> None:
 
 
 def test_every_composer_instrument_and_family_has_words() -> None:
-    from lmd.data.captions import STYLES
-    from lmd.data.scores import COLLECTIONS
+    from lmd.corpus.captions import STYLES
+    from lmd.corpus.scores import COLLECTIONS
 
     assert set(SYNONYMS) == set(INSTRUMENTS)
     assert set(STYLES) == set(COLLECTIONS)

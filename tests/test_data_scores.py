@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from music21 import note, stream, tie
 
-from lmd.data.about import BEGIN, END, counts_table, held_out_like
-from lmd.data.analysis import find_key, onset_density
-from lmd.data.scores import (
+from lmd.corpus.about import BEGIN, END, counts_table, held_out_like
+from lmd.corpus.analysis import find_key, onset_density
+from lmd.corpus.scores import (
     COLLECTIONS,
     Piece,
     Rejected,
@@ -19,7 +19,7 @@ from lmd.data.scores import (
     load_scores,
     parse_piece,
 )
-from lmd.data.tunes import FEWEST_FIGURES, TRAINED_ON, VERSION, figures, nearest, shared
+from lmd.corpus.tunes import FEWEST_FIGURES, TRAINED_ON, VERSION, figures, nearest, shared
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 
@@ -130,7 +130,7 @@ def test_a_version_is_known_behind_an_upbeat_in_another_voice_key_and_rhythm() -
 
 
 def test_held_out_pieces_have_no_version_that_is_trained_on(cache: Path) -> None:
-    """Some that the draw would hold out; `python -m lmd.data.about` compares all pieces."""
+    """Some that the draw would hold out; `python -m lmd.corpus.about` compares all pieces."""
     versions = {"69.6-a": "12.7", "248.35-3": "248.35-3c", "288": "289", "11.6": "43.11"}
     names = [f"bach/bwv{number}" for pair in versions.items() for number in pair]
     pieces = {piece.piece_id: piece for piece in Shelf(("bach",), cache).pieces(names)}

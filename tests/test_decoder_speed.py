@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from lmd.codec.oobleck import decoder_flops_per_frame, random_codec
 from lmd.config import OobleckConfig
 from lmd.decoder_speed import fastest_dtype, measure_decoder
-from lmd.oobleck import decoder_flops_per_frame, random_codec
 
 SMALL = OobleckConfig(latent_dim=4, channels=8, c_mults=(1, 2), strides=(2, 4))
 

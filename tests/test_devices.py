@@ -13,18 +13,18 @@ from engine import CONFIG, WINDOW, random_model, streamer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.forcing import Asked, LossWeights, discriminator_loss, generator_loss
+from lmd.arc.losses import LossWeights, Prompts, discriminator_loss, generator_loss
 from lmd.arc.plan import ArcBatch, ArcOptions, plan_update, play_trial
 from lmd.checkpoint import build_model
+from lmd.codec.oobleck import random_codec
+from lmd.codec.oobleck_fast import named_tensors
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import ControlChannel, OobleckConfig, SpectralCodecConfig, preset
-from lmd.controls import Controls
-from lmd.dit import LiveModel
-from lmd.oobleck import random_codec
-from lmd.oobleck_fast import named_tensors
-from lmd.outpaint import add_controls
-from lmd.spectral import SpectralCodec
-from lmd.stream import Streamer
-from lmd.training.curriculum import Rows
+from lmd.model.dit import LiveModel
+from lmd.stream.block import add_controls
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
+from lmd.training.draws import BatchIndices
 
 OOBLECK = OobleckConfig(
     sample_rate=800, audio_channels=1, latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4)
@@ -49,7 +49,9 @@ def devices_of(state):
 def on_cuda(monkeypatch):
     """A streamer, all of fake tensors, whose model and codec are on a GPU."""
     monkeypatch.setattr(torch, "isfinite", lambda x: SimpleNamespace(all=lambda: True))
-    monkeypatch.setattr("lmd.stream.schedule", lambda n_steps: (1.0, 0.5, 0.0))  # fakes have none
+    monkeypatch.setattr(
+        "lmd.stream.streamer.schedule", lambda n_steps: (1.0, 0.5, 0.0)
+    )  # fakes have none
     with FakeTensorMode():
         codec = random_codec(OOBLECK).to("cuda")
         with torch.device("cuda"):
@@ -66,7 +68,7 @@ def test_a_stream_never_mixes_devices(on_cuda, regime):
     for controls in (
         Controls("a", **base),
         Controls("a", **base),
-        Controls("b", cfg_scale=2.0, forget_frames=6, seam="fade", **base),
+        Controls("b", cfg_scale=2.0, drop_context_frames=6, boundary="fade", **base),
         Controls("b", cfg_scale=0.5, sampler="pingpong++", **base),
     ):
         block, state = on_cuda.step(state, controls)
@@ -82,10 +84,10 @@ def test_a_state_is_loaded_to_where_the_model_and_the_codec_are(codec, tmp_path,
     for device in ("cpu", "meta"):
         model, own = random_model().to(device), CODECS[codec]().to(device)
         made.append(Streamer(model, own, streamer().text, WINDOW))
-    monkeypatch.setattr("lmd.stream.fingerprint", lambda part: "the same")
+    monkeypatch.setattr("lmd.stream.streamer.fingerprint", lambda part: "the same")
     state = made[0].start()
-    for seam in ("exact", "fade", "exact"):
-        _, state = made[0].step(state, Controls("a", n_steps=1, block_frames=12, seam=seam))
+    for boundary in ("exact", "fade", "exact"):
+        _, state = made[0].step(state, Controls("a", n_steps=1, block_frames=12, boundary=boundary))
     made[0].save_state(state, path)
     assert devices_of(made[0].load_state(path)) == [{"cpu"}, {"cpu"}]
     assert devices_of(made[1].load_state(path)) == [{"meta"}, {"meta"}]
@@ -151,24 +153,24 @@ def test_what_outlives_a_call_is_not_in_the_memory_of_the_blocks_results(monkeyp
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deep copies do
 def test_an_update_of_arc_forcing_never_mixes_devices(monkeypatch):
-    sizes, rows = preset("tiny"), Rows(0, 0, (0, 1), 2)
+    sizes, rows = preset("tiny"), BatchIndices(0, 0, (0, 1), 2)
     options = ArcOptions(n_blocks=((2, 1.0),), n_warmup=0, sampler="dpmpp")
     plans = [plan_update(options, 0, update) for update in range(6)]
     assert {(plan.trains, plan.block.regime) for plan in plans} == set(
         product(("generator", "discriminator"), ("enc-dec", "block-causal"))
     )
     levels = tuple(1 - 0.1 * k for k in range(9))
-    monkeypatch.setattr("lmd.arc.forcing.schedule", lambda n: (*levels[:n], 0.0))
-    monkeypatch.setattr("lmd.training.curriculum._uniform", lambda *drawn_from: 0.3)
+    monkeypatch.setattr("lmd.arc.losses.schedule", lambda n: (*levels[:n], 0.0))
+    monkeypatch.setattr("lmd.training.draws._uniform", lambda *drawn_from: 0.3)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             player = build_model(sizes)
             judge = Discriminator(build_model(sizes), "blocks.1", HeadConfig.of(sizes.dit.width))
         tokens = torch.zeros(2, sizes.text.n_tokens, sizes.text.dim, device="cuda")
-        asked = Asked(tokens, torch.zeros(2, dtype=torch.bool, device="cuda"))
+        asked = Prompts(tokens, torch.zeros(2, dtype=torch.bool, device="cuda"))
         for plan in plans:
             clean = torch.zeros(2, sizes.dit.latent_dim, plan.n_frames, device="cuda")
-            batch = ArcBatch(clean, asked, Asked(tokens + 1, asked.dropped), rows)
+            batch = ArcBatch(clean, asked, Prompts(tokens + 1, asked.dropped), rows)
             trial = play_trial(player, batch, plan, options)
             if plan.trains == "generator":
                 verdict = generator_loss(judge, trial)

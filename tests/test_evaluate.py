@@ -15,11 +15,12 @@ import torch
 
 from lmd.checkpoint import save_checkpoint
 from lmd.config import RecogniserConfig
+from lmd.corpus.instruments import FAMILIES
+from lmd.corpus.scores import cached_piece
 from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
-from lmd.data.instruments import FAMILIES
-from lmd.data.scores import cached_piece
 from lmd.errors import LmdError
 from lmd.evaluation.aims import aims, difference
+from lmd.evaluation.clip_metrics import OTHER, Judge, Measured
 from lmd.evaluation.command import (
     BUDGETS,
     chosen_methods,
@@ -44,18 +45,8 @@ from lmd.evaluation.generation import (
     side_by_side,
 )
 from lmd.evaluation.held_out import PIECES
-from lmd.evaluation.judge import OTHER, Judge, Measured
 from lmd.evaluation.metrics import frechet, gaussian
 from lmd.evaluation.other_listeners import open_listeners
-from lmd.evaluation.recogniser import (
-    HOP,
-    TEMPI_BPM,
-    Recogniser,
-    band_levels,
-    cut,
-    load_recogniser,
-    tempo_bpm,
-)
 from lmd.evaluation.report import told
 from lmd.evaluation.rows import (
     Reference,
@@ -67,8 +58,17 @@ from lmd.evaluation.rows import (
     tempo_share,
 )
 from lmd.evaluation.run import Evaluation, Sources, pairs_of
-from lmd.evaluation.train_recogniser import tempo_labels
-from lmd.instrument import open_instrument
+from lmd.evaluation.tagger import (
+    HOP,
+    TEMPI_BPM,
+    Recogniser,
+    band_levels,
+    cut,
+    load_recogniser,
+    tempo_bpm,
+)
+from lmd.evaluation.train_tagger import tempo_labels
+from lmd.pretrained import open_instrument
 
 RATE = 22_050
 MEASURED = ("naive", "BC+AF")

@@ -9,31 +9,31 @@ import pytest
 import torch
 from engine import WINDOW, streamer
 
-from lmd.attention import visibility, window_rule
 from lmd.config import preset
-from lmd.controls import Controls
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.flow import noised
-from lmd.outpaint import BlockPlan, LiveDenoiser
-from lmd.training.curriculum import (
+from lmd.model.dit import LiveModel
+from lmd.model.masks import attention_mask, window_rule
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.stream.controls import Controls
+from lmd.stream.samplers import add_noise
+from lmd.training.draws import (
     BaseOptions,
+    BatchIndices,
     FinetuneOptions,
     NoiseOptions,
-    Rows,
     StepPlan,
     base_plan,
+    context_dropout,
     draw_kept,
     draw_levels,
     draw_noise,
-    drop_context,
     finetune_plan,
     noise_levels,
 )
-from lmd.training.finetune import (
+from lmd.training.losses import (
     drop_text,
     flow_loss,
-    open_context_door,
+    init_context_projection,
     outpaint_loss,
     pack_blocks,
     pack_copies,
@@ -80,20 +80,20 @@ def test_packed_blocks_lose_what_blocks_one_by_one_lose(model, condition):
             end = S + (j + 1) * L
             window, target = clean[..., :end], clean[..., end - L : end]
             noisy = torch.zeros_like(window)
-            noisy[..., -L:] = noised(target, noise[:, j], t[:, j])
+            noisy[..., -L:] = add_noise(target, noise[:, j], t[:, j])
             keep = torch.ones(B, 1, end)
             keep[..., -L:] = 0
             block = torch.cat([torch.arange(end) // L, torch.tensor([S // L + j])])
             mask = window_rule(block, block, S // L)
             if j == 0:
-                assert torch.equal(mask, visibility("block-causal", S, L))
+                assert torch.equal(mask, attention_mask("block-causal", S, L))
             velocity = model(
                 noisy,
                 t[:, j],
                 condition,
                 context=window,
                 keep_mask=keep,
-                visible=mask,
+                attn_mask=mask,
                 first_position=1 - j * L,
             )
             wanted = noise[:, j] - target
@@ -172,15 +172,15 @@ def test_the_shift_is_the_published_one():
 
 
 def test_levels_cover_the_path_evenly_in_every_step():
-    rows = Rows(0, 7, tuple(range(8)), 8)
+    rows = BatchIndices(0, 7, tuple(range(8)), 8)
     options = NoiseOptions(shift=False)
     t = draw_levels(options, rows, 4, 240).flatten().sort().values
     assert (t.diff() - 1 / 32).abs().max() < 1e-6
 
 
 def test_draws_depend_on_seed_step_and_row_alone():
-    whole = Rows(5, 9, tuple(range(8)), 8)
-    halves = [Rows(5, 9, tuple(range(i, i + 4)), 8) for i in (0, 4)]
+    whole = BatchIndices(5, 9, tuple(range(8)), 8)
+    halves = [BatchIndices(5, 9, tuple(range(i, i + 4)), 8) for i in (0, 4)]
     clean = latents(8, C, S + L)
     options = FinetuneOptions(
         context_frames=S, target_frames=16, enc_dec_frames=16, block_lengths=((L, 1.0),)
@@ -189,18 +189,18 @@ def test_draws_depend_on_seed_step_and_row_alone():
         lambda rows, part: draw_noise(rows, C, 6),
         lambda rows, part: draw_levels(NoiseOptions(), rows, 3, 240),
         lambda rows, part: draw_kept(rows, "text dropout", 0.5),
-        lambda rows, part: drop_context(part, options, rows, L),
+        lambda rows, part: context_dropout(part, options, rows, L),
     ):
         together = draw(whole, clean)
         apart = [draw(rows, part) for rows, part in zip(halves, clean.chunk(2), strict=True)]
         assert torch.equal(together, torch.cat(apart))
-        assert not torch.equal(together, draw(Rows(6, 9, whole.positions, 8), clean))
+        assert not torch.equal(together, draw(BatchIndices(6, 9, whole.positions, 8), clean))
 
 
 def test_context_dropout_zeroes_whole_blocks_from_the_oldest_at_the_stated_rates():
     options = FinetuneOptions()
     ones = torch.ones(400, 1, 240)
-    dropped = drop_context(ones, options, Rows(0, 0, tuple(range(400)), 400), 48)
+    dropped = context_dropout(ones, options, BatchIndices(0, 0, tuple(range(400)), 400), 48)
     lost = (dropped == 0).sum(-1).flatten()
     assert set(lost.tolist()) == {0, 48, 96, 144, 192}
     assert (dropped.diff(dim=-1) >= 0).all()  # zeros first
@@ -226,8 +226,8 @@ def test_what_is_forgotten_is_what_a_young_stream_does_not_have_yet():
         context_dropout_all=0.0,
         context_dropout_part=1.0,
     )
-    rows = Rows(0, 0, tuple(range(20)), 20)
-    dropped = drop_context(window.repeat(20, 1, 1), options, rows, o)[..., :s]
+    rows = BatchIndices(0, 0, tuple(range(20)), 20)
+    dropped = context_dropout(window.repeat(20, 1, 1), options, rows, o)[..., :s]
     young = [bool((row == 0).all(0).sum() == s - 2 * o) for row in dropped]
     assert any(young)
     assert torch.equal(dropped[young.index(True)], state.context[0])
@@ -273,7 +273,10 @@ def test_a_step_with_a_shorter_memory_looks_at_nothing_older(model, regime):
         enc_dec_frames=2 * L,
         context_dropout_all=1.0,
     )
-    options, rows = TrainOptions("finetune", 1, batch=B, finetune=finetune), Rows(0, 0, (0, 1), B)
+    options, rows = (
+        TrainOptions("finetune", 1, batch=B, finetune=finetune),
+        BatchIndices(0, 0, (0, 1), B),
+    )
     plan = options.plan(0)
     assert plan.context_frames < S
     clean = latents(B, C, plan.n_frames)
@@ -314,7 +317,7 @@ def test_dropped_text_is_the_null_condition(model, condition):
 
 
 def test_an_opened_context_door_takes_clean_frames_as_the_base_takes_them(model):
-    opened = open_context_door(copy.deepcopy(model))
+    opened = init_context_projection(copy.deepcopy(model))
     x = latents(B, C, S)
     with torch.no_grad():
         known = opened.dit.embed_context(x, torch.ones(B, 1, S))
@@ -328,7 +331,7 @@ def test_notebook_types_out_the_packages_loss(model, condition):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     source = next("".join(c["source"]) for c in cells if "loss" in c["metadata"].get("tags", []))
     assert any(isinstance(n, ast.FunctionDef) for n in ast.parse(source).body)
-    names: dict = {"torch": torch, "visibility": visibility}
+    names: dict = {"torch": torch, "attention_mask": attention_mask}
     exec(source, names)
     clean, noise, t = latents(B, C, S + L), torch.randn(B, C, S + L), torch.tensor([0.3, 0.8])
     with torch.no_grad():

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from lmd.errors import LmdError
-from lmd.flow import (
+from lmd.stream.samplers import (
     Guidance,
-    clean_of,
+    add_noise,
     dpmpp_2m,
     euler,
     euler_pp,
     guided,
-    noised,
     pingpong,
     pingpong_pp,
+    predict_clean,
     sample,
     schedule,
     velocity_of,
@@ -66,13 +66,13 @@ def start(n=20_000):
 
 def test_path_runs_from_clean_to_noise_and_velocity_is_its_slope():
     clean, noise = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    assert torch.equal(noised(clean, noise, torch.zeros(2)), clean)
-    assert torch.equal(noised(clean, noise, torch.ones(2)), noise)
+    assert torch.equal(add_noise(clean, noise, torch.zeros(2)), clean)
+    assert torch.equal(add_noise(clean, noise, torch.ones(2)), noise)
     t = torch.tensor([0.25, 0.75])
-    slope = (noised(clean, noise, t + 0.01) - noised(clean, noise, t)) / 0.01
+    slope = (add_noise(clean, noise, t + 0.01) - add_noise(clean, noise, t)) / 0.01
     torch.testing.assert_close(slope, velocity_of(clean, noise), atol=1e-4, rtol=1e-3)
-    x = noised(clean, noise, torch.full((2,), 0.6))
-    torch.testing.assert_close(clean_of(x, noise - clean, 0.6), clean, atol=1e-6, rtol=1e-5)
+    x = add_noise(clean, noise, torch.full((2,), 0.6))
+    torch.testing.assert_close(predict_clean(x, noise - clean, 0.6), clean, atol=1e-6, rtol=1e-5)
 
 
 def test_schedule_has_the_published_values():

@@ -10,9 +10,9 @@ from engine import random_model, streamer
 from latents_fake import write_latents
 
 from lmd.__main__ import main
-from lmd.controls import Controls
-from lmd.instrument import open_instrument
-from lmd.stream import Streamer
+from lmd.pretrained import open_instrument
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
 
 pytestmark = [
     pytest.mark.gpu,

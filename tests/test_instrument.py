@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lmd.config import preset
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import Instrument, open_instrument
+from lmd.model.weights import fingerprint
 from lmd.packed import layouts, usual_layout
-from lmd.weights import fingerprint
+from lmd.pretrained import Instrument, open_instrument
+from lmd.stream.controls import Controls
 
 
 def instrument(source: str, is_trained: bool) -> Instrument:
@@ -97,6 +97,6 @@ def test_the_usual_layout_is_the_projects_own_before_another(monkeypatch):
 
 def test_an_instrument_in_half_precision_is_laid_out_for_the_processor(monkeypatch):
     asked = []
-    monkeypatch.setattr("lmd.instrument.pack", lambda model, layout: asked.append(layout))
+    monkeypatch.setattr("lmd.pretrained.pack", lambda model, layout: asked.append(layout))
     open_instrument("random:tiny:0", dtype="bfloat16")
     assert asked == [usual_layout(torch.bfloat16)]

@@ -5,7 +5,7 @@ import torch
 from engine import random_model
 
 from lmd.__main__ import main
-from lmd.checkpoint import heard_codec, load_tensors, read_header, save_checkpoint
+from lmd.checkpoint import codec_hash_of, load_tensors, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.interpolate import interpolate
@@ -75,7 +75,7 @@ def test_what_has_no_line_between_is_refused(ends, tmp_path):
     for number, (start, end) in enumerate(((first, apart[1]), (apart[1], second))):
         known = tmp_path / f"known-{number}.safetensors"
         interpolate(start, end, 0.5, known)
-        assert heard_codec(read_header(known).notes) == "2" * 64
+        assert codec_hash_of(read_header(known).notes) == "2" * 64
     for name in ("model", "model.ckpt", "model.md"):
         with pytest.raises(LmdError, match=r"a name that ends in \.safetensors"):
             interpolate(first, second, 0.5, tmp_path / name)

@@ -19,18 +19,18 @@ import torch
 from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualClock, tone_hz
 
 from lmd.config import WindowConfig
-from lmd.controls import Controls
 from lmd.errors import LmdError
 from lmd.machine import openmp_library
 from lmd.play.browser_sink import BrowserSink
-from lmd.play.desk import ControlDesk
+from lmd.play.control_queue import ControlDesk
+from lmd.play.engine import JITTER, EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step
-from lmd.play.live import JITTER, EngineOptions, LiveEngine
 from lmd.play.pace import Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
 from lmd.play.sinks import AudioFile, FileSink, NullSink, SoundCardSink
-from lmd.stream import Block
-from lmd.stream_state import StreamState
+from lmd.stream.controls import Controls
+from lmd.stream.state import StreamState
+from lmd.stream.streamer import Block
 
 FRAME_S = SAMPLES_PER_FRAME / SAMPLE_RATE
 BLOCK_S = 48 * FRAME_S  # 2.4 s
@@ -226,13 +226,13 @@ def test_pausing_holds_the_sound_and_the_queue() -> None:
 
 def test_forgetting_happens_once() -> None:
     def before(engine: LiveEngine, clock: VirtualClock) -> None:
-        clock.at(10.0, lambda: engine.change(forget_frames=96))
+        clock.at(10.0, lambda: engine.change(drop_context_frames=96))
 
     engine, _, _ = play(options=EngineOptions(limit_s=40), before=before)
-    forgotten = [made.controls.forget_frames for made in engine.ledger.history]
+    forgotten = [made.controls.drop_context_frames for made in engine.ledger.history]
     assert forgotten.count(96) == 1
     assert sum(forgotten) == 96
-    assert engine.desk.asked().forget_frames == 0
+    assert engine.desk.asked().drop_context_frames == 0
 
 
 def test_a_block_that_is_not_finite_is_faded_and_the_stream_recovers() -> None:
@@ -435,8 +435,8 @@ WRONG: dict[str, list[object]] = {
     "block_frames": [*NO_INT, 0, 7, 10**9],
     "regime": NO_CHOICE,
     "seed": [*NO_INT, 2**63],
-    "forget_frames": [*NO_INT, 193],
-    "seam": NO_CHOICE,
+    "drop_context_frames": [*NO_INT, 193],
+    "boundary": NO_CHOICE,
     "volume": [0.5, *NEVER],
     "__class__": [dict, *NEVER],
 }  # fmt: skip
@@ -448,8 +448,8 @@ RIGHT = {
     "block_frames": [12, 16, 24, 48, 96],
     "regime": ["full", "enc-dec", "block-causal"],
     "seed": [0, 1, 2**31],
-    "forget_frames": [0, 48, 192],
-    "seam": ["exact", "fade"],
+    "drop_context_frames": [0, 48, 192],
+    "boundary": ["exact", "fade"],
 }
 SAID = {"block_frames": "block"}  # what a refusal calls it, if not by its name
 
@@ -609,7 +609,7 @@ def test_what_a_bad_block_would_have_carried_is_heard_with_the_next() -> None:
 
     class Watched(FakeStreamer):
         def step(self, state: StreamState, controls: Controls) -> tuple[Block, StreamState]:
-            asked.append(controls.forget_frames)
+            asked.append(controls.drop_context_frames)
             return super().step(state, controls)
 
     clock = VirtualClock()
@@ -620,7 +620,7 @@ def test_what_a_bad_block_would_have_carried_is_heard_with_the_next() -> None:
     def watch(engine: LiveEngine, _clock: VirtualClock) -> None:
         def follow(event: object) -> None:
             if isinstance(event, Made) and event.number == 4:
-                changes.append(engine.change(forget_frames=96, seed=7))
+                changes.append(engine.change(drop_context_frames=96, seed=7))
 
         engine.on_event = follow
 

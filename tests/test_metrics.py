@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmd.data.analysis import find_key, key_strengths
+from lmd.corpus.analysis import find_key, key_strengths
 from lmd.errors import LmdError
 from lmd.evaluation.metrics import (
     Gaussian,

@@ -6,10 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmd.codec import Codec, DecodeState, StreamingCodec, decode_block
-from lmd.config import OobleckConfig
-from lmd.errors import LmdError
-from lmd.oobleck import (
+from lmd.codec.base import Codec, DecodeState, StreamingCodec, decode_block
+from lmd.codec.oobleck import (
     OobleckCodec,
     build_reference,
     decoder_flops_per_frame,
@@ -17,6 +15,8 @@ from lmd.oobleck import (
     from_stable_audio,
     random_codec,
 )
+from lmd.config import OobleckConfig
+from lmd.errors import LmdError
 
 CONFIGS = {
     "fixture-like": OobleckConfig(latent_dim=8, channels=8, c_mults=(1, 2, 4), strides=(2, 4, 4)),

@@ -12,12 +12,12 @@ from learning import gradients, numbers, plain_gate, plain_rotate
 from torch import Tensor
 
 from lmd import product_attention
-from lmd.dit import RotaryEmbedding
 from lmd.errors import LmdError
 from lmd.machine import check_compiler
+from lmd.model.dit import RotaryEmbedding
 from lmd.operations import Rotation, attend, gated, rotate
 from lmd.product_attention import CHUNK_SCORES, parts_of
-from lmd.training.finetune import pack_blocks, pack_copies
+from lmd.training.losses import pack_blocks, pack_copies
 
 
 def rotation(n_tokens, dim):
@@ -52,13 +52,14 @@ def test_half_precision_attention_learns_what_exact_attention_does(masked, batch
     shapes = [(batch, 2, n, 8) for n in (n_queries, n_keys, n_keys)]
     qkv = [numbers(*s, seed=i, dtype=torch.bfloat16) for i, s in enumerate(shapes)]
     assert (batch * 2 * n_queries * n_keys > CHUNK_SCORES) == (batch == 5)
-    visible = None
+    attn_mask = None
     if masked:
-        visible = numbers(n_queries, n_keys, seed=7) > 0
-        visible[:, 0] = True
-    found = gradients(lambda *x: attend(*x, visible), *qkv)
+        attn_mask = numbers(n_queries, n_keys, seed=7) > 0
+        attn_mask[:, 0] = True
+    found = gradients(lambda *x: attend(*x, attn_mask), *qkv)
     exact = gradients(
-        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=visible), *[x.double() for x in qkv]
+        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=attn_mask),
+        *[x.double() for x in qkv],
     )
     for one, other in zip(found, exact, strict=True):
         distance = (one.double() - other).norm() / other.norm()
@@ -70,10 +71,10 @@ def windows() -> dict[str, Tensor]:
     causal, copies = pack_blocks(3, 48, 96), pack_copies(4, 24, 48)
     short = pack_blocks(4, 12, 48)  # groups too small to be worth it
     return {
-        "causal": causal.visible,
-        "causal, read": causal.visible[causal.n_clean : -3],
-        "copies": copies.visible,
-        "short": short.visible,
+        "causal": causal.attn_mask,
+        "causal, read": causal.attn_mask[causal.n_clean : -3],
+        "copies": copies.attn_mask,
+        "short": short.attn_mask,
     }
 
 
@@ -84,21 +85,21 @@ def tokens_of(runs) -> Tensor:
 @pytest.mark.parametrize("name", windows())
 def test_parts_of_a_mask_are_the_mask(name):
     """Every query in one group; what a group has is what is visible; where it can, nothing else."""
-    visible = windows()[name]
-    found, n_computed = torch.zeros(visible.shape, dtype=torch.int), 0
-    for part in parts_of(visible):
+    attn_mask = windows()[name]
+    found, n_computed = torch.zeros(attn_mask.shape, dtype=torch.int), 0
+    for part in parts_of(attn_mask):
         for group in zip(part.queries, part.keys, strict=True):
             queries, keys = (tokens_of(runs) for runs in group)
             seen = torch.ones(len(queries), len(keys), dtype=torch.int)
-            if part.visible is not None:
-                seen = part.visible.int()
+            if part.attn_mask is not None:
+                seen = part.attn_mask.int()
             found[queries[:, None], keys] += seen
             n_computed += seen.numel()
-    assert torch.equal(found, visible.int())
+    assert torch.equal(found, attn_mask.int())
     # hidden pairs are left, if any, among the clean blocks that see different numbers of blocks
-    share = n_computed / visible.sum().item()
+    share = n_computed / attn_mask.sum().item()
     assert share == 1 if name in ("causal, read", "copies") else share > 1
-    assert n_computed < visible.numel() or name == "short"
+    assert n_computed < attn_mask.numel() or name == "short"
 
 
 @pytest.mark.parametrize(("name", "n_parts"), [("causal", 3), ("causal, read", 1), ("short", 0)])
@@ -108,25 +109,28 @@ def test_groups_are_attended_apart_wherever_there_are_some(name, n_parts, monkey
     monkeypatch.setattr(
         product_attention._AttendByProducts,
         "apply",
-        lambda q, k, v, visible: computed.append((q, k)) or plain(q, k, v, visible),
+        lambda q, k, v, attn_mask: computed.append((q, k)) or plain(q, k, v, attn_mask),
     )
-    visible = windows()[name]
-    shapes = [(1, 2, n, 8) for n in (visible.shape[0], visible.shape[1], visible.shape[1])]
-    attend(*(numbers(*s, dtype=torch.bfloat16).requires_grad_() for s in shapes), visible)
+    attn_mask = windows()[name]
+    shapes = [(1, 2, n, 8) for n in (attn_mask.shape[0], attn_mask.shape[1], attn_mask.shape[1])]
+    attend(*(numbers(*s, dtype=torch.bfloat16).requires_grad_() for s in shapes), attn_mask)
     assert len(computed) == max(1, n_parts)
     n_pairs = sum(q.shape[1] * q.shape[2] * k.shape[2] for q, k in computed)
-    assert (n_pairs < 2 * visible.numel()) == (n_parts > 0)
+    assert (n_pairs < 2 * attn_mask.numel()) == (n_parts > 0)
 
 
 @pytest.mark.parametrize("name", windows())
 @pytest.mark.parametrize("batch", [2, 40])  # one chunk, several
 def test_half_precision_attention_in_groups_learns_what_exact_attention_does(name, batch):
-    visible = windows()[name]
-    shapes = [(batch, 2, n, 8) for n in (visible.shape[0], visible.shape[1], visible.shape[1])]
+    attn_mask = windows()[name]
+    shapes = [
+        (batch, 2, n, 8) for n in (attn_mask.shape[0], attn_mask.shape[1], attn_mask.shape[1])
+    ]
     qkv = [numbers(*s, seed=i, dtype=torch.bfloat16) for i, s in enumerate(shapes)]
-    found = gradients(lambda *x: attend(*x, visible), *qkv)
+    found = gradients(lambda *x: attend(*x, attn_mask), *qkv)
     exact = gradients(
-        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=visible), *[x.double() for x in qkv]
+        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=attn_mask),
+        *[x.double() for x in qkv],
     )
     for one, other in zip(found, exact, strict=True):
         distance = (one.double() - other).norm() / other.norm()

@@ -14,14 +14,14 @@ from torch import nn
 
 from lmd import panel_attention, panels
 from lmd.config import DiTConfig
-from lmd.dit import Block, KeyValue, RotaryEmbedding, frame_positions
 from lmd.errors import LmdError
-from lmd.instrument import open_instrument
-from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.model.dit import Block, KeyValue, RotaryEmbedding, frame_positions
+from lmd.model.weights import fingerprint
 from lmd.packed import PackedBlock, is_packed, pack
 from lmd.panels import PanelLinear, can_use_panels, use_panels, why_no_panels
+from lmd.pretrained import open_instrument
 from lmd.rng import normal
-from lmd.weights import fingerprint
+from lmd.stream.block import BlockPlan, LiveDenoiser
 
 needs_kernel = pytest.mark.skipif(not can_use_panels(), reason=why_no_panels())
 
@@ -79,9 +79,9 @@ def random_heads(config: DiTConfig, n_batch: int, n_tokens: int, purpose: str) -
 
 
 def random_visibility(n_tokens: int, n_keys: int) -> torch.Tensor:
-    visible = normal((n_tokens, n_keys), 0, "visible") > 0
-    visible[:, -1] = True  # who sees nobody has no result
-    return visible
+    attn_mask = normal((n_tokens, n_keys), 0, "visible") > 0
+    attn_mask[:, -1] = True  # who sees nobody has no result
+    return attn_mask
 
 
 @needs_kernel
@@ -100,10 +100,10 @@ def test_a_block_of_panels_agrees_with_the_plain_one(n_tokens, n_past, n_batch, 
     rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(frame_positions(n_tokens - 1, 7))
     text = random_heads(config, n_batch, 9, "text")
     past = random_heads(config, n_batch, n_past, "past") if n_past else None
-    visible = random_visibility(n_tokens, n_past + n_tokens) if masked else None
-    expected, kept = block(x, rotation, text, visible, past)
+    attn_mask = random_visibility(n_tokens, n_past + n_tokens) if masked else None
+    expected, kept = block(x, rotation, text, attn_mask, past)
     packed = PackedBlock(copy.deepcopy(block), PanelLinear)
-    y, fresh = packed(x, rotation, text, visible, past)
+    y, fresh = packed(x, rotation, text, attn_mask, past)
     close = {"atol": 2e-4, "rtol": 1e-4}
     torch.testing.assert_close(y, expected, **close)
     torch.testing.assert_close(fresh.key, kept.key, **close)
@@ -120,9 +120,9 @@ def test_what_a_token_sees_does_not_depend_on_the_others_or_on_the_threads():
 
     def seen(first: int, n: int) -> torch.Tensor:
         """Tokens that see the past, and of one another only themselves."""
-        visible = torch.cat([torch.ones(n, 40, dtype=torch.bool), torch.eye(n).bool()], dim=1)
+        attn_mask = torch.cat([torch.ones(n, 40, dtype=torch.bool), torch.eye(n).bool()], dim=1)
         rotation = rope(torch.arange(first, first + n))
-        return block(x[:, first : first + n], rotation, text, visible, past)[0]
+        return block(x[:, first : first + n], rotation, text, attn_mask, past)[0]
 
     whole = seen(0, 60)
     for n_threads in (1, 2):
@@ -149,15 +149,15 @@ def test_what_the_kernel_would_read_past_its_end_is_refused(wrong):
     config = DiTConfig(width=128, n_heads=2, depth=1)
     block, x = PackedBlock(random_block(config), PanelLinear), normal((1, 5, 128), 0, "x")
     past, rope = random_heads(config, 1, 8, "past"), RotaryEmbedding(32, 1e4)
-    rotation, visible = rope(torch.arange(5)), torch.ones(5, 13, dtype=torch.bool)
+    rotation, attn_mask = rope(torch.arange(5)), torch.ones(5, 13, dtype=torch.bool)
     if wrong == "past in half":
         past = KeyValue(past.key.half(), past.value.half())
     elif wrong == "a mask too small":
-        visible = visible[:, 1:]
+        attn_mask = attn_mask[:, 1:]
     else:
         rotation = rope(torch.arange(4))
     with pytest.raises(LmdError, match="LMD_PANELS=0"):
-        panel_attention.self_attention(block.block.self_attn, x, rotation, visible, past)
+        panel_attention.self_attention(block.block.self_attn, x, rotation, attn_mask, past)
 
 
 @needs_kernel
@@ -257,13 +257,13 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("LMD_PANELS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def forget():
+    def drop_context():
         why_no_panels.cache_clear()
         panels.kernel.cache_clear()
 
-    forget()
-    yield forget
-    forget()
+    drop_context()
+    yield drop_context
+    drop_context()
 
 
 @pytest.mark.parametrize(

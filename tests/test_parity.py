@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from lmd.__main__ import main
 from lmd.checkpoint import load_codec, load_model, read_header
+from lmd.codec.oobleck import build_reference
 from lmd.convert import preset_of
-from lmd.dit import Condition
 from lmd.errors import LmdError
 from lmd.foreign import joined_projections, load_foreign, transformer_name
 from lmd.foreign_config import parse_config
-from lmd.oobleck import build_reference
+from lmd.model.dit import Condition
 from lmd.training.run import start_model
 
 OUTPUTS = {"velocity", "velocity_cfg4", "seconds_embed", "encoder_out", "decoder_out"}
@@ -286,7 +286,7 @@ def make_folder(folder, raw, seconds):
     checks that sizes and names are read, not the arithmetic, which the reference folder does.
     """
     config = parse_config(raw)
-    from lmd.dit import LiveModel
+    from lmd.model.dit import LiveModel
 
     model = LiveModel(config.dit, config.max_seconds)
     codec = build_reference(config.codec)
@@ -322,7 +322,7 @@ def make_folder(folder, raw, seconds):
 def foreign_names(config, ours, codec):
     """Invert the loader's naming by trying every name that the sizes allow."""
     from lmd import foreign
-    from lmd.oobleck import from_stable_audio
+    from lmd.codec.oobleck import from_stable_audio
 
     layers = [
         f"transformer.layers.{i}.{name}" for i in range(config.dit.depth) for name in foreign.LAYER

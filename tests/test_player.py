@@ -21,13 +21,13 @@ import traitlets
 from fake_streamer import SAMPLE_RATE, FakeStreamer
 
 from lmd.config import preset
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import Instrument
 from lmd.play.play_queue import PlayQueue
 from lmd.play.player import HERE, SCRIPTS, LivePlayer
 from lmd.play.player_fields import CONTROL_NAMES
 from lmd.play.takes import read_take
+from lmd.pretrained import Instrument
+from lmd.stream.controls import Controls
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 NODE = shutil.which("node")
@@ -221,7 +221,7 @@ def test_a_player_that_is_too_slow_says_what_would_help_and_auto_steps_does_it(
     player.stop()
 
 
-def test_commands_pause_resume_forget_roll_restart_stop(front: Front) -> None:
+def test_commands_pause_resume_drop_context_roll_restart_stop(front: Front) -> None:
     player = front.player
     front.say(kind="command", command="play")
     front.wait_kind("run")
@@ -230,8 +230,8 @@ def test_commands_pause_resume_forget_roll_restart_stop(front: Front) -> None:
     assert front.sent[-1]["running"] is False
     front.say(kind="command", command="play")
     assert player.state == "playing"
-    front.say(kind="command", command="forget")
-    assert front.wait_kind("promise")["text"] == "forget 96"
+    front.say(kind="command", command="drop_context")
+    assert front.wait_kind("promise")["text"] == "drop 96"
     front.say(kind="command", command="roll")
     assert player.seed != 0
     first_take, n_sent = player.take_path, len(front.sent)
@@ -241,7 +241,7 @@ def test_commands_pause_resume_forget_roll_restart_stop(front: Front) -> None:
     assert read_take(first_take).sha256 is not None
     front.say(kind="command", command="stop")
     assert player.state == "stopped"
-    forgotten = [c.forget_frames for c in read_take(first_take).controls()]
+    forgotten = [c.drop_context_frames for c in read_take(first_take).controls()]
     assert forgotten.count(96) == 1
 
 
@@ -282,8 +282,8 @@ WRONG: dict[Any, list[Any]] = {
     "sampler": NO_CHOICE,
     "regime": NO_CHOICE,
     "block_frames": [*NO_INT, 0, 7, 10**12],
-    "seam": NO_CHOICE,
-    "forget_frames": [*NO_INT, 193, 10**12],
+    "boundary": NO_CHOICE,
+    "drop_context_frames": [*NO_INT, 193, 10**12],
     "seed": [*NO_INT, 2**63],
     "roll_seed": NO_SWITCH,
     "queue_blocks": [*NEVER, True, "2", 0.5, 9],
@@ -300,8 +300,8 @@ RIGHT: dict[Any, list[Any]] = {
     "sampler": ["euler", "dpmpp", "pingpong++", "euler++"],
     "regime": ["full", "enc-dec", "block-causal"],
     "block_frames": [4, 12, 48],
-    "seam": ["exact", "fade"],
-    "forget_frames": [0, 96, 192],
+    "boundary": ["exact", "fade"],
+    "drop_context_frames": [0, 96, 192],
     "seed": [0, 7, 2**31 - 1],
     "roll_seed": [True, False],
     "queue_blocks": [1, 1.5, 4],

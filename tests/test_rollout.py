@@ -9,15 +9,15 @@ import torch
 from engine import WINDOW, random_model, streamer
 from torch import Tensor
 
-from lmd.arc.forcing import Asked, RolloutPlan, draw_calls, rollout, text_memory
+from lmd.arc.losses import Prompts, RolloutPlan, draw_calls, rollout, text_memory
 from lmd.arc.plan import ArcOptions, plan_update
 from lmd.config import WindowConfig
-from lmd.controls import Controls
-from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
-from lmd.flow import Guidance, sample, schedule
-from lmd.outpaint import BlockPlan, LiveDenoiser
-from lmd.stream import Streamer
+from lmd.model.dit import Condition, LiveModel
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.stream.controls import Controls
+from lmd.stream.samplers import Guidance, sample, schedule
+from lmd.stream.streamer import Streamer
 
 CONTEXT, BLOCK = WINDOW.context_frames, WINDOW.block_frames
 REGIMES = ("enc-dec", "block-causal")
@@ -30,9 +30,9 @@ def draws(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def asked(batch: int = 2, dropped: tuple[int, ...] = ()) -> Asked:
+def asked(batch: int = 2, dropped: tuple[int, ...] = ()) -> Prompts:
     flags = torch.tensor([i in dropped for i in range(batch)])
-    return Asked(torch.randn(batch, 6, 8, generator=draws(1)), flags)
+    return Prompts(torch.randn(batch, 6, 8, generator=draws(1)), flags)
 
 
 def one_condition(batch: int = 1) -> Condition:
@@ -72,7 +72,7 @@ def rolled(
 
 
 def controls_of(regime: str, sampler: str, block_frames: int, **more) -> Controls:
-    words = {"prompt": "slow piano", "seed": 11, "seam": "fade", **more}
+    words = {"prompt": "slow piano", "seed": 11, "boundary": "fade", **more}
     return Controls(
         n_steps=N_STEPS, sampler=sampler, block_frames=block_frames, regime=regime, **words
     )
@@ -223,7 +223,7 @@ def test_dropped_items_get_zeroed_tokens_and_the_others_keep_theirs():
 
 
 def with_learning_calls_of(
-    moved: LiveModel, model: LiveModel, question: Asked, recorded: Tensor, plan: RolloutPlan
+    moved: LiveModel, model: LiveModel, question: Prompts, recorded: Tensor, plan: RolloutPlan
 ) -> Tensor:
     """The blocks of a rollout whose learning calls, with the text they read, have other weights.
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmd.codec import DecodeState, decode_block
+from lmd.codec.base import DecodeState, decode_block
 from lmd.errors import LmdError
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from lmd.checkpoint import load_bundle, load_codec, load_tensors, read_header
-from lmd.codec import DecodeState, Seam, decode_block
-from lmd.evaluation.recogniser import load_recogniser
-from lmd.flow import Guidance, dpmpp_2m, schedule
-from lmd.instrument import SHIPPED, open_instrument
+from lmd.codec.base import Boundary, DecodeState, decode_block
+from lmd.evaluation.tagger import load_recogniser
+from lmd.pretrained import SHIPPED, open_instrument
 from lmd.rng import normal
 from lmd.shapes import Wave
+from lmd.stream.samplers import Guidance, dpmpp_2m, schedule
 
 FILES = sorted(SHIPPED.glob("*.safetensors"))
 STREAMED = [path.stem for path in FILES if path.stem in ("finetuned", "arc")]
@@ -134,13 +134,15 @@ def click(waves: list[Wave], n_after: int = 0) -> float:
     return float(bend[near].max() / bend[~near].max())
 
 
-@pytest.mark.parametrize("seam", ["exact", "fade"])
-def test_no_click_at_a_hundred_joins_of_the_shipped_codec(seam: Seam, joined_latents) -> None:
+@pytest.mark.parametrize("boundary", ["exact", "fade"])
+def test_no_click_at_a_hundred_joins_of_the_shipped_codec(
+    boundary: Boundary, joined_latents
+) -> None:
     codec, state, waves = load_codec(SHIPPED / "codec.safetensors"), DecodeState(), []
     for latents in joined_latents:
-        wave, state = decode_block(codec, state, latents, seam)
+        wave, state = decode_block(codec, state, latents, boundary)
         waves.append(wave)
-    n_fade = round(0.02 * codec.sample_rate) if seam == "fade" else 0  # where the fade ends
+    n_fade = round(0.02 * codec.sample_rate) if boundary == "fade" else 0  # where the fade ends
     assert click(waves, n_fade) < 1.5  # measured 0.69 and 0.80
 
 

@@ -15,9 +15,7 @@ from scipy import stats
 
 from lmd.checkpoint import read_header
 from lmd.config import preset
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import SHIPPED, Instrument, open_instrument
 from lmd.play import soak
 from lmd.play.guard import Piece
 from lmd.play.pace import Ledger
@@ -26,6 +24,8 @@ from lmd.play.player_fields import PROMPTS
 from lmd.play.soak import latency, main, paced
 from lmd.play.soak_flat import centroid_hz, flat, round_of, slopes
 from lmd.play.takes import TakeWriter
+from lmd.pretrained import SHIPPED, Instrument, open_instrument
+from lmd.stream.controls import Controls
 
 BLOCK_S = 2.4
 LEAKED: list[mmap.mmap] = []
@@ -90,20 +90,20 @@ def test_an_hour_is_played_by_the_whole_engine(monkeypatch: pytest.MonkeyPatch) 
     assert found["meters"]["underruns"] == 0
     assert found["take_bytes"] > 1000
     assert len(found["parts"]) == 10
-    assert {c.seam for c in seen} == {"exact", "fade"}
+    assert {c.boundary for c in seen} == {"exact", "fade"}
     assert len({c.prompt for c in seen}) == len({c.seed for c in seen}) == 2
-    assert sum(c.forget_frames > 0 for c in seen) == 2
+    assert sum(c.drop_context_frames > 0 for c in seen) == 2
     # A round of seven changes, one every four blocks, ends where it began.
     assert seen[29] == start
 
 
 def test_a_round_of_changes_ends_where_it_began() -> None:
-    start = Controls(prompt="organ", seam="fade", n_steps=1)
+    start = Controls(prompt="organ", boundary="fade", n_steps=1)
     end = start
     for change in round_of(start):
         end = replace(end, **change)
         end.validate(preset("small").window)
-    assert replace(end, forget_frames=0) == start
+    assert replace(end, drop_context_frames=0) == start
 
 
 def leak() -> None:
@@ -174,7 +174,7 @@ def test_stalls_are_counted_and_over_and_say_with_what(tmp_path: Path) -> None:
         # A queue of one block was in hand; what the block itself takes comes on top.
         assert row["stall_s"] - 0.4 < row["silent_s"] < row["stall_s"] + 0.5
     assert (found["source"], found["n_steps"], found["block_frames"]) == ("random:tiny:0", 1, 8)
-    assert (found["seam"], found["clock"]) == ("exact", "SkippingClock")
+    assert (found["boundary"], found["clock"]) == ("exact", "SkippingClock")
     assert found["machine"]["n_cores"] > 0
     assert main(["flat", "--source", "magic", "--json", str(path)]) == 2
 

@@ -6,15 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lmd import phase
 from lmd.checkpoint import build_model
-from lmd.codec import Codec, DecodeState, decode_block
-from lmd.codec_training.losses import bin_weights, mel_matrix
-from lmd.config import preset
-from lmd.controls import Controls
-from lmd.errors import LmdError
-from lmd.rng import normal
-from lmd.spectral import (
+from lmd.codec import phase
+from lmd.codec.base import Codec, DecodeState, decode_block
+from lmd.codec.spectral import (
     SpectralCodec,
     amplitude,
     band_matrix,
@@ -23,9 +18,14 @@ from lmd.spectral import (
     onset_strength,
     stft,
 )
-from lmd.spectral_decoder import SpectralDecoder
-from lmd.stream import Streamer
-from lmd.text import build_text_encoder
+from lmd.codec.spectral_decoder import SpectralDecoder
+from lmd.config import preset
+from lmd.errors import LmdError
+from lmd.model.text import build_text_encoder
+from lmd.rng import normal
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
+from lmd.training.codec.losses import bin_weights, mel_matrix
 
 TINY = preset("tiny").codec
 SMALL = preset("small").codec
@@ -207,11 +207,11 @@ def test_a_streaming_state_gives_what_decoding_the_look_back_again_gives(codec):
     for state in (DecodeState(), begun):
         states = {codec: state, NotStreaming(codec): state}
         for number, start in enumerate(range(48, 96, 4)):
-            seam = "fade" if number // 3 % 2 else "exact"
+            boundary = "fade" if number // 3 % 2 else "exact"
             waves = []
             for each in states:
                 wave, states[each] = decode_block(
-                    each, states[each], latents[..., start : start + 4], seam
+                    each, states[each], latents[..., start : start + 4], boundary
                 )
                 waves.append(wave)
             # measured 0 (exact) and 6e-8 (fading)

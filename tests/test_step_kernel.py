@@ -20,7 +20,7 @@ from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.operations import Rotation, gated, linear, normalised, rotate
 from lmd.step_kernel import can_use_step_kernel, why_no_step_kernel
-from lmd.training.curriculum import Rows
+from lmd.training.draws import BatchIndices
 from lmd.training.module import stage_loss, step_noise
 from lmd.training.speed import kinds
 
@@ -232,7 +232,7 @@ def test_a_compiler_goes_on_across_them():
 
 def step_of(kind, model):
     """The loss of a training step of this kind, and all gradients as one vector."""
-    rows = Rows(0, 0, tuple(range(len(kind.clean))), len(kind.clean))
+    rows = BatchIndices(0, 0, tuple(range(len(kind.clean))), len(kind.clean))
     noise = step_noise(kind.options, rows, kind.clean.shape[1])
     prompts = numbers(len(kind.clean), 4, model.config.text_dim, dtype=torch.float32)
     condition = model.condition(prompts, 5.0)

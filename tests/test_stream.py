@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lmd.codec import DecodeState, StreamingCodec, decode_block, equal_power_fade
+from lmd.codec.base import DecodeState, StreamingCodec, decode_block, equal_power_fade
+from lmd.codec.oobleck import random_codec
 from lmd.config import OobleckConfig, WindowConfig
-from lmd.controls import Controls, crossfade
-from lmd.dit import Condition
 from lmd.errors import LmdError
-from lmd.flow import SAMPLERS
-from lmd.oobleck import random_codec
+from lmd.model.dit import Condition
+from lmd.model.text import HashTextEncoder
+from lmd.model.weights import fingerprint
 from lmd.rng import normal
-from lmd.stream import Streamer
-from lmd.text import HashTextEncoder
-from lmd.weights import fingerprint
+from lmd.stream.controls import Controls, crossfade
+from lmd.stream.samplers import SAMPLERS
+from lmd.stream.streamer import Streamer
 
 BASE = Controls(prompt="organ", n_steps=2, block_frames=6)
 
@@ -52,7 +52,7 @@ LIVELY = [
     replace(BASE, prompt=(("organ", 0.5), ("harp", 0.5)), cfg_scale=2.0),
     replace(BASE, block_frames=12, regime="enc-dec", sampler="euler"),
     replace(BASE, block_frames=3, seed=9, sampler="dpmpp", n_steps=3),
-    replace(BASE, forget_frames=12, seam="fade", sampler="pingpong++", cfg_scale=0.5),
+    replace(BASE, drop_context_frames=12, boundary="fade", sampler="pingpong++", cfg_scale=0.5),
     replace(BASE, regime="full", sampler="euler++", cfg_scale=0.9),
     BASE,
     BASE,
@@ -155,7 +155,7 @@ def test_unchanged_controls_keep_the_cache_and_changes_rebuild_it():
         (replace(BASE, prompt="harp", cfg_scale=2.0), True),
         (replace(BASE, prompt="harp", cfg_scale=3.0), False),
         (replace(BASE, prompt="harp", cfg_scale=3.0, block_frames=12), True),
-        (replace(BASE, prompt="harp", cfg_scale=3.0, block_frames=12, forget_frames=4), True),
+        (replace(BASE, prompt="harp", cfg_scale=3.0, block_frames=12, drop_context_frames=4), True),
         (replace(BASE, prompt="harp", cfg_scale=3.0, block_frames=12), False),
         (replace(BASE, prompt="harp", cfg_scale=3.0, block_frames=12, regime="enc-dec"), True),
     ]
@@ -188,7 +188,7 @@ def test_a_crossfade_of_prompts_moves_every_block_and_arrives():
 def test_forgetting_everything_is_starting_from_silence():
     stream = streamer()
     _, state = play(stream, [BASE] * 3)
-    forgot, _ = stream.step(state, replace(BASE, forget_frames=24))
+    forgot, _ = stream.step(state, replace(BASE, drop_context_frames=24))
     silent, _ = stream.step(replace(stream.start(), index=3), BASE)
     assert torch.equal(forgot.latents, silent.latents)
 
@@ -294,12 +294,12 @@ class ToneCodec:
         return padded[:, None, 32 : 32 + n * 64]
 
 
-@pytest.mark.parametrize("seam", ["exact", "fade"])
-def test_no_click_at_a_hundred_joins(seam):
+@pytest.mark.parametrize("boundary", ["exact", "fade"])
+def test_no_click_at_a_hundred_joins(boundary):
     codec, state, waves = ToneCodec(), DecodeState(), []
     latents = 1.0 + 0.3 * normal((1, 4, 101 * 12), 0, "walk").cumsum(dim=-1) / 12
     for block in latents.split(12, dim=-1):
-        wave, state = decode_block(codec, state, block, seam)
+        wave, state = decode_block(codec, state, block, boundary)
         waves.append(wave)
     joins = torch.tensor([wave.shape[-1] for wave in waves]).cumsum(0)[:-1]
     bend = torch.cat(waves, dim=-1)[0, 0].diff().diff().abs()
@@ -342,8 +342,8 @@ def test_seams_may_change_at_any_block_and_nothing_is_lost_or_repeated():
     seams = ["exact", "fade", "exact", "exact", "fade", "fade", "exact"]
     latents = normal((1, 4, 40 * len(seams)), 0, "latents")
     state, n_heard, whole = DecodeState(), 0, codec.decode(latents)
-    for seam, block in zip(seams, latents.split(40, dim=-1), strict=True):
-        wave, state = decode_block(codec, state, block, seam)
+    for boundary, block in zip(seams, latents.split(40, dim=-1), strict=True):
+        wave, state = decode_block(codec, state, block, boundary)
         clear = slice(n_heard + 16, n_heard + 32)  # behind a fade
         torch.testing.assert_close(wave[..., 16:32], whole[..., clear], atol=1e-5, rtol=0)
         n_heard += wave.shape[-1]
@@ -363,7 +363,7 @@ def test_a_saved_state_holds_the_codecs_streaming_state(tmp_path):
 
 
 def test_an_unknown_seam_is_refused():
-    with pytest.raises(LmdError, match="seam 'hard'"):
+    with pytest.raises(LmdError, match="boundary 'hard'"):
         decode_block(HoldCodec(), DecodeState(), torch.zeros(1, 4, 2), "hard")
 
 
@@ -381,8 +381,8 @@ BAD = {
     "cfg++ above one": ({"sampler": "euler++", "cfg_scale": 3.0}, "(0, 1]"),
     "unknown sampler": ({"sampler": "heun"}, "one of"),
     "unknown regime": ({"regime": "causal"}, "one of"),
-    "unknown seam": ({"seam": "hard"}, "one of"),
-    "forgetting more than there is": ({"forget_frames": 25}, "0 to 24"),
+    "unknown seam": ({"boundary": "hard"}, "one of"),
+    "forgetting more than there is": ({"drop_context_frames": 25}, "0 to 24"),
     "negative seed": ({"seed": -1}, "0 to"),
     "prompt that is a number": ({"prompt": 5}, "a text, or a tuple"),
 }
@@ -508,10 +508,10 @@ def test_numbers_of_numpy_are_as_good_as_python_s(tmp_path):
         n_steps=np.int64(2),
         block_frames=np.int32(6),
         seed=np.uint8(3),
-        forget_frames=np.int16(6),
+        drop_context_frames=np.int16(6),
     )
     plain = Controls((("organ", 0.5), ("harp", 0.5)), 1.5, 2, block_frames=6, seed=3)
-    plain = replace(plain, forget_frames=6)
+    plain = replace(plain, drop_context_frames=6)
     assert repr(numpys) == repr(plain)
     stream = streamer()
     expected, _ = play(stream, [plain, plain])

@@ -14,11 +14,9 @@ import torch
 from fake_streamer import SAMPLES_PER_FRAME, FakeStreamer, VirtualClock
 
 from lmd.__main__ import main
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import QuietCodec, open_instrument
+from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step
-from lmd.play.live import EngineOptions, LiveEngine
 from lmd.play.pace import Made
 from lmd.play.sinks import FileSink, NullSink
 from lmd.play.takes import (
@@ -30,6 +28,8 @@ from lmd.play.takes import (
     play_again,
     read_take,
 )
+from lmd.pretrained import QuietCodec, open_instrument
+from lmd.stream.controls import Controls
 
 SOURCE = "random:tiny:0"
 CHOICES: dict[str, list[object]] = {
@@ -40,8 +40,8 @@ CHOICES: dict[str, list[object]] = {
     "block_frames": [4, 6, 8],
     "regime": ["full", "enc-dec", "block-causal"],
     "seed": [0, 1, 2**40],
-    "forget_frames": [48, 192],
-    "seam": ["exact", "fade"],
+    "drop_context_frames": [48, 192],
+    "boundary": ["exact", "fade"],
 }
 
 
@@ -106,7 +106,7 @@ def test_every_change_is_noted_with_its_block_and_sample(played: tuple[Path, Pat
     assert [note["block"] for note in notes] == sorted(note["block"] for note in notes)
     assert all(len(note["controls"]) <= 2 for note in notes[1:])  # only what changed
     take = read_take(played[0])
-    forgets = [controls.forget_frames for controls in take.controls()]
+    forgets = [controls.drop_context_frames for controls in take.controls()]
     assert sum(1 for f in forgets if f) == 2 or sum(1 for f in forgets if f) == 3
     assert take.changes[0] == Controls(prompt="organ", block_frames=4, n_steps=2)
 
@@ -242,7 +242,7 @@ def test_a_stream_whose_blocks_cannot_be_played_ends_with_status_1(
     def refuse(*_: object) -> None:
         raise LmdError("nothing", "music", "None.")
 
-    monkeypatch.setattr("lmd.stream.Streamer.step", refuse)
+    monkeypatch.setattr("lmd.stream.streamer.Streamer.step", refuse)
     words = ["stream", "organ", "--preset", "tiny", "--seconds", "2", "-o", str(tmp_path / "x.wav")]
     assert main(words) == 1
 

@@ -5,7 +5,7 @@ import torch
 
 from lmd.config import TextConfig, preset
 from lmd.errors import LmdError
-from lmd.text import (
+from lmd.model.text import (
     CachedTextEncoder,
     HashTextEncoder,
     T5TextEncoder,

@@ -21,14 +21,14 @@ from torch import nn
 
 from lmd import packed, panel_attention, panels, tiles
 from lmd.config import DiTConfig
-from lmd.dit import KeyValue, LiveModel, RotaryEmbedding, frame_positions
 from lmd.errors import LmdError
-from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.model.dit import KeyValue, LiveModel, RotaryEmbedding, frame_positions
+from lmd.model.weights import fingerprint
 from lmd.packed import PackedBlock, fastest_layout, is_packed, layouts, pack
 from lmd.panels import can_use_panels, why_no_panels
 from lmd.rng import normal
+from lmd.stream.block import BlockPlan, LiveDenoiser
 from lmd.tiles import TileLinear, can_use_tiles, in_tiles, why_no_tiles
-from lmd.weights import fingerprint
 
 BFLOAT16 = torch.bfloat16
 ONE_ROUNDING = {"rtol": 2**-8, "atol": 1e-3}  # bfloat16 rounds by 2**-9; sums are of float32
@@ -191,15 +191,15 @@ def test_a_block_of_tiles_is_as_near_to_float32_as_the_plain_one(
     rotation = RotaryEmbedding(config.rope_dim, config.rope_base)(frame_positions(n_tokens - 1, 7))
     text = in_half(random_heads(config, n_batch, 9, "text"))
     past = in_half(random_heads(config, n_batch, n_past, "past")) if n_past else None
-    visible = random_visibility(n_tokens, n_past + n_tokens) if masked else None
+    attn_mask = random_visibility(n_tokens, n_past + n_tokens) if masked else None
     wide = [KeyValue(*(part.float() for part in kv)) if kv else None for kv in (text, past)]
-    exact, kept = copy.deepcopy(block).float()(x.float(), rotation, wide[0], visible, wide[1])
-    plain, _ = block(x, rotation, text, visible, past)
+    exact, kept = copy.deepcopy(block).float()(x.float(), rotation, wide[0], attn_mask, wide[1])
+    plain, _ = block(x, rotation, text, attn_mask, past)
     laid_out = PackedBlock(copy.deepcopy(block), TileLinear)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(panel_attention, "can_use_tiles", lambda: True)
         assert panel_attention.suits(x, head_dim) == (head_dim != 36)
-        y, fresh = laid_out(x, rotation, text, visible, past)
+        y, fresh = laid_out(x, rotation, text, attn_mask, past)
     error, plain_error = (y.float() - exact).norm(), (plain.float() - exact).norm()
     assert error <= 1.25 * plain_error  # it rounds less often: 0.68 to 1.05 measured
     torch.testing.assert_close(fresh.key.float(), kept.key, rtol=0.02, atol=0.05)
@@ -212,9 +212,9 @@ def test_what_a_token_sees_does_not_depend_on_the_others(used):
     block = PackedBlock(random_block(config).to(BFLOAT16), TileLinear)
     rope, x = RotaryEmbedding(config.rope_dim, config.rope_base), random_rows(1, 60, 128)
     text, past = (in_half(random_heads(config, 1, n, f"{n}")) for n in (9, 40))
-    visible = torch.cat([torch.ones(60, 40, dtype=torch.bool), torch.eye(60).bool()], dim=1)
-    whole = block(x, rope(torch.arange(60)), text, visible, past)[0]
-    alone = block(x[:, :1], rope(torch.arange(1)), text, visible[:1, :41], past)[0]
+    attn_mask = torch.cat([torch.ones(60, 40, dtype=torch.bool), torch.eye(60).bool()], dim=1)
+    whole = block(x, rope(torch.arange(60)), text, attn_mask, past)[0]
+    alone = block(x[:, :1], rope(torch.arange(1)), text, attn_mask[:1, :41], past)[0]
     assert torch.equal(alone, whole[:, :1])
 
 

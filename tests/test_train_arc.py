@@ -17,7 +17,7 @@ from latents_fake import write_latents
 from lmd.__main__ import main
 from lmd.arc.card import about, arc_log, costs
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.forcing import LossWeights, Trial, Verdict
+from lmd.arc.losses import GanLoss, LossWeights, RealFakePair
 from lmd.arc.module import ArcRun, ArcTraining, make_part
 from lmd.arc.plan import (
     ArcOptions,
@@ -29,11 +29,11 @@ from lmd.arc.plan import (
 from lmd.arc.train import fit
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
+from lmd.model.dit import LiveModel
+from lmd.model.text import HashTextEncoder
 from lmd.rng import normal
-from lmd.text import HashTextEncoder
-from lmd.training.curriculum import Rows
+from lmd.training.draws import BatchIndices
 from lmd.training.module import Windows
 from lmd.training.trainer import RunOptions, checkpoints
 from lmd.training.windows import LatentSource
@@ -227,13 +227,13 @@ def test_a_part_has_its_rows_of_the_whole_batch(data):
 
 def test_text_is_dropped_at_the_given_rate_once_per_update():
     options = replace(OPTIONS, text_dropout=0.3)
-    rows = [Rows(0, step, tuple(range(8)), 8) for step in range(100)]
+    rows = [BatchIndices(0, step, tuple(range(8)), 8) for step in range(100)]
     drawn = torch.stack([draw_dropped(options, row) for row in rows]).float()
     assert torch.equal(drawn[0], draw_dropped(options, rows[0]).float())
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.08)  # five standard deviations: 0.08
 
 
-def trial_of(data: Path, options: ArcOptions, update: int = 2, batch: int = 2) -> Trial:
+def trial_of(data: Path, options: ArcOptions, update: int = 2, batch: int = 2) -> RealFakePair:
     """What an update of a run sets before the discriminator."""
     module, seen = module_of(data, replace(RUN, arc=options, batch=batch)), []
 
@@ -278,7 +278,7 @@ def test_a_rollout_continues_the_context_that_the_real_one_has_dropped_or_not(da
 
 
 def test_the_discriminator_looks_at_levels_even_in_log_snr():
-    rows = Rows(0, 3, tuple(range(2000)), 2000)
+    rows = BatchIndices(0, 3, tuple(range(2000)), 2000)
     levels = draw_judged_levels(OPTIONS, rows)
     log_snr = torch.logit(1 - levels.double())
     assert log_snr.min() > -6.001
@@ -421,7 +421,7 @@ def test_only_thirty_updates_in_a_row_above_98_percent_are_a_victory(data, accur
         warnings.simplefilter("always")
         for share in accuracies:
             told_apart = (torch.arange(1000)[None] < 1000 * share).float()
-            verdict = Verdict(*[nothing] * 3, real=told_apart, fake=torch.full((1, 1000), 0.5))
+            verdict = GanLoss(*[nothing] * 3, real=told_apart, fake=torch.full((1, 1000), 0.5))
             module.report(plan, [verdict], 1.0)
     assert len(seen) == warns
 

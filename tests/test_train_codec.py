@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from lmd import phase
 from lmd.__main__ import main as command
 from lmd.checkpoint import load_codec, read_header, save_checkpoint
-from lmd.codec_training import metrics as codec_metrics
-from lmd.codec_training.card import codec_card
-from lmd.codec_training.losses import (
+from lmd.codec import phase
+from lmd.codec.spectral import SpectralCodec, stft
+from lmd.config import preset
+from lmd.data.codec_identity import encoder_sha256
+from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.errors import LmdError
+from lmd.rng import normal
+from lmd.training.codec import metrics as codec_metrics
+from lmd.training.codec.card import codec_card
+from lmd.training.codec.losses import (
     Discriminator,
     advance_loss,
     discriminator_loss,
@@ -24,14 +30,8 @@ from lmd.codec_training.losses import (
     mel_matrix,
     multi_resolution_loss,
 )
-from lmd.codec_training.module import CodecPlan, CodecWindows, check_finite, learning_rate
-from lmd.codec_training.train import LAST, build, configure, main
-from lmd.config import preset
-from lmd.data.codec_identity import encoder_sha256
-from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
-from lmd.errors import LmdError
-from lmd.rng import normal
-from lmd.spectral import SpectralCodec, stft
+from lmd.training.codec.module import CodecPlan, CodecWindows, check_finite, learning_rate
+from lmd.training.codec.train import LAST, build, configure, main
 
 RATE = 22_050
 pytestmark = [
@@ -110,7 +110,7 @@ def test_six_steps_equal_three_and_a_restart_and_three(corpus_folder, tmp_path):
     """All three stages lie in these steps: encoder 0-1, decoder 2-3, discriminator 4-5."""
     assert main(arguments(corpus_folder, tmp_path / "whole")) == 0
     module = build(arguments(corpus_folder, tmp_path / "parts"))
-    from lmd.codec_training.train import build_trainer
+    from lmd.training.codec.train import build_trainer
 
     trainer = build_trainer(arguments(corpus_folder, tmp_path / "parts"), stop_at=3)
     trainer.fit(module)

@@ -16,19 +16,20 @@ from matplotlib.image import imread
 
 from lmd.__main__ import main
 from lmd.checkpoint import build_model, load_model, read_header, save_checkpoint
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import WindowConfig, preset
 from lmd.data.codec_identity import encoder_sha256
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.instrument import open_instrument
-from lmd.spectral import SpectralCodec
-from lmd.stream import Streamer
-from lmd.text import HashTextEncoder
+from lmd.model.dit import LiveModel
+from lmd.model.text import HashTextEncoder
+from lmd.pretrained import open_instrument
+from lmd.stream.streamer import Streamer
 from lmd.training.card import about, loss_of, run_log
-from lmd.training.curriculum import FinetuneOptions, StepPlan
-from lmd.training.finetune import pack_blocks, pack_copies, packed_velocity
+from lmd.training.distill import DistillOptions
+from lmd.training.draws import FinetuneOptions, StepPlan
 from lmd.training.limits import LIMITS
 from lmd.training.lora import add_lora, merged_state
+from lmd.training.losses import pack_blocks, pack_copies, packed_velocity
 from lmd.training.module import LiveTraining, TrainOptions, Windows, shard_rows, step_noise
 from lmd.training.run import (
     LONG_RUN,
@@ -42,7 +43,6 @@ from lmd.training.run import (
 )
 from lmd.training.samples import averaged_model, picture, play_module
 from lmd.training.trainer import choose_precision, step_flops
-from lmd.training.trajectory import DistillOptions
 from lmd.training.windows import LatentSource, open_start
 
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32"]
@@ -468,7 +468,7 @@ def test_flops_are_those_of_the_products(regime):
             clean = torch.randn(2, 8, plan.n_frames)
             packing = pack(3, 48, 192)
             packed_velocity(model, clean, noisy, t, condition, packing)
-            hidden = ~packing.visible
+            hidden = ~packing.attn_mask
             n_hidden = (sizes.depth - 1) * hidden.sum() + hidden[packing.n_clean : -3].sum()
     ours = step_flops(sizes, plan, 2) / 3 + 2 * 4 * sizes.width * int(n_hidden)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)  # we leave out the text

@@ -7,18 +7,18 @@ import torch
 from engine import WINDOW, random_model, streamer
 from torch import Tensor
 
-from lmd.arc.forcing import RolloutPlan
-from lmd.controls import Controls
-from lmd.dit import Condition
+from lmd.arc.losses import RolloutPlan
 from lmd.errors import LmdError
-from lmd.flow import clean_of, schedule
-from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.model.dit import Condition
+from lmd.model.text import HashTextEncoder
 from lmd.rng import normal
-from lmd.text import HashTextEncoder
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.stream.controls import Controls
+from lmd.stream.samplers import predict_clean, schedule
 from lmd.training import module
-from lmd.training.curriculum import FinetuneOptions, Rows
+from lmd.training.distill import DistillOptions, Walk, draw_points, trajectory_loss, walk
+from lmd.training.draws import BatchIndices, FinetuneOptions
 from lmd.training.module import TrainOptions
-from lmd.training.trajectory import DistillOptions, Walk, draw_points, trajectory_loss, walk
 
 CONTEXT, BLOCK, SEED = WINDOW.context_frames, WINDOW.block_frames, 11
 OPTIONS = DistillOptions(n_steps=4, cfg_scale=2.5, n_points=3)
@@ -53,7 +53,7 @@ def test_a_walk_ends_at_the_block_that_the_streamer_plays(regime):
         block_frames=BLOCK,
         regime=regime,
         seed=SEED,
-        seam="fade",
+        boundary="fade",
     )
     block, _ = stream.step(replace(stream.start(), context=context()), controls)
     way = walked(regime)
@@ -73,7 +73,7 @@ def test_the_student_is_judged_as_it_plays(regime, loss_on):
         for point in points:
             session = LiveDenoiser(student).open_block(context(), condition, plan)
             state = way.states[:, point]
-            named = clean_of(state, session(state, times[point]), times[point])
+            named = predict_clean(state, session(state, times[point]), times[point])
             scale = 1 if loss_on == "block" else times[point]
             errors.append(((named - way.end) / scale).square().mean())
     assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
@@ -101,7 +101,7 @@ def test_a_chord_is_straight_between_the_ends_of_a_curved_walk():
     assert torch.equal(chord.end, way.end)
     assert torch.allclose(chord.states[:, 0], noise, atol=1e-6)
     for state, t in zip(chord.states.unbind(1), schedule(OPTIONS.n_steps)[:-1], strict=True):
-        assert torch.allclose(clean_of(state, noise - way.end, t), way.end, atol=1e-5)
+        assert torch.allclose(predict_clean(state, noise - way.end, t), way.end, atol=1e-5)
     assert (chord.states[:, 1:] - way.states[:, 1:]).abs().max() > 0.01
 
 
@@ -116,7 +116,7 @@ def test_a_step_looks_at_the_line_and_compares_what_was_asked_for(points_on, los
         return trajectory_loss(student, context, way, *others)
 
     monkeypatch.setattr(module, "trajectory_loss", looked)
-    model, rows = random_model(), Rows(0, 0, (0,), 1)
+    model, rows = random_model(), BatchIndices(0, 0, (0,), 1)
     short = FinetuneOptions(context_frames=CONTEXT, block_lengths=((BLOCK, 1.0),))
     distill = replace(OPTIONS, points_on=points_on, loss_on=loss_on)
     options = TrainOptions("distill", n_steps=1, finetune=short, distill=distill)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmd.dit import Condition, LiveModel, frame_positions
 from lmd.errors import LmdError
+from lmd.model.dit import Condition, LiveModel, frame_positions
 from lmd.shapes import Latents, NoiseLevel
 
 Scores = Float[Tensor, "batch patch"]  # higher = more like music that somebody made

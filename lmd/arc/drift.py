@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmd.controls import Controls
-from lmd.data.analysis import brightness_hz
+from lmd.corpus.analysis import brightness_hz
 from lmd.data.latents import LatentWindows
 from lmd.data.shards import LatentShards
 from lmd.evaluation.metrics import Gaussian, frechet, gaussian
 from lmd.shapes import Latents, Wave
-from lmd.stream import Streamer
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
 
 PIECE_S = 5.0
 

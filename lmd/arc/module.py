@@ -22,15 +22,15 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmd.arc.discriminator import Discriminator
-from lmd.arc.forcing import Asked, Verdict, derangement, discriminator_loss, frozen, generator_loss
+from lmd.arc.losses import GanLoss, Prompts, derangement, discriminator_loss, frozen, generator_loss
 from lmd.arc.plan import ArcBatch, ArcOptions, UpdatePlan, draw_dropped, plan_update, play_trial
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.machine import memory_gb
+from lmd.model.dit import LiveModel
+from lmd.model.text import TextEncoder
 from lmd.rng import generator as rng
 from lmd.shapes import Latents
-from lmd.text import TextEncoder
-from lmd.training.curriculum import Rows
+from lmd.training.draws import BatchIndices
 from lmd.training.module import WindowSource, check_parts, clip_gradient
 
 
@@ -63,7 +63,7 @@ class ArcRun:
 class Part(NamedTuple):
     """What one process does in one go: some rows of an update's global batch."""
 
-    rows: Rows
+    rows: BatchIndices
     latents: Latents
     prompts: list[str]
     wrong_prompts: list[str]
@@ -84,7 +84,7 @@ def make_part(run: ArcRun, source: WindowSource, update: int, shard: int, n_shar
     if run.arc.weights.contrastive:
         order = derangement(run.batch, rng(run.seed, "derangement", update)).tolist()
         wrong = source.windows(update, [order[p] for p in positions], n_frames).prompts
-    rows = Rows(run.seed, update, positions, run.batch)
+    rows = BatchIndices(run.seed, update, positions, run.batch)
     return Part(rows, windows.latents, windows.prompts, wrong, windows.names)
 
 
@@ -161,11 +161,11 @@ class ArcTraining(L.LightningModule):
             self.move_average((update - self.run.arc.n_warmup) // 2)
         self.report(plan, verdicts, time.perf_counter() - began)
 
-    def backward_part(self, part: Part, plan: UpdatePlan) -> Verdict:
+    def backward_part(self, part: Part, plan: UpdatePlan) -> GanLoss:
         """Roll out, judge, go backward; gradient reaches the network whose turn it is."""
         prompts = [self.text.encode(p).to(self.device) for p in (part.prompts, part.wrong_prompts)]
         dropped = draw_dropped(self.run.arc, part.rows).to(self.device)
-        asked, wrong = (Asked(prompt, dropped) for prompt in prompts)
+        asked, wrong = (Prompts(prompt, dropped) for prompt in prompts)
         batch = ArcBatch(part.latents, asked, wrong, part.rows)
         trial = play_trial(self.generator, batch, plan, self.run.arc)
         is_generator = plan.trains == "generator"
@@ -192,7 +192,7 @@ class ArcTraining(L.LightningModule):
         averaged, present = list(self.ema.parameters()), list(self.generator.parameters())
         torch._foreach_lerp_(averaged, present, 1 - keep)
 
-    def report(self, plan: UpdatePlan, verdicts: list[Verdict], took_s: float) -> None:
+    def report(self, plan: UpdatePlan, verdicts: list[GanLoss], took_s: float) -> None:
         """Log the update, and warn when the discriminator has won."""
         mean = {
             name: torch.stack([getattr(v, name).float().mean() for v in verdicts]).mean()

@@ -10,15 +10,30 @@ from typing import Literal, NamedTuple
 import torch
 
 from lmd.arc.discriminator import PATCH_FRAMES, HeadConfig
-from lmd.arc.forcing import Asked, LossWeights, RolloutPlan, Trial, draw_calls, rollout, text_memory
+from lmd.arc.losses import (
+    LossWeights,
+    Prompts,
+    RealFakePair,
+    RolloutPlan,
+    draw_calls,
+    rollout,
+    text_memory,
+)
 from lmd.config import Regime, check_block
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
-from lmd.flow import LOG_SNR_END, LOG_SNR_START, SamplerName
-from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.model.dit import LiveModel
 from lmd.rng import derive_seed, generator
 from lmd.shapes import Latents, NoiseLevel
-from lmd.training.curriculum import FinetuneOptions, Rows, draw_kept, draw_noise, drop_context, pick
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.stream.samplers import LOG_SNR_END, LOG_SNR_START, SamplerName
+from lmd.training.draws import (
+    BatchIndices,
+    FinetuneOptions,
+    context_dropout,
+    draw_kept,
+    draw_noise,
+    pick,
+)
 
 Player = Literal["discriminator", "generator"]
 
@@ -124,12 +139,12 @@ def plan_update(options: ArcOptions, seed: int, update: int) -> UpdatePlan:
     )
 
 
-def draw_dropped(options: ArcOptions, rows: Rows) -> torch.Tensor:
+def draw_dropped(options: ArcOptions, rows: BatchIndices) -> torch.Tensor:
     """Which rows are played and judged without their condition; once for the whole rollout."""
     return draw_kept(rows, "arc text dropout", options.text_dropout) == 0
 
 
-def draw_judged_levels(options: ArcOptions, rows: Rows) -> NoiseLevel:
+def draw_judged_levels(options: ArcOptions, rows: BatchIndices) -> NoiseLevel:
     """Noise levels at which the discriminator looks: `sigmoid(-u)`, u even over `log_snr`."""
     low, high = options.log_snr
     u = [
@@ -143,19 +158,21 @@ class ArcBatch(NamedTuple):
     """Real windows of an update, and where everything random about them comes from."""
 
     clean: Latents  # `plan.n_frames` frames
-    asked: Asked
-    wrong: Asked  # prompts of others, for the contrastive term
-    rows: Rows
+    asked: Prompts
+    wrong: Prompts  # prompts of others, for the contrastive term
+    rows: BatchIndices
 
 
-def play_trial(model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: ArcOptions) -> Trial:
+def play_trial(
+    model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: ArcOptions
+) -> RealFakePair:
     """Roll out and set beside real music; with graph if it is the generator's turn.
 
     The model is told the length of its window, as when it streams; the discriminator that of the
     whole sequence, as when it was the base. Dropped context is zero on both sides.
     """
     s, rows, clean = options.context_frames, batch.rows, batch.clean
-    real = drop_context(clean, options.dropout, rows, plan.block.block_frames)
+    real = context_dropout(clean, options.dropout, rows, plan.block.block_frames)
     seeds = tuple(derive_seed(rows.seed, "rollout", rows.step, p) for p in rows.positions)
     with torch.set_grad_enabled(plan.trains == "generator"):
         condition = batch.asked.for_model(model, options.window_frames / options.frame_rate_hz)
@@ -170,7 +187,7 @@ def play_trial(model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: Arc
             memory=text_memory(model, condition),
         )
     noise = draw_noise(rows, 2, *clean.shape[1:]).to(clean)
-    return Trial(
+    return RealFakePair(
         real=real,
         fake=fake,
         asked=batch.asked,

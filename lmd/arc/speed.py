@@ -33,7 +33,7 @@ from lmd.checkpoint import build_model
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, peak_mb, tune_allocator
-from lmd.text import HashTextEncoder
+from lmd.model.text import HashTextEncoder
 from lmd.training.run import run_options
 from lmd.training.windows import StandInSource
 

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.forcing import (
-    Asked,
+from lmd.arc.losses import (
+    GanLoss,
     LossWeights,
+    Prompts,
     RolloutPlan,
-    Verdict,
     derangement,
     discriminator_loss,
     frozen,
@@ -42,13 +42,13 @@ from lmd.arc.forcing import (
 )
 from lmd.arc.plan import ArcBatch, ArcOptions, Player, plan_update, play_trial
 from lmd.config import DiTConfig, to_dict
-from lmd.dit import LiveModel
 from lmd.evaluation.metrics import Gaussian, frechet, gaussian
-from lmd.outpaint import BlockPlan, LiveDenoiser
+from lmd.model.dit import LiveModel
 from lmd.rng import derive_seed, generator, normal
 from lmd.shapes import Latents
-from lmd.training.curriculum import Rows, StepPlan
-from lmd.training.finetune import flow_loss, outpaint_loss
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.training.draws import BatchIndices, StepPlan
+from lmd.training.losses import flow_loss, outpaint_loss
 
 SPEEDS = torch.tensor([[0.3, 0.9], [0.5, -0.6], [-0.4, 0.7], [0.8, 0.2]])  # radians per frame
 MEMORY = 0.97  # r: what is left of a frame in the next one
@@ -113,15 +113,15 @@ class Sounds:
     kinds: Tensor  # [batch], row of SPEEDS
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> Prompts:
         """The prompts as the models take them."""
         return ask(self.kinds)
 
 
-def ask(kinds: Tensor) -> Asked:
+def ask(kinds: Tensor) -> Prompts:
     """Prompt embeddings of kinds: one fixed random token each."""
     prompts = normal((len(SPEEDS), 1, SIZES.text_dim), 0, "toy prompt")
-    return Asked(prompts[kinds], torch.zeros(len(kinds), dtype=torch.bool))
+    return Prompts(prompts[kinds], torch.zeros(len(kinds), dtype=torch.bool))
 
 
 def world(n_sounds: int, n_frames: int, g: torch.Generator) -> Sounds:
@@ -235,7 +235,7 @@ def _taught(n_base: int, n_finetune: int, n_blocks: int, seed: int) -> tuple[Liv
 
 def arc_updates(
     live: LiveModel, average: LiveModel, judge: Discriminator, settings: ToySettings, seed: int
-) -> Iterator[tuple[int, Player, Verdict]]:
+) -> Iterator[tuple[int, Player, GanLoss]]:
     """ARC-Forcing in this world; yields update, whose turn it was, verdict.
 
     Args:
@@ -258,7 +258,7 @@ def arc_updates(
         g = generator(seed, "toy arc", update)
         sounds = world(settings.batch, plan.n_frames, g)
         wrong = ask(sounds.kinds[derangement(settings.batch, g)])
-        rows = Rows(seed, update, tuple(range(settings.batch)), settings.batch)
+        rows = BatchIndices(seed, update, tuple(range(settings.batch)), settings.batch)
         trial = play_trial(live, ArcBatch(sounds.latents, sounds.asked, wrong, rows), plan, options)
         if plan.trains == "generator":
             with frozen(judge):

@@ -19,17 +19,17 @@ from lightning.pytorch.callbacks import Callback
 
 from lmd.arc.card import arc_card, cost_table, save_curves
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.forcing import LossWeights
+from lmd.arc.losses import LossWeights
 from lmd.arc.module import ArcRun, ArcTraining
 from lmd.arc.plan import ArcOptions
 from lmd.checkpoint import build_model, write_atomic
 from lmd.config import REGIMES, Preset, check_block, preset
 from lmd.data.shards import LatentShards
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.machine import tune_allocator
+from lmd.model.dit import LiveModel
+from lmd.model.text import build_text_encoder
 from lmd.rng import derive_seed
-from lmd.text import build_text_encoder
 from lmd.training.begun import NoteOptions
 from lmd.training.limits import check_words
 from lmd.training.module import check_parts

@@ -19,7 +19,9 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from lmd.data.analysis import brightness_hz
+from lmd.corpus.analysis import brightness_hz
+from lmd.corpus.levels import block_powers, gain_of, gated_lufs, limit
+from lmd.corpus.render import MAX_SECONDS
 from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Report
 from lmd.data.corpus import (
     MANIFEST,
@@ -32,9 +34,7 @@ from lmd.data.corpus import (
     write_wav,
 )
 from lmd.data.layouts import Track, survey
-from lmd.data.levels import block_powers, gain_of, gated_lufs, limit
 from lmd.data.places import check_folder_free
-from lmd.data.render import MAX_SECONDS
 from lmd.data.resampling import resampled, to_mono
 from lmd.data.silence import Heard, hear
 from lmd.data.splits import copies, with_splits

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lmd.data.analysis import brightness_hz, find_key, onset_density
-from lmd.data.captions import Described, caption, stem_caption
+from lmd.corpus.analysis import brightness_hz, find_key, onset_density
+from lmd.corpus.captions import Described, caption, stem_caption
+from lmd.corpus.draw import Draw, QuickDraw
+from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
+from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
+from lmd.corpus.tones import ToneBank, default_soundfont, file_sha256, shared_bank
+from lmd.corpus.tunes import TRAINED_ON
 from lmd.data.corpus import SETTINGS, Row, check_format, is_whole, write_manifest, write_wav
-from lmd.data.draw import Draw, QuickDraw
 from lmd.data.places import check_folder_free
-from lmd.data.render import MAX_SECONDS, Rendered, draw_rendition, render
-from lmd.data.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf
-from lmd.data.tones import ToneBank, default_soundfont, file_sha256, shared_bank
-from lmd.data.tunes import TRAINED_ON
 from lmd.errors import LmdError
 from lmd.rng import generator
 

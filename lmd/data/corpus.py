@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lmd.data.render import Rendered, Rendition, draw_rendition, note_times, render
-from lmd.data.scores import DEFAULT_CACHE, Piece, Split, cached_piece
-from lmd.data.tones import file_sha256, shared_bank
+from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
+from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
+from lmd.corpus.tones import file_sha256, shared_bank
 from lmd.errors import LmdError
 
 MANIFEST = "manifest.csv"
@@ -35,7 +35,7 @@ class Row:
         tempo_bpm: quarter notes a minute; 0 = not known.
         key, mode, metre: found by analysis (key, mode) or stated by the score (metre).
         transposition: semitones.
-        articulation, dynamics: words of `lmd.data.render`.
+        articulation, dynamics: words of `lmd.corpus.render`.
         density_hz, brightness_hz: onsets a second, spectral centroid.
         duration_s, n_samples, sample_rate, channels: of the WAV.
         caption: one text.
@@ -183,7 +183,7 @@ class Corpus:
     def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
         """The notes of a rendition as they were played, float64 `[note, 5]`.
 
-        Rows (onset_s, gate_s, pitch, voice, level_db) of `lmd.data.render.note_times`, drawn again
+        Rows (onset_s, gate_s, pitch, voice, level_db) of `note_times`, drawn again
         from the score; voices are numbered as the stems are.
 
         Raises:

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, write_atomic
-from lmd.codec import Codec
+from lmd.codec.base import Codec
+from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.data.build import further_captions, row_stem_caption
 from lmd.data.codec_identity import encoder_sha256
 from lmd.data.corpus import Corpus, Row
 from lmd.data.places import check_folder_free
-from lmd.data.scores import DEFAULT_CACHE
 from lmd.data.shards import (
     ENTRY_COLUMNS,
     INDEX,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lmd.data.scores import Split
+from lmd.corpus.scores import Split
 from lmd.data.shards import LatentShards
 from lmd.errors import LmdError
 from lmd.rng import derive_seed

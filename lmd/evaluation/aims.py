@@ -10,7 +10,7 @@ from typing import Any
 
 from lmd.evaluation.generation import BY_EULER, FEW_STEPS
 from lmd.evaluation.metrics import Interval, jackknife
-from lmd.instrument import PLAYED_BEST
+from lmd.pretrained import PLAYED_BEST
 
 Line = Mapping[str, Any]  # of the table
 SOLVERS = {"": "DPM-Solver++", BY_EULER: "Euler's method"}  # by the end of a method's name

@@ -39,8 +39,8 @@ from lmd.evaluation.rows import anchor_rows, drift_rows, levels_of
 from lmd.evaluation.run import BIN_S, VERSION, Evaluation, OutOfTime, Sources
 from lmd.evaluation.units import Table, Unit, planned
 from lmd.evaluation.workers import make_parts
-from lmd.instrument import CFG_SCALE
 from lmd.machine import machine_dict, tune_allocator
+from lmd.pretrained import CFG_SCALE
 
 BUDGETS = {"full": FULL, "quick": QUICK, "brief": BRIEF, "smoke": SMOKE}
 

@@ -19,21 +19,21 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lmd.codec import Codec
+from lmd.codec.base import Codec
 from lmd.config import Regime
-from lmd.controls import Controls
-from lmd.data.captions import TEMPO_WORDS
+from lmd.corpus.captions import TEMPO_WORDS
 from lmd.data.corpus import Corpus, Row
-from lmd.dit import Condition
 from lmd.errors import LmdError
-from lmd.evaluation.judge import Waves
-from lmd.evaluation.recogniser_card import NEAR
-from lmd.flow import SamplerName
-from lmd.outpaint import both_branches
+from lmd.evaluation.clip_metrics import Waves
+from lmd.evaluation.tagger_card import NEAR
+from lmd.model.dit import Condition
+from lmd.model.text import Prompt, mix
 from lmd.rng import derive_seed, generator
-from lmd.stream import Streamer
-from lmd.stream_state import StreamState
-from lmd.text import Prompt, mix
+from lmd.stream.block import both_branches
+from lmd.stream.controls import Controls
+from lmd.stream.samplers import SamplerName
+from lmd.stream.state import StreamState
+from lmd.stream.streamer import Streamer
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torchaudio
 
-from lmd.codec_training.metrics import Mono
+from lmd.training.codec.metrics import Mono
 
 Kind = Literal["distance", "tags", "match"]
 

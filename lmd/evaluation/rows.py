@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lmd.evaluation.judge import Measured
+from lmd.evaluation.clip_metrics import Measured
 from lmd.evaluation.metrics import (
     Gaussian,
     Interval,

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header
-from lmd.codec import Codec
-from lmd.controls import Controls
+from lmd.codec.base import Codec
+from lmd.corpus.scores import Split
 from lmd.data.corpus import MANIFEST, Corpus
-from lmd.data.scores import Split
 from lmd.errors import LmdError
+from lmd.evaluation.clip_metrics import OTHER, Judge, Measured, Waves, drift, others_in
 from lmd.evaluation.generation import (
     Budget,
     Clip,
@@ -35,13 +35,13 @@ from lmd.evaluation.generation import (
     measure_speed,
     of_one_family,
 )
-from lmd.evaluation.judge import OTHER, Judge, Measured, Waves, drift, others_in
 from lmd.evaluation.metrics import Gaussian, gaussian, mean_interval
 from lmd.evaluation.other_listeners import open_listeners
-from lmd.evaluation.recogniser import load_recogniser
 from lmd.evaluation.rows import Reference, Truths, row_of
-from lmd.instrument import CFG_SCALE, Instrument, open_instrument
+from lmd.evaluation.tagger import load_recogniser
 from lmd.machine import hardware, machine_dict
+from lmd.pretrained import CFG_SCALE, Instrument, open_instrument
+from lmd.stream.controls import Controls
 
 PARTS = 3  # version of what is generated and how it is measured
 VERSION = 4  # of how lines are made of that

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmd.codec_training.metrics import Mono, power
-from lmd.data.analysis import MODES, PITCH_NAMES, key_strengths
+from lmd.corpus.analysis import MODES, PITCH_NAMES, key_strengths
+from lmd.training.codec.metrics import Mono, power
 
 N_FFT = 4096
 LOW_HZ, HIGH_HZ = 80.0, 2000.0

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lmd.codec import equal_power_fade
-from lmd.controls import Controls
+from lmd.codec.base import equal_power_fade
 from lmd.errors import LmdError
 from lmd.shapes import Wave
-from lmd.stream import Block, Streamer, StreamState
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Block, Streamer, StreamState
 
 FADE_IN_S = 0.02
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.play.desk import Change
+from lmd.play.control_queue import Change
 from lmd.play.play_queue import SinkReport
 from lmd.shapes import Wave
+from lmd.stream.controls import Controls
 
 N_RECENT = 16
 HEADROOM = 0.7  # of a block's length that `auto` lets its making take

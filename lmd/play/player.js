@@ -56,8 +56,8 @@ class Player {
       const field = new Field(spec, `lmd-${this.view}`, (name, value) => this.ask(name, value));
       this.fields[spec.name] = field;
       (groups[spec.group] ??= []).push(field.element);
-      if (spec.name === "forget_frames") groups[spec.group].push(
-        button("forget", "Forget now", "silence the oldest part of what the model hears", () => this.command("forget")));
+      if (spec.name === "drop_context_frames") groups[spec.group].push(
+        button("drop_context", "Drop context", "silence the oldest part of what the model hears", () => this.command("drop_context")));
       if (spec.name === "seed") groups[spec.group].push(
         button("roll", "New seed", "draw another seed", () => this.command("roll")));
       if (spec.kind === "text") field.input.setAttribute("list", `lmd-${this.view}-prompts`);
@@ -97,7 +97,7 @@ class Player {
     this.buttons.record.setAttribute("aria-pressed", String(Boolean(recording)));
     this.buttons.record.textContent = recording ? "● Recording" : "● Record";
     const idle = ["new", "stopped", "failed"].includes(state);
-    for (const name of ["restart", "stop", "record", "forget"]) this.buttons[name].disabled = idle;
+    for (const name of ["restart", "stop", "record", "drop_context"]) this.buttons[name].disabled = idle;
     write(this.message, this.trouble || this.model.get("message"));
     const take = this.model.get("take_path");
     const name = (path) => path.split(/[\\/]/).pop();

@@ -21,12 +21,10 @@ from typing import Any, ClassVar
 import traitlets
 from tqdm import tqdm
 
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import Instrument
 from lmd.play.browser_sink import BrowserSink
-from lmd.play.desk import check_live
-from lmd.play.live import EngineOptions, Event, LiveEngine
+from lmd.play.control_queue import check_live
+from lmd.play.engine import EngineOptions, Event, LiveEngine
 from lmd.play.pace import Made, Meters, Promise, Trouble
 from lmd.play.play_queue import Sink, SkippingClock
 from lmd.play.player_fields import (
@@ -39,6 +37,8 @@ from lmd.play.player_fields import (
 from lmd.play.player_traits import PlayerTraits
 from lmd.play.sinks import NullSink, SoundCardSink
 from lmd.play.takes import TakeHeader, TakeWriter, header_of
+from lmd.pretrained import Instrument
+from lmd.stream.controls import Controls
 
 HERE = Path(__file__).parent
 SCRIPTS = ("player_audio.js", "player_view.js", "player.js")
@@ -180,9 +180,11 @@ class LivePlayer(PlayerTraits):
         self.stop()
         super().close()
 
-    def forget(self) -> None:
-        """Silence the oldest `forget_frames` of what the model hears, once."""
-        self._change("forget_frames", f"forget {self.forget_frames}", self.forget_frames)
+    def drop_context(self) -> None:
+        """Silence the oldest `drop_context_frames` of what the model hears, once."""
+        self._change(
+            "drop_context_frames", f"drop {self.drop_context_frames}", self.drop_context_frames
+        )
 
     def record(self) -> None:
         """Begin a recording next to the take, or finish it."""
@@ -226,7 +228,7 @@ class LivePlayer(PlayerTraits):
             self._start(limit_s=None)
         elif command == "roll":
             self.seed = secrets.randbelow(2**31)
-        elif command in ("pause", "stop", "record", "forget"):
+        elif command in ("pause", "stop", "record", "drop_context"):
             getattr(self, command)()
         else:
             self.message = f"Refused: the command {command!r} is none of the player's."
@@ -240,7 +242,7 @@ class LivePlayer(PlayerTraits):
 
     # --- to the engine ---------------------------------------------------------------------
 
-    @traitlets.validate(*CONTROL_NAMES, "forget_frames", "queue_blocks", "volume")
+    @traitlets.validate(*CONTROL_NAMES, "drop_context_frames", "queue_blocks", "volume")
     def _check(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         if isinstance(value, float) and not math.isfinite(value):  # NaN passes min and max

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmd.config import REGIMES, WindowConfig
-from lmd.controls import Controls, Prompt
 from lmd.errors import LmdError
-from lmd.flow import SAMPLERS
+from lmd.stream.controls import Controls, Prompt
+from lmd.stream.samplers import SAMPLERS
 
 CONTROL_NAMES = (
     "prompt_a",
@@ -18,7 +18,7 @@ CONTROL_NAMES = (
     "regime",
     "block_frames",
     "seed",
-    "seam",
+    "boundary",
 )
 PACING_NAMES = ("queue_blocks", "auto_steps", "roll_seed")
 PROMPTS = (
@@ -43,9 +43,9 @@ def fields_for(window: WindowConfig) -> list[dict[str, Any]]:
         _choice("sampler", "model", "Sampler", "how noise becomes music", list(SAMPLERS)),
         _choice("regime", "model", "Regime", "who sees whom", list(REGIMES)),
         _choice("block_frames", "model", "Block", "in frames: short answers sooner", blocks),
-        _choice("seam", "model", "Seam", "exact is late by the look-ahead", ["exact", "fade"]),
+        _choice("boundary", "model", "Seam", "exact is late by the look-ahead", ["exact", "fade"]),
         _range(
-            "forget_frames",
+            "drop_context_frames",
             "time",
             "Forget",
             "frames of the context, the oldest first",

@@ -5,8 +5,8 @@ from typing import Any
 import anywidget
 import traitlets
 
-from lmd.controls import Controls, Prompt
 from lmd.play.player_fields import CONTROL_NAMES, mixed
+from lmd.stream.controls import Controls, Prompt
 
 
 class PlayerTraits(anywidget.AnyWidget):
@@ -29,8 +29,8 @@ class PlayerTraits(anywidget.AnyWidget):
     regime = traitlets.Unicode("block-causal").tag(sync=True)
     block_frames = traitlets.Int(48).tag(sync=True)
     seed = traitlets.Int(0).tag(sync=True)
-    seam = traitlets.Unicode("exact").tag(sync=True)
-    forget_frames = traitlets.Int(96, min=0).tag(sync=True)  # how much `forget()` forgets
+    boundary = traitlets.Unicode("exact").tag(sync=True)
+    drop_context_frames = traitlets.Int(96, min=0).tag(sync=True)  # what the button drops
     roll_seed = traitlets.Bool(False).tag(sync=True)
     auto_steps = traitlets.Bool(False).tag(sync=True)
     queue_blocks = traitlets.Float(2.0, min=1, max=8).tag(sync=True)

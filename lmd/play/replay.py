@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.instrument import open_instrument, precision_of
 from lmd.play.sinks import AudioFile
 from lmd.play.takes import SampleHash, Take, play_again, read_take
+from lmd.pretrained import open_instrument, precision_of
 from lmd.shapes import Wave
 
 FIGURES = (".png", ".pdf", ".svg")

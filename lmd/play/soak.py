@@ -24,20 +24,20 @@ from typing import Any
 import psutil
 
 from lmd.checkpoint import write_atomic
-from lmd.controls import SEAMS, Controls
 from lmd.errors import LmdError
-from lmd.instrument import Instrument, open_instrument
 from lmd.machine import machine_dict
-from lmd.play.live import EngineOptions, LiveEngine
+from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import Clock, SkippingClock, WallClock
 from lmd.play.player_fields import PROMPTS
 from lmd.play.sinks import NullSink
 from lmd.play.soak_flat import flat, frame_s, play_out
-from lmd.stream import Block, Streamer, StreamState
+from lmd.pretrained import Instrument, open_instrument
+from lmd.stream.controls import SEAMS, Controls
+from lmd.stream.streamer import Block, Streamer, StreamState
 
 LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
-SETTABLE = ("n_steps", "block_frames", "seam")
+SETTABLE = ("n_steps", "block_frames", "boundary")
 
 
 def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Clock) -> dict:

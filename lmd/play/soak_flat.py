@@ -18,16 +18,16 @@ import psutil
 from scipy import stats
 from tqdm import tqdm
 
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.instrument import Instrument
-from lmd.play.live import EngineOptions, Event, LiveEngine
+from lmd.play.engine import EngineOptions, Event, LiveEngine
 from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import SkippingClock
 from lmd.play.player_fields import PROMPTS, mixed
 from lmd.play.sinks import NullSink
 from lmd.play.takes import TakeWriter, header_of
-from lmd.stream import Streamer
+from lmd.pretrained import Instrument
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
 
 CHANGE_EVERY = 4  # blocks
 
@@ -104,15 +104,15 @@ def round_of(controls: Controls) -> list[dict[str, Any]]:
     """Changes that end where they began."""
     prompt = controls.prompt
     text = prompt if isinstance(prompt, str) else prompt[0][0]
-    seams = ("exact", "fade") if controls.seam == "fade" else ("fade", "exact")
+    seams = ("exact", "fade") if controls.boundary == "fade" else ("fade", "exact")
     return [
         {"prompt": mixed(text, PROMPTS[1], 0.5)},
         {"prompt": prompt},
         {"seed": controls.seed + 1},
         {"n_steps": max(1, controls.n_steps - 1)},
-        {"n_steps": controls.n_steps, "forget_frames": controls.block_frames},
-        {"seam": seams[0]},
-        {"seam": seams[1], "seed": controls.seed},
+        {"n_steps": controls.n_steps, "drop_context_frames": controls.block_frames},
+        {"boundary": seams[0]},
+        {"boundary": seams[1], "seed": controls.seed},
     ]
 
 

@@ -13,14 +13,14 @@ from tqdm import tqdm
 from lmd.checkpoint import write_atomic
 from lmd.config import REGIMES
 from lmd.errors import LmdError
-from lmd.flow import SAMPLERS
-from lmd.instrument import DTYPES, Instrument, open_instrument
-from lmd.play.desk import check_live
-from lmd.play.live import EngineOptions, Event, LiveEngine
+from lmd.play.control_queue import check_live
+from lmd.play.engine import EngineOptions, Event, LiveEngine
 from lmd.play.pace import Made, Meters, percentile
 from lmd.play.play_queue import Sink
 from lmd.play.sinks import FileSink, NullSink, SoundCardSink, check_audio_path
 from lmd.play.takes import TakeWriter, header_of
+from lmd.pretrained import DTYPES, Instrument, open_instrument
+from lmd.stream.samplers import SAMPLERS
 
 MAX_SECONDS = 24 * 3600
 SETTABLE = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed")

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from lmd.config import from_dict
-from lmd.controls import Controls
 from lmd.errors import LmdError
-from lmd.play.desk import NAMES, with_changes
+from lmd.model.text import told
+from lmd.model.weights import fingerprint
+from lmd.play.control_queue import NAMES, with_changes
 from lmd.play.guard import Guarded, Piece, guarded_step
 from lmd.shapes import Wave
-from lmd.stream import Streamer
-from lmd.text import told
-from lmd.weights import fingerprint
+from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
 
 FORMAT = "lmd-take-1"
 COUNT_EVERY = 8  # blocks
@@ -38,7 +38,7 @@ class TakeHeader:
     Attributes:
         model_sha256, codec_sha256: of all weights, by name.
         text: the text encoder's class and size.
-        source: where the weights came from, for `lmd.instrument.open_instrument`.
+        source: where the weights came from, for `lmd.pretrained.open_instrument`.
         sample_rate, channels: of the sound.
         n_threads: torch threads (sums may differ in the last bit with another number).
         torch_version: for the same reason.

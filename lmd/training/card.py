@@ -7,7 +7,7 @@ import pandas as pd
 
 from lmd.checkpoint import Header, read_header
 from lmd.config import REGIMES
-from lmd.training.curriculum import Shares
+from lmd.training.draws import Shares
 from lmd.training.module import TrainOptions
 
 

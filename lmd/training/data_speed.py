@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from lmd.bench import check_output, grid, percentile, tell
+from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.data.corpus import Corpus, play_again
 from lmd.data.latents import LatentWindows
-from lmd.data.scores import DEFAULT_CACHE
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
 

@@ -21,26 +21,27 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmd.config import Preset
-from lmd.dit import Condition, LiveModel
 from lmd.errors import LmdError
-from lmd.outpaint import BlockPlan
+from lmd.model.dit import Condition, LiveModel
+from lmd.model.text import TextEncoder
 from lmd.shapes import BlockLatents, Latents, Tokens
-from lmd.text import TextEncoder
-from lmd.training.curriculum import (
+from lmd.stream.block import BlockPlan
+from lmd.training.distill import DistillOptions, draw_points, trajectory_loss, walk
+from lmd.training.draws import (
     BaseOptions,
+    BatchIndices,
     FinetuneOptions,
     PerItem,
-    Rows,
     StepPlan,
     base_plan,
+    context_dropout,
     draw_kept,
     draw_levels,
     draw_noise,
-    drop_context,
     finetune_plan,
     one_block_plan,
 )
-from lmd.training.finetune import (
+from lmd.training.losses import (
     drop_text,
     flow_loss,
     outpaint_loss,
@@ -49,7 +50,6 @@ from lmd.training.finetune import (
 )
 from lmd.training.read_ahead import read_ahead
 from lmd.training.sharding import shard
-from lmd.training.trajectory import DistillOptions, draw_points, trajectory_loss, walk
 
 Stage = Literal["base", "finetune", "distill"]
 
@@ -133,7 +133,7 @@ def check_parts(batch: int, n_parts: int) -> None:
         )
 
 
-def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> Rows:
+def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> BatchIndices:
     """The rows of one part (process, accumulation) of a step's global batch, split evenly.
 
     Where a step has fewer rows than parts, a part that gets none computes the first one with
@@ -146,10 +146,10 @@ def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> R
     n = options.n_rows(options.plan(step))
     own = range(shard * n // n_shards, (shard + 1) * n // n_shards)
     weight = len(own) * n_shards / n
-    return Rows(options.seed, step, tuple(own) or (0,), n, weight)
+    return BatchIndices(options.seed, step, tuple(own) or (0,), n, weight)
 
 
-def step_noise(options: TrainOptions, rows: Rows, n_channels: int) -> Tensor:
+def step_noise(options: TrainOptions, rows: BatchIndices, n_channels: int) -> Tensor:
     """The noise of a step's rows, in the shape that its plan calls for; drawn on the CPU.
 
     Returns:
@@ -169,7 +169,7 @@ def stage_loss(
     noise: Tensor,
     condition: Condition,
     options: TrainOptions,
-    rows: Rows,
+    rows: BatchIndices,
 ) -> PerItem:
     """The loss of every row of a step, with everything else that the step draws.
 
@@ -192,7 +192,7 @@ def stage_loss(
     if plan.regime is None:
         return flow_loss(model, clean, noise, t[:, 0], condition)
     s, o = plan.context_frames, plan.block_frames
-    clean = drop_context(clean, options.finetune, rows, o, s)
+    clean = context_dropout(clean, options.finetune, rows, o, s)
     packing = packing_of(plan)
     if packing is None:
         return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
@@ -207,7 +207,7 @@ def distill_loss(
     prompt: Tokens,
     seconds: float,
     options: TrainOptions,
-    rows: Rows,
+    rows: BatchIndices,
 ) -> PerItem:
     """The warm-up's loss of every row of a step, with everything else that the step draws.
 
@@ -224,7 +224,7 @@ def distill_loss(
     plan = options.plan(rows.step)
     s = plan.context_frames
     kept = draw_kept(rows, "text dropout", options.finetune.text_dropout)
-    context = drop_context(clean, options.finetune, rows, plan.block_frames)[..., :s]
+    context = context_dropout(clean, options.finetune, rows, plan.block_frames)[..., :s]
     block = BlockPlan(plan.regime, plan.block_frames)
     asked = drop_text(teacher.condition(prompt, seconds), kept)
     walked = walk(teacher, context, noise, asked, block, options.distill)

@@ -15,7 +15,7 @@ from lmd.checkpoint import (
     MODEL_KINDS,
     Header,
     build_model,
-    heard_codec,
+    codec_hash_of,
     load_strict,
     load_tensors,
     read_header,
@@ -24,27 +24,27 @@ from lmd.checkpoint import (
 from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
 from lmd.data.codec_identity import encoder_sha256
 from lmd.data.shards import LatentShards
-from lmd.dit import LiveModel
 from lmd.errors import LmdError
 from lmd.foreign import load_foreign
 from lmd.machine import check_compiler, machine_dict, tune_allocator
+from lmd.model.dit import LiveModel
+from lmd.model.text import build_text_encoder
 from lmd.rng import derive_seed
-from lmd.text import build_text_encoder
 from lmd.training.begun import NoteOptions, begun_as, compare
 from lmd.training.card import model_card
-from lmd.training.curriculum import (
+from lmd.training.distill import DistillOptions, LossOn, PointsOn
+from lmd.training.draws import (
     BaseOptions,
     FinetuneOptions,
     LevelDistribution,
     NoiseOptions,
 )
-from lmd.training.finetune import open_context_door
 from lmd.training.limits import check_words
 from lmd.training.lora import add_lora
+from lmd.training.losses import init_context_projection
 from lmd.training.module import LiveTraining, Stage, TrainOptions, check_parts
 from lmd.training.samples import Samples
 from lmd.training.trainer import Export, RunOptions, choose_precision, fit
-from lmd.training.trajectory import DistillOptions, LossOn, PointsOn
 from lmd.training.windows import LatentSource
 
 
@@ -177,7 +177,7 @@ def train_options(stage: Stage, args: argparse.Namespace) -> TrainOptions:
 def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> LiveModel:
     """Fresh weights from the seed, or those of a file or of a foreign folder of the same sizes.
 
-    A base that is to be fine-tuned gets its context door opened, see `open_context_door`.
+    A base that is to be fine-tuned gets its context door opened, see `init_context_projection`.
 
     Raises:
         LmdError: weights of another size; a base that is to be distilled.
@@ -196,7 +196,7 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
     if opens and stage == "distill":
         expected = "a live model, which continues context"
         raise LmdError(f"a base in {init}", expected, "Fine-tune it first: train finetune.")
-    return open_context_door(model) if opens and stage == "finetune" else model
+    return init_context_projection(model) if opens and stage == "finetune" else model
 
 
 def load_into(model: LiveModel, path: Path, sizes: Preset, *kinds: str) -> Header:
@@ -364,7 +364,7 @@ def check_heard(args: argparse.Namespace, data: LatentShards) -> None:
     """
     ours = data.settings.get("codec")
     for name, path in begun_with(args).items():
-        theirs = heard_codec(read_header(path).notes) if path and path.is_file() else None
+        theirs = codec_hash_of(read_header(path).notes) if path and path.is_file() else None
         if ours and theirs and ours != theirs:
             raise LmdError(
                 f"--{name} {path}, which learned latents of the codec {theirs[:12]}",

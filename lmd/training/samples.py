@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lmd.checkpoint import build_model, load_codec, load_strict
-from lmd.codec import Codec
-from lmd.controls import Controls
-from lmd.dit import LiveModel
-from lmd.flow import Guidance, dpmpp_2m, schedule
+from lmd.codec.base import Codec
+from lmd.model.dit import LiveModel
 from lmd.rng import normal
 from lmd.shapes import Latents, Wave
-from lmd.stream import Streamer
+from lmd.stream.controls import Controls
+from lmd.stream.samplers import Guidance, dpmpp_2m, schedule
+from lmd.stream.streamer import Streamer
 from lmd.training.lora import merged_state
 from lmd.training.module import LiveTraining
 

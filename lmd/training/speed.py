@@ -23,7 +23,7 @@ from lmd.checkpoint import build_model
 from lmd.config import Preset, Regime, preset
 from lmd.errors import LmdError
 from lmd.machine import check_compiler, machine_dict, pick_device, tune_allocator
-from lmd.training.curriculum import BaseOptions, FinetuneOptions, Rows
+from lmd.training.draws import BaseOptions, BatchIndices, FinetuneOptions
 from lmd.training.module import TrainOptions, WindowSource, stage_loss, step_noise
 from lmd.training.run import open_latents
 from lmd.training.trainer import step_flops
@@ -119,7 +119,7 @@ class Student:
     def step(self, kind: Kind, index: int) -> None:
         """Forward, backward, clip, AdamW; the moving average is left out."""
         options, n_rows, text = kind.options, len(kind.clean), self.sizes.text
-        rows = Rows(options.seed, index, tuple(range(n_rows)), n_rows)
+        rows = BatchIndices(options.seed, index, tuple(range(n_rows)), n_rows)
         prompts = kind.clean.new_ones(n_rows, text.n_tokens, self.sizes.dit.text_dim)
         noise = step_noise(options, rows, kind.clean.shape[1]).to(self.device)
         half = self.dtype != torch.float32

@@ -23,9 +23,9 @@ from lmd.checkpoint import save_checkpoint, write_atomic
 from lmd.config import DiTConfig, Preset
 from lmd.errors import LmdError
 from lmd.machine import half_products, machine_dict, memory_gb
-from lmd.training.curriculum import StepPlan
-from lmd.training.finetune import packing_of
+from lmd.training.draws import StepPlan
 from lmd.training.lora import merged_state
+from lmd.training.losses import packing_of
 from lmd.training.module import LiveTraining
 from lmd.training.sharding import Sharding
 
@@ -106,9 +106,9 @@ def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int) -> float:
     tokens = read = plan.n_frames + 1
     pairs = pairs_read = tokens * tokens
     if packing is not None:
-        noised = slice(packing.n_clean, len(packing.visible) - plan.n_targets)
-        tokens, read = len(packing.visible), noised.stop - noised.start
-        pairs, pairs_read = int(packing.visible.sum()), int(packing.visible[noised].sum())
+        noisy_tokens = slice(packing.n_clean, len(packing.attn_mask) - plan.n_targets)
+        tokens, read = len(packing.attn_mask), add_noise.stop - add_noise.start
+        pairs, pairs_read = int(packing.attn_mask.sum()), int(packing.attn_mask[noisy_tokens].sum())
     behind_attention = 1 + 2 + 3 * config.ff_mult  # matrices of d × d: to_out, cross-attention, ff
     n_behind = tokens * (config.depth - 1) + read
     linear = (tokens * config.depth * 3 + n_behind * behind_attention) * d * d

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from lmd.checkpoint import build_model, load_model, read_header
 from lmd.config import Preset
+from lmd.corpus.scores import Split
 from lmd.data.latents import LatentWindows
-from lmd.data.scores import Split
 from lmd.data.shards import INDEX, LatentShards
-from lmd.dit import LiveModel
+from lmd.model.dit import LiveModel
 from lmd.rng import derive_seed, normal
-from lmd.training.finetune import open_context_door
+from lmd.training.losses import init_context_projection
 from lmd.training.module import Windows, WindowSource
 
 LEAD_FRAMES = 24  # windows may begin a second before the sound, so that beginnings are learned
@@ -86,7 +86,7 @@ def open_start(folder: Path | str, sizes: Preset, seed: int) -> tuple[LiveModel,
     if path.is_file() and read_header(path).config == sizes:
         steps = read_header(path).notes.get("steps")  # converted or interpolated weights have none
         about = f"the shipped base, {steps} steps" if steps else "a base that was not trained here"
-        return open_context_door(load_model(path)), about
+        return init_context_projection(load_model(path)), about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         return build_model(sizes).eval(), f"fresh weights (no base of preset {sizes.name})"

@@ -1,0 +1,343 @@
+"""ARC-Forcing: train a live model on its own continuations, judged by a discriminator.
+
+The model continues real context for several blocks, exactly as it plays. A discriminator, grown
+from the bidirectional base, compares the whole continuation with real music (relativistic pair
+loss) and real music under the right prompt with the same under a wrong one (contrastive loss).
+Each block carries gradient through one network call.
+
+Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; Self Forcing
+(arXiv 2506.08009); ARC (arXiv 2505.08175); approximate R1/R2 (arXiv 2501.08316);
+straight-through gradients (arXiv 1308.3432).
+Taught in notebook 03_arc_forcing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lmd.arc.discriminator import Discriminator, Scores
+from lmd.errors import LmdError
+from lmd.model.dit import Condition, LiveModel
+from lmd.model.kv_cache import Memory
+from lmd.rng import normal
+from lmd.shapes import BlockLatents, Latents, NoiseLevel, Tokens
+from lmd.stream.block import BlockPlan, BlockSession, Denoiser
+from lmd.stream.samplers import Guidance, SamplerName, add_noise, predict_clean, sample, schedule
+
+Rolled = Float[Tensor, "batch latent context_and_rollout"]
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How a model continues its own output.
+
+    Attributes:
+        block: regime and block length.
+        n_steps: length of the noise schedule that is walked.
+        n_calls: per block, which call learns, 1 ... n_steps.
+        seeds: one per item, of its noise; block and step numbers do the rest. Item i hears the
+            noise that a stream of its own with seed `seeds[i]` would.
+        sampler: how a block is walked; without guidance.
+        plays_out: whether blocks are walked to their end. If not, the call that learns is a block's
+            last and jumps to clean, as in arXiv 2605.22717; many blocks then end after fewer calls
+            than anybody plays with.
+    """
+
+    block: BlockPlan
+    n_steps: int
+    n_calls: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampler: SamplerName = "pingpong"
+    plays_out: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.n_calls or not all(1 <= n <= self.n_steps for n in self.n_calls):
+            raise LmdError(
+                f"{self.n_calls} as the calls that learn",
+                f"one or more numbers from 1 to n_steps = {self.n_steps}",
+                "Draw them with draw_calls.",
+            )
+
+    def noise(self, latent_dim: int, purpose: str, *step: int) -> Latents:
+        """Noise for a block, one stream of numbers per item."""
+        shape = (latent_dim, self.block.block_frames)
+        return torch.stack([normal(shape, seed, purpose, *step) for seed in self.seeds])
+
+
+def draw_calls(n_blocks: int, n_steps: int, generator: torch.Generator) -> tuple[int, ...]:
+    """For every block the call that learns, uniform over all of a schedule: 1 ... n_steps."""
+    return tuple((torch.randint(n_steps, (n_blocks,), generator=generator) + 1).tolist())
+
+
+def rollout(
+    denoiser: Denoiser,
+    context: Latents,
+    condition: Condition,
+    plan: RolloutPlan,
+    *,
+    with_grad: bool,
+    memory: Memory | None = None,
+) -> Rolled:
+    """Continue `context` for several blocks as the streamer plays them.
+
+    Blocks of all steps are what `Streamer.step` gives, bit for bit; a block that ends after call k
+    walks `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are detached; within a
+    block only the call that learns builds a graph. Where blocks are played out and that call is not
+    the last, the block's gradient is taken to be that of the clean block which that call names
+    (straight through): after distillation, all calls of a block name nearly the same one.
+
+    Args:
+        denoiser: what plays.
+        context: clean latents, `[batch, latent, context frame]`.
+        condition: one for the whole rollout.
+        plan: blocks, calls, noise.
+        with_grad: whether the call of every block that learns builds a graph.
+        memory: text keys to share (they may carry gradient), or None.
+
+    Returns:
+        `[batch, latent, context + rollout]`; the context in front is the given one.
+    """
+    times, pieces, window = schedule(plan.n_steps), [context], context
+    latent_dim = context.shape[1]
+    for index, n_calls in enumerate(plan.n_calls):
+        with torch.no_grad():
+            session = denoiser.open_block(window, condition, plan.block, memory)
+
+        def draw(step: int, index: int = index) -> Latents:
+            return plan.noise(latent_dim, "renoise", index, step).to(context)
+
+        calls = OneLearns(session, n_calls, with_grad)
+        block = sample(
+            plan.sampler,
+            calls,
+            plan.noise(latent_dim, "noise", index).to(context),
+            times if plan.plays_out else (*times[:n_calls], 0.0),
+            1.0,
+            draw,
+        )
+        if plan.plays_out:
+            block = block.detach() + (calls.clean - calls.clean.detach())
+        memory = session.memory
+        pieces.append(block)
+        window = torch.cat([window, block.detach()], dim=-1)[..., plan.block.block_frames :]
+    return torch.cat(pieces, dim=-1)
+
+
+class OneLearns:
+    """A session as the sampler calls it, with gradient in call number `learns` (from 1) alone.
+
+    Attributes:
+        clean: the clean block that this call named.
+    """
+
+    clean: BlockLatents
+
+    def __init__(self, session: BlockSession, learns: int, with_grad: bool) -> None:
+        self.session, self.learns, self.with_grad, self.n_made = session, learns, with_grad, 0
+
+    def __call__(self, noisy: Latents, t: float) -> Guidance:
+        """Velocity of the block; the graph is built in the call that learns."""
+        self.n_made += 1
+        learns = self.n_made == self.learns
+        with torch.set_grad_enabled(self.with_grad and learns):
+            velocity = self.session(noisy, t)
+        if learns:
+            self.clean = predict_clean(noisy, velocity, t)
+        return Guidance(velocity)
+
+
+def text_memory(model: LiveModel, condition: Condition) -> Memory:
+    """The prompt's keys, to be shared by a rollout; under grad they carry gradient to the text."""
+    return Memory(tuple(model.dit.text_key_values(condition.tokens)))
+
+
+def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
+    """How far the winner's scores are from being above the loser's, pair by pair.
+
+    `mean softplus(loser - winner)`; log 2 where the two are equal. The discriminator wants
+    (real, fake), the generator (fake, real); pairs share item, place, noise and noise level.
+
+    Args:
+        winner: `[batch, patch]`, should be higher.
+        loser: `[batch, patch]`, should be lower.
+    """
+    return F.softplus(loser - winner).mean()
+
+
+def contrastive_loss(right: Scores, wrong: Scores, different: Tensor) -> Tensor:
+    """The same music under its own prompt must score above itself under another's.
+
+    `mean softplus(wrong - right)`; an item whose two conditions are equal counts as 0, so that the
+    mean does not depend on how a batch is split.
+
+    Args:
+        right: `[batch, patch]`, real music under its own condition.
+        wrong: `[batch, patch]`, the same under the deranged conditions.
+        different: `[batch]` bool, False for an item that was dealt a condition equal to its own.
+    """
+    per_item = F.softplus(wrong - right).mean(dim=1)
+    return (per_item * different).mean()
+
+
+def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
+    """A uniformly drawn permutation of n items that leaves none in its place.
+
+    Raises:
+        LmdError: fewer than two items, of which there is no derangement.
+    """
+    if n < 2:
+        raise LmdError(
+            f"a contrastive loss over a batch of {n}",
+            "at least 2 items",
+            "Use a larger batch, or a contrastive weight of 0.",
+        )
+    stays = torch.arange(n)
+    while True:  # about e = 2.7 draws
+        order = torch.randperm(n, generator=generator)
+        if not (order == stays).any():
+            return order
+
+
+class Prompts(NamedTuple):
+    """What items were asked for."""
+
+    prompt: Tokens  # prompt embeddings
+    dropped: Bool[Tensor, " batch"]  # played and judged without the condition
+
+    def for_model(self, model: LiveModel, seconds: float) -> Condition:
+        """As a condition of `model`; items that were dropped get zeroed tokens."""
+        condition = model.condition(self.prompt, seconds)
+        keep = (~self.dropped).to(condition.tokens)[:, None, None]
+        return Condition(condition.tokens * keep, condition.global_cond)
+
+    def differs(self, other: "Asked") -> Bool[Tensor, " batch"]:
+        """Which items' conditions are not those of `other`."""
+        prompts = (other.prompt != self.prompt).flatten(1).any(dim=1)
+        return torch.where(self.dropped | other.dropped, self.dropped != other.dropped, prompts)
+
+
+@dataclass(frozen=True)
+class RealFakePair:
+    """Real music and a rollout that continues the same context, noised alike.
+
+    Attributes:
+        real: `[batch, latent, context + rollout]`.
+        fake: the same shape; its context is the real one's.
+        asked: prompts of both.
+        wrong: prompts of other items, see `derangement`.
+        t: noise level of both, `[batch]`.
+        noise: noise of both.
+        nudge: standard normal; where R1 and R2 look for smoothness.
+        first_frame: where the rollout starts.
+        seconds: length of the whole.
+    """
+
+    real: Latents
+    fake: Latents
+    asked: Prompts
+    wrong: Prompts
+    t: NoiseLevel
+    noise: Latents
+    nudge: Latents
+    first_frame: int
+    seconds: float
+
+    def scores(self, discriminator: Discriminator, *pairs: tuple[Latents, Prompts]) -> list[Scores]:
+        """Scores of latents under prompts, all at this trial's noise, in one pass."""
+        n, t = len(pairs), self.t.repeat(len(pairs))
+        clean = torch.cat([clean for clean, _ in pairs])
+        asked = Prompts(*(torch.cat(parts) for parts in zip(*(a for _, a in pairs), strict=True)))
+        condition = asked.for_model(discriminator.base, self.seconds)
+        noisy = add_noise(clean, self.noise.repeat(n, 1, 1), t)
+        return list(discriminator(noisy, t, condition, self.first_frame).chunk(n))
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the discriminator minimises besides the pair loss."""
+
+    contrastive: float = 1.0  # 1 (enc-dec) and 2 (block-causal) in the paper's code
+    r1: float = 0.0  # approximate R1: smoothness around real music
+    r2: float = 0.0  # approximate R2: smoothness around rollouts
+    perturbation: float = 0.05  # standard deviation of the step that R1 and R2 take
+
+
+class GanLoss(NamedTuple):
+    """A loss to go backward from, its parts, and the scores."""
+
+    loss: Tensor
+    pair: Tensor
+    contrastive: Tensor
+    real: Scores
+    fake: Scores
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of pairs in which the real one scores higher; 0.5 = cannot tell."""
+        return (self.real > self.fake).float().mean()
+
+
+def generator_loss(discriminator: Discriminator, trial: RealFakePair) -> GanLoss:
+    """`mean softplus(score(real) - score(fake))`; call it, and go backward, inside `frozen`."""
+    with torch.no_grad():
+        (real,) = trial.scores(discriminator, (trial.real, trial.asked))
+    (fake,) = trial.scores(discriminator, (trial.fake, trial.asked))
+    pair = relativistic_loss(fake, real)
+    return GanLoss(pair, pair.detach(), pair.new_zeros(()), real, fake.detach())
+
+
+def discriminator_loss(
+    discriminator: Discriminator, trial: RealFakePair, weights: LossWeights
+) -> GanLoss:
+    """Pair loss, contrastive loss and smoothness; `trial.fake` is taken as it is (detached).
+
+    A term of weight 0 is not computed.
+    """
+    asked, fake_latents = trial.asked, trial.fake.detach()
+    step = weights.perturbation * trial.nudge
+    judged = {"real": (trial.real, asked), "fake": (fake_latents, asked)}
+    if weights.contrastive:
+        judged["wrong"] = (trial.real, trial.wrong)
+    if weights.r1:
+        judged["near real"] = (trial.real + step, asked)
+    if weights.r2:
+        judged["near fake"] = (fake_latents + step, asked)
+    scores = dict(zip(judged, trial.scores(discriminator, *judged.values()), strict=True))
+    real, fake = scores["real"], scores["fake"]
+    pair = relativistic_loss(real, fake)
+    loss, contrast = pair, pair.new_zeros(())
+    if weights.contrastive:
+        contrast = contrastive_loss(real, scores["wrong"], asked.differs(trial.wrong))
+        loss = loss + weights.contrastive * contrast
+    for weight, name in ((weights.r1, "real"), (weights.r2, "fake")):
+        if weight:
+            near = scores[f"near {name}"]
+            loss = loss + weight * smoothness(scores[name], near, weights.perturbation)
+    return GanLoss(loss, pair.detach(), contrast.detach(), real.detach(), fake.detach())
+
+
+def smoothness(scores: Scores, moved: Scores, perturbation: float) -> Tensor:
+    """Approximate gradient penalty: mean squared change of the scores per squared step.
+
+    `mean (D(x + s e) - D(x))^2 / s^2`, e standard normal: in expectation the squared norm of the
+    gradient, for a small step s.
+    """
+    return ((moved - scores) / perturbation).square().mean()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `module` collect no gradient; afterwards they are as before."""
+    before = [parameter.requires_grad for parameter in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(module.parameters(), before, strict=True):
+            parameter.requires_grad_(flag)

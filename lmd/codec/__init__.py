@@ -1,0 +1,1 @@
+"""Codecs: waves to latents and back, block by block."""

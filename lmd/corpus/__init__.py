@@ -1,0 +1,1 @@
+"""The corpus: from public-domain scores to renditions whose truth is known."""

@@ -1,0 +1,338 @@
+"""Real scores as note tables: music21's bundled corpus, parsed once, cached, split by piece."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from tqdm import tqdm
+
+from lmd.corpus.tunes import TRAINED_ON, intervals
+from lmd.errors import LmdError
+from lmd.rng import derive_seed
+
+Split = Literal["train", "validation", "test"]
+TABLE_FORMAT = 1
+DEFAULT_CACHE = Path("data/cache")
+MAX_VOICES = 8
+
+# Folders of the music21 corpus whose encodings carry no "all rights reserved"; data/README.md says
+# what each of them states and why the others are left out.
+COLLECTIONS: tuple[str, ...] = (
+    "bach",
+    "beethoven",
+    "ciconia",
+    "corelli",
+    "cpebach",
+    "haydn",
+    "luca",
+    "lusitano",
+    "monteverdi",
+    "mozart",
+    "schumann_robert",
+    "weber",
+)
+_SUFFIXES = (".mxl", ".xml", ".musicxml")
+# What music21's readers raise on files that are torn or not what their name says.
+_UNREADABLE = (ValueError, LookupError, AttributeError, SyntaxError, OSError, BadZipFile)
+_RESERVED = ("all rights reserved", "ut orpheus", "orpheus ediz")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A score as a note table; a piece is what the split and the renditions count.
+
+    Attributes:
+        piece_id: collection and file, e.g. `bach/bwv66.6`.
+        composer: the collection's folder name.
+        title: as the file states it, else the identifier.
+        voices: one name per voice, highest part first.
+        metre: the first time signature, e.g. `4/4`.
+        measures: onsets of the bars, in quarter notes.
+        notes: rows (onset, duration, MIDI pitch, voice, fermata), times in quarter notes.
+    """
+
+    piece_id: str
+    composer: str
+    title: str
+    voices: tuple[str, ...]
+    metre: str
+    measures: tuple[float, ...]
+    notes: tuple[tuple[float, float, int, int, int], ...]
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The notes as a float64 array `[note, 5]`, ordered by onset."""
+        return np.array(self.notes, dtype=np.float64).reshape(-1, 5)
+
+    @property
+    def quarters(self) -> float:
+        """The piece's length in quarter notes."""
+        return float((self.table[:, 0] + self.table[:, 1]).max())
+
+    @cached_property
+    def group(self) -> str:
+        """What is drawn together: pieces whose top voices begin with the same intervals."""
+        first = intervals(self.table, voice=0)[:8]
+        return ",".join(map(str, first)) if len(first) >= 4 else self.piece_id
+
+    @property
+    def split(self) -> Split:
+        """The piece's split: 1 in 16 validation, 1 in 16 test, whatever the build's seed.
+
+        But for versions of pieces that are trained on, which are trained on, too.
+        """
+        if self.piece_id in TRAINED_ON:
+            return "train"
+        draw = derive_seed(0, "split", self.group) % 16
+        return "validation" if draw == 0 else "test" if draw == 1 else "train"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A score that cannot be used, and why."""
+
+    piece_id: str
+    reason: str
+
+
+def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Path]]:
+    """Identifiers and paths of the scores in some of music21's collections, sorted.
+
+    Raises:
+        LmdError: a collection that the installed corpus does not have.
+    """
+    from music21 import common
+
+    root = Path(common.getCorpusFilePath())
+    found: dict[str, Path] = {}
+    for name in collections:
+        if not (root / name).is_dir():
+            raise LmdError(f"collection {name!r}", f"a folder of {root}", "Check the spelling.")
+        for path in sorted((root / name).rglob("*")):
+            if path.suffix in _SUFFIXES and "_old" not in path.stem:
+                relative = path.relative_to(root)
+                found.setdefault(relative.with_suffix("").as_posix(), path)
+    return sorted(found.items())
+
+
+def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
+    """Read one score. A score that cannot be used comes back as `Rejected`, with the reason."""
+    from music21 import converter, stream
+    from music21.exceptions21 import Music21Exception
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            score = converter.parse(path, forceSource=True, storePickle=False)
+            if not isinstance(score, stream.Score):
+                return Rejected(piece_id, f"not a single score but a {type(score).__name__}")
+            if score.parts and any(n.transposition for n in score.recurse().getInstruments()):
+                score = score.toSoundingPitch()
+    except (*_UNREADABLE, Music21Exception) as error:
+        return Rejected(piece_id, f"music21 cannot read it: {type(error).__name__}: {error}"[:160])
+    rights = " ".join(str(value) for _, value in score.metadata.all()).lower()
+    if any(word in rights for word in _RESERVED):
+        return Rejected(piece_id, "its metadata reserve all rights")
+    parts = [part for part in score.parts if part.flatten().notes]
+    return _assemble(piece_id, score, parts)
+
+
+def _assemble(piece_id: str, score: Any, parts: list[Any]) -> Piece | Rejected:
+    """The note table of a parsed score, or what is wrong with it."""
+    notes: list[tuple[float, float, int, int, int]] = []
+    for voice, part in enumerate(parts):
+        notes.extend(_part_notes(part, voice))
+    reason = _fault(notes, len(parts))
+    if reason:
+        return Rejected(piece_id, reason)
+    signatures = parts[0].recurse().getElementsByClass("TimeSignature")
+    metadata = score.metadata
+    title = (metadata.title or metadata.movementName or "") if metadata else ""
+    return Piece(
+        piece_id=piece_id,
+        composer=piece_id.split("/")[0],
+        title=re.sub(r"\.(mxl|xml|musicxml)$", "", str(title)) or piece_id,
+        voices=tuple(str(part.partName or f"voice {i + 1}") for i, part in enumerate(parts)),
+        metre=signatures[0].ratioString if signatures else "4/4",
+        measures=tuple(round(float(m.offset), 6) for m in parts[0].getElementsByClass("Measure")),
+        notes=tuple(sorted(notes)),
+    )
+
+
+def _part_notes(part: Any, voice: int) -> Iterable[tuple[float, float, int, int, int]]:
+    """The sounding notes of one part: ties joined, grace notes left out."""
+    sounding: dict[int, list[Fraction | float]] = {}  # pitch -> [onset, end, fermata]
+    for element in part.flatten().notes:
+        if element.duration.isGrace or not element.duration.quarterLength:
+            continue
+        fermata = any(type(mark).__name__ == "Fermata" for mark in element.expressions)
+        onset, end = element.offset, element.offset + element.duration.quarterLength
+        for single in element.notes if element.isChord else [element]:
+            if not hasattr(single, "pitch"):
+                continue
+            pitch, tie = int(single.pitch.midi), single.tie or element.tie
+            open_note = sounding.get(pitch)
+            goes_on = tie is not None and tie.type in ("stop", "continue")
+            if goes_on and open_note and abs(float(open_note[1] - onset)) < 1e-6:
+                open_note[1], open_note[2] = end, max(open_note[2], fermata)
+                continue
+            if open_note:
+                yield _row(open_note, pitch, voice)
+            sounding[pitch] = [onset, end, fermata]
+    for pitch, open_note in sounding.items():
+        yield _row(open_note, pitch, voice)
+
+
+def _row(note: list[Any], pitch: int, voice: int) -> tuple[float, float, int, int, int]:
+    """A finished note in the table's units."""
+    onset, end, fermata = note
+    return round(float(onset), 6), round(float(end - onset), 6), pitch, voice, int(fermata)
+
+
+def _fault(notes: list[tuple[float, float, int, int, int]], n_voices: int) -> str | None:
+    """Why a note table cannot be used; None if it can."""
+    if not notes:
+        return "no notes"
+    if n_voices > MAX_VOICES:
+        return f"{n_voices} parts, more than {MAX_VOICES}"
+    table = np.array(notes)
+    if not np.isfinite(table).all() or (table[:, 0] < 0).any() or (table[:, 1] <= 0).any():
+        return "a note before the beginning or without length"
+    if (table[:, 2] < 21).any() or (table[:, 2] > 108).any():
+        return "a pitch outside the piano's range"
+    ends = [float(table[table[:, 3] == v][:, :2].sum(axis=1).max()) for v in range(n_voices)]
+    length = max(ends)
+    if length < 12:
+        return f"only {length:g} quarter notes long"
+    if min(ends) < 0.6 * length:
+        return "a part ends before 60 % of the piece (parts out of step)"
+    if len(notes) / length < 0.5:
+        return "fewer than one note in two quarter notes"
+    return None
+
+
+def _read_table(path: Path, piece_id: str) -> Piece | Rejected:
+    """One cached note table, or the reason why there is none."""
+    values = json.loads(path.read_text())
+    if "rejected" in values:
+        return Rejected(piece_id, values["rejected"])
+    values.pop("format")
+    for key in ("voices", "measures"):
+        values[key] = tuple(values[key])
+    values["notes"] = tuple(tuple(row) for row in values["notes"])
+    return Piece(**values)
+
+
+def _parse_to_cache(job: tuple[str, Path, Path]) -> None:
+    """Parse one score into its cache file, or the reason why it cannot be used."""
+    piece_id, source, target = job
+    result = parse_piece(piece_id, source)
+    if isinstance(result, Rejected):
+        values: dict[str, Any] = {"format": TABLE_FORMAT, "rejected": result.reason}
+    else:
+        values = {"format": TABLE_FORMAT, **asdict(result)}
+    partial = target.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(values, separators=(",", ":"), sort_keys=True))
+    partial.replace(target)
+
+
+class Shelf:
+    """The scores of some collections, parsed when they are asked for, once.
+
+    Args:
+        collections: folder names of music21's corpus.
+        cache: where the note tables are kept, one JSON file a piece.
+        workers: processes that parse what is not cached yet.
+
+    Raises:
+        LmdError: a collection that the installed corpus does not have.
+    """
+
+    def __init__(
+        self,
+        collections: Sequence[str] = COLLECTIONS,
+        cache: Path = DEFAULT_CACHE,
+        workers: int = 1,
+    ) -> None:
+        self.files = dict(corpus_files(collections))
+        self.ids = tuple(self.files)
+        self.rejected: dict[str, Rejected] = {}
+        self._cache, self._workers = cache, workers
+        self._pieces: dict[str, Piece] = {}
+
+    def pieces(self, piece_ids: Sequence[str]) -> list[Piece]:
+        """The usable ones among some pieces, in their order; the others join `rejected`."""
+        self._parse([i for i in piece_ids if not _table_path(i, self._cache).is_file()])
+        for piece_id in piece_ids:
+            if piece_id in self._pieces or piece_id in self.rejected:
+                continue
+            found = _read_table(_table_path(piece_id, self._cache), piece_id)
+            if isinstance(found, Rejected):
+                self.rejected[piece_id] = found
+            else:
+                self._pieces[piece_id] = found
+        return [self._pieces[i] for i in piece_ids if i in self._pieces]
+
+    def _parse(self, missing: Sequence[str]) -> None:
+        """Parse what is not in the cache yet."""
+        jobs = [(i, self.files[i], _table_path(i, self._cache)) for i in missing]
+        if jobs:
+            with tqdm(total=len(jobs), desc="parsing scores", mininterval=1) as bar:
+                for _ in _mapped(_parse_to_cache, jobs, self._workers):
+                    bar.update()
+
+
+def load_scores(
+    collections: Sequence[str] = COLLECTIONS, cache: Path = DEFAULT_CACHE, workers: int = 1
+) -> tuple[list[Piece], list[Rejected]]:
+    """Every usable piece of some collections, sorted by identifier, and what was left out."""
+    shelf = Shelf(collections, cache, workers)
+    pieces = shelf.pieces(shelf.ids)
+    return pieces, list(shelf.rejected.values())
+
+
+def _table_path(piece_id: str, cache: Path) -> Path:
+    """Where a piece's note table is kept."""
+    from music21 import __version__
+
+    folder = cache / f"scores-{TABLE_FORMAT}-music21-{__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{piece_id.replace('/', '__')}.json"
+
+
+def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
+    """One piece, from the cache or from its score.
+
+    Raises:
+        LmdError: no such piece in the installed corpus, or one that is rejected.
+    """
+    target = _table_path(piece_id, cache)
+    if not target.is_file():
+        files = dict(corpus_files((piece_id.split("/")[0],)))
+        if piece_id not in files:
+            raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "See load_scores.")
+        _parse_to_cache((piece_id, files[piece_id], target))
+    found = _read_table(target, piece_id)
+    if isinstance(found, Rejected):
+        raise LmdError(f"piece {piece_id!r}: {found.reason}", "a usable score", "See load_scores.")
+    return found
+
+
+def _mapped(function: Any, jobs: Sequence[Any], workers: int) -> Iterable[Any]:
+    """`map`, in other processes when more than one worker is asked for."""
+    if workers <= 1 or len(jobs) < 4:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(function, jobs, chunksize=4)

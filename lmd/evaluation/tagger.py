@@ -1,0 +1,212 @@
+"""A small listener: which instruments, which pitch classes, how fast. The offline yardstick.
+
+It is not a general model of music. It is a convolutional network of half a million weights, fitted
+on the corpus's own truth (the manifest and the scores say what sounds when), so its embedding sees
+what this corpus varies and nothing else. Distances measured with it compare like with like inside
+this project; they are not comparable with distances in OpenL3, VGGish or CLAP.
+
+Fitted by `python -m lmd train recogniser` (lmd.evaluation.train_tagger). Taught in
+notebook 05_evaluate.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lmd.checkpoint import Header, load_tensors
+from lmd.config import RecogniserConfig
+from lmd.errors import LmdError
+from lmd.model.weights import load_strict
+from lmd.training.codec.losses import mel_matrix
+from lmd.training.codec.metrics import Mono, power
+
+HOP = 1024  # samples of a feature frame, two mel frames in it
+N_MELS = 64
+LOW_PITCH, N_SEMITONES = 36, 60  # C2 … B6
+N_BANDS = 2 * N_MELS + N_SEMITONES
+DEPTH_DB = 80.0  # what lies further under a window's loudest band is not heard
+QUIET_DB = -60.0  # a window whose loudest band lies under this is silence
+LAGS = (12, 100)  # half-frames (23 ms at 22,050 Hz) over which a rhythm may repeat
+LOW_BPM, HIGH_BPM, N_TEMPI = 40.0, 160.0, 32
+
+Levels = Float[Tensor, "band step"]  # decibels
+Windows = Float[Tensor, "window band frame"]  # decibels
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the recogniser makes of some windows.
+
+    Attributes:
+        embedding: `[window, size]`, the space in which distances are measured.
+        family: probabilities over `RecogniserConfig.families`.
+        pitch_classes: probability that each sounds for a twentieth of the window (C = 0).
+        tempo: probabilities over `TEMPI_BPM`.
+    """
+
+    embedding: Float[Tensor, "window size"]
+    family: Float[Tensor, "window family"]
+    pitch_classes: Float[Tensor, "window 12"]
+    tempo: Float[Tensor, "window tempo"]
+
+
+TEMPI_BPM: Float[Tensor, " tempo"] = LOW_BPM * (HIGH_BPM / LOW_BPM) ** (
+    (torch.arange(N_TEMPI) + 0.5) / N_TEMPI
+)
+
+
+@lru_cache(maxsize=2)
+def mel_bands(sample_rate: int) -> Float[Tensor, "mel bin"]:
+    """The mel bands, each an average power."""
+    return mel_matrix(1025, sample_rate, N_MELS).T.contiguous()
+
+
+@lru_cache(maxsize=2)
+def semitone_matrix(n_fft: int, sample_rate: int) -> Float[Tensor, "bin semitone"]:
+    """Weights of every bin in every semitone band, each band's sum 1.
+
+    A bump around the pitch, a third of a semitone wide or, where bins are wider, one bin.
+    """
+    hz = torch.arange(n_fft // 2 + 1).clamp_min(1) * (sample_rate / n_fft)
+    pitch = 69 + 12 * torch.log2(hz / 440)
+    wanted = torch.arange(LOW_PITCH, LOW_PITCH + N_SEMITONES)
+    bin_semitones = 12 / math.log(2) * (sample_rate / n_fft) / hz
+    width = bin_semitones.clamp_min(1 / 3)
+    weights = torch.exp(-0.5 * ((pitch[:, None] - wanted) / width[:, None]).square())
+    return weights / weights.sum(0)
+
+
+def band_levels(wave: Mono, sample_rate: int) -> Levels:
+    """Levels in dB of 2 × 64 mel bands and 60 semitones, one column per `HOP` samples.
+
+    Args:
+        wave: samples, at least a window of 4096.
+        sample_rate: Hz.
+
+    Returns:
+        `[188, n_samples // HOP]`; a full-scale sine has about 0 dB at its pitch.
+
+    Raises:
+        LmdError: less than 4096 samples.
+    """
+    if len(wave) < 4096:
+        raise LmdError(f"{len(wave)} samples", "at least 4096", "Give longer audio.")
+    n = len(wave) // HOP
+    mel = mel_bands(sample_rate) @ power(wave, 2048, HOP // 2)[:, : 2 * n]
+    halves = mel.reshape(N_MELS, n, 2).permute(2, 0, 1).reshape(2 * N_MELS, n)
+    tones = semitone_matrix(4096, sample_rate).T @ power(wave, 4096, HOP)[:, :n]
+    return 10 * torch.log10(torch.cat([halves, tones]) + 1e-12)
+
+
+def cut(levels: Levels, window_steps: int, hop_steps: int | None = None) -> Windows:
+    """Windows of some levels, one every `hop_steps` (default: side by side); the rest is left.
+
+    Raises:
+        LmdError: shorter than a window.
+    """
+    if levels.shape[1] < window_steps:
+        raise LmdError(
+            f"{levels.shape[1]} feature frames", f"at least {window_steps}", "Give longer audio."
+        )
+    return levels.unfold(1, window_steps, hop_steps or window_steps).permute(1, 0, 2)
+
+
+def rhythm(levels: Windows) -> Float[Tensor, "window lag"]:
+    """Autocorrelation of the mel bands' mean rise, over `LAGS`; 1 at lag 0; silence gives 0."""
+    halves = levels[:, : 2 * N_MELS].unflatten(1, (2, N_MELS))
+    mel = halves.permute(0, 2, 3, 1).flatten(2)
+    rise = (mel[..., 1:] - mel[..., :-1]).clamp_min(0).mean(1)
+    rise = rise - rise.mean(1, keepdim=True)
+    spectrum = torch.fft.rfft(rise, 2 * rise.shape[1])
+    correlation = torch.fft.irfft(spectrum.abs().square())
+    return correlation[:, LAGS[0] : LAGS[1]] / correlation[:, :1].clamp_min(1e-6)
+
+
+class Residual(nn.Module):
+    """x + 1×1(GELU(convolution over time(norm(x))))."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.time = nn.Conv1d(width, width, 5, padding=2 * dilation, dilation=dilation)
+        self.mix = nn.Conv1d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[window, width, step]` of the same shape."""
+        return x + self.mix(F.gelu(self.time(self.norm(x))))
+
+
+class Recogniser(nn.Module):
+    """Levels of a window -> an embedding -> family, pitch classes, tempo."""
+
+    def __init__(self, config: RecogniserConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.enter = nn.Conv1d(N_BANDS, width, 1)
+        self.fine = Residual(width, 1)
+        self.halve = nn.Conv1d(width, width, 4, 2, 1)
+        self.coarse = nn.Sequential(*(Residual(width, d) for d in (1, 2, 4)))
+        self.norm = nn.LayerNorm(2 * width)
+        self.embed = nn.Linear(2 * width + LAGS[1] - LAGS[0], config.embedding)
+        self.heads = nn.Linear(config.embedding, len(config.families) + 12 + N_TEMPI)
+
+    def forward(self, levels: Windows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embedding and the logits of family, pitch classes, tempo; loudness does not matter."""
+        loudest = levels.amax((1, 2), keepdim=True).clamp_min(QUIET_DB)
+        heard = (levels - loudest).clamp_min(-DEPTH_DB)
+        x = self.coarse(self.halve(self.fine(self.enter(heard / 20 + 2))))
+        pooled = self.norm(torch.cat([x.mean(2), x.std(2)], 1))
+        embedding = self.embed(torch.cat([pooled, rhythm(heard)], 1))
+        n = len(self.config.families)
+        logits = self.heads(F.gelu(embedding)).split([n, 12, N_TEMPI], 1)
+        return embedding, *logits
+
+    @torch.no_grad()
+    def hear(self, levels: Windows) -> Heard:
+        """What is in some windows."""
+        embedding, family, pitch, tempo = self(levels)
+        return Heard(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
+
+    def listen(self, wave: Mono, sample_rate: int) -> Heard:
+        """What is in a piece, window by window (`config.window_steps` each, side by side).
+
+        Raises:
+            LmdError: another sample rate than the one it was fitted at, or too short a piece.
+        """
+        if sample_rate != self.config.sample_rate:
+            raise LmdError(
+                f"audio at {sample_rate} Hz",
+                f"{self.config.sample_rate} Hz, at which the recogniser was fitted",
+                "Resample it, or fit one: python -m lmd train recogniser.",
+            )
+        return self.hear(cut(band_levels(wave, sample_rate), self.config.window_steps))
+
+
+def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:
+    """The tempo of a piece: the peak of its windows' mean log probability, refined by its
+    neighbours.
+    """
+    belief = tempo.clamp_min(1e-6).log().mean(0).softmax(0)
+    peak = int(belief.argmax())
+    near = slice(max(0, peak - 2), peak + 3)
+    share = belief[near] / belief[near].sum()
+    return float(torch.exp((share * TEMPI_BPM[near].log()).sum()))
+
+
+def load_recogniser(path: Path | str) -> tuple[Recogniser, Header]:
+    """The recogniser in a file and what the file says about it.
+
+    Raises:
+        LmdError: see `lmd.checkpoint.load_tensors`.
+    """
+    tensors, header = load_tensors(path, "recogniser")
+    model = Recogniser(header.config)
+    load_strict(model, tensors, str(path))
+    return model.eval().requires_grad_(False), header

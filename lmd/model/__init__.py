@@ -1,0 +1,1 @@
+"""The model: the transformer, its attention masks, its key-value cache and its text encoders."""

@@ -1,0 +1,222 @@
+"""The mixing desk: controls asked for by people, handed to the stream at block boundaries.
+
+Anything may be asked at any time from any thread. What cannot be played is refused at once, with a
+message; texts are encoded on a thread of their own, and the old prompt plays on until the new one
+is ready.
+"""
+
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lmd.config import WindowConfig
+from lmd.errors import LmdError
+from lmd.stream.controls import Controls, Prompt
+
+MAX_LIVE_STEPS = 64  # more would only be a way to stop the music
+MAX_PROMPT_CHARACTERS = 500
+MAX_PROMPT_PARTS = 8
+MAX_REMEMBERED_TEXTS = 512  # half of what a text encoder remembers
+NAMES = tuple(field.name for field in dataclasses.fields(Controls))
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something asked for.
+
+    Attributes:
+        number: counts changes from 1.
+        names: the controls it sets.
+        asked_s: when, by the sink's clock.
+    """
+
+    number: int
+    names: tuple[str, ...]
+    asked_s: float
+
+
+def texts_of(prompt: Prompt) -> tuple[str, ...]:
+    """The texts that a prompt is made of."""
+    return (prompt,) if isinstance(prompt, str) else tuple(text for text, _ in prompt)
+
+
+def check_live(controls: Controls, window: WindowConfig) -> None:
+    """Refuse what `Controls.validate` refuses, and what would stop a live stream.
+
+    Raises:
+        LmdError: naming the control, its value and what would be right.
+    """
+    controls.validate(window)
+    if controls.n_steps > MAX_LIVE_STEPS:
+        raise LmdError(
+            f"n_steps = {controls.n_steps}", f"1 to {MAX_LIVE_STEPS}", "Lower it: it plays live."
+        )
+    texts = texts_of(controls.prompt)
+    if len(texts) > MAX_PROMPT_PARTS or sum(map(len, texts)) > MAX_PROMPT_CHARACTERS:
+        raise LmdError(
+            f"a prompt of {len(texts)} parts and {sum(map(len, texts))} characters",
+            f"at most {MAX_PROMPT_PARTS} parts and {MAX_PROMPT_CHARACTERS} characters",
+            "Shorten it.",
+        )
+
+
+def with_changes(controls: Controls, changes: dict[str, Any]) -> Controls:
+    """Controls with some values replaced, a prompt's parts in lists, as JSON has them, or tuples.
+
+    Raises:
+        LmdError: a name that is no control.
+    """
+    unknown = sorted(set(changes) - set(NAMES))
+    if unknown:
+        raise LmdError(f"unknown controls {unknown}", f"some of {', '.join(NAMES)}", "Check them.")
+    if isinstance(prompt := changes.get("prompt"), list):
+        parts = (tuple(part) if isinstance(part, list) else part for part in prompt)
+        changes = changes | {"prompt": tuple(parts)}
+    return replace(controls, **changes)
+
+
+class ControlDesk:
+    """Takes wishes from any thread; the engine takes controls from it before every block.
+
+    Args:
+        controls: what to begin with.
+        window: of the streamer.
+        encode: encodes texts, and remembers them (`TextEncoder.encode`).
+        refused: called, from the encoding thread, with why a text could not be encoded.
+
+    Raises:
+        LmdError: controls that cannot be played.
+    """
+
+    def __init__(
+        self,
+        controls: Controls,
+        window: WindowConfig,
+        encode: Callable[[Sequence[str]], object],
+        refused: Callable[[str], None],
+    ) -> None:
+        check_live(controls, window)
+        self.window, self._encode, self._refused = window, encode, refused
+        self._asked = self._ready = controls
+        self._waiting: list[Change] = []
+        self._encoded: dict[str, None] = {}
+        self._lock, self._numbers = threading.Lock(), itertools.count(1)
+        self._letters: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+
+    def warm(self) -> None:
+        """Encode what may be played first, before the music starts."""
+        texts = tuple(dict.fromkeys(texts_of(self._ready.prompt) + texts_of(self._asked.prompt)))
+        self._encode(texts)
+        with self._lock:
+            self._remember(texts)
+
+    def asked(self) -> Controls:
+        """Everything as last asked for, heard or not yet."""
+        return self._asked
+
+    def ask(self, now_s: float, **changes: Any) -> Change:
+        """Ask for other controls from the next block on.
+
+        Args:
+            now_s: the time of asking.
+            changes: any fields of `Controls`.
+
+        Returns:
+            The change, whose number comes back from `take` with the block that carries it.
+
+        Raises:
+            LmdError: an unknown name, a wrong type or value; everything stays as it was.
+        """
+        with self._lock:
+            candidate = with_changes(self._asked, changes)
+            check_live(candidate, self.window)
+            change = Change(next(self._numbers), tuple(changes), now_s)
+            self._asked = candidate
+            self._waiting.append(change)
+            if not self._is_encoded(candidate.prompt):
+                self._post(texts_of(candidate.prompt))
+        return change
+
+    def take(self) -> tuple[Controls, list[Change]]:
+        """Controls for the block that is made now, and the changes that it is the first to carry.
+
+        A `drop_context_frames` is handed out once.
+        """
+        with self._lock:
+            if self._is_encoded(self._asked.prompt):
+                taken, heard = self._asked, self._waiting
+            else:
+                taken = replace(self._asked, prompt=self._ready.prompt)
+                heard = [change for change in self._waiting if "prompt" not in change.names]
+                try:
+                    check_live(taken, self.window)
+                except LmdError:  # e.g. guidance asked together with the first prompt
+                    taken, heard = self._ready, []
+            self._waiting = [change for change in self._waiting if change not in heard]
+            self._ready = replace(taken, drop_context_frames=0)
+            if taken.drop_context_frames:
+                self._asked = replace(self._asked, drop_context_frames=0)
+            return taken, heard
+
+    def give_back(self, taken: Controls, heard: list[Change]) -> None:
+        """What `take` handed out was not heard: the next block is to carry it.
+
+        A `drop_context_frames` among it is asked for again, unless another has been meanwhile.
+        """
+        with self._lock:
+            self._waiting = heard + self._waiting
+            if not self._asked.drop_context_frames:
+                self._asked = replace(self._asked, drop_context_frames=taken.drop_context_frames)
+
+    def close(self) -> None:
+        """Let the encoding thread end."""
+        self._letters.put(None)
+
+    def _is_encoded(self, prompt: Prompt) -> bool:
+        return all(text in self._encoded for text in texts_of(prompt))
+
+    def _remember(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self._encoded.pop(text, None)
+            self._encoded[text] = None
+        while len(self._encoded) > MAX_REMEMBERED_TEXTS:
+            del self._encoded[next(iter(self._encoded))]
+
+    def _post(self, texts: tuple[str, ...]) -> None:
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="lmd-text", daemon=True)
+            self._worker.start()
+        self._letters.put(texts)
+
+    def _work(self) -> None:
+        while (texts := self._letters.get()) is not None:
+            if texts != texts_of(self._asked.prompt):
+                continue  # asked and taken back while another text was being encoded
+            try:
+                self._encode(texts)
+            except Exception as error:  # whatever it is, later prompts must still be encoded
+                if self._give_up(texts):
+                    told = isinstance(error, LmdError)
+                    self._refused(str(error) if told else f"{type(error).__name__}: {error}")
+            else:
+                with self._lock:
+                    self._remember(texts)
+
+    def _give_up(self, texts: tuple[str, ...]) -> bool:
+        """Go back to the prompt that is playing; False if others have been asked for meanwhile."""
+        with self._lock:
+            if texts_of(self._asked.prompt) != texts:
+                return False
+            candidate = replace(self._asked, prompt=self._ready.prompt)
+            try:
+                check_live(candidate, self.window)
+                self._asked = candidate
+            except LmdError:
+                self._asked = self._ready
+            self._waiting = [c for c in self._waiting if "prompt" not in c.names]
+            return True

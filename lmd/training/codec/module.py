@@ -1,0 +1,263 @@
+"""Training of the spectral codec: three stages told apart by the step alone.
+
+First the encoder with its decoder's levels; then, encoder frozen and its statistics measured, the
+whole decoder; then the same with a discriminator. Step k depends on (plan, k) alone, so a run that
+was stopped goes on with the losses it would have had.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lmd.codec import phase
+from lmd.codec.spectral import DB_SCALE, SpectralCodec, stft
+from lmd.config import SpectralCodecConfig
+from lmd.data.corpus import Corpus
+from lmd.errors import LmdError
+from lmd.rng import generator, normal
+from lmd.training.codec.losses import (
+    Discriminator,
+    advance_loss,
+    bin_weights,
+    discriminator_loss,
+    generator_loss,
+    level_loss,
+    mel_matrix,
+    multi_resolution_loss,
+)
+
+STATISTICS_BATCHES = 100  # that the latents' mean and scale are measured on
+ADVERSARIAL_ROWS = 4  # windows of a batch that are synthesised and judged; it is the dear part
+
+
+@dataclass(frozen=True)
+class CodecPlan:
+    """Everything a run depends on but data and sizes.
+
+    Attributes:
+        steps: optimiser steps in all.
+        encoder_steps: of these, the first that train the encoder; 0 = it comes from a checkpoint.
+        adversarial_from: step from which the discriminator joins in; `steps` = never.
+        batch: windows a step.
+        frames: latent frames a window.
+        learning_rate: peak; warm-up over 100 steps, cosine to a twentieth at `steps`. The
+            discriminator has a third of the peak throughout.
+        slowness: weight of the mean squared change of a latent from frame to frame.
+        noise: standard deviation added to latents of unit scale before decoding.
+        seed: of windows, noise and initial weights.
+    """
+
+    steps: int
+    encoder_steps: int = 0
+    adversarial_from: int = 0
+    batch: int = 12
+    frames: int = 32
+    learning_rate: float = 1e-3
+    slowness: float = 0.4
+    noise: float = 0.25
+    seed: int = 0
+
+
+class CodecWindows(IterableDataset):
+    """Batches of waves `[batch, 1, sample]`; the one of step k depends on (seed, k) alone."""
+
+    def __init__(self, corpus: Corpus, config: SpectralCodecConfig, plan: CodecPlan) -> None:
+        if corpus.sample_rate != config.sample_rate or corpus.channels != config.channels:
+            raise LmdError(
+                f"a corpus of {corpus.sample_rate} Hz and {corpus.channels} channels",
+                f"{config.sample_rate} Hz and {config.channels}",
+                "Build the corpus for this preset.",
+            )
+        self.corpus, self.plan, self.first_step = corpus, plan, 0
+        self.n_samples = plan.frames * config.samples_per_frame
+
+    def batch(self, step: int, vary_gain: bool = True) -> Tensor:
+        """The batch of one step, with a random gain of -9 to +3 dB per window if wanted."""
+        waves = []
+        for j in range(self.plan.batch):
+            numbers = torch.rand(3, generator=generator(self.plan.seed, "codec window", step, j))
+            index = int(numbers[0] * len(self.corpus))
+            room = max(1, self.corpus.rows[index].n_samples - self.n_samples)
+            wave = self.corpus.wave(index, int(numbers[1] * room), self.n_samples)
+            gain = 10 ** ((12 * float(numbers[2]) - 9) / 20) if vary_gain else 1.0
+            waves.append(torch.from_numpy(wave) * gain)
+        return torch.stack(waves)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.batch(step) for step in range(self.first_step, self.plan.steps))
+
+
+class CodecTraining(L.LightningModule):
+    """One codec, its discriminator, and the three stages of `CodecPlan`."""
+
+    def __init__(self, codec: SpectralCodec, plan: CodecPlan, windows: CodecWindows) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.codec, self.plan, self.windows = codec, plan, windows
+        self.discriminator = Discriminator()
+        self.latest: dict[str, float] = {}  # losses of the last step
+        config = codec.config
+        n_bins = config.n_fft // 2 + 1
+        self.register_buffer("step", torch.tensor(0))
+        self.register_buffer("mel", mel_matrix(n_bins, config.sample_rate), persistent=False)
+        self.register_buffer("weights", bin_weights(n_bins, config.sample_rate), persistent=False)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Two AdamW: codec, discriminator."""
+        return [
+            torch.optim.AdamW(
+                self.codec.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.01, fused=True
+            ),
+            torch.optim.AdamW(self.discriminator.parameters(), 1e-3, (0.8, 0.98), fused=True),
+        ]
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the step that comes next."""
+        self.windows.first_step = int(self.step)
+        return DataLoader(self.windows, batch_size=None)
+
+    def training_step(self, wave: Tensor, batch_index: int) -> None:
+        """One step of the stage that the step number says."""
+        step = int(self.step)
+        if step == self.plan.encoder_steps and step:
+            measure_statistics(self.codec, self.windows)
+        rates = (learning_rate(self.plan, step), self.plan.learning_rate / 3)
+        for optimizer, rate in zip(self.optimizers(), rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        losses = self._encoder_losses(wave) if step < self.plan.encoder_steps else {}
+        losses = losses or self._decoder_losses(wave)
+        check_finite(losses, step)
+        optimizer = self.optimizers()[0]
+        optimizer.zero_grad()
+        self.manual_backward(losses["loss"])
+        nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
+        optimizer.step()
+        self.step += 1
+        self.latest = {name: float(value.detach()) for name, value in losses.items()}
+        for logger in self.loggers:
+            logger.log_metrics(self.latest, step=step)
+
+    def _encoder_losses(self, wave: Tensor) -> dict[str, Tensor]:
+        """Encoder and levels; latents normalised by the batch's own statistics."""
+        encoder = self.codec.encoder
+        raw = encoder.raw_latents(encoder.features(wave))
+        mean, std = raw.mean((0, 1)), raw.std((0, 1)).clamp_min(1e-3)
+        latents = (raw - mean) / std
+        level, _, _ = self.codec.decoder(self._noised(latents).transpose(1, 2))
+        power = self._spectrum(wave).abs().square()
+        bins, mel = level_loss(level, power, self.mel, self.weights, self.codec.config.floor_db)
+        change = latents.diff(dim=1).square().mean()
+        loss = (bins + mel) / 10 + self.plan.slowness * change
+        return {"loss": loss, "bin_db": bins, "mel_db": mel, "change": change}
+
+    def _noised(self, latents: Tensor) -> Tensor:
+        """Latents with this step's noise, so that a model's small errors will not matter."""
+        noise = normal(tuple(latents.shape), self.plan.seed, "codec noise", int(self.step))
+        return latents + self.plan.noise * noise.to(latents)
+
+    def _decoder_losses(self, wave: Tensor) -> dict[str, Tensor]:
+        """Levels and advances; with the discriminator also what the synthesised wave tells."""
+        config = self.codec.config
+        with torch.no_grad():
+            latents = self.codec.encoder(wave)
+            spectrum = self._spectrum(wave)
+            true = phase.advances(spectrum, config.n_fft, config.hop)
+            magnitude = spectrum.abs()
+        level, *predicted = self.codec.decoder(self._noised(latents))
+        bins, mel = level_loss(level, magnitude.square(), self.mel, self.weights, config.floor_db)
+        in_time, in_frequency = (
+            advance_loss(p, t, magnitude) for p, t in zip(predicted, true, strict=True)
+        )
+        losses = {"bin_db": bins, "mel_db": mel, "in_time": in_time, "in_frequency": in_frequency}
+        loss = (bins + mel) / 10 + in_time + in_frequency
+        if int(self.step) >= self.plan.adversarial_from:
+            some = slice(0, ADVERSARIAL_ROWS)
+            heard = self.codec.synthesize(level[some], *(p[some] for p in predicted))
+            edge = config.n_fft // 2
+            extra = self._adversarial_losses(heard[:, edge:-edge], wave[some, 0, edge:-edge])
+            losses |= extra
+            loss = loss + extra["wave_db"] / 10 + extra["fooled"] / 10 + extra["features"]
+        return {"loss": loss, **losses}
+
+    def _adversarial_losses(self, heard: Tensor, wave: Tensor) -> dict[str, Tensor]:
+        """A step of the discriminator, then what it says of the synthesised wave."""
+        score = discriminator_loss(self.discriminator(wave), self.discriminator(heard.detach()))
+        optimizer = self.optimizers()[1]
+        optimizer.zero_grad()
+        self.manual_backward(score)
+        optimizer.step()
+        self.discriminator.requires_grad_(False)
+        fooled, features = generator_loss(self.discriminator(wave), self.discriminator(heard))
+        self.discriminator.requires_grad_(True)
+        wave_db = multi_resolution_loss(heard, wave, self.codec.sample_rate)
+        return {"judge": score, "fooled": fooled, "features": features, "wave_db": wave_db}
+
+    def _spectrum(self, wave: Tensor) -> Tensor:
+        return stft(wave[:, 0], self.codec.config.n_fft, self.codec.config.hop)
+
+
+def learning_rate(plan: CodecPlan, step: int) -> float:
+    """Warm-up over 100 steps, then a cosine down to a twentieth at the last step."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / max(1, plan.steps)))
+    return plan.learning_rate * min(1.0, (step + 1) / 100) * max(0.05, cosine)
+
+
+def check_finite(losses: dict[str, Tensor], step: int) -> None:
+    """Stop before bad numbers reach the weights.
+
+    Raises:
+        LmdError: a loss that is NaN or infinite.
+    """
+    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+    if bad:
+        raise LmdError(
+            f"loss {', '.join(bad)} not finite at step {step}",
+            "finite losses",
+            "Start again from the last checkpoint with a smaller --learning-rate.",
+        )
+
+
+@torch.no_grad()
+def measure_statistics(codec: SpectralCodec, windows: CodecWindows) -> None:
+    """Set the encoder's mean and scale from the first batches; its weights are left alone."""
+    encoder = codec.encoder
+    raw = [
+        encoder.raw_latents(
+            encoder.features(windows.batch(step, False).to(encoder.latent_mean.device))
+        ).flatten(0, 1)
+        for step in range(STATISTICS_BATCHES)
+    ]
+    stacked = torch.cat(raw)
+    encoder.latent_mean.copy_(stacked.mean(0))
+    encoder.latent_std.copy_(stacked.std(0).clamp_min(1e-3))
+
+
+@torch.no_grad()
+def start_from_components(codec: SpectralCodec, windows: CodecWindows) -> float:
+    """Begin with principal components: the linear encoder's closed form, and mean levels.
+
+    Returns:
+        The share of the features' variance that the components hold.
+    """
+    encoder, config = codec.encoder, codec.config
+    batches = [windows.batch(step) for step in range(STATISTICS_BATCHES)]
+    features = torch.cat([encoder.features(b).flatten(0, 1) for b in batches])
+    mean = features.mean(0)
+    centred = (features - mean).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    n = config.latent_dim
+    scale = values[-n:].clamp_min(1e-6).sqrt()
+    encoder.feature_mean.copy_(mean)
+    encoder.linear.weight.copy_((vectors[:, -n:] / scale).T * DB_SCALE)
+    encoder.linear.bias.zero_()
+    encoder.layers[-1].weight.mul_(0.1)
+    power = torch.cat([stft(b[:4, 0], config.n_fft, config.hop).abs().square() for b in batches])
+    level = torch.log10(power + 10 ** (config.floor_db / 10)).mean((0, 2)) * 10
+    codec.decoder.level.bias.copy_(level / DB_SCALE)
+    return float(values[-n:].sum() / values.sum())
