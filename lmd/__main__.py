@@ -1,7 +1,8 @@
 """The command line: `python -m lmd COMMAND`.
 
-A command is a module with `configure(parser)`, which adds its arguments, and `main(args) -> int`,
-which returns the exit status. Modules are imported only when their command is asked for.
+A command is a module with a dataclass `Options`, whose fields are the flags (tyro makes them, their
+help is the class's `Attributes:`), and `main(options) -> int`, which returns the exit status. Modules
+are imported only when their command is asked for.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+
+import tyro
 
 from lmd.errors import LmdError
 
@@ -71,10 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     module_name, text = COMMANDS[name]
     with importing() if argv is None else nullcontext():  # a process of its own, or a caller's
         module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"python -m lmd {' '.join(name)}", description=text)
-    module.configure(parser)
+    prog, rest = f"lmd {' '.join(name)}", words[len(name) :]
+    if hasattr(module, "Options"):
+        config = (tyro.conf.FlagCreatePairsOff,)
+        options = tyro.cli(module.Options, prog=prog, description=text, args=rest, config=config)
+    else:  # the older form of a command
+        parser = argparse.ArgumentParser(prog=prog, description=text)
+        module.configure(parser)
+        options = parser.parse_args(rest)
     try:
-        return module.main(parser.parse_args(words[len(name) :]))
+        return module.main(options)
     except LmdError as error:
         print(f"lmd {' '.join(name)}: {error}", file=sys.stderr)
         return 2
