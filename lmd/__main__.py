@@ -1,8 +1,8 @@
 """The command line: `python -m lmd COMMAND`.
 
-A command is a module with a dataclass `Options`, whose fields are the flags (tyro makes them, their
-help is the class's `Attributes:`), and `main(options) -> int`, which returns the exit status. Modules
-are imported only when their command is asked for.
+A command is a module with a dataclass `Options`, whose fields are the flags (made by tyro, with the
+class's `Attributes:` as their help), and `main(options) -> int`, which returns the exit status.
+Modules are imported only when their command is asked for.
 """
 
 import argparse
