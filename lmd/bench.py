@@ -36,7 +36,7 @@ from lmd.machine import (
     trim_memory,
     tune_allocator,
 )
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder
 from lmd.packed import fastest_layout, is_packed, pack
 from lmd.stream.controls import Controls

@@ -29,7 +29,7 @@ from lmd.config import (
     to_dict,
 )
 from lmd.errors import LmdError
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
 from lmd.model.weights import load_strict
 

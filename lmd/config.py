@@ -70,6 +70,11 @@ class DiTConfig:
         return self.width // self.n_heads
 
     @property
+    def n_controls(self) -> int:
+        """Channels of all further frame-wise controls together."""
+        return sum(control.channels for control in self.controls)
+
+    @property
     def rope_dim(self) -> int:
         """How many of a head's dimensions are rotated: half, at least 32 where there are."""
         return min(self.head_dim, max(self.head_dim // 2, 32))

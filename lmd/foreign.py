@@ -21,7 +21,7 @@ from lmd.codec.oobleck import OobleckCodec, build_reference, from_stable_audio
 from lmd.config import ControlChannel, DiTConfig
 from lmd.errors import LmdError
 from lmd.foreign_config import ForeignConfig, parse_config
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.weights import load_strict
 
 CONFIG_FILE = "model_config.json"

@@ -17,13 +17,11 @@ from lmd.checkpoint import (
 )
 from lmd.codec.base import Codec
 from lmd.codec.oobleck import random_codec
-from lmd.codec.spectral import SpectralCodec, decode_in_panels
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, Preset, preset
 from lmd.errors import LmdError
 from lmd.machine import pick_device
 from lmd.model.text import Prompt, build_text_encoder
-from lmd.packed import pack, usual_layout
-from lmd.panels import can_use_panels
 from lmd.rng import derive_seed, normal
 from lmd.shapes import Latents, Wave
 from lmd.stream.controls import Controls
@@ -185,17 +183,10 @@ def _place(source: str) -> tuple[Path, str]:
 
 
 def _instrument(parts: Bundle, source: str, device: torch.device, is_trained: bool) -> Instrument:
-    """The parts put together on their device; on a CPU laid out for it where that is possible.
-
-    The layout is a function of machine and precision, not of a trial: equal seeds, equal samples.
-    """
+    """The parts put together on their device."""
     codec = parts.codec.model if isinstance(parts.codec, QuietCodec) else parts.codec
     parts.model.to(device)
     codec.to(device)
-    if device.type == "cpu":
-        pack(parts.model, layout=usual_layout(parts.model.dit.dtype))
-        if can_use_panels():
-            decode_in_panels(codec)
     streamer = Streamer(parts.model, parts.codec, parts.text, parts.preset.window)
     return Instrument(streamer, parts.preset, source, is_trained)
 

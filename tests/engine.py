@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lmd.config import DiTConfig, WindowConfig
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
+from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder
 from lmd.stream.streamer import Streamer
 

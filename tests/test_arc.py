@@ -22,7 +22,7 @@ from lmd.arc.losses import (
     smoothness,
 )
 from lmd.errors import LmdError
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 
 HEAD = HeadConfig(channels=(8, 8, 12, 16), n_blocks=1)
 CONTEXT, BLOCK = WINDOW.context_frames, WINDOW.block_frames

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmd.config import PRESETS, ControlChannel, DiTConfig, WindowConfig, preset
-from lmd.model.dit import LiveModel, frame_positions
+from lmd.model.dit import frame_positions
 from lmd.model.kv_cache import Memory
+from lmd.model.live_model import LiveModel, add_controls
 from lmd.model.masks import attention_mask
 from lmd.model.text import mix
 from lmd.rng import normal
-from lmd.stream.block import BlockPlan, LiveDenoiser, add_controls, both_branches
+from lmd.stream.block import BlockPlan, LiveDenoiser, both_branches
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import Guidance, sample, schedule
 from lmd.stream.streamer import drop_context
@@ -218,7 +219,7 @@ def test_tokens_that_nobody_reads_change_nothing_of_those_that_are_read(read, ch
         model.zero_grad()
         text = model.dit.text_key_values(normal((2, 7, 8), 0, "text"))
         x = model.dit.embed_target(normal((2, 4, 31), 0, "noisy"))
-        x, fresh = model.dit.trunk(x, frame_positions(30), text, attn_mask, read=wanted)
+        x, fresh = model.dit.trunk(x, frame_positions(30), text, attn_mask, output_slice=wanted)
         (x[:, kept].square().sum() + sum(kv.key.sum() + kv.value.sum() for kv in fresh)).backward()
         gradients = {n: p.grad for n, p in model.dit.named_parameters() if p.grad is not None}
         return x[:, kept], fresh, gradients
@@ -261,7 +262,7 @@ def test_cache_bytes_and_shapes_stay_constant_over_blocks(block_frames):
     state, sizes = stream.start(), set()
     for _ in range(12):
         _, state = stream.step(state, controls)
-        sizes.add((state.memory.n_bytes, state.memory.context.layers[0].key.shape))
+        sizes.add((state.memory.n_bytes, state.memory.context.layers.keys.shape))
     assert len(sizes) == 1
     # Two layers of [text 7 keys + values, context 24 keys + values + rotated keys], width 16.
     assert sizes.pop()[0] == 2 * 4 * 16 * (2 * 7 + 3 * 24)

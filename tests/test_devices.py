@@ -20,8 +20,7 @@ from lmd.codec.oobleck import random_codec
 from lmd.codec.oobleck_fast import named_tensors
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import ControlChannel, OobleckConfig, SpectralCodecConfig, preset
-from lmd.model.dit import LiveModel
-from lmd.stream.block import add_controls
+from lmd.model.live_model import LiveModel, add_controls
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
 from lmd.training.draws import BatchIndices

@@ -11,7 +11,7 @@ from engine import WINDOW, streamer
 
 from lmd.config import preset
 from lmd.errors import LmdError
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.masks import attention_mask, window_rule
 from lmd.stream.block import BlockPlan, LiveDenoiser
 from lmd.stream.controls import Controls

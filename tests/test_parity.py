@@ -286,7 +286,7 @@ def make_folder(folder, raw, seconds):
     checks that sizes and names are read, not the arithmetic, which the reference folder does.
     """
     config = parse_config(raw)
-    from lmd.model.dit import LiveModel
+    from lmd.model.live_model import LiveModel
 
     model = LiveModel(config.dit, config.max_seconds)
     codec = build_reference(config.codec)

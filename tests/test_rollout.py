@@ -13,7 +13,8 @@ from lmd.arc.losses import Prompts, RolloutPlan, draw_calls, rollout, text_memor
 from lmd.arc.plan import ArcOptions, plan_update
 from lmd.config import WindowConfig
 from lmd.errors import LmdError
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
+from lmd.model.live_model import LiveModel
 from lmd.stream.block import BlockPlan, LiveDenoiser
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import Guidance, sample, schedule
@@ -241,7 +242,7 @@ def with_learning_calls_of(
         def velocities(noisy, t, session=session):
             nonlocal n_left, named_apart
             other_session = copy.copy(session)
-            other_session.dit, other_session.condition = moved.dit, other
+            other_session.model, other_session.condition = moved, other
             other_session.memory = replace(session.memory, text=text)
             velocity = session(noisy, t)
             n_left -= 1

@@ -30,7 +30,7 @@ from lmd.arc.train import fit
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.errors import LmdError
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder
 from lmd.rng import normal
 from lmd.training.draws import BatchIndices

@@ -20,7 +20,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import WindowConfig, preset
 from lmd.data.codec_identity import encoder_sha256
 from lmd.errors import LmdError
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder
 from lmd.pretrained import open_instrument
 from lmd.stream.streamer import Streamer

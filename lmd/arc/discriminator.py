@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmd.errors import LmdError
-from lmd.model.dit import Condition, LiveModel, frame_positions
+from lmd.model.dit import Condition, frame_positions
+from lmd.model.live_model import LiveModel
 from lmd.shapes import Latents, NoiseLevel
 
 Scores = Float[Tensor, "batch patch"]  # higher = more like music that somebody made
@@ -131,6 +132,8 @@ class Discriminator(nn.Module):
             torch.cat(tokens, dim=1),
             frame_positions(n_frames),
             dit.text_key_values(condition.tokens),
-            read=slice(first_frame, n_frames),  # the global token is last: frames keep theirs
+            output_slice=slice(
+                first_frame, n_frames
+            ),  # the global token is last: frames keep theirs
         )
         return self.head(x)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from lmd.arc.discriminator import Discriminator, Scores
 from lmd.errors import LmdError
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
 from lmd.model.kv_cache import Memory
+from lmd.model.live_model import LiveModel
 from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, NoiseLevel, Tokens
 from lmd.stream.block import BlockPlan, BlockSession, Denoiser
@@ -154,7 +155,7 @@ class OneLearns:
 
 def text_memory(model: LiveModel, condition: Condition) -> Memory:
     """The prompt's keys, to be shared by a rollout; under grad they carry gradient to the text."""
-    return Memory(tuple(model.dit.text_key_values(condition.tokens)))
+    return Memory(model.text_keys(condition.tokens))
 
 
 def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:

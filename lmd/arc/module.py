@@ -26,7 +26,7 @@ from lmd.arc.losses import GanLoss, Prompts, derangement, discriminator_loss, fr
 from lmd.arc.plan import ArcBatch, ArcOptions, UpdatePlan, draw_dropped, plan_update, play_trial
 from lmd.errors import LmdError
 from lmd.machine import memory_gb
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
 from lmd.rng import generator as rng
 from lmd.shapes import Latents

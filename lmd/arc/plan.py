@@ -21,7 +21,7 @@ from lmd.arc.losses import (
 )
 from lmd.config import Regime, check_block
 from lmd.errors import LmdError
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.rng import derive_seed, generator
 from lmd.shapes import Latents, NoiseLevel
 from lmd.stream.block import BlockPlan, LiveDenoiser

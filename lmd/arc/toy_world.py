@@ -43,7 +43,7 @@ from lmd.arc.losses import (
 from lmd.arc.plan import ArcBatch, ArcOptions, Player, plan_update, play_trial
 from lmd.config import DiTConfig, to_dict
 from lmd.evaluation.metrics import Gaussian, frechet, gaussian
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.rng import derive_seed, generator, normal
 from lmd.shapes import Latents
 from lmd.stream.block import BlockPlan, LiveDenoiser

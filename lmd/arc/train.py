@@ -27,7 +27,7 @@ from lmd.config import REGIMES, Preset, check_block, preset
 from lmd.data.shards import LatentShards
 from lmd.errors import LmdError
 from lmd.machine import tune_allocator
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import build_text_encoder
 from lmd.rng import derive_seed
 from lmd.training.begun import NoteOptions

@@ -16,7 +16,6 @@ from lmd.codec import phase
 from lmd.codec.spectral_decoder import DB_SCALE, Advances, Decibels, Past, SpectralDecoder
 from lmd.config import SpectralCodecConfig
 from lmd.errors import LmdError
-from lmd.panels import use_panels
 from lmd.shapes import BlockLatents, Latents, Wave
 
 
@@ -335,9 +334,3 @@ def onset_strength(level: Decibels, floor_db: float) -> Float[Tensor, "batch ste
     level = level.clamp_min(floor_db)
     rise = (level[..., 1:] - level[..., :-1]).clamp_min(0).mean(1)
     return F.pad(rise, (1, 0))
-
-
-def decode_in_panels(codec: object) -> None:
-    """Lay a spectral codec's decoder out for playing, in place; any other codec stays as it is."""
-    if isinstance(codec, SpectralCodec):
-        use_panels(codec.decoder)

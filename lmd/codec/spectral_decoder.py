@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lmd.codec import phase
 from lmd.config import SpectralCodecConfig
-from lmd.panels import PanelLinear
 from lmd.shapes import Latents
 
 Decibels = Float[Tensor, "batch bin step"]
@@ -23,16 +22,13 @@ CACHED = 128  # frames that stay in the cache while all taps of a convolution pa
 
 
 def same_linear(
-    layer: nn.Linear | PanelLinear, x: Float[Tensor, "*rows inputs"]
+    layer: nn.Linear, x: Float[Tensor, "*rows inputs"]
 ) -> Float[Tensor, "*rows outputs"]:
     """A linear layer whose rows do not depend, not even in rounding, on how many there are.
 
     Matrix products of other sizes round otherwise, and phases that are integrated for a second
-    make that audible. So without gradients rows are taken `TILE` at a time; layers in panels
-    compute every row alike anyway.
+    make that audible. So without gradients rows are taken `TILE` at a time.
     """
-    if isinstance(layer, PanelLinear):
-        return layer(x)
     if torch.is_grad_enabled():
         return layer(x)
     rows = x.reshape(-1, x.shape[-1])

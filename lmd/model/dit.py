@@ -1,45 +1,76 @@
-"""The diffusion transformer: Stable Audio Open's, with the path for clean context added.
+"""The diffusion transformer: Stable Audio Open's, with a path for clean context added.
 
-Noisy target frames enter through `project_in`; clean context enters through one bias-free
-projection, `to_input_add`, of [keep_mask, context, further controls]. The noise level enters only
-through one global token that sits last and keeps rotary position 0, so whoever does not see that
-token does not depend on t.
+Noisy target frames enter through `project_in` (A); clean context enters through one bias-free
+projection, `to_input_add` (B), of [keep mask, context, further controls]. The noise level enters
+only through one global token that sits last and keeps rotary position 0, so whoever does not see
+that token does not depend on t.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717); Stable Audio Open (arXiv 2407.14358).
 Taught in notebook 02_outpaint.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmd.config import DiTConfig
-from lmd.operations import Rotation, attend, gated, linear, normalised, rotate
 from lmd.shapes import (
     AttentionMask,
     FrameControls,
     FrameMask,
     Heads,
     Latents,
-    NoiseLevel,
+    LayerHeads,
+    OutputTokens,
     Positions,
-    ReadTokens,
+    SeenHeads,
     Tokens,
 )
 
 ALL, NONE = slice(None), slice(0, 0)  # of a pass's tokens
 
 
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding at some positions, `[token, rope_dim / 2]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 class KeyValue(NamedTuple):
-    """Keys (normalised, not yet rotated) and values of some tokens in one layer."""
+    """Keys (normalised) and values of some tokens in one layer."""
 
     key: Heads
     value: Heads
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of some tokens in all layers, `[layer, batch, head, token, dim]`."""
+
+    keys: LayerHeads
+    values: LayerHeads
+
+    @classmethod
+    def stack(cls, layers: "Sequence[KeyValue] | KeyValues") -> "KeyValues":
+        """One tensor of keys and one of values; what is stacked already stays as it is."""
+        if isinstance(layers, KeyValues):
+            return layers
+        return cls(torch.stack([kv.key for kv in layers]), torch.stack([kv.value for kv in layers]))
+
+    def layer(self, index: int) -> KeyValue:
+        """Those of one layer."""
+        return KeyValue(self.keys[index], self.values[index])
+
+    def frames(self, first: int, end: int) -> "KeyValues":
+        """Those of the tokens `first ... end - 1`."""
+        return KeyValues(self.keys[..., first:end, :], self.values[..., first:end, :])
 
 
 @dataclass(frozen=True)
@@ -80,30 +111,30 @@ class RotaryEmbedding(nn.Module):
         return Rotation(angle.cos(), angle.sin())
 
 
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's over one dimension, learning by way of `lmd.operations`."""
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn dimension pairs (i, i + rope_dim / 2) of `[..., token, dim]` by their position's angle.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens or heads in and out."""
-        return normalised(x, self.weight, self.bias, self.eps)
+    Computed in float32.
+    """
+    half = rotation.cos.shape[-1]
+    left, right, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    turned = left * rotation.cos - right * rotation.sin, right * rotation.cos + left * rotation.sin
+    return torch.cat([part.to(x.dtype) for part in (*turned, rest)], dim=-1)
 
 
-class Linear(nn.Linear):
-    """PyTorch's with a bias, learning by way of `lmd.operations`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows in and out."""
-        return linear(x, self.weight, self.bias)
+def attend(q: Heads, k: SeenHeads, v: SeenHeads, attn_mask: AttentionMask | None = None) -> Heads:
+    """`softmax(q k^T / sqrt(dim)) v`; the mask is True where a query sees a key (None: all)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
 
 def split_heads(x: Tokens, n_heads: int) -> Heads:
     """`[batch, token, head * dim]` to `[batch, head, token, dim]`."""
-    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    return rearrange(x, "b n (h d) -> b h n d", h=n_heads)
 
 
 def join_heads(x: Heads) -> Tokens:
     """`[batch, head, token, dim]` to `[batch, token, head * dim]`."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n d -> b n (h d)")
 
 
 class SelfAttention(nn.Module):
@@ -113,9 +144,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.to_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.q_norm = LayerNorm(config.head_dim, eps=1e-6)
-        self.k_norm = LayerNorm(config.head_dim, eps=1e-6)
+        self.q_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
         self.to_out = nn.Linear(config.width, config.width, bias=False)
+
+    def query_key_value(self, x: Tokens) -> tuple[Heads, KeyValue]:
+        """Queries, not yet normalised, and the fresh, unrotated keys and values."""
+        q, k, v = (split_heads(part, self.n_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
+        return q, KeyValue(self.k_norm(k), v)
 
     def forward(
         self,
@@ -123,33 +159,17 @@ class SelfAttention(nn.Module):
         rotation: Rotation,
         attn_mask: AttentionMask | None,
         past: KeyValue | None,
-        read: slice = ALL,
-    ) -> tuple[ReadTokens, KeyValue]:
+        output_slice: slice = ALL,
+    ) -> tuple[OutputTokens, KeyValue]:
         """Attend; `past` holds rotated keys. Returns the output and the fresh, unrotated keys."""
-        seen, fresh = self.heads(x, rotation, attn_mask, past, read)
-        return self.to_out(seen), fresh
-
-    def heads(
-        self,
-        x: Tokens,
-        rotation: Rotation,
-        attn_mask: AttentionMask | None,
-        past: KeyValue | None,
-        read: slice = ALL,
-    ) -> tuple[ReadTokens, KeyValue]:
-        """What the heads of the tokens `read` see, side by side, before the output projection."""
         q, fresh = self.query_key_value(x)
-        q = rotate(self.q_norm(q[:, :, read]), Rotation(rotation.cos[read], rotation.sin[read]))
+        at_output = Rotation(rotation.cos[output_slice], rotation.sin[output_slice])
+        q = rotate(self.q_norm(q[:, :, output_slice]), at_output)
         k, v = rotate(fresh.key, rotation), fresh.value
         if past is not None:
             k, v = torch.cat([past.key, k], dim=2), torch.cat([past.value, v], dim=2)
-        attn_mask = None if attn_mask is None else attn_mask[read]
-        return join_heads(attend(q, k, v, attn_mask)), fresh
-
-    def query_key_value(self, x: Tokens) -> tuple[Heads, KeyValue]:
-        """Queries, not yet normalised, and the fresh, unrotated keys and values."""
-        q, k, v = (split_heads(part, self.n_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
-        return q, KeyValue(self.k_norm(k), v)
+        attn_mask = None if attn_mask is None else attn_mask[output_slice]
+        return self.to_out(join_heads(attend(q, k, v, attn_mask))), fresh
 
 
 class CrossAttention(nn.Module):
@@ -160,8 +180,8 @@ class CrossAttention(nn.Module):
         self.n_heads = config.n_heads
         self.to_q = nn.Linear(config.width, config.width, bias=False)
         self.to_kv = nn.Linear(config.width, 2 * config.width, bias=False)
-        self.q_norm = LayerNorm(config.head_dim, eps=1e-6)
-        self.k_norm = LayerNorm(config.head_dim, eps=1e-6)
+        self.q_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
         self.to_out = nn.Linear(config.width, config.width, bias=False)
 
     def key_value(self, text: Tokens) -> KeyValue:
@@ -171,12 +191,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tokens, text: KeyValue) -> Tokens:
         """Attend to all text tokens."""
-        return self.to_out(self.heads(x, text))
-
-    def heads(self, x: Tokens, text: KeyValue) -> Tokens:
-        """What the heads see, side by side, before the output projection."""
         q = self.q_norm(split_heads(self.to_q(x), self.n_heads))
-        return join_heads(attend(q, text.key, text.value))
+        return self.to_out(join_heads(attend(q, text.key, text.value)))
 
 
 class FeedForward(nn.Module):
@@ -184,12 +200,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.to_gated = Linear(config.width, 2 * config.ff_mult * config.width)
-        self.to_out = Linear(config.ff_mult * config.width, config.width)
+        self.to_gated = nn.Linear(config.width, 2 * config.ff_mult * config.width)
+        self.to_out = nn.Linear(config.ff_mult * config.width, config.width)
 
     def forward(self, x: Tokens) -> Tokens:
         """`[batch, token, width]` in and out."""
-        return self.to_out(gated(self.to_gated(x)))
+        value, gate = self.to_gated(x).chunk(2, dim=-1)
+        return self.to_out(value * F.silu(gate))
 
 
 class Block(nn.Module):
@@ -197,11 +214,11 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.pre_norm = LayerNorm(config.width, bias=False)
+        self.pre_norm = nn.LayerNorm(config.width, bias=False)
         self.self_attn = SelfAttention(config)
-        self.cross_norm = LayerNorm(config.width, bias=False)
+        self.cross_norm = nn.LayerNorm(config.width, bias=False)
         self.cross_attn = CrossAttention(config)
-        self.ff_norm = LayerNorm(config.width, bias=False)
+        self.ff_norm = nn.LayerNorm(config.width, bias=False)
         self.ff = FeedForward(config)
         for branch in (self.self_attn, self.cross_attn, self.ff):
             for parameter in branch.to_out.parameters():
@@ -214,20 +231,20 @@ class Block(nn.Module):
         text: KeyValue,
         attn_mask: AttentionMask | None = None,
         past: KeyValue | None = None,
-        read: slice = ALL,
-    ) -> tuple[ReadTokens, KeyValue]:
-        """Hidden states in, those of the tokens `read` out, with every fresh key and value."""
+        output_slice: slice = ALL,
+    ) -> tuple[OutputTokens, KeyValue]:
+        """Hidden states in, those of `output_slice` out, with every fresh key and value."""
         h = self.pre_norm(x)
-        if read == NONE:
-            return x[:, read], self.self_attn.query_key_value(h)[1]
-        attended, fresh = self.self_attn(h, rotation, attn_mask, past, read)
-        x = x[:, read] + attended
+        if output_slice == NONE:
+            return x[:, output_slice], self.self_attn.query_key_value(h)[1]
+        attended, fresh = self.self_attn(h, rotation, attn_mask, past, output_slice)
+        x = x[:, output_slice] + attended
         x = x + self.cross_attn(self.cross_norm(x), text)
         return x + self.ff(self.ff_norm(x)), fresh
 
 
 class DiT(nn.Module):
-    """The transformer and its doors: text, global token, noisy target, clean context, output."""
+    """The transformer and its projections: text, global token, noisy target, clean context."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -247,8 +264,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.postprocess_conv.weight)
         self.project_in = nn.Linear(c, d, bias=False)
         self.project_out = nn.Linear(d, c, bias=False)
-        n_added = 1 + c + sum(control.channels for control in config.controls)
-        self.to_input_add = nn.Linear(n_added, d, bias=False)
+        self.to_input_add = nn.Linear(1 + c + config.n_controls, d, bias=False)
         self.rope = RotaryEmbedding(config.rope_dim, config.rope_base)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
@@ -263,10 +279,10 @@ class DiT(nn.Module):
             block.compile(dynamic=False, mode=mode)
         self.replays_graphs = mode == "reduce-overhead"
 
-    def text_key_values(self, tokens: Tokens) -> list[KeyValue]:
-        """Per layer, the keys and values of a prompt: computed once for all steps of all blocks."""
+    def text_key_values(self, tokens: Tokens) -> KeyValues:
+        """The keys and values of a prompt: computed once for all steps of all blocks."""
         text = self.to_cond_embed(tokens.to(self.dtype))
-        return [block.cross_attn.key_value(text) for block in self.blocks]
+        return KeyValues.stack([block.cross_attn.key_value(text) for block in self.blocks])
 
     def global_token(self, t: Tensor, global_cond: Tensor) -> Tokens:
         """One token per noise level, `t` of shape [batch] or [batch, token]."""
@@ -277,161 +293,82 @@ class DiT(nn.Module):
         return moment + self.to_global_embed(global_cond.to(self.dtype))[:, None]
 
     def embed_target(self, noisy: Latents) -> Tokens:
-        """Noisy latents to hidden states."""
+        """Noisy latents to hidden states, `A noisy`."""
         noisy = noisy.to(self.dtype)
-        return self.project_in((noisy + self.preprocess_conv(noisy)).transpose(1, 2))
+        return self.project_in(rearrange(noisy + self.preprocess_conv(noisy), "b c n -> b n c"))
 
     def embed_context(
         self, context: Latents, keep_mask: FrameMask, controls: FrameControls | None = None
     ) -> Tokens:
-        """What is added frame by frame: keep mask, known latents, further controls (or none)."""
+        """What is added frame by frame: `B [keep mask, known latents, further controls]`."""
         parts = [keep_mask, context * keep_mask]
-        if self.config.controls:
-            n = sum(control.channels for control in self.config.controls)
-            parts.append(
-                controls
-                if controls is not None
-                else context.new_zeros(1, n, 1).expand(context.shape[0], n, context.shape[2])
-            )
-        return self.to_input_add(torch.cat(parts, dim=1).to(self.dtype).transpose(1, 2))
+        if self.config.n_controls and controls is None:
+            controls = context.new_zeros(len(context), self.config.n_controls, context.shape[-1])
+        if self.config.n_controls:
+            parts.append(controls)
+        added = torch.cat(parts, dim=1).to(self.dtype)
+        return self.to_input_add(rearrange(added, "b c n -> b n c"))
+
+    def embed(
+        self,
+        noisy: Latents,
+        known: Latents | None,
+        keep_mask: FrameMask | None,
+        controls: FrameControls | None = None,
+    ) -> Tokens:
+        """Frames to hidden states: `A noisy + B [keep mask, known]`.
+
+        Who calls it routes: with `noisy` zero on the context, clean frames enter through B alone.
+        """
+        x = self.embed_target(noisy)
+        if known is None and controls is None:
+            return x
+        if known is None:
+            known, keep_mask = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
+        return x + self.embed_context(known, keep_mask, controls)
 
     def trunk(
         self,
         x: Tokens,
         positions: Positions,
-        text: list[KeyValue],
+        text: KeyValues,
         attn_mask: AttentionMask | None = None,
-        past: list[KeyValue] | None = None,
-        read: slice = ALL,
-    ) -> tuple[ReadTokens, list[KeyValue]]:
+        past: KeyValues | None = None,
+        output_slice: slice = ALL,
+    ) -> tuple[OutputTokens, list[KeyValue]]:
         """All blocks.
 
         Args:
             x: `[batch, token, width]`.
             positions: rotary, one per token.
-            text: per layer, see `text_key_values`.
+            text: see `text_key_values`.
             attn_mask: which keys a token sees, the past's first; None: all.
-            past: per layer, rotated keys and values of tokens before these.
-            read: whose hidden states are wanted. Of the others the last block computes keys and
-                values alone: nothing else of theirs is ever used.
+            past: rotated keys and values of tokens before these.
+            output_slice: whose hidden states are wanted. Of the others the last block computes
+                keys and values alone: nothing else of theirs is ever used.
 
         Returns:
-            Hidden states of the tokens `read`, and every layer's keys and values of all tokens.
+            Hidden states of `output_slice`, and every layer's keys and values of all tokens.
         """
         if self.replays_graphs:  # which overwrites what the call before returned
             torch.compiler.cudagraph_mark_step_begin()
         rotation, fresh = self.rope(positions), []
         attn_mask = None if attn_mask is None else attn_mask.to(x.device)
         for index, block in enumerate(self.blocks):
-            seen = None if past is None else past[index]
-            out = read if index == len(self.blocks) - 1 else ALL
+            seen = None if past is None else past.layer(index)
+            out = output_slice if index == len(self.blocks) - 1 else ALL
+            inputs = (x, rotation, text.layer(index), attn_mask, seen, out)
             if self.checkpointing and torch.is_grad_enabled():
-                x, kv = checkpoint(
-                    block, x, rotation, text[index], attn_mask, seen, out, use_reentrant=False
-                )
+                x, kv = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x, kv = block(x, rotation, text[index], attn_mask, seen, out)
+                x, kv = block(*inputs)
             fresh.append(kv)
         return x, fresh
 
     def head(self, x: Tokens) -> Latents:
         """Hidden states of frames to velocity, in float32."""
-        y = self.project_out(x).transpose(1, 2)
+        y = rearrange(self.project_out(x), "b n c -> b c n")
         return (y + self.postprocess_conv(y)).float()
-
-    def embed(
-        self,
-        noisy: Latents,
-        context: Latents | None,
-        keep_mask: FrameMask | None,
-        controls: FrameControls | None = None,
-        route: bool = True,
-    ) -> Tokens:
-        """Frames to hidden states: `A noisy` on the target, `B [mask, clean]` on the context.
-
-        With `route=False` (the naive baseline) the noised context enters as well, as in ordinary
-        outpainting.
-        """
-        if context is None or keep_mask is None:
-            return self.embed_target(noisy)
-        routed = noisy * (1 - keep_mask) if route else noisy
-        return self.embed_target(routed) + self.embed_context(context, keep_mask, controls)
-
-
-class SecondsEmbedder(nn.Module):
-    """A length in seconds as one token (Stable Audio's number conditioner)."""
-
-    def __init__(self, dim: int, max_seconds: float = 256.0) -> None:
-        super().__init__()
-        self.max_seconds = max_seconds
-        self.weights = nn.Parameter(torch.randn(128))
-        self.to_embed = nn.Linear(257, dim)
-
-    def forward(self, seconds: Tensor) -> Tensor:
-        """`[batch]` seconds, clamped to 0 ... max_seconds, to `[batch, dim]`."""
-        x = (seconds.float().clamp(0, self.max_seconds) / self.max_seconds)[:, None]
-        angle = 2 * math.pi * x * self.weights.float()
-        features = torch.cat([x, angle.sin(), angle.cos()], dim=-1)
-        return self.to_embed(features.to(self.to_embed.weight.dtype))
-
-
-class LiveModel(nn.Module):
-    """What a checkpoint holds: the transformer and the embedding of lengths."""
-
-    def __init__(self, config: DiTConfig, max_seconds: float = 256.0) -> None:
-        super().__init__()
-        self.config = config
-        self.dit = DiT(config)
-        self.seconds = SecondsEmbedder(config.global_dim, max_seconds)
-
-    def condition(self, prompt_tokens: Tokens, seconds: float | Tensor) -> Condition:
-        """Prompt embeddings `[batch, token, text_dim]` and lengths in seconds to a condition."""
-        device = self.dit.project_in.weight.device
-        length = torch.as_tensor(seconds, dtype=torch.float32, device=device)
-        embed = self.seconds(length.reshape(-1).expand(prompt_tokens.shape[0]))
-        tokens = torch.cat([prompt_tokens.to(embed), embed[:, None]], dim=1)
-        return Condition(tokens, embed)
-
-    @staticmethod
-    def null_condition(condition: Condition) -> Condition:
-        """The condition of the unguided branch: text and seconds tokens zeroed, global kept."""
-        return Condition(torch.zeros_like(condition.tokens), condition.global_cond)
-
-    def forward(
-        self,
-        noisy: Latents,
-        t: NoiseLevel,
-        condition: Condition,
-        *,
-        context: Latents | None = None,
-        keep_mask: FrameMask | None = None,
-        attn_mask: AttentionMask | None = None,
-        controls: FrameControls | None = None,
-        first_position: int = 1,
-        route: bool = True,
-    ) -> Latents:
-        """Velocity of every frame, one uncached pass.
-
-        Args:
-            noisy: `[batch, latent, frame]`, T frames.
-            t: noise level per item, 0 clean ... 1 noise.
-            condition: see `condition`.
-            context: clean latents over all T frames; read where `keep_mask` is 1.
-            keep_mask: `[batch, 1, frame]`, 1 = known. None: the plain bidirectional base.
-            attn_mask: `[T + 1, T + 1]` from `lmd.model.masks`; None: everybody sees everybody.
-            controls: further frame-wise controls, `[batch, channel, frame]`.
-            first_position: rotary position of frame 0.
-            route: False feeds the noised context too (the naive baseline).
-
-        Returns:
-            `[batch, latent, frame]` float32, `noise - clean`.
-        """
-        dit = self.dit
-        x = dit.embed(noisy, context, keep_mask, controls, route)
-        x = torch.cat([x, dit.global_token(t, condition.global_cond)], dim=1)
-        positions = frame_positions(noisy.shape[-1], first_position)
-        x, _ = dit.trunk(x, positions, dit.text_key_values(condition.tokens), attn_mask)
-        return dit.head(x[:, :-1])
 
 
 def frame_positions(n_frames: int, first: int = 1) -> Positions:

@@ -48,6 +48,21 @@ def attention_mask(regime: Regime, context_frames: int, block_frames: int) -> At
     raise LmdError(f"regime {regime!r}", f"one of {', '.join(REGIMES)}", "Pick one of these.")
 
 
+def context_mask(regime: Regime, context_frames: int, block_frames: int) -> AttentionMask:
+    """The mask of a pass over the context alone: frames as in `attention_mask`.
+
+    The global token is there, since every pass has one, but no frame sees it.
+
+    Returns:
+        `[s + 1, s + 1]`.
+    """
+    whole = attention_mask(regime, context_frames, block_frames)
+    seen = torch.zeros(context_frames + 1, context_frames + 1, dtype=torch.bool)
+    seen[:-1, :-1] = whole[:context_frames, :context_frames]
+    seen[-1] = True
+    return seen
+
+
 def window_rule(query_block: Tensor, key_block: Tensor, n_context: int) -> AttentionMask:
     """A query sees keys of its own block and of the `n_context` blocks before it."""
     behind = query_block[:, None] - key_block[None, :]

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lmd.config import ControlChannel, Regime, check_block
-from lmd.model.dit import NONE, Condition, LiveModel, frame_positions
-from lmd.model.kv_cache import ContextCache, Memory
-from lmd.model.masks import attention_mask, fused_step_mask
+from lmd.config import Regime, check_block
+from lmd.model.dit import Condition
+from lmd.model.kv_cache import Memory
+from lmd.model.live_model import Passes
 from lmd.shapes import BlockLatents, FrameControls, Latents
 from lmd.stream.samplers import add_noise
 
@@ -71,16 +72,15 @@ class Denoiser(Protocol):
 
 
 class LiveDenoiser:
-    """A `LiveModel` as a `Denoiser`."""
+    """A model's passes as a `Denoiser`."""
 
-    def __init__(self, model: LiveModel) -> None:
-        self.model = model
-        self.latent_dim = model.config.latent_dim
+    def __init__(self, model: Passes) -> None:
+        self.model, self.latent_dim = model, model.latent_dim
 
     @property
     def device(self) -> torch.device:
         """Where the model is now."""
-        return self.model.dit.project_in.weight.device
+        return self.model.device
 
     def condition(self, prompt_tokens: Tensor, seconds: float) -> Condition:
         """See `LiveModel.condition`."""
@@ -111,148 +111,77 @@ class LiveDenoiser:
         Raises:
             LmdError: a block length that does not divide the context.
         """
-        check_block(context.shape[-1], plan.block_frames)
+        n_frames, o = context.shape[-1], plan.block_frames
+        check_block(n_frames, o)
         if plan.regime == "full":
-            return _FullSession(self.model, context, condition, plan, controls)
+            return FullSession(self.model, context, condition, plan, controls)
         if memory is None:
-            memory = Memory(tuple(self.model.dit.text_key_values(condition.tokens)))
-        if plan.regime == "enc-dec" or memory.context is None:
-            memory = replace(memory, context=self._prefill(context, memory, plan, controls))
-            return _CachedSession(self.model, context, condition, plan, memory, None, controls)
-        finished = context[..., -plan.block_frames :]
-        return _CachedSession(self.model, context, condition, plan, memory, finished, controls)
-
-    def _prefill(
-        self, context: Latents, memory: Memory, plan: BlockPlan, controls: FrameControls | None
-    ) -> ContextCache:
-        """Encode the whole context in one pass: positions 1 ... s, no global token."""
-        dit, n_frames = self.model.dit, context.shape[-1]
-        frame_controls = None if controls is None else controls[..., :n_frames]
-        x = dit.embed_context(context, torch.ones_like(context[:, :1]), frame_controls)
-        attn_mask = None
-        if plan.regime == "block-causal":
-            attn_mask = attention_mask(plan.regime, n_frames, plan.block_frames)[
-                :n_frames, :n_frames
-            ]
-        positions = frame_positions(n_frames)[:-1]
-        _, fresh = dit.trunk(x, positions, list(memory.text), attn_mask, read=NONE)
-        return ContextCache.of(fresh, dit.rope)
+            memory = Memory(self.model.text_keys(condition.tokens))
+        if plan.regime == "block-causal" and memory.context is not None:
+            after = None if controls is None else controls[..., n_frames - o :]
+            finished = context[..., n_frames - o :]
+            return CachedSession(self.model, condition, memory, after, finished)
+        before, after = (None, None) if controls is None else controls.tensor_split([n_frames], -1)
+        encoded = self.model.encode_context(context, memory.text, plan.regime, o, before)
+        return CachedSession(self.model, condition, replace(memory, context=encoded), after)
 
 
-class _FullSession:
+class FullSession:
     """The naive baseline: the whole window, noised context and all, at every step."""
 
     memory: Memory | None = None
 
     def __init__(
         self,
-        model: LiveModel,
+        model: Passes,
         context: Latents,
         condition: Condition,
         plan: BlockPlan,
         controls: FrameControls | None,
     ) -> None:
         self.model, self.condition, self.controls = model, condition, controls
-        batch, latent_dim, self.n_context = context.shape
+        self.text = model.text_keys(condition.tokens)
         noise = plan.context_noise
+        self.context, self.n_context = context, context.shape[-1]
         self.context_noise = torch.zeros_like(context) if noise is None else noise
-        self.context = context
-        self.keep_mask = context.new_ones(batch, 1, self.n_context + plan.block_frames)
-        self.keep_mask[..., self.n_context :] = 0
-        blank = context.new_zeros(batch, latent_dim, plan.block_frames)
-        self.known = torch.cat([context, blank], dim=-1)
+        self.known = F.pad(context, (0, plan.block_frames))
+        self.keep_mask = F.pad(torch.ones_like(context[:, :1]), (0, plan.block_frames))
 
     def __call__(self, noisy: BlockLatents, t: float) -> BlockLatents:
+        """Velocity of the block."""
         level = noisy.new_full((noisy.shape[0],), t)
         window = torch.cat([add_noise(self.context, self.context_noise, level), noisy], dim=-1)
-        velocity = self.model(
-            window,
-            level,
-            self.condition,
-            context=self.known,
-            keep_mask=self.keep_mask,
-            controls=self.controls,
-            route=False,
-        )
+        given = (window, self.known, self.keep_mask, level, self.condition, self.text)
+        velocity = self.model.window(*given, self.controls)
         return velocity[..., self.n_context :]
 
 
-class _CachedSession:
+@dataclass
+class CachedSession:
     """Both cached regimes: steps over [block, global token] against the context's keys.
 
-    With `finished` (block-causal, a block just made) the first step encodes that block too.
+    With `finished` (block-causal, a block just made) the first step encodes that block too; the
+    controls then begin with its own.
     """
 
-    def __init__(
-        self,
-        model: LiveModel,
-        context: Latents,
-        condition: Condition,
-        plan: BlockPlan,
-        memory: Memory,
-        finished: BlockLatents | None,
-        controls: FrameControls | None,
-    ) -> None:
-        self.dit, self.condition, self.memory = model.dit, condition, memory
-        self.finished, self.controls = finished, controls
-        self.n_context, self.block_frames = context.shape[-1], plan.block_frames
-        self.positions = frame_positions(self.block_frames, self.n_context + 1)
+    model: Passes
+    condition: Condition
+    memory: Memory
+    controls: FrameControls | None = None
+    finished: BlockLatents | None = None
 
     def __call__(self, noisy: BlockLatents, t: float) -> BlockLatents:
+        """Velocity of the block."""
         level = noisy.new_full((noisy.shape[0],), t)
-        x = torch.cat(
-            [self._embed_target(noisy), self.dit.global_token(level, self.condition.global_cond)],
-            dim=1,
-        )
-        if self.finished is not None:
-            return self._absorb(x)
-        text = list(self.memory.text)
-        x, _ = self.dit.trunk(x, self.positions, text, None, self.memory.context.past())
-        return self.dit.head(x[:, :-1])
-
-    def _embed_target(self, noisy: BlockLatents) -> Tensor:
-        """`A noisy`, and the further controls where the model has them."""
-        x = self.dit.embed_target(noisy)
-        if self.dit.config.controls and self.controls is not None:
-            mask, known = torch.zeros_like(noisy[:, :1]), torch.zeros_like(noisy)
-            x = x + self.dit.embed_context(known, mask, self.controls[..., self.n_context :])
-        return x
-
-    def _absorb(self, x: Tensor) -> BlockLatents:
-        """The fused first step: also encode the finished block, then slide the cache."""
-        o, s, rope = self.block_frames, self.n_context, self.dit.rope
-        controls = None if self.controls is None else self.controls[..., s - o : s]
-        mask = torch.ones_like(self.finished[:, :1])
-        x = torch.cat([self.dit.embed_context(self.finished, mask, controls), x], dim=1)
-        positions = torch.cat([torch.arange(s - o + 1, s + 1), self.positions])
-        cache = self.memory.context
-        x, fresh = self.dit.trunk(
-            x,
-            positions,
-            list(self.memory.text),
-            fused_step_mask(s // o, o),
-            cache.past_shifted(o, rope),
-            read=slice(o, 2 * o),
-        )
-        self.memory = replace(self.memory, context=cache.absorb(fresh, o, rope))
+        shared = (level, self.condition.global_cond, self.memory.text, self.memory.context)
+        if self.finished is None:
+            return self.model.step(noisy, *shared, self.controls)
+        velocity, cache = self.model.fused_step(self.finished, noisy, *shared, self.controls)
+        self.memory = replace(self.memory, context=cache)
+        if self.controls is not None:
+            self.controls = self.controls[..., self.finished.shape[-1] :]
         self.finished = None
-        return self.dit.head(x)
-
-
-def add_controls(model: LiveModel, *controls: ControlChannel) -> LiveModel:
-    """The same model with room for further frame-wise controls.
-
-    Their columns in the input-add projection start at zero, so nothing changes until they are
-    trained.
-    """
-    config = replace(model.config, controls=(*model.config.controls, *controls))
-    grown = LiveModel(config, model.seconds.max_seconds)
-    weights = model.state_dict()
-    name = "dit.to_input_add.weight"
-    widened = weights[name].new_zeros(grown.state_dict()[name].shape)
-    widened[:, : weights[name].shape[1]] = weights[name]
-    grown.to(widened).load_state_dict({**weights, name: widened})
-    return grown
+        return velocity
 
 
 def both_branches(condition: Condition, null: Condition) -> Condition:

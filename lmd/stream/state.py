@@ -17,7 +17,7 @@ from lmd.errors import LmdError
 from lmd.model.kv_cache import Memory
 from lmd.shapes import Latents
 
-STATE_FORMAT = "lmd-stream-state-2"
+STATE_FORMAT = "lmd-stream-state-3"
 CODECS_OWN = ("decode.overhang", "decode.running")  # lie where the codec computes
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from lmd.codec.base import Codec, DecodeState, StreamingCodec, decode_block
 from lmd.config import WindowConfig
 from lmd.errors import LmdError
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
 from lmd.model.kv_cache import Memory
+from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder, mix, told
 from lmd.model.weights import fingerprint
 from lmd.rng import normal

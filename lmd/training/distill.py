@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lmd.config import Regime
 from lmd.errors import LmdError
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
+from lmd.model.live_model import LiveModel
 from lmd.model.masks import attention_mask
 from lmd.rng import generator
 from lmd.shapes import BlockLatents, Latents

@@ -5,7 +5,7 @@ The input-add projection is trained whole: a base has never used it.
 
 from torch import Tensor, nn
 
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.training.sharding import whole_state
 
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out", "to_gated")

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd.config import check_block
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
+from lmd.model.live_model import LiveModel
 from lmd.model.masks import all_blocks_mask, attention_mask
 from lmd.shapes import AttentionMask, Latents, NoiseLevel, Positions
 from lmd.stream.samplers import add_noise, velocity_of
@@ -173,7 +174,7 @@ def packed_velocity(
     )
     text = dit.text_key_values(condition.tokens)
     noised_frames = slice(packing.n_clean, x.shape[1] - t.shape[1])
-    x, _ = dit.trunk(x, packing.positions(o), text, packing.attn_mask, read=noised_frames)
+    x, _ = dit.trunk(x, packing.positions(o), text, packing.attn_mask, output_slice=noised_frames)
     return dit.head(x).unflatten(2, (-1, o)).transpose(1, 2)
 
 

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lmd.config import Preset
 from lmd.errors import LmdError
-from lmd.model.dit import Condition, LiveModel
+from lmd.model.dit import Condition
+from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
 from lmd.shapes import BlockLatents, Latents, Tokens
 from lmd.stream.block import BlockPlan

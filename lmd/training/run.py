@@ -27,7 +27,7 @@ from lmd.data.shards import LatentShards
 from lmd.errors import LmdError
 from lmd.foreign import load_foreign
 from lmd.machine import check_compiler, machine_dict, tune_allocator
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.model.text import build_text_encoder
 from lmd.rng import derive_seed
 from lmd.training.begun import NoteOptions, begun_as, compare

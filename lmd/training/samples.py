@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lmd.checkpoint import build_model, load_codec, load_strict
 from lmd.codec.base import Codec
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.rng import normal
 from lmd.shapes import Latents, Wave
 from lmd.stream.controls import Controls

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 
 
 class Sharding(ModelParallelStrategy):

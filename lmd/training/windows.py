@@ -12,7 +12,7 @@ from lmd.config import Preset
 from lmd.corpus.scores import Split
 from lmd.data.latents import LatentWindows
 from lmd.data.shards import INDEX, LatentShards
-from lmd.model.dit import LiveModel
+from lmd.model.live_model import LiveModel
 from lmd.rng import derive_seed, normal
 from lmd.training.losses import init_context_projection
 from lmd.training.module import Windows, WindowSource

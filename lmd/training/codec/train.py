@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomic
-from lmd.codec.spectral import SpectralCodec, decode_in_panels
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import SpectralCodecConfig, preset, to_dict
 from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
@@ -163,7 +163,6 @@ def measure(args: argparse.Namespace) -> int:
     """
     header, corpus = read_header(args.evaluate), Corpus(args.data, "test")
     codec = load_codec(args.evaluate)
-    decode_in_panels(codec)
     result = evaluate(codec, corpus, args.hours)
     result |= {"sha256": header.sha256, "data": args.data.name, "machine": machine_dict()}
     result["hours"] = corpus.settings().get("hours")
