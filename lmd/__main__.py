@@ -37,6 +37,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "fit the listener that measures music",
     ),
     ("run",): ("lmd.pipeline.run", "execute the notebooks and write a report"),
+    ("export",): ("lmd.play.export_command", "write graphs that play"),
     ("stream",): ("lmd.play.stream_command", "stream music to a file"),
     ("replay",): ("lmd.play.replay", "play a recorded take again"),
     ("evaluate",): ("lmd.evaluation.command", "measure generated music"),

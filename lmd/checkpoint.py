@@ -281,11 +281,14 @@ def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
         LmdError: see `load_tensors` and `load_strict`.
     """
     tensors, header = load_tensors(path, "codec")
-    return _build_codec(header.config, tensors, path, dtype)
+    return build_codec(header.config, tensors, path, dtype)
 
 
-def _build_codec(
-    config: Config, tensors: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype
+def build_codec(
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
 ) -> Codec:
     """The codec that these weights are of."""
     if isinstance(config, OobleckConfig):
@@ -348,5 +351,5 @@ def load_bundle(
             "a model and the codec whose latents it learned",
             "Put the two that were trained together into one folder.",
         )
-    codec = _build_codec(codec_header.config, tensors, codec_path, dtype)
+    codec = build_codec(codec_header.config, tensors, codec_path, dtype)
     return Bundle(preset, load_model(path).to(dtype), codec, build_text_encoder(preset.text))

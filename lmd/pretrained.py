@@ -1,5 +1,8 @@
 """Something to play on: shipped weights where there are some, random ones where there are none."""
 
+import hashlib
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,18 @@ from lmd.codec.oobleck import random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, Preset, preset
 from lmd.errors import LmdError
+from lmd.graph import CODEC, FORMAT, MANIFEST, PRECISIONS
 from lmd.machine import pick_device
 from lmd.model.text import Prompt, build_text_encoder
 from lmd.rng import derive_seed, normal
 from lmd.shapes import Latents, Wave
+from lmd.stream.block import LiveDenoiser
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
 
 SHIPPED = Path(__file__).parent.parent / "data" / "pretrained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ENGINES = ("torch", "graph")
 BEST_FIRST = ("arc", "finetuned", "base")  # as measured (docs/log.md)
 CFG_SCALE = 1.5  # that weights without ARC-Forcing play best with (docs/log.md)
 TRAINED_BY_REGRESSION = {"sampler": "dpmpp", "n_steps": 16, "cfg_scale": CFG_SCALE}
@@ -48,12 +54,14 @@ class Instrument:
         preset: its sizes.
         source: opens the same instrument again (`open_instrument(source)`).
         is_trained: False for random weights, which make noise, not music.
+        engine: what computes: `torch` or `graph`.
     """
 
     streamer: Streamer
     preset: Preset
     source: str
     is_trained: bool
+    engine: str = "torch"
 
     def controls(self, prompt: Prompt, **changes: Any) -> Controls:
         """What these weights sound best with; anything may be changed by name.
@@ -126,54 +134,86 @@ def open_instrument(
     preset_name: str = "small",
     device: str = "auto",
     dtype: str | None = None,
+    engine: str = "auto",
 ) -> Instrument:
     """Load an instrument.
 
     Args:
         source: `best` (the best shipped weights of that preset, else random ones), a shipped kind
-            (`arc`, `finetuned`, `base`), `FOLDER:KIND`, or `random:PRESET:SEED` (with
-            `:codec` behind it for random weights in front of the shipped codec). Behind each of
-            them may stand `@bfloat16`.
+            (`arc`, `finetuned`, `base`), `FOLDER:KIND`, `random:PRESET:SEED` (with `:codec` behind
+            it for random weights in front of the shipped codec), or a folder that `lmd export`
+            wrote. Behind it may stand a precision and an engine: `arc@bfloat16`, `arc@torch`.
         preset_name: for `best` only.
         device: where it computes; `auto`: on a CUDA GPU if there is one.
-        dtype: of the transformer and of Stable Audio's autoencoder: `float32`, or `bfloat16`, which
-            halves weights and cache once they are loaded, and is faster with large models where
-            the processor multiplies it (slower elsewhere); None: as `source` says, else float32.
-            The default codec computes in float32.
+        dtype: in which the transformer computes: `float32`, `bfloat16` (faster with large models
+            where the processor multiplies it, slower elsewhere) or, with graphs, `int8`; None: as
+            `source` says, else float32. Stable Audio's autoencoder follows in bfloat16; the
+            spectral codec computes in float32.
+        engine: `graph` plays exported graphs (see `lmd.graph`), which are made once and kept;
+            `torch` plays the model as it is trained. `auto`: as `source` says, else graphs for
+            trained weights on a CPU.
 
     Raises:
-        LmdError: no such source, device or precision, or files that are missing or do not fit.
+        LmdError: no such source, device, precision or engine, or files that are missing or do not
+            fit.
     """
-    place, (weights, precision) = pick_device(device), _split(source)
+    place, (weights, precision, named_engine) = pick_device(device), _split(source)
     precision = precision if dtype is None else dtype
-    if precision not in DTYPES:
-        raise LmdError(f"dtype {precision!r}", f"one of {', '.join(DTYPES)}", "Pick one of these.")
     if weights == "best":
         weights = _best(preset(preset_name))
-    source = weights if precision == "float32" else f"{weights}@{precision}"
-    if weights.startswith("random:"):
-        return _instrument(_random(weights, DTYPES[precision]), source, place, is_trained=False)
-    folder, kind = _place(weights)
-    if kind not in MODEL_KINDS:
-        raise LmdError(
-            f"source {weights!r}",
-            f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND or random:PRESET:SEED, "
-            "with or without @bfloat16 behind it",
-            "Pick one of these.",
-        )
-    bundle = load_bundle(folder, kind, DTYPES[precision])
-    return _instrument(bundle, source, place, is_trained=True)
+    is_random, is_exported = weights.startswith("random:"), (Path(weights) / MANIFEST).is_file()
+    usual = "graph" if is_exported or (place.type == "cpu" and not is_random) else "torch"
+    chosen = named_engine or usual if engine == "auto" else engine
+    _check(precision, chosen, place)
+    source = weights + f"@{precision}" * (precision != "float32") + f"@{chosen}" * (chosen != usual)
+    if is_exported and chosen != "graph":
+        raise LmdError(f"engine {chosen!r} for {weights}", "'graph'", "Name the weights instead.")
+    if chosen == "graph":
+        try:
+            folder = Path(weights) if is_exported else _exported(weights)
+            return _on_graphs(folder, source, precision, is_trained=not is_random)
+        except (LmdError, ImportError) as error:
+            if is_exported or precision not in DTYPES or "graph" in (engine, named_engine):
+                raise
+            print(f"{error}\nPlaying with PyTorch instead.", file=sys.stderr)
+            source += "@torch"
+    bundle = _bundle(weights, DTYPES[precision])
+    codec = bundle.codec.model if isinstance(bundle.codec, QuietCodec) else bundle.codec
+    bundle.model.to(place)
+    codec.to(place)
+    streamer = Streamer(bundle.model, bundle.codec, bundle.text, bundle.preset.window)
+    return Instrument(streamer, bundle.preset, source, not is_random)
 
 
 def precision_of(source: str) -> str:
-    """The precision that a source names, one of `DTYPES`."""
+    """The precision that a source names, one of `PRECISIONS`."""
     return _split(source)[1]
 
 
-def _split(source: str) -> tuple[str, str]:
-    """The weights and the precision that a source names."""
-    weights, at, precision = source.rpartition("@")
-    return (weights, precision) if at and precision in DTYPES else (source, "float32")
+def _check(precision: str, engine: str, device: torch.device) -> None:
+    """Refuse what does not exist, or not together."""
+    if engine not in ENGINES:
+        raise LmdError(f"engine {engine!r}", "auto, torch or graph", "Pick one of these.")
+    known = PRECISIONS if engine == "graph" else tuple(DTYPES)
+    if precision not in known:
+        raise LmdError(
+            f"dtype {precision!r} with engine {engine!r}", f"one of {', '.join(known)}", "Pick one."
+        )
+    if engine == "graph" and device.type != "cpu":
+        raise LmdError(
+            f"engine 'graph' on {device}", "the CPU, where graphs play", "Use engine='torch' there."
+        )
+
+
+def _split(source: str) -> tuple[str, str, str]:
+    """The weights, the precision and the engine (or nothing) that a source names."""
+    precision, engine = "float32", ""
+    weights, at, last = source.rpartition("@")
+    while at and last in (*PRECISIONS, *ENGINES):
+        precision, engine = (last, engine) if last in PRECISIONS else (precision, last)
+        source = weights
+        weights, at, last = source.rpartition("@")
+    return source, precision, engine
 
 
 def _place(source: str) -> tuple[Path, str]:
@@ -182,13 +222,78 @@ def _place(source: str) -> tuple[Path, str]:
     return Path(folder) if folder else SHIPPED, kind
 
 
-def _instrument(parts: Bundle, source: str, device: torch.device, is_trained: bool) -> Instrument:
-    """The parts put together on their device."""
-    codec = parts.codec.model if isinstance(parts.codec, QuietCodec) else parts.codec
-    parts.model.to(device)
-    codec.to(device)
-    streamer = Streamer(parts.model, parts.codec, parts.text, parts.preset.window)
-    return Instrument(streamer, parts.preset, source, is_trained)
+def _bundle(weights: str, dtype: torch.dtype) -> Bundle:
+    """Model, codec and text encoder of a source."""
+    if weights.startswith("random:"):
+        return _random(weights, dtype)
+    folder, kind = _place(weights)
+    if kind not in MODEL_KINDS:
+        raise LmdError(
+            f"source {weights!r}",
+            f"best, {', '.join(BEST_FIRST)}, FOLDER:KIND, random:PRESET:SEED or an exported "
+            "folder, with or without @bfloat16, @int8, @torch or @graph behind it",
+            "Pick one of these.",
+        )
+    return load_bundle(folder, kind, dtype)
+
+
+def _on_graphs(folder: Path, source: str, precision: str, is_trained: bool) -> Instrument:
+    """The instrument that an exported folder is."""
+    from lmd.graph.runtime import load_graphs
+
+    chosen, model, codec = load_graphs(folder, precision)
+    if codec is None:
+        codec = load_codec(folder / CODEC, DTYPES.get(precision, torch.float32))
+    codec = codec if is_trained else QuietCodec(codec)
+    streamer = Streamer(LiveDenoiser(model), codec, build_text_encoder(chosen.text), chosen.window)
+    return Instrument(streamer, chosen, source, is_trained, "graph")
+
+
+def _exported(weights: str) -> Path:
+    """The folder of a source's graphs, exported now if they are not there yet.
+
+    It lies under `LMD_CACHE` (`~/.cache/lmd`) and is named after the weights.
+    """
+    identity = [FORMAT, torch.__version__, weights]
+    if not weights.startswith("random:"):
+        folder, kind = _place(weights)
+        paths = (folder / f"{kind}.safetensors", folder / "codec.safetensors")
+        identity[2:] = [read_header(path).sha256 for path in paths]
+    key = hashlib.sha256("/".join(identity).encode()).hexdigest()[:20]
+    out = Path(os.environ.get("LMD_CACHE", Path.home() / ".cache" / "lmd")) / "graphs" / key
+    if not (out / MANIFEST).is_file():
+        print(f"exporting {weights} once, to play it faster …", file=sys.stderr)
+        seconds = export_source(weights, out)["seconds"]
+        print(f"took {seconds:.0f} s; kept in {out}", file=sys.stderr)
+    return out
+
+
+def export_source(source: str, out: Path, block_frames: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Write a source's graphs into a folder, which is then a source itself.
+
+    Args:
+        source: as for `open_instrument`, but `best` and exported folders.
+        out: a new folder, or one that was written so.
+        block_frames: block lengths for which static graphs are wanted as well.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        LmdError: as `open_instrument` and `lmd.graph.export.export`.
+    """
+    from lmd.graph.export import export
+
+    weights = _split(source)[0]
+    bundle = _bundle(weights, torch.float32)
+    codec = bundle.codec.model if isinstance(bundle.codec, QuietCodec) else bundle.codec
+    codec_file = None if weights.startswith("random:") else _place(weights)[0] / CODEC
+    if codec_file is None and not isinstance(codec, SpectralCodec):
+        raise LmdError(f"{source} as graphs", "weights with a codec's file", "Use engine='torch'.")
+    return export(
+        bundle.model, codec, bundle.preset, out,
+        block_frames=block_frames, source=weights, codec_file=codec_file,
+    )  # fmt: skip
 
 
 def _best(wanted: Preset) -> str:

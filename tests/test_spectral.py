@@ -222,9 +222,9 @@ def test_a_stream_computes_new_steps_only(codec, monkeypatch):
     rows = []
     advances = SpectralDecoder._advances
 
-    def counting(self, x):
-        rows.append(x.shape[1])
-        return advances(self, x)
+    def counting(self, level, advance):
+        rows.append(level.shape[1])
+        return advances(self, level, advance)
 
     monkeypatch.setattr(SpectralDecoder, "_advances", counting)
     state, latents = DecodeState(), normal((1, 8, 48), 4, "test latents")

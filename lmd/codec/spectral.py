@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -109,6 +110,11 @@ class SpectralEncoder(nn.Module):
             levels = 10 * torch.log10((power + floor).transpose(1, 2) @ self.bands)
         return levels.reshape(len(wave), -1, config.hops_per_frame * config.n_bands)
 
+    def from_features(self, features: Float[Tensor, "batch frame feature"]) -> Latents:
+        """Normalised latents of band levels."""
+        raw = self.raw_latents(features)
+        return rearrange((raw - self.latent_mean) / self.latent_std, "b n c -> b c n")
+
     def raw_latents(
         self, features: Float[Tensor, "batch frame feature"]
     ) -> Float[Tensor, "batch frame latent"]:
@@ -118,8 +124,7 @@ class SpectralEncoder(nn.Module):
 
     def forward(self, wave: Wave) -> Latents:
         """Normalised latents of a wave of whole frames."""
-        raw = self.raw_latents(self.features(wave))
-        return ((raw - self.latent_mean) / self.latent_std).transpose(1, 2)
+        return self.from_features(self.features(wave))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ def same_linear(
     Matrix products of other sizes round otherwise, and phases that are integrated for a second
     make that audible. So without gradients rows are taken `TILE` at a time.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         return layer(x)
     rows = x.reshape(-1, x.shape[-1])
     padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
@@ -43,7 +44,7 @@ def same_depthwise(
     layer: nn.Conv1d, x: Float[Tensor, "batch padded width"]
 ) -> Float[Tensor, "batch frame width"]:
     """A depthwise convolution over padded frames, tap by tap, for the same reason."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         return layer(x.transpose(1, 2)).transpose(1, 2)
     n = max(0, x.shape[1] - KERNEL + 1)
     out = layer.bias.repeat(len(x), n, 1)
@@ -53,12 +54,6 @@ def same_depthwise(
         for tap, weights in enumerate(taps, first):
             part.addcmul_(x[:, tap : tap + part.shape[1]], weights)
     return out
-
-
-def joined(past: Tensor, x: Tensor, n_ahead: int, last: bool) -> Tensor:
-    """What a convolution sees: its past, what is new, and zeros where the stream ends."""
-    end = x.new_zeros(len(x), n_ahead if last else 0, x.shape[2])
-    return torch.cat([past, x, end], dim=1)
 
 
 class ConvBlock(nn.Module):
@@ -78,22 +73,19 @@ class ConvBlock(nn.Module):
         self.contract = nn.Linear(2 * width, width)
         self.scale = nn.Parameter(torch.full((width,), 0.3))
 
-    def step(self, x: Steps, past: Past, last: bool, n_certain: int) -> tuple[Steps, Past, int]:
-        """The frames that can be told now, the past of the next step, how many stay as they are.
+    def forward(self, past: Past, x: Steps, end: Past) -> tuple[Steps, Past]:
+        """The frames that can be told now, and all that the convolution saw.
 
         Args:
-            x: the next frames; the first `n_certain` will not change, the others are guesses.
-            past: what the step before kept.
-            last: nothing comes after `x`.
-            n_certain: see `x`.
+            past: the frames before `x` that it sees again.
+            x: the next frames.
+            end: as many zeros as the stream is short of at its end, else none.
         """
-        seen = joined(past, x, self.pad[1], last)
+        seen = torch.cat([past, x, end.expand(-1, -1, x.shape[-1])], dim=1)
         y = same_depthwise(self.depthwise, seen)
-        n, n_known = y.shape[1], past.shape[1] + n_certain
+        skipped = seen[:, self.pad[0] : self.pad[0] + y.shape[1]]
         y = F.gelu(same_linear(self.expand, self.norm(y)))
-        y = seen[:, self.pad[0] : self.pad[0] + n] + self.scale * same_linear(self.contract, y)
-        n_certain = max(0, n_known - KERNEL + 1)
-        return y, seen[:, n_certain:n_known], n_certain
+        return skipped + self.scale * same_linear(self.contract, y), seen
 
 
 class SpectralDecoder(nn.Module):
@@ -117,6 +109,7 @@ class SpectralDecoder(nn.Module):
         self.split = nn.Linear(config.width, config.hops_per_frame * config.step_width)
         steps_ahead = [config.hops_per_frame // 2 if i < 2 else 0 for i in range(config.step_depth)]
         self.step_blocks = nn.Sequential(*(ConvBlock(config.step_width, n) for n in steps_ahead))
+        self.graph = None  # `network` as an exported graph, where that plays
         self.norm = nn.LayerNorm(config.step_width)
         self.level = nn.Linear(config.step_width, n_bins)
         self.advance = nn.Linear(config.step_width, 4 * n_bins)
@@ -159,39 +152,67 @@ class SpectralDecoder(nn.Module):
             What `forward` returns, for the steps that can be told now; the next `past`, which knows
             nothing of guesses; and how many of the steps no guess has touched.
         """
-        enter, *pasts = past or self._silence(latents)
-        n_known = enter.shape[1] + latents.shape[-1] - n_guessed
-        seen = joined(enter, latents.transpose(1, 2), 1, last)
-        x, n_certain = self._enter(seen), max(0, n_known - 2)
-        kept = [seen[:, n_certain:n_known]]
-        n_blocks = len(self.blocks)
-        for block, before in zip(self.blocks, pasts[:n_blocks], strict=True):
-            x, after, n_certain = block.step(x, before, last, n_certain)
-            kept.append(after)
-        x = same_linear(self.split, x)
-        x = x.reshape(len(x), x.shape[1] * self.config.hops_per_frame, self.config.step_width)
-        n_certain *= self.config.hops_per_frame
-        for block, before in zip(self.step_blocks, pasts[n_blocks:], strict=True):
-            x, after, n_certain = block.step(x, before, last, n_certain)
-            kept.append(after)
-        return self._advances(self.norm(x)), tuple(kept), n_certain
+        past = past or self._silence(latents)
+        is_full = all(p.shape[1] == reach for p, reach in zip(past, self.reaches, strict=True))
+        network = self.graph if self.graph is not None and is_full else self.network
+        end = latents.new_zeros(len(latents), int(last), 1)
+        level, advance, *seen = network(latents, end, *past)
+        kept, n_certain = [], latents.shape[-1] - n_guessed
+        for index, (saw, before, reach) in enumerate(zip(seen, past, self.reaches, strict=True)):
+            if index == 1 + len(self.blocks):
+                n_certain *= self.config.hops_per_frame
+            n_known = before.shape[1] + n_certain
+            n_certain = max(0, n_known - reach)
+            kept.append(saw[:, n_certain:n_known])
+        return self._advances(level, advance), tuple(kept), n_certain
 
-    def _silence(self, latents: Latents) -> list[Past]:
+    @property
+    def reaches(self) -> list[int]:
+        """How many frames of its past every convolution sees again, the first one's first."""
+        return [2] + [KERNEL - 1] * (len(self.blocks) + len(self.step_blocks))
+
+    def network(self, latents: Latents, end: Past, *past: Past) -> tuple[Tensor, ...]:
+        """The network alone: levels, raw advances, and what every convolution saw.
+
+        Args:
+            latents: `[batch, latent, frame]`.
+            end: zeros `[batch, 1, 1]` where the stream ends here, else `[batch, 0, 1]`.
+            past: of every convolution, `[batch, frame, width]`.
+        """
+        enter, *pasts = past
+        last = end.expand(-1, -1, latents.shape[1])
+        seen = [torch.cat([enter, rearrange(latents, "b c n -> b n c"), last], dim=1)]
+        x = self._enter(seen[0])
+        for block, before in zip(self.blocks, pasts, strict=False):
+            x, saw = block(before, x, end.repeat(1, block.pad[1], 1))
+            seen.append(saw)
+        x = rearrange(
+            same_linear(self.split, x), "b n (hop w) -> b (n hop) w", w=self.config.step_width
+        )
+        for block, before in zip(self.step_blocks, pasts[len(self.blocks) :], strict=True):
+            x, saw = block(before, x, end.repeat(1, block.pad[1], 1))
+            seen.append(saw)
+        x = self.norm(x)
+        return same_linear(self.level, x), same_linear(self.advance, x), *seen
+
+    def _silence(self, latents: Latents) -> tuple[Past, ...]:
         """What the convolutions see before the first frame."""
         blocks = [*self.blocks, *self.step_blocks]
         sizes = [(1, latents.shape[1]), *((b.pad[0], b.norm.weight.numel()) for b in blocks)]
-        return [latents.new_zeros(len(latents), *size) for size in sizes]
+        return tuple(latents.new_zeros(len(latents), *size) for size in sizes)
 
-    def _advances(self, x: Steps) -> Advances:
-        level = same_linear(self.level, x).transpose(1, 2).float() * DB_SCALE
-        in_time, in_frequency = torch.view_as_complex(
-            same_linear(self.advance, x).float().unflatten(-1, (2, -1, 2)).contiguous()
-        ).unbind(2)
+    def _advances(self, level: Tensor, advance: Tensor) -> Advances:
+        """Decibels, and advances as complex numbers, `[batch, bin, step]`."""
+        level = rearrange(level, "b n bin -> b bin n").float() * DB_SCALE
+        advance = rearrange(
+            advance.float(), "b n (two bin part) -> b n two bin part", two=2, part=2
+        )
+        in_time, in_frequency = torch.view_as_complex(advance.contiguous()).unbind(2)
         return level, in_time.transpose(1, 2), in_frequency.transpose(1, 2)
 
     def _enter(self, seen: Past) -> Steps:
         """The first convolution, as one linear map of three frames."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return F.conv1d(seen.transpose(1, 2), self.enter.weight, self.enter.bias).transpose(
                 1, 2
             )

@@ -43,7 +43,7 @@ class SecondsEmbedder(nn.Module):
 
     def forward(self, seconds: Tensor) -> Tensor:
         """`[batch]` seconds, clamped to 0 ... max_seconds, to `[batch, dim]`."""
-        x = (seconds.float().clamp(0, self.max_seconds) / self.max_seconds)[:, None]
+        x = (seconds.float().clamp(0.0, self.max_seconds) / self.max_seconds)[:, None]
         angle = 2 * math.pi * x * self.weights.float()
         features = torch.cat([x, angle.sin(), angle.cos()], dim=-1)
         return self.to_embed(features.to(self.to_embed.weight.dtype))

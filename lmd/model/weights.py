@@ -51,7 +51,9 @@ def fingerprint(part: object) -> str:
     Args:
         part: a module, anything else with a `state_dict`, or what wraps one as `model`.
     """
-    holder = part if hasattr(part, "state_dict") else getattr(part, "model", None)
+    holder = part if hasattr(part, "state_dict") else getattr(part, "model", part)
+    if hasattr(holder, "fingerprint"):  # of weights that were exported
+        return holder.fingerprint
     digest = hashlib.sha256(type(part).__name__.encode())
     if hasattr(holder, "state_dict"):
         for name, tensor in sorted(holder.state_dict().items()):

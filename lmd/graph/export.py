@@ -1,0 +1,387 @@
+"""`lmd export`: a model and its codec as ONNX graphs, one file of weights and one manifest.
+
+    lmd export --source arc --out graphs
+    lmd export --source arc --out graphs --block-frames 48 12   # static shapes, too
+
+The graphs refer to `weights.safetensors` by offset, so what is trained is stored once. The manifest
+is where a runtime learns every dimension. Each graph is run beside PyTorch before it counts.
+"""
+
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lmd.codec.base import Codec
+from lmd.codec.spectral import SpectralCodec
+from lmd.config import Preset, check_block, to_dict
+from lmd.errors import LmdError
+from lmd.graph import CODEC, FORMAT, MANIFEST, OPSET, WEIGHTS
+from lmd.graph.runtime import CompiledGraph, file_sha256
+from lmd.model.dit import KeyValues, frame_positions
+from lmd.model.live_model import LiveModel
+from lmd.model.weights import fingerprint
+from lmd.rng import normal
+from lmd.stream.block import LiveDenoiser
+
+TOLERANCE = 1e-4  # of an exported graph, as a share of the largest output; measured: 7e-6
+BATCH, FRAMES, PAST = 2, 40, 24  # while tracing: unlike one another, and no special case
+
+
+class TransformerGraph(nn.Module):
+    """`LiveModel.run`, with keys and values as plain tensors in and out."""
+
+    def __init__(self, model: LiveModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        noisy: Tensor,
+        known: Tensor,
+        keep_mask: Tensor,
+        t: Tensor,
+        global_cond: Tensor,
+        text_keys: Tensor,
+        text_values: Tensor,
+        past_keys: Tensor,
+        past_values: Tensor,
+        positions: Tensor,
+        attn_mask: Tensor,
+        controls: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocity, fresh keys, fresh values."""
+        text, past = KeyValues(text_keys, text_values), KeyValues(past_keys, past_values)
+        given = (t, global_cond, text, past, positions, attn_mask, controls)
+        velocity, fresh = self.model.run(noisy, known, keep_mask, *given)
+        return velocity, *KeyValues.stack(fresh)
+
+
+class TextGraph(nn.Module):
+    """`LiveModel.text_keys`."""
+
+    def __init__(self, model: LiveModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a condition's tokens."""
+        return tuple(self.model.text_keys(tokens))
+
+
+class SecondsGraph(nn.Module):
+    """`LiveModel.seconds`."""
+
+    def __init__(self, model: LiveModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, seconds: Tensor) -> Tensor:
+        """`[batch, global_dim]`."""
+        return self.model.seconds(seconds)
+
+
+class DecoderGraph(nn.Module):
+    """`SpectralDecoder.network`: levels, raw phase advances, what every convolution saw."""
+
+    def __init__(self, codec: SpectralCodec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, latents: Tensor, end: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """See `SpectralDecoder.network`."""
+        return self.codec.decoder.network(latents, end, *past)
+
+
+class EncoderGraph(nn.Module):
+    """`SpectralEncoder` from band features on, which an STFT gives."""
+
+    def __init__(self, codec: SpectralCodec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[batch, frame, feature]` decibels to `[batch, latent, frame]`."""
+        return self.codec.encoder.from_features(features)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to be exported.
+
+    Attributes:
+        module: what is traced.
+        inputs: examples by name, in the order of the module's arguments.
+        dynamic: by input, the dimensions that may differ at run time.
+        outputs: names.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    dynamic: dict[str, tuple[int, ...]]
+    outputs: tuple[str, ...]
+
+
+def transformer_graph(
+    model: LiveModel, n_text: int, batch: int, n_frames: int, n_past: int
+) -> Graph:
+    """The pass that everything of playing is; see `LiveModel.run`."""
+    c = model.config
+    heads = (c.depth, batch, c.n_heads)
+    shapes = {
+        "noisy": (batch, c.latent_dim, n_frames),
+        "known": (batch, c.latent_dim, n_frames),
+        "keep_mask": (batch, 1, n_frames),
+        "t": (batch,),
+        "global_cond": (batch, c.global_dim),
+        "text_keys": (*heads, n_text, c.head_dim),
+        "text_values": (*heads, n_text, c.head_dim),
+        "past_keys": (*heads, n_past, c.head_dim),
+        "past_values": (*heads, n_past, c.head_dim),
+    }
+    inputs = {name: normal(shape, 0, f"export {name}") for name, shape in shapes.items()}
+    inputs["t"] = inputs["t"].sigmoid()
+    inputs["keep_mask"] = (inputs["keep_mask"] > 0).float()
+    inputs["positions"] = frame_positions(n_frames, n_past + 1)
+    inputs["attn_mask"] = torch.ones(n_frames + 1, n_past + n_frames + 1, dtype=torch.bool)
+    dynamic = dict.fromkeys(("noisy", "known", "keep_mask"), (0, 2))
+    dynamic |= {"t": (0,), "global_cond": (0,), "text_keys": (1,), "text_values": (1,)}
+    dynamic |= {"past_keys": (1, 3), "past_values": (1, 3), "positions": (0,), "attn_mask": (0, 1)}
+    if c.n_controls:
+        inputs["controls"] = normal((batch, c.n_controls, n_frames), 0, "export controls")
+        dynamic["controls"] = (0, 2)
+    return Graph(TransformerGraph(model), inputs, dynamic, ("velocity", "keys", "values"))
+
+
+def model_graphs(model: LiveModel, chosen: Preset) -> dict[str, Graph]:
+    """The model's graphs by name, with dimensions left open."""
+    n_text = chosen.text.n_tokens + 1
+    tokens = normal((BATCH, n_text, chosen.dit.text_dim), 0, "export tokens")
+    seconds = torch.tensor([1.0, 9.0])
+    return {
+        "transformer": transformer_graph(model, n_text, BATCH, FRAMES, PAST),
+        "text": Graph(TextGraph(model), {"tokens": tokens}, {"tokens": (0,)}, ("keys", "values")),
+        "seconds": Graph(SecondsGraph(model), {"seconds": seconds}, {"seconds": (0,)}, ("embed",)),
+    }
+
+
+def static_graphs(model: LiveModel, chosen: Preset, block_frames: int) -> dict[str, Graph]:
+    """The passes of one block length with every dimension fixed, for runtimes that want it so."""
+    n_text, s, o = chosen.text.n_tokens + 1, chosen.window.context_frames, block_frames
+    sizes = {"context": (s, 0), "step": (o, s), "fused_step": (2 * o, s)}
+    made = {}
+    for name, (n_frames, n_past) in sizes.items():
+        graph = transformer_graph(model, n_text, 1, n_frames, n_past)
+        made[name if name == "context" else f"{name}_{o}"] = Graph(
+            graph.module, graph.inputs, {}, graph.outputs
+        )
+    return made
+
+
+def codec_graphs(codec: SpectralCodec) -> dict[str, Graph]:
+    """The graphs of the spectral codec; phases and STFTs stay outside."""
+    decoder, c = codec.decoder, codec.config
+    blocks = (*decoder.blocks, *decoder.step_blocks)
+    widths = [c.latent_dim, *(block.norm.weight.numel() for block in blocks)]
+    names = [f"past_{i}" for i in range(len(widths))]
+    inputs = {"latents": normal((BATCH, c.latent_dim, 12), 0, "export latents")}
+    inputs["end"] = torch.zeros(BATCH, 2, 1)
+    for name, reach, width in zip(names, decoder.reaches, widths, strict=True):
+        inputs[name] = normal((BATCH, reach, width), 0, f"export {name}")
+    dynamic = {"latents": (0, 2), "end": (0, 1)} | dict.fromkeys(names, (0,))
+    outputs = ("level", "advance", *(f"seen_{i}" for i in range(len(widths))))
+    levels = normal((BATCH, 12, c.n_bands * c.hops_per_frame), 0, "export levels") * 20 - 40
+    encoder = Graph(EncoderGraph(codec), {"features": levels}, {"features": (0, 1)}, ("latents",))
+    return {
+        "decoder": Graph(DecoderGraph(codec), inputs, dynamic, outputs),
+        "encoder": encoder,
+    }
+
+
+def export(
+    model: LiveModel,
+    codec: Codec,
+    chosen: Preset,
+    out: Path,
+    *,
+    block_frames: tuple[int, ...] = (),
+    source: str = "",
+    codec_file: Path | None = None,
+) -> dict[str, Any]:
+    """Write graphs, weights and manifest into a new folder, or over one that `export` wrote.
+
+    Args:
+        model: float32, on the CPU.
+        codec: its codec. Only the spectral codec becomes graphs; Stable Audio's plays in PyTorch,
+            from a copy of its file.
+        chosen: the sizes.
+        out: the folder; it appears when everything in it is whole and checked.
+        block_frames: block lengths for which graphs with static shapes are wanted as well.
+        source: where the weights come from, for the manifest.
+        codec_file: the file that the codec was loaded from.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        LmdError: a folder that is not ours or cannot be written, a block length that the context
+            does not hold, or a graph that does not compute what PyTorch does.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise LmdError(f"{out}, which holds other files", "a new folder", "Choose another place.")
+    graphs = model_graphs(model, chosen)
+    if isinstance(codec, SpectralCodec):
+        graphs |= codec_graphs(codec)
+    for o in block_frames:
+        check_block(chosen.window.context_frames, o)
+        graphs |= static_graphs(model, chosen, o)
+    began, partial = time.perf_counter(), out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        named = {f"model.{k}": t.float() for k, t in model.state_dict().items()}
+        if isinstance(codec, SpectralCodec):
+            named |= {f"codec.{k}": t for k, t in codec.state_dict().items()}
+        elif codec_file is not None:
+            shutil.copy(codec_file, partial / CODEC)
+        save_file({k: t.contiguous() for k, t in named.items()}, partial / WEIGHTS)
+        offsets = tensor_offsets(partial / WEIGHTS)
+        described = {}
+        for name, graph in tqdm(graphs.items(), desc="exporting", file=sys.stderr):
+            write_graph(graph, partial / f"{name}.onnx", offsets)
+            described[name] = {
+                "file": f"{name}.onnx",
+                "inputs": {k: shape_of(k, v, graph) for k, v in graph.inputs.items()},
+                "outputs": list(graph.outputs),
+                "max_difference": largest_difference(graph, partial / f"{name}.onnx"),
+            }
+        manifest = {
+            "format": FORMAT,
+            "source": source,
+            "preset": to_dict(chosen),
+            "sample_rate": chosen.codec.sample_rate,
+            "block_frames": list(block_frames),
+            "precision": "float32",
+            "opset": OPSET,
+            "weights": {"file": WEIGHTS, "sha256": file_sha256(partial / WEIGHTS)},
+            "fingerprint": fingerprint(LiveDenoiser(model)),
+            "graphs": described,
+            "seconds": time.perf_counter() - began,
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except OSError as error:
+        raise LmdError(
+            f"{out}: {error.strerror or error}", "a folder that can be written", "Choose another."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def write_graph(graph: Graph, path: Path, offsets: dict[str, tuple[int, int]]) -> None:
+    """One ONNX file whose trained weights are places in the file of weights."""
+    import onnx_ir as ir
+
+    free = torch.export.Dim.DYNAMIC
+    shapes = [dict.fromkeys(graph.dynamic.get(name, ()), free) for name in graph.inputs]
+    with torch.no_grad(), quiet():
+        traced = torch.export.export(
+            graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=nested(graph, shapes)
+        )
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # which would store a weight again, transposed
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            verbose=False,
+        )
+        for name, value in program.model.graph.initializers.items():
+            if name in offsets:
+                begin, length = offsets[name]
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS, begin, length, value.dtype, shape=value.shape, name=name,
+                    base_dir=path.parent,
+                )  # fmt: skip
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # where in the source each node comes from
+        ir.save(program.model, path)
+
+
+def nested(graph: Graph, shapes: list[dict]) -> tuple:
+    """The dynamic shapes as `torch.export` wants them: further arguments as one tuple."""
+    if isinstance(graph.module, DecoderGraph):
+        return (*shapes[:2], tuple(shapes[2:]))
+    return tuple(shapes)
+
+
+def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where in a safetensors file every tensor's bytes begin, and how many they are."""
+    with path.open("rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n_header))
+    header.pop("__metadata__", None)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + n_header + a, b - a) for name, (a, b) in spans.items()}
+
+
+def largest_difference(graph: Graph, path: Path) -> float:
+    """Between the written graph and PyTorch, as a share of the largest output.
+
+    Raises:
+        LmdError: it is more than `TOLERANCE`.
+    """
+    with torch.no_grad():
+        expected = graph.module(*graph.inputs.values())
+    expected = (expected,) if isinstance(expected, Tensor) else expected
+    found = CompiledGraph(path)(**graph.inputs)
+    difference = max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
+    if not difference < TOLERANCE:
+        raise LmdError(
+            f"{path.name}: {difference:.1e} from what PyTorch computes",
+            f"less than {TOLERANCE}",
+            "Play with engine='torch', and report this with `lmd bench`'s first lines.",
+        )
+    return difference
+
+
+def shape_of(name: str, example: Tensor, graph: Graph) -> dict[str, Any]:
+    """Type and shape of an input; None where a dimension is open."""
+    free = graph.dynamic.get(name, ())
+    shape = [None if d in free else n for d, n in enumerate(example.shape)]
+    return {"dtype": str(example.dtype).removeprefix("torch."), "shape": shape}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter's notes are for its makers."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,36 @@
+"""`lmd export`: weights as graphs that play without PyTorch's model.
+
+lmd export --source arc --out graphs
+lmd stream "church organ" --source graphs -o organ.wav
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmd.pretrained import export_source
+
+
+@dataclass(frozen=True)
+class Options:
+    """Export.
+
+    Attributes:
+        out: the folder to write.
+        source: a shipped kind, FOLDER:KIND or random:PRESET:SEED.
+        block_frames: also write graphs with static shapes for these block lengths (in frames).
+    """
+
+    out: Path
+    source: str = "arc"
+    block_frames: tuple[int, ...] = ()
+
+
+def main(options: Options) -> int:
+    """Export, and say how far each graph is from PyTorch."""
+    manifest = export_source(options.source, options.out, options.block_frames)
+    for name, graph in manifest["graphs"].items():
+        print(
+            f"{name:14} differs from PyTorch by {graph['max_difference']:.1e} of its largest value"
+        )
+    print(f"{options.out}: {len(manifest['graphs'])} graphs in {manifest['seconds']:.0f} s")
+    return 0
