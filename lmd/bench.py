@@ -205,7 +205,7 @@ def opened(
             if engine == "graph":
                 from lmd.graph.runtime import load_graphs
 
-                _, model, codec = load_graphs(graphs, dtype)
+                _, model, codec, _ = load_graphs(graphs, dtype)
                 codec = codec or build_random_codec(chosen, DTYPES.get(dtype, torch.float32))
                 model = LiveDenoiser(model)
             else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ def open_instrument(
     if chosen == "graph":
         try:
             folder = Path(weights) if is_exported else _exported(weights)
-            return _on_graphs(folder, source, precision, is_trained=not is_random)
+            return _on_graphs(folder, source, precision)
         except (LmdError, ImportError) as error:
             if is_exported or precision not in DTYPES or "graph" in (engine, named_engine):
                 raise
@@ -237,11 +238,12 @@ def _bundle(weights: str, dtype: torch.dtype) -> Bundle:
     return load_bundle(folder, kind, dtype)
 
 
-def _on_graphs(folder: Path, source: str, precision: str, is_trained: bool) -> Instrument:
+def _on_graphs(folder: Path, source: str, precision: str) -> Instrument:
     """The instrument that an exported folder is."""
     from lmd.graph.runtime import load_graphs
 
-    chosen, model, codec = load_graphs(folder, precision)
+    chosen, model, codec, weights = load_graphs(folder, precision)
+    is_trained = not weights.startswith("random:")
     if codec is None:
         codec = load_codec(folder / CODEC, DTYPES.get(precision, torch.float32))
     codec = codec if is_trained else QuietCodec(codec)
@@ -263,7 +265,12 @@ def _exported(weights: str) -> Path:
     out = Path(os.environ.get("LMD_CACHE", Path.home() / ".cache" / "lmd")) / "graphs" / key
     if not (out / MANIFEST).is_file():
         print(f"exporting {weights} once, to play it faster …", file=sys.stderr)
-        seconds = export_source(weights, out)["seconds"]
+        made = out.with_name(f"{key}.{os.getpid()}")
+        seconds = export_source(weights, made)["seconds"]
+        try:
+            made.rename(out)
+        except OSError:  # another process was faster
+            shutil.rmtree(made)
         print(f"took {seconds:.0f} s; kept in {out}", file=sys.stderr)
     return out
 

@@ -33,6 +33,9 @@ for name in OTHERS:
     with suppress(ModuleNotFoundError):  # some tests run where not everything is installed
         importlib.import_module(name)
 
+# Graphs that tests export are kept from run to run, apart from the user's.
+os.environ.setdefault("LMD_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "lmd"))
+
 # Before the first `import lmd`: every annotated function then checks its arguments and results.
 SHAPE_CHECKS = install_import_hook("lmd", "shape_checker.check")
 

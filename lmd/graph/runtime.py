@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -174,12 +174,17 @@ class GraphModel(Passes):
         return velocity, KeyValues(*fresh)
 
 
-def load_graphs(
-    folder: Path, precision: str = "float32"
-) -> tuple[Preset, GraphModel, Codec | None]:
-    """Sizes, model and codec of an exported folder, ready to play.
+class Loaded(NamedTuple):
+    """What an exported folder holds, ready to play."""
 
-    The codec is None where it was not exported: Stable Audio's plays in PyTorch.
+    preset: Preset
+    model: GraphModel
+    codec: Codec | None  # None where it was not exported: Stable Audio's plays in PyTorch
+    source: str  # of the weights
+
+
+def load_graphs(folder: Path, precision: str) -> Loaded:
+    """Sizes, model and codec of an exported folder.
 
     Raises:
         LmdError: see `read_manifest`.
@@ -188,13 +193,13 @@ def load_graphs(
     chosen = from_dict(Preset, manifest["preset"])
     model = GraphModel(folder, precision, manifest)
     if "decoder" not in manifest["graphs"]:
-        return chosen, model, None
+        return Loaded(chosen, model, None, manifest["source"])
     with safe_open(folder / WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if name.startswith("codec.")]  # noqa: SIM118
         tensors = {name.removeprefix("codec."): file.get_tensor(name) for name in names}
     codec = build_codec(chosen.codec, tensors, folder / WEIGHTS)
     play_graph(codec, folder, manifest["graphs"]["decoder"])
-    return chosen, model, codec
+    return Loaded(chosen, model, codec, manifest["source"])
 
 
 def play_graph(codec: SpectralCodec, folder: Path, graph: dict[str, Any]) -> None:

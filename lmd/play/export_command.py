@@ -29,8 +29,6 @@ def main(options: Options) -> int:
     """Export, and say how far each graph is from PyTorch."""
     manifest = export_source(options.source, options.out, options.block_frames)
     for name, graph in manifest["graphs"].items():
-        print(
-            f"{name:14} differs from PyTorch by {graph['max_difference']:.1e} of its largest value"
-        )
+        print(f"{name:16} {graph['max_difference']:.1e} of its largest value from PyTorch")
     print(f"{options.out}: {len(manifest['graphs'])} graphs in {manifest['seconds']:.0f} s")
     return 0
