@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lmd.codec.oobleck_fast import (
-    Stage,
     State,
     decoder_stages,
     encoder_stages,
-    moved,
-    named_tensors,
     step_stages,
     to_signal,
 )
@@ -49,7 +46,7 @@ class StreamDecodeState:
     n_emitted: int = 0
 
 
-class OobleckCodec:
+class OobleckCodec(nn.Module):
     """Waves to latents and back, float32 at the border, `dtype` inside.
 
     Args:
@@ -65,32 +62,23 @@ class OobleckCodec:
         config: OobleckConfig,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        super().__init__()
         self.config, self.dtype = config, dtype
         self.sample_rate, self.channels = config.sample_rate, config.audio_channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame
         self.lookback_frames, self.lookahead_frames = decoder_reach_frames(config)
-        self.decoder: tuple[Stage, ...] = decoder_stages(reference.decoder, dtype)
-        self.encoder: tuple[Stage, ...] = encoder_stages(reference.encoder, dtype)
+        self.decoder = decoder_stages(reference.decoder, dtype)
+        self.encoder = encoder_stages(reference.encoder, dtype)
 
     @property
     def device(self) -> torch.device:
         """Where it computes; waves and latents may come from anywhere."""
         return self.decoder[0].layers[0].conv.weight.device
 
-    def to(self, device: str | torch.device) -> "OobleckCodec":
-        """Move all weights to a device, in place, as modules do; states stay where they are."""
-        device = torch.device(device)
-        self.decoder, self.encoder = moved(self.decoder, device), moved(self.encoder, device)
-        return self
-
     def let_encoder_go(self) -> "OobleckCodec":
         """Free the encoder's weights, half of all, in place: a stream from silence needs none."""
-        self.encoder = ()
+        self.encoder = nn.ModuleList()
         return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor it computes with, for telling codecs apart."""
-        return named_tensors(self.decoder, "decoder") | named_tensors(self.encoder, "encoder")
 
     @classmethod
     def from_tensors(

@@ -13,11 +13,11 @@ whole decodes are the same code.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,18 +26,6 @@ State = Any  # what one layer remembers: a tensor, or a tuple of states
 
 PIECE_ELEMENTS = 1 << 19  # activations of one piece: 2 MiB in float32, what a core's cache holds
 SHORT = 512  # positions below which a convolution spends its time on rearranging its weights
-
-
-class StreamLayer(Protocol):
-    """One step of a stream; see the module's text."""
-
-    def start(self, batch: int) -> State:
-        """The memory before the first position."""
-        ...
-
-    def step(self, x: Signal, state: State, last: bool) -> tuple[Signal, State]:
-        """The outputs that are certain now, and the new memory."""
-        ...
 
 
 def to_signal(x: Float[Tensor, "batch channel position"]) -> Signal:
@@ -62,47 +50,51 @@ def folded_weight(conv: nn.Module) -> Tensor:
     return (conv.weight_g * conv.weight_v / norm).detach()
 
 
-@dataclass(frozen=True)
-class Snake:
-    """x + sin²(αx) / β per channel, α and 1/β computed beforehand."""
+class Snake(nn.Module):
+    """x + sin²(αx) / β per channel, α and 1/β computed beforehand from diffusers' logarithms."""
 
-    alpha: Tensor  # [1, channel, 1, 1]
-    inverse_beta: Tensor
+    def __init__(self, snake: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        alpha, beta = (p.detach().exp()[..., None] for p in (snake.alpha, snake.beta))
+        self.register_buffer("alpha", alpha.to(dtype))  # [1, channel, 1, 1]
+        self.register_buffer("inverse_beta", (beta + 1e-9).reciprocal().to(dtype))
 
-    @classmethod
-    def of(cls, snake: nn.Module, dtype: torch.dtype) -> "Snake":
-        """From diffusers' layer, whose parameters are logarithms."""
-        alpha, beta = snake.alpha.detach().exp(), snake.beta.detach().exp()
-        return cls(alpha[..., None].to(dtype), (beta + 1e-9).reciprocal()[..., None].to(dtype))
-
-    def __call__(self, x: Signal, out: Signal | None = None) -> Signal:
+    def forward(self, x: Signal, out: Signal | None = None) -> Signal:
         """Apply, writing into `out` if given."""
         y = torch.mul(x, self.alpha).sin_()
         y = y.mul_(y)
         return torch.addcmul(x, y, self.inverse_beta, out=out)
 
 
-@dataclass(frozen=True)
-class Conv:
-    """A stride-1 convolution without padding."""
+class Conv(nn.Module):
+    """A stride-1 convolution without padding.
 
-    weight: Tensor  # [out, in, 1, tap], channels last
-    bias: Tensor | None
-    dilation: int = 1
+    Args:
+        weight: `[out, in, tap]`.
+        bias: `[out]` or None.
+        dtype: that it computes in.
+        dilation: between taps.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, dilation: int = 1
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", to_signal(weight).to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+        self.dilation = dilation
 
     @classmethod
     def of(cls, conv: nn.Conv1d, dtype: torch.dtype) -> "Conv":
         """From a weight-normed layer."""
-        weight = to_signal(folded_weight(conv)).to(dtype)
-        bias = None if conv.bias is None else conv.bias.detach().to(dtype)
-        return cls(weight, bias, conv.dilation[0])
+        return cls(folded_weight(conv), conv.bias, dtype, conv.dilation[0])
 
     @property
     def reach(self) -> int:
         """How many positions shorter the output is than the input."""
         return (self.weight.shape[-1] - 1) * self.dilation
 
-    def __call__(self, x: Signal) -> Signal:
+    def forward(self, x: Signal) -> Signal:
         """Convolve; nothing comes out of an input that is too short."""
         n = x.shape[-1] - self.reach
         if n <= 0:
@@ -126,12 +118,13 @@ class Conv:
         return out.T[None, :, None]
 
 
-@dataclass(frozen=True)
-class StreamConv:
+class StreamConv(nn.Module):
     """Snake (or none), then a convolution with `reach / 2` zeros on either side."""
 
-    snake: Snake | None
-    conv: Conv
+    def __init__(self, snake: nn.Module | None, conv: nn.Conv1d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.snake = None if snake is None else Snake(snake, dtype)
+        self.conv = Conv.of(conv, dtype)
 
     def start(self, batch: int) -> State:
         """The zeros before the first position."""
@@ -143,24 +136,13 @@ class StreamConv:
         return self.conv(joined), tail(joined, self.conv.reach)
 
 
-@dataclass(frozen=True)
-class StreamResidual:
+class StreamResidual(nn.Module):
     """x + conv1(snake(conv7(snake(x)))), the inner convolution dilated."""
 
-    snake: Snake
-    conv: Conv
-    snake_out: Snake
-    conv_out: Conv
-
-    @classmethod
-    def of(cls, unit: nn.Module, dtype: torch.dtype) -> "StreamResidual":
-        """From diffusers' residual unit."""
-        return cls(
-            Snake.of(unit.snake1, dtype),
-            Conv.of(unit.conv1, dtype),
-            Snake.of(unit.snake2, dtype),
-            Conv.of(unit.conv2, dtype),
-        )
+    def __init__(self, unit: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.snake, self.conv = Snake(unit.snake1, dtype), Conv.of(unit.conv1, dtype)
+        self.snake_out, self.conv_out = Snake(unit.snake2, dtype), Conv.of(unit.conv2, dtype)
 
     def start(self, batch: int) -> State:
         """Zeros for the convolution; nothing waits to be added."""
@@ -182,27 +164,20 @@ class StreamResidual:
         return y, (tail(joined, self.conv.reach), left)
 
 
-@dataclass(frozen=True)
-class StreamUpsample:
+class StreamUpsample(nn.Module):
     """Snake, then a transposed convolution whose kernel is twice its (even) stride.
 
     Output chunk i, `stride` positions long, is the first half of the kernel on input i plus the
     second half on input i - 1: a convolution of two taps with `stride` times the channels.
     """
 
-    snake: Snake
-    conv: Conv  # [stride * out, in, 1, 2]
-    stride: int
-
-    @classmethod
-    def of(cls, snake: nn.Module, conv: nn.ConvTranspose1d, dtype: torch.dtype) -> "StreamUpsample":
-        """From diffusers' snake and transposed convolution."""
-        stride = conv.stride[0]
-        taps = folded_weight(conv)  # [in, out, 2 * stride]
-        halves = taps.unflatten(-1, (2, stride)).flip(2)  # [in, out, (previous, this), stride]
-        weight = halves.permute(3, 1, 0, 2).flatten(0, 1)  # [stride * out, in, 2]
-        bias = conv.bias.detach().repeat(stride).to(dtype)
-        return cls(Snake.of(snake, dtype), Conv(to_signal(weight).to(dtype), bias), stride)
+    def __init__(self, snake: nn.Module, conv: nn.ConvTranspose1d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.snake, self.stride = Snake(snake, dtype), conv.stride[0]
+        weight = rearrange(
+            folded_weight(conv), "i o (half s) -> (s o) i half", half=2, s=self.stride
+        ).flip(2)  # previous, this
+        self.conv = Conv(weight, conv.bias.repeat(self.stride), dtype)
 
     def start(self, batch: int) -> State:
         """One zero before the first input, and how many outputs are padding to be dropped."""
@@ -213,31 +188,23 @@ class StreamUpsample:
         before, n_drop = state
         joined = join_activated(before, x, self.snake, 1 if last else 0)
         y = self.conv(joined)
-        batch, channels, n = y.shape[0], y.shape[1] // self.stride, y.shape[-1]
-        y = y.permute(0, 2, 3, 1).reshape(batch, 1, n * self.stride, channels).permute(0, 3, 1, 2)
+        y = rearrange(y, "b (s c) 1 n -> b c 1 (n s)", s=self.stride)
         end = y.shape[-1] - (self.stride // 2 if last else 0)
         dropped = min(n_drop, end)
         return y[..., dropped:end], (tail(joined, 1), n_drop - dropped)
 
 
-@dataclass(frozen=True)
-class StreamDownsample:
+class StreamDownsample(nn.Module):
     """Snake, then a strided convolution whose kernel is twice its (even) stride.
 
     Read as `stride` times the channels at one `stride`-th of the rate, it has two taps.
     """
 
-    snake: Snake
-    conv: Conv  # [out, stride * in, 1, 2]
-    stride: int
-
-    @classmethod
-    def of(cls, snake: nn.Module, conv: nn.Conv1d, dtype: torch.dtype) -> "StreamDownsample":
-        """From diffusers' snake and strided convolution."""
-        stride = conv.stride[0]
-        taps = folded_weight(conv).unflatten(-1, (2, stride))  # [out, in, 2, stride]
-        weight = to_signal(taps.permute(0, 3, 1, 2).flatten(1, 2)).to(dtype)
-        return cls(Snake.of(snake, dtype), Conv(weight, conv.bias.detach().to(dtype)), stride)
+    def __init__(self, snake: nn.Module, conv: nn.Conv1d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.snake, self.stride = Snake(snake, dtype), conv.stride[0]
+        weight = rearrange(folded_weight(conv), "o i (half s) -> o (s i) half", s=self.stride)
+        self.conv = Conv(weight, conv.bias, dtype)
 
     def start(self, batch: int) -> State:
         """The zeros before the first position."""
@@ -273,17 +240,17 @@ def tail(x: Signal, n: int) -> Signal:
     return x[..., max(0, x.shape[-1] - n) :].clone(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(nn.Module):
     """Layers that run together on one piece of the signal.
 
-    Attributes:
+    Args:
         layers: in order.
         elements: output activations per input position, from which the piece length follows.
     """
 
-    layers: tuple[StreamLayer, ...]
-    elements: int
+    def __init__(self, layers: Sequence[nn.Module], elements: int) -> None:
+        super().__init__()
+        self.layers, self.elements = nn.ModuleList(layers), elements
 
     def start(self, batch: int) -> State:
         """Every layer's start."""
@@ -320,54 +287,27 @@ def step_stages(
     return (outputs[0] if n_pieces == 1 else torch.cat(outputs, dim=-1)), (memory, *after)
 
 
-def moved(part: Any, device: torch.device) -> Any:
-    """The same stages, layers or tensors on a device."""
-    if isinstance(part, Tensor):
-        return part.to(device)
-    if isinstance(part, tuple):
-        return tuple(moved(each, device) for each in part)
-    if is_dataclass(part):
-        parts = {field.name: moved(getattr(part, field.name), device) for field in fields(part)}
-        return replace(part, **parts)
-    return part
-
-
-def named_tensors(part: Any, name: str) -> dict[str, Tensor]:
-    """Every tensor of some stages or layers, under where it stands."""
-    if isinstance(part, Tensor):
-        return {name: part}
-    if isinstance(part, tuple):
-        inner = enumerate(part)
-    elif is_dataclass(part):
-        inner = ((field.name, getattr(part, field.name)) for field in fields(part))
-    else:
-        return {}
-    found = (named_tensors(each, f"{name}.{place}") for place, each in inner)
-    return {key: tensor for tensors in found for key, tensor in tensors.items()}
-
-
-def decoder_stages(decoder: nn.Module, dtype: torch.dtype) -> tuple[Stage, ...]:
+def decoder_stages(decoder: nn.Module, dtype: torch.dtype) -> nn.ModuleList:
     """Diffusers' Oobleck decoder as stages: the first convolution, each block, the last one."""
-    first = Conv.of(decoder.conv1, dtype)
-    stages = [Stage((StreamConv(None, first),), first.weight.shape[0])]
+    first = StreamConv(None, decoder.conv1, dtype)
+    stages = [Stage([first], first.conv.weight.shape[0])]
     for block in decoder.block:
-        up = StreamUpsample.of(block.snake1, block.conv_t1, dtype)
+        up = StreamUpsample(block.snake1, block.conv_t1, dtype)
         units = (block.res_unit1, block.res_unit2, block.res_unit3)
-        residuals = tuple(StreamResidual.of(unit, dtype) for unit in units)
-        stages.append(Stage((up, *residuals), up.conv.weight.shape[0]))
-    end = StreamConv(Snake.of(decoder.snake1, dtype), Conv.of(decoder.conv2, dtype))
-    *body, block = stages
-    return (*body, Stage((*block.layers, end), block.elements))
+        layers = [up, *(StreamResidual(unit, dtype) for unit in units)]
+        stages.append(Stage(layers, up.conv.weight.shape[0]))
+    stages[-1].layers.append(StreamConv(decoder.snake1, decoder.conv2, dtype))
+    return nn.ModuleList(stages)
 
 
-def encoder_stages(encoder: nn.Module, dtype: torch.dtype) -> tuple[Stage, ...]:
+def encoder_stages(encoder: nn.Module, dtype: torch.dtype) -> nn.ModuleList:
     """Diffusers' Oobleck encoder as stages: the first convolution, each block, the last one."""
-    first = Conv.of(encoder.conv1, dtype)
-    stages = [Stage((StreamConv(None, first),), first.weight.shape[0])]
+    first = StreamConv(None, encoder.conv1, dtype)
+    stages = [Stage([first], first.conv.weight.shape[0])]
     for block in encoder.block:
         units = (block.res_unit1, block.res_unit2, block.res_unit3)
-        residuals = tuple(StreamResidual.of(unit, dtype) for unit in units)
-        down = StreamDownsample.of(block.snake1, block.conv1, dtype)
-        stages.append(Stage((*residuals, down), residuals[0].conv.weight.shape[0]))
-    end = StreamConv(Snake.of(encoder.snake1, dtype), Conv.of(encoder.conv2, dtype))
-    return (*stages, Stage((end,), end.conv.weight.shape[1]))
+        layers = [StreamResidual(unit, dtype) for unit in units]
+        down = StreamDownsample(block.snake1, block.conv1, dtype)
+        stages.append(Stage([*layers, down], layers[0].conv.weight.shape[0]))
+    end = StreamConv(encoder.snake1, encoder.conv2, dtype)
+    return nn.ModuleList([*stages, Stage([end], end.conv.weight.shape[1])])
