@@ -1,7 +1,8 @@
 """Weights on disk: safetensors files that carry their own config, written atomically.
 
 All that a file says about itself stands in one metadata entry, as JSON with sorted keys, so equal
-content gives equal bytes. The SHA-256 of the content is checked whenever weights are loaded.
+content gives equal bytes. The SHA-256 of weights and config is checked whenever weights are loaded;
+types and sizes in the entry are checked whenever it is read.
 """
 
 import hashlib
@@ -23,22 +24,30 @@ from lmd.config import (
     DiTConfig,
     OobleckConfig,
     Preset,
-    RecogniserConfig,
     SpectralCodecConfig,
+    TaggerConfig,
     from_dict,
     to_dict,
 )
 from lmd.errors import LmdError
 from lmd.model.dit import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
-from lmd.model.weights import load_strict
+from lmd.model.weights import build_loaded
 
-KINDS = ("codec", "base", "finetuned", "arc", "recogniser")
-Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | RecogniserConfig
+Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | TaggerConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
-CONFIG_TYPES = {cls.__name__: cls for cls in get_args(Config)}
+CONFIGS_OF: dict[str, Any] = {  # kind -> what its config may be
+    "codec": SpectralCodecConfig | OobleckConfig,
+    **dict.fromkeys(MODEL_KINDS, Preset | DiTConfig),
+    "tagger": TaggerConfig,
+}
+KINDS = tuple(CONFIGS_OF)
+CONFIG_TYPES: dict[str, Any] = {cls.__name__: cls for cls in get_args(Config)}
+RENAMED = {"recogniser": "tagger", "RecogniserConfig": "TaggerConfig"}  # as older files say
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
-FORMAT = 1
+FORMATS = (1, 2)  # in 1, the SHA-256 does not cover kind and config
+FIELDS = {"format": int, "kind": str, "config_type": str, "config": dict, "notes": dict}
+FIELDS |= {"sha256": str, "stored": str}
 ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
 DECODER_SIZES = ("width", "depth", "step_width", "step_depth", "horizon_frames")
 
@@ -51,7 +60,8 @@ class Header:
         kind: what it is for: one of `KINDS`.
         config: sizes; a whole `Preset` for models, so that codec and text encoder are known too.
         notes: free JSON values: steps, data, scores, seeds.
-        sha256: digest of the tensors as stored.
+        sha256: digest of the tensors as stored and of the config; of the tensors alone in files
+            of the first format.
         stored: "float32" or "float16" (matrices only; vectors always stay float32).
     """
 
@@ -64,7 +74,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model and what it needs to be heard."""
+    """A model and what turns prompts into its input and its output into sound."""
 
     preset: Preset
     model: LiveModel
@@ -116,25 +126,19 @@ def save_checkpoint(
             too large for float16.
     """
     check_kind(kind, KINDS)
-    if (kind == "codec") != isinstance(config, SpectralCodecConfig | OobleckConfig):
-        raise LmdError(
-            f"a {type(config).__name__} for kind {kind!r}",
-            "a Preset for models, a codec's config for codecs",
-            "Pass the other config or another kind.",
-        )
+    check_config(kind, config)
     packed = {name: _pack(name, tensor, stored) for name, tensor in sorted(tensors.items())}
-    digest = content_sha256(packed)
     header = {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "kind": kind,
         "config_type": type(config).__name__,
         "config": to_dict(config),
         "notes": dict(notes or {}),
-        "sha256": digest,
         "stored": stored,
     }
+    header["sha256"] = content_sha256(packed, header)
     write_atomic(path, save(packed, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
-    return digest
+    return header["sha256"]
 
 
 def _pack(name: str, tensor: Tensor, stored: str) -> Tensor:
@@ -152,9 +156,17 @@ def _pack(name: str, tensor: Tensor, stored: str) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def content_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, types, shapes and values, in the order of the names."""
+def content_sha256(tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None = None) -> str:
+    """A digest of names, types, shapes and values, in the order of the names.
+
+    Args:
+        tensors: as stored.
+        fields: of a header: its kind and config are digested too.
+    """
     digest = hashlib.sha256()
+    if fields is not None and fields["format"] > 1:
+        covered = {name: fields[name] for name in ("format", "kind", "config_type", "config")}
+        digest.update(json.dumps(covered, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -165,10 +177,11 @@ def read_header(path: str | Path) -> Header:
     """What a checkpoint says about itself; the weights are not read.
 
     Raises:
-        LmdError: no such file, not a safetensors file or a truncated one, or not one of ours.
+        LmdError: no such file, not a safetensors file or a truncated one, not one of ours, or
+            one that asks for sizes out of all bounds (`lmd.config.BOUNDS`).
     """
     with _opened(path) as file:
-        return _parse_header(Path(path), file.metadata())
+        return _parse(Path(path), file.metadata())[0]
 
 
 def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Header]:
@@ -183,10 +196,10 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Head
     """
     path = Path(path)
     with _opened(path) as file:
-        header = _parse_header(path, file.metadata())
+        header, fields = _parse(path, file.metadata())
         check_kind(header.kind, kinds or KINDS, f"{path} of ")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if content_sha256(tensors) != header.sha256:
+    if content_sha256(tensors, fields) != header.sha256:
         raise LmdError(
             f"{path} whose content is not what was written",
             f"SHA-256 {header.sha256[:12]}…",
@@ -207,7 +220,7 @@ def _opened(path: str | Path) -> Any:
         raise LmdError(
             f"{path.name}, a {path.suffix or 'nameless'} file",
             "a .safetensors file",
-            "Read another project's checkpoint with lmd.foreign.load_foreign.",
+            "Another project's checkpoint: lmd convert FOLDER.",
         )
     try:
         return safe_open(path, "pt")
@@ -219,30 +232,39 @@ def _opened(path: str | Path) -> Any:
         ) from error
 
 
-def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> Header:
-    """The header in a file's metadata."""
+def _parse(path: Path, metadata: Mapping[str, str] | None) -> tuple[Header, dict[str, Any]]:
+    """The header in a file's metadata, with types and bounds checked, and its fields as stored."""
     if not metadata or METADATA_KEY not in metadata:
         raise LmdError(
             f"{path} without this project's header",
             "a file written by lmd.checkpoint.save_checkpoint",
-            "Read another project's checkpoint with lmd.foreign.load_foreign.",
+            "Another project's checkpoint: lmd convert FOLDER.",
         )
     try:
         fields = json.loads(metadata[METADATA_KEY])
-        if fields["format"] != FORMAT or fields["config_type"] not in CONFIG_TYPES:
+        wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
+        config_type = RENAMED.get(fields["config_type"], fields["config_type"])
+        if not wrong and (fields["format"] not in FORMATS or config_type not in CONFIG_TYPES):
             raise LmdError(
-                f"{path} of format {fields['format']} with a {fields['config_type']}",
-                f"format {FORMAT} with one of {sorted(CONFIG_TYPES)}",
+                f"{path} of format {fields['format']} with a {config_type}",
+                f"format {' or '.join(map(str, FORMATS))} with one of {sorted(CONFIG_TYPES)}",
                 "It was written by another version: update, or make it again.",
             )
-        config = from_dict(CONFIG_TYPES[fields["config_type"]], fields["config"])
-        return Header(fields["kind"], config, fields["notes"], fields["sha256"], fields["stored"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        config = None if wrong else from_dict(CONFIG_TYPES[config_type], fields["config"])
+    except LmdError as error:
+        raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
         raise LmdError(
-            f"{path} whose {METADATA_KEY!r} entry is not ours ({error!r})",
+            f"{path} whose {METADATA_KEY!r} entry is not ours ({', '.join(wrong)})",
             "a header as lmd.checkpoint.save_checkpoint writes it",
             "It was damaged or is something else: fetch or make it again.",
-        ) from error
+        )
+    kind = RENAMED.get(fields["kind"], fields["kind"])
+    check_kind(kind, KINDS, f"{path} of ")
+    check_config(kind, config, f"{path} with ")
+    return Header(kind, config, fields["notes"], fields["sha256"], fields["stored"]), fields
 
 
 def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
@@ -251,16 +273,24 @@ def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
         raise LmdError(f"{what}kind {kind!r}", f"one of {list(kinds)}", "Pick another file.")
 
 
+def check_config(kind: str, config: Any, what: str = "") -> None:
+    """Refuse a config that is not of a known kind."""
+    if not isinstance(config, CONFIGS_OF[kind]):
+        raise LmdError(
+            f"{what}a {type(config).__name__} for kind {kind!r}",
+            "a Preset for models, a codec's config for codecs",
+            "Pass the other config or another kind.",
+        )
+
+
 def load_model(path: str | Path) -> LiveModel:
     """The transformer in a file, in float32, ready for inference.
 
     Raises:
-        LmdError: see `load_tensors` and `load_strict`.
+        LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, *MODEL_KINDS)
-    model = build_model(header.config)
-    load_strict(model, tensors, str(path))
-    return model.eval()
+    return build_loaded(lambda: build_model(header.config), tensors, str(path))
 
 
 def build_model(config: Config) -> LiveModel:
@@ -278,7 +308,7 @@ def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
         dtype: in which Stable Audio's autoencoder computes; the spectral one does in float32.
 
     Raises:
-        LmdError: see `load_tensors` and `load_strict`.
+        LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, "codec")
     return _build_codec(header.config, tensors, path, dtype)
@@ -294,13 +324,12 @@ def _build_codec(
         return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
     from lmd.codec.spectral import SpectralCodec
 
-    codec = SpectralCodec(cast(SpectralCodecConfig, config))
-    load_strict(codec, tensors, str(path))
-    return codec.eval()
+    sizes = cast(SpectralCodecConfig, config)
+    return build_loaded(lambda: SpectralCodec(sizes), tensors, str(path))
 
 
 def encoder_digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
-    """A digest of all that a codec's latents depend on, and of nothing else.
+    """A digest of all that a codec's latents depend on.
 
     SHA-256 of the encoder's tensors (names, shapes, values in float32; for the spectral codec the
     latents' mean and scale are among them) and of the sizes that encoding reads, such as the
@@ -316,8 +345,10 @@ def encoder_digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
 
 def codec_hash_of(notes: Mapping[str, Any]) -> str | None:
     """The digest of the encoder whose latents a model learned, if its file says that."""
-    data = notes.get("data")
-    return data.get("latent_settings", {}).get("codec") if isinstance(data, dict) else None
+    found: Any = notes
+    for name in ("data", "latent_settings", "codec"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def load_bundle(
@@ -337,12 +368,10 @@ def load_bundle(
     check_kind(kind, MODEL_KINDS)
     path, codec_path = folder / f"{kind}.safetensors", folder / "codec.safetensors"
     header = read_header(path)
-    preset, heard = header.config, codec_hash_of(header.notes)
-    fits = isinstance(preset, Preset) and read_header(codec_path).config == preset.codec
-    if fits:
-        tensors, codec_header = load_tensors(codec_path, "codec")
-        fits = heard is None or heard == encoder_digest(codec_header.config, tensors)
-    if not fits:
+    preset, learned = header.config, codec_hash_of(header.notes)
+    tensors, codec_header = load_tensors(codec_path, "codec")
+    is_its_own = learned is None or learned == encoder_digest(codec_header.config, tensors)
+    if not isinstance(preset, Preset) or codec_header.config != preset.codec or not is_its_own:
         raise LmdError(
             f"{path} made for another codec than {codec_path}",
             "a model and the codec whose latents it learned",
