@@ -275,11 +275,11 @@ def from_dict(cls: type[T], values: Any) -> T:
     """Build a config from plain values; nested configs and tuples are restored.
 
     Raises:
-        LmdError: no mapping, an unknown key, a value of another type or outside `BOUNDS`.
-        TypeError: a key is missing.
+        LmdError: an unknown key, a value of another type or outside `BOUNDS`.
+        TypeError: no mapping, or a key is missing.
     """
     if not isinstance(values, dict):
-        raise LmdError(f"{cls.__name__} = {values!r:.80}", "names and values", "Check the file.")
+        raise TypeError(f"{values!r:.80} instead of a {cls.__name__}")
     fields = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - fields):
         raise LmdError(
