@@ -114,7 +114,7 @@ def save_checkpoint(
         path: where to; parent folders are made.
         tensors: a state dict.
         kind: one of `KINDS`.
-        config: a `Preset` for models, their own config for codecs and the recogniser.
+        config: a `Preset` for models, their own config for codecs and the tagger.
         notes: anything JSON can hold that a reader should know.
         stored: "float16" halves the file: tensors with two or more dimensions are rounded.
 
@@ -368,6 +368,12 @@ def load_bundle(
     check_kind(kind, MODEL_KINDS)
     path, codec_path = folder / f"{kind}.safetensors", folder / "codec.safetensors"
     header = read_header(path)
+    if not codec_path.is_file():
+        raise LmdError(
+            f"no {codec_path} beside {path.name}",
+            "the codec whose latents the model learned",
+            f"Copy it there, e.g. data/pretrained/codec.safetensors to {codec_path}.",
+        )
     preset, learned = header.config, codec_hash_of(header.notes)
     tensors, codec_header = load_tensors(codec_path, "codec")
     is_its_own = learned is None or learned == encoder_digest(codec_header.config, tensors)
