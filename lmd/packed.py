@@ -227,7 +227,7 @@ def pack(model: LiveModel, layout: str, n_tokens: int = 49) -> LiveModel:
     if layout != "plain":
         for index in range(len(blocks)):
             blocks[index] = PackedBlock(blocks[index], ways[layout])
-            trim_memory(collect=False)  # the plain weights' memory, before the next block's
+            trim_memory()  # the plain weights' memory, before the next block's
     return model
 
 

@@ -19,7 +19,7 @@ import torch
 
 from lmd.config import from_dict
 from lmd.errors import LmdError
-from lmd.model.text import told
+from lmd.model.text import describe
 from lmd.model.weights import fingerprint
 from lmd.play.control_queue import NAMES, with_changes
 from lmd.play.guard import Guarded, Piece, guarded_step
@@ -122,7 +122,7 @@ def header_of(streamer: Streamer, source: str) -> TakeHeader:
     return TakeHeader(
         model_sha256=fingerprint(streamer.denoiser),
         codec_sha256=fingerprint(streamer.codec),
-        text=told(streamer.text),
+        text=describe(streamer.text),
         source=source,
         sample_rate=streamer.codec.sample_rate,
         channels=streamer.codec.channels,
