@@ -5,14 +5,14 @@ content gives equal bytes. The SHA-256 of weights and config is checked whenever
 types and sizes in the entry are checked whenever it is read.
 """
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,36 +20,31 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lmd.codec.base import Codec
+from lmd.codec.identity import codec_hash_of, encoder_digest
 from lmd.config import (
-    DiTConfig,
     OobleckConfig,
     Preset,
     SpectralCodecConfig,
     TaggerConfig,
     from_dict,
+    restore,
     to_dict,
 )
 from lmd.errors import LmdError
 from lmd.model.dit import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
-from lmd.model.weights import build_loaded
+from lmd.model.weights import build_loaded, tensors_sha256
 
-Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | TaggerConfig
+Config = Preset | SpectralCodecConfig | OobleckConfig | TaggerConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
-CONFIGS_OF: dict[str, Any] = {  # kind -> what its config may be
+CONFIG_OF: dict[str, Any] = {
     "codec": SpectralCodecConfig | OobleckConfig,
-    **dict.fromkeys(MODEL_KINDS, Preset | DiTConfig),
+    **dict.fromkeys(MODEL_KINDS, Preset),
     "tagger": TaggerConfig,
 }
-KINDS = tuple(CONFIGS_OF)
-CONFIG_TYPES: dict[str, Any] = {cls.__name__: cls for cls in get_args(Config)}
-RENAMED = {"recogniser": "tagger", "RecogniserConfig": "TaggerConfig"}  # as older files say
+KINDS = tuple(CONFIG_OF)
+RENAMED = {"recogniser": "tagger"}  # as older files say
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
-FORMATS = (1, 2)  # in 1, the SHA-256 does not cover kind and config
-FIELDS = {"format": int, "kind": str, "config_type": str, "config": dict, "notes": dict}
-FIELDS |= {"sha256": str, "stored": str}
-ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
-DECODER_SIZES = ("width", "depth", "step_width", "step_depth", "horizon_frames")
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,19 @@ class Header:
     notes: dict[str, Any]
     sha256: str
     stored: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A header as JSON. In format 1 the SHA-256 does not cover kind and config."""
+
+    format: Literal[1, 2]
+    kind: str
+    config_type: str
+    config: dict
+    notes: dict
+    sha256: str
+    stored: Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -126,17 +134,22 @@ def save_checkpoint(
             too large for float16.
     """
     check_kind(kind, KINDS)
-    check_config(kind, config)
+    if not isinstance(config, CONFIG_OF[kind]):
+        raise LmdError(
+            f"a {type(config).__name__} for kind {kind!r}",
+            "a Preset for models, a codec's config for codecs",
+            "Pass the other config or another kind.",
+        )
     packed = {name: _pack(name, tensor, stored) for name, tensor in sorted(tensors.items())}
     header = {
-        "format": FORMATS[-1],
+        "format": 2,
         "kind": kind,
         "config_type": type(config).__name__,
         "config": to_dict(config),
         "notes": dict(notes or {}),
         "stored": stored,
     }
-    header["sha256"] = content_sha256(packed, header)
+    header["sha256"] = tensors_sha256(packed, _covered(header))
     write_atomic(path, save(packed, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
     return header["sha256"]
 
@@ -156,21 +169,10 @@ def _pack(name: str, tensor: Tensor, stored: str) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def content_sha256(tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None = None) -> str:
-    """A digest of names, types, shapes and values, in the order of the names.
-
-    Args:
-        tensors: as stored.
-        fields: of a header: its kind and config are digested too.
-    """
-    digest = hashlib.sha256()
-    if fields is not None and fields["format"] > 1:
-        covered = {name: fields[name] for name in ("format", "kind", "config_type", "config")}
-        digest.update(json.dumps(covered, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _covered(fields: Mapping[str, Any]) -> str:
+    """What the SHA-256 of a file covers beside its tensors: in format 1 nothing."""
+    names = ("format", "kind", "config_type", "config") if fields["format"] > 1 else ()
+    return json.dumps({name: fields[name] for name in names}, sort_keys=True) if names else ""
 
 
 def read_header(path: str | Path) -> Header:
@@ -199,7 +201,7 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Head
         header, fields = _parse(path, file.metadata())
         check_kind(header.kind, kinds or KINDS, f"{path} of ")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if content_sha256(tensors, fields) != header.sha256:
+    if tensors_sha256(tensors, _covered(fields)) != header.sha256:
         raise LmdError(
             f"{path} whose content is not what was written",
             f"SHA-256 {header.sha256[:12]}…",
@@ -209,12 +211,13 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Head
     return floats, header
 
 
-def _opened(path: str | Path) -> Any:
-    """An open safetensors file."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """An open safetensors file; what cannot be read in it is said readably."""
     path = Path(path)
     if not path.is_file():
         raise LmdError(
-            f"no file {path}", "a checkpoint", "Check the path, or train one (python -m lmd train)."
+            f"no file {path}", "a checkpoint", "Check the path, or train one (lmd train)."
         )
     if path.suffix != ".safetensors":
         raise LmdError(
@@ -223,7 +226,8 @@ def _opened(path: str | Path) -> Any:
             "Another project's checkpoint: lmd convert FOLDER.",
         )
     try:
-        return safe_open(path, "pt")
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise LmdError(
             f"{path}, which cannot be read ({error}; {path.stat().st_size} bytes)",
@@ -242,45 +246,28 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> tuple[Header, dict
         )
     try:
         fields = json.loads(metadata[METADATA_KEY])
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
-        config_type = RENAMED.get(fields["config_type"], fields["config_type"])
-        if not wrong and (fields["format"] not in FORMATS or config_type not in CONFIG_TYPES):
-            raise LmdError(
-                f"{path} of format {fields['format']} with a {config_type}",
-                f"format {' or '.join(map(str, FORMATS))} with one of {sorted(CONFIG_TYPES)}",
-                "It was written by another version: update, or make it again.",
-            )
-        config = None if wrong else from_dict(CONFIG_TYPES[config_type], fields["config"])
+        stored = from_dict(_Entry, fields)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LmdError(
+            f"{path} whose {METADATA_KEY!r} entry is not ours ({error})",
+            "a header as lmd.checkpoint.save_checkpoint writes it",
+            "It is damaged or something else: fetch or make it again.",
+        ) from error
+    kind = RENAMED.get(stored.kind, stored.kind)
+    check_kind(kind, KINDS, f"{path} of ")
+    try:
+        config = restore(CONFIG_OF[kind], "config", stored.config)
     except LmdError as error:
         raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        wrong = [f"{type(error).__name__}: {error}"]
-    if wrong:
-        raise LmdError(
-            f"{path} whose {METADATA_KEY!r} entry is not ours ({', '.join(wrong)})",
-            "a header as lmd.checkpoint.save_checkpoint writes it",
-            "It was damaged or is something else: fetch or make it again.",
-        )
-    kind = RENAMED.get(fields["kind"], fields["kind"])
-    check_kind(kind, KINDS, f"{path} of ")
-    check_config(kind, config, f"{path} with ")
-    return Header(kind, config, fields["notes"], fields["sha256"], fields["stored"]), fields
+    except TypeError as error:
+        raise LmdError(f"{path} ({error})", "a whole config", "Fetch or make it again.") from error
+    return Header(kind, config, stored.notes, stored.sha256, stored.stored), fields
 
 
 def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
     """Refuse a kind that is not among `kinds`."""
     if kind not in kinds:
         raise LmdError(f"{what}kind {kind!r}", f"one of {list(kinds)}", "Pick another file.")
-
-
-def check_config(kind: str, config: Any, what: str = "") -> None:
-    """Refuse a config that is not of a known kind."""
-    if not isinstance(config, CONFIGS_OF[kind]):
-        raise LmdError(
-            f"{what}a {type(config).__name__} for kind {kind!r}",
-            "a Preset for models, a codec's config for codecs",
-            "Pass the other config or another kind.",
-        )
 
 
 def load_model(path: str | Path) -> LiveModel:
@@ -290,14 +277,12 @@ def load_model(path: str | Path) -> LiveModel:
         LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, *MODEL_KINDS)
-    return build_loaded(lambda: build_model(header.config), tensors, str(path))
+    return build_loaded(lambda: build_model(cast(Preset, header.config)), tensors, str(path))
 
 
-def build_model(config: Config) -> LiveModel:
+def build_model(preset: Preset) -> LiveModel:
     """A model of that size with fresh weights."""
-    if isinstance(config, Preset):
-        return LiveModel(config.dit, config.text.max_seconds)
-    return LiveModel(cast(DiTConfig, config))
+    return LiveModel(preset.dit, preset.text.max_seconds)
 
 
 def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
@@ -328,29 +313,6 @@ def _build_codec(
     return build_loaded(lambda: SpectralCodec(sizes), tensors, str(path))
 
 
-def encoder_digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
-    """A digest of all that a codec's latents depend on.
-
-    SHA-256 of the encoder's tensors (names, shapes, values in float32; for the spectral codec the
-    latents' mean and scale are among them) and of the sizes that encoding reads, such as the
-    window of the transform. Another decoder leaves it as it is.
-    """
-    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
-    sizes = to_dict(config)
-    if isinstance(config, SpectralCodecConfig):
-        sizes = {name: size for name, size in sizes.items() if name not in DECODER_SIZES}
-    text = json.dumps([sizes, content_sha256(encoder)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def codec_hash_of(notes: Mapping[str, Any]) -> str | None:
-    """The digest of the encoder whose latents a model learned, if its file says that."""
-    found: Any = notes
-    for name in ("data", "latent_settings", "codec"):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if isinstance(found, str) else None
-
-
 def load_bundle(
     folder: str | Path, kind: str = "arc", dtype: torch.dtype = torch.float32
 ) -> Bundle:
@@ -374,10 +336,10 @@ def load_bundle(
             "the codec whose latents the model learned",
             f"Copy it there, e.g. data/pretrained/codec.safetensors to {codec_path}.",
         )
-    preset, learned = header.config, codec_hash_of(header.notes)
+    preset, learned = cast(Preset, header.config), codec_hash_of(header.notes)
     tensors, codec_header = load_tensors(codec_path, "codec")
     is_its_own = learned is None or learned == encoder_digest(codec_header.config, tensors)
-    if not isinstance(preset, Preset) or codec_header.config != preset.codec or not is_its_own:
+    if codec_header.config != preset.codec or not is_its_own:
         raise LmdError(
             f"{path} made for another codec than {codec_path}",
             "a model and the codec whose latents it learned",

@@ -288,21 +288,25 @@ def from_dict(cls: type[T], values: Any) -> T:
             "Check the spelling.",
         )
     hints = get_type_hints(cls)
-    return cls(**{name: _restore(hints[name], name, value) for name, value in values.items()})
+    return cls(**{name: restore(hints[name], name, value) for name, value in values.items()})
 
 
-def _restore(hint: Any, name: str, value: Any) -> Any:
-    """One field's value in the type that the config declares."""
+def restore(hint: Any, name: str, value: Any) -> Any:
+    """One value in the type that is declared; see `from_dict`."""
     if isinstance(hint, UnionType):  # of configs: the first one that has these keys
         options = [option for option in get_args(hint) if _has_keys(option, value)]
         hint = options[0] if options else get_args(hint)[0]
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
     if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
-        return tuple(_restore(get_args(hint)[0], name, item) for item in value)
+        return tuple(restore(get_args(hint)[0], name, item) for item in value)
     expected = _expected(hint, name, value)
     if expected:
-        raise LmdError(f"{name} {value!r:.80}", expected, "The file was damaged or made by hand.")
+        raise LmdError(
+            f"{name} {value!r:.80}",
+            expected,
+            "The file is damaged, made by hand or of another version.",
+        )
     return value
 
 

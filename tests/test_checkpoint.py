@@ -14,7 +14,6 @@ from safetensors.torch import save, save_file
 from lmd.__main__ import main
 from lmd.checkpoint import (
     build_model,
-    content_sha256,
     load_bundle,
     load_codec,
     load_model,
@@ -29,6 +28,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import DiTConfig, OobleckConfig, preset
 from lmd.data.codec_identity import encoder_sha256
 from lmd.errors import LmdError
+from lmd.model.weights import tensors_sha256
 from lmd.pretrained import SHIPPED
 
 TINY = preset("tiny")
@@ -275,7 +275,7 @@ def test_files_of_the_first_format_still_load(saved, model):
     change_header(saved, "format", 1)
     with pytest.raises(LmdError, match="not what was written"):
         load_tensors(saved)
-    change_header(saved, "sha256", content_sha256(model.state_dict()))
+    change_header(saved, "sha256", tensors_sha256(model.state_dict()))
     assert torch.equal(velocity(load_model(saved)), velocity(model))
 
 

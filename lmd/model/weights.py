@@ -74,6 +74,20 @@ def check_names_and_shapes(module: nn.Module, tensors: Mapping[str, Tensor], sou
         )
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor], covered: str = "") -> str:
+    """The SHA-256 of names, types, shapes and values, in the order of the names.
+
+    Args:
+        tensors: on the CPU, as stored.
+        covered: a text to cover, too.
+    """
+    digest = hashlib.sha256(covered.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fingerprint(part: object) -> str:
     """The SHA-256 of names and weights, whatever the device; without weights, of the class's name.
 
