@@ -43,7 +43,7 @@ reinstall:
 	@cp requirements.lock $(VENV)/installed.lock
 
 lock: ## write the versions of this environment down
-	$(BIN)/python tests/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
+	$(BIN)/python tools/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean: ## remove what `make run` wrote, not the environment
 	rm -rf outputs/smoke outputs/quick

@@ -1,4 +1,4 @@
-"""The command line: `python -m lmd COMMAND`.
+"""The command line: `lmd COMMAND`, or `python -m lmd COMMAND`.
 
 A command is a module with a dataclass `Options`, whose fields are the flags (made by tyro, with the
 class's `Attributes:` as their help), and `main(options) -> int`, which returns the exit status.
@@ -6,24 +6,25 @@ Modules are imported only when their command is asked for.
 """
 
 import argparse
+import errno
 import gc
 import importlib
+import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import tyro
 
+from lmd import __version__
 from lmd.errors import LmdError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
-    ("bench",): ("lmd.bench", "measure speed on this machine"),
-    ("bench", "data"): ("lmd.training.data_speed", "measure how fast music is rendered and read"),
-    ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
-    ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
-    ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
-    ("convert",): ("lmd.convert", "turn a foreign checkpoint into files of ours"),
-    ("interpolate",): ("lmd.interpolate", "weights between those of two files"),
+    ("run",): ("lmd.pipeline.run", "execute the notebooks and write a report"),
+    ("stream",): ("lmd.play.stream_command", "stream music to a file"),
+    ("replay",): ("lmd.play.replay", "play a recorded take again"),
+    ("export",): ("lmd.play.export_command", "write graphs that play"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
     ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
@@ -32,22 +33,25 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train", "finetune"): ("lmd.training.train_finetune", "turn a base into a live model"),
     ("train", "distill"): ("lmd.training.train_distill", "fewer steps, no guidance, same music"),
     ("train", "arc"): ("lmd.arc.train", "adversarial post-training on rollouts"),
-    ("train", "recogniser"): (
-        "lmd.evaluation.train_tagger",
-        "fit the listener that measures music",
-    ),
-    ("run",): ("lmd.pipeline.run", "execute the notebooks and write a report"),
-    ("export",): ("lmd.play.export_command", "write graphs that play"),
-    ("stream",): ("lmd.play.stream_command", "stream music to a file"),
-    ("replay",): ("lmd.play.replay", "play a recorded take again"),
+    ("train", "tagger"): ("lmd.evaluation.train_tagger", "fit the network that measures music"),
     ("evaluate",): ("lmd.evaluation.command", "measure generated music"),
+    ("convert",): ("lmd.stable_audio.convert", "make weights here from a Stable Audio checkpoint"),
+    ("parity",): ("lmd.stable_audio.parity", "compare a checkpoint with its expected outputs"),
+    ("bench",): ("lmd.bench", "measure speed on this machine"),
+    ("bench", "data"): ("lmd.training.data_speed", "measure how fast music is rendered and read"),
+    ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
+    ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
 }
+RENAMED = {("train", "recogniser"): ("train", "tagger")}  # both work
+MOVED = {("interpolate",): "python tools/interpolate.py"}
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 
 def usage() -> str:
     """One line for every command."""
     lines = [f"  {' '.join(words):16} {text}" for words, (_, text) in COMMANDS.items()]
-    return "usage: python -m lmd COMMAND [options]\n\n" + "\n".join(lines)
+    return "usage: lmd COMMAND [options], lmd --version\n\n" + "\n".join(lines)
 
 
 @contextmanager
@@ -65,28 +69,66 @@ def importing() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a refusal (`LmdError`) is printed in one line, exit status 2."""
+    """Run one command; what it refuses (`LmdError`) is printed in one line, exit status 2.
+
+    Args:
+        argv: the words after `lmd`; None: those of this process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    name = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in COMMANDS), None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(words, is_process=argv is None)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # e.g. `lmd --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(words: list[str], is_process: bool) -> int:
+    """Find and run the command that the words begin with."""
+    if words[:1] == ["--version"]:
+        print(f"lmd {__version__}")
+        return 0
+    beginnings = [tuple(words[:n]) for n in (2, 1)]
+    name = next((b for b in beginnings if b in COMMANDS or b in RENAMED or b in MOVED), None)
     if name is None:
-        asked_for_help = bool(words) and words[0] in ("-h", "--help")
+        asked_for_help = words[:1] in (["-h"], ["--help"])
         print(usage(), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    module_name, text = COMMANDS[name]
-    with importing() if argv is None else nullcontext():  # a process of its own, or a caller's
+    if name in MOVED or name in RENAMED:
+        now = MOVED.get(name) or f"lmd {' '.join(RENAMED[name])}"
+        print(f"lmd {' '.join(name)} is called `{now}` now", file=sys.stderr)
+        if name in MOVED:
+            return 2
+    rest, name = words[len(name) :], RENAMED.get(name, name)
+    (module_name, text), prog = COMMANDS[name], f"lmd {' '.join(name)}"
+    with importing() if is_process else nullcontext():
         module = importlib.import_module(module_name)
-    prog, rest = f"lmd {' '.join(name)}", words[len(name) :]
-    if hasattr(module, "Options"):
-        config = (tyro.conf.FlagCreatePairsOff,)
-        options = tyro.cli(module.Options, prog=prog, description=text, args=rest, config=config)
-    else:  # the older form of a command
-        parser = argparse.ArgumentParser(prog=prog, description=text)
-        module.configure(parser)
-        options = parser.parse_args(rest)
     try:
+        if hasattr(module, "Options"):
+            config = (tyro.conf.FlagCreatePairsOff,)
+            options = tyro.cli(
+                module.Options, prog=prog, description=text, args=rest, config=config
+            )
+        else:  # the older form of a command
+            parser = argparse.ArgumentParser(prog=prog, description=text)
+            module.configure(parser)
+            options = parser.parse_args(rest)
         return module.main(options)
     except LmdError as error:
-        print(f"lmd {' '.join(name)}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"{prog}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
 
 

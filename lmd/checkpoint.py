@@ -1,17 +1,18 @@
 """Weights on disk: safetensors files that carry their own config, written atomically.
 
 All that a file says about itself stands in one metadata entry, as JSON with sorted keys, so equal
-content gives equal bytes. The SHA-256 of the content is checked whenever weights are loaded.
+content gives equal bytes. The SHA-256 of weights and config is checked whenever weights are loaded;
+types and sizes in the entry are checked whenever it is read.
 """
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,28 +20,31 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lmd.codec.base import Codec
+from lmd.codec.identity import codec_hash_of, encoder_digest
 from lmd.config import (
-    DiTConfig,
     OobleckConfig,
     Preset,
-    RecogniserConfig,
     SpectralCodecConfig,
+    TaggerConfig,
     from_dict,
+    restore,
     to_dict,
 )
 from lmd.errors import LmdError
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
-from lmd.model.weights import load_strict
+from lmd.model.weights import build_loaded, tensors_sha256
 
-KINDS = ("codec", "base", "finetuned", "arc", "recogniser")
-Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | RecogniserConfig
+Config = Preset | SpectralCodecConfig | OobleckConfig | TaggerConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
-CONFIG_TYPES = {cls.__name__: cls for cls in get_args(Config)}
+CONFIG_OF: dict[str, Any] = {
+    "codec": SpectralCodecConfig | OobleckConfig,
+    **dict.fromkeys(MODEL_KINDS, Preset),
+    "tagger": TaggerConfig,
+}
+KINDS = tuple(CONFIG_OF)
+RENAMED = {"recogniser": "tagger"}  # as older files say
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
-FORMAT = 1
-ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
-DECODER_SIZES = ("width", "depth", "step_width", "step_depth", "horizon_frames")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Header:
         kind: what it is for: one of `KINDS`.
         config: sizes; a whole `Preset` for models, so that codec and text encoder are known too.
         notes: free JSON values: steps, data, scores, seeds.
-        sha256: digest of the tensors as stored.
+        sha256: digest of the tensors as stored and of the config; of the tensors alone in files
+            of the first format.
         stored: "float32" or "float16" (matrices only; vectors always stay float32).
     """
 
@@ -63,8 +68,21 @@ class Header:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """A header as JSON. In format 1 the SHA-256 does not cover kind and config."""
+
+    format: Literal[1, 2]
+    kind: str
+    config_type: str
+    config: dict
+    notes: dict
+    sha256: str
+    stored: Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A model and what it needs to be heard."""
+    """A model and what turns prompts into its input and its output into sound."""
 
     preset: Preset
     model: LiveModel
@@ -104,7 +122,7 @@ def save_checkpoint(
         path: where to; parent folders are made.
         tensors: a state dict.
         kind: one of `KINDS`.
-        config: a `Preset` for models, their own config for codecs and the recogniser.
+        config: a `Preset` for models, their own config for codecs and the tagger.
         notes: anything JSON can hold that a reader should know.
         stored: "float16" halves the file: tensors with two or more dimensions are rounded.
 
@@ -116,25 +134,24 @@ def save_checkpoint(
             too large for float16.
     """
     check_kind(kind, KINDS)
-    if (kind == "codec") != isinstance(config, SpectralCodecConfig | OobleckConfig):
+    if not isinstance(config, CONFIG_OF[kind]):
         raise LmdError(
             f"a {type(config).__name__} for kind {kind!r}",
             "a Preset for models, a codec's config for codecs",
             "Pass the other config or another kind.",
         )
     packed = {name: _pack(name, tensor, stored) for name, tensor in sorted(tensors.items())}
-    digest = content_sha256(packed)
     header = {
-        "format": FORMAT,
+        "format": 2,
         "kind": kind,
         "config_type": type(config).__name__,
         "config": to_dict(config),
         "notes": dict(notes or {}),
-        "sha256": digest,
         "stored": stored,
     }
+    header["sha256"] = tensors_sha256(packed, _covered(header))
     write_atomic(path, save(packed, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
-    return digest
+    return header["sha256"]
 
 
 def _pack(name: str, tensor: Tensor, stored: str) -> Tensor:
@@ -152,23 +169,21 @@ def _pack(name: str, tensor: Tensor, stored: str) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def content_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, types, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _covered(fields: Mapping[str, Any]) -> str:
+    """What the SHA-256 of a file covers beside its tensors: in format 1 nothing."""
+    names = ("format", "kind", "config_type", "config") if fields["format"] > 1 else ()
+    return json.dumps({name: fields[name] for name in names}, sort_keys=True) if names else ""
 
 
 def read_header(path: str | Path) -> Header:
     """What a checkpoint says about itself; the weights are not read.
 
     Raises:
-        LmdError: no such file, not a safetensors file or a truncated one, or not one of ours.
+        LmdError: no such file, not a safetensors file or a truncated one, not one of ours, or
+            one that asks for sizes out of all bounds (`lmd.config.BOUNDS`).
     """
     with _opened(path) as file:
-        return _parse_header(Path(path), file.metadata())
+        return _parse(Path(path), file.metadata())[0]
 
 
 def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Header]:
@@ -183,10 +198,10 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Head
     """
     path = Path(path)
     with _opened(path) as file:
-        header = _parse_header(path, file.metadata())
+        header, fields = _parse(path, file.metadata())
         check_kind(header.kind, kinds or KINDS, f"{path} of ")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if content_sha256(tensors) != header.sha256:
+    if tensors_sha256(tensors, _covered(fields)) != header.sha256:
         raise LmdError(
             f"{path} whose content is not what was written",
             f"SHA-256 {header.sha256[:12]}…",
@@ -196,21 +211,23 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Head
     return floats, header
 
 
-def _opened(path: str | Path) -> Any:
-    """An open safetensors file."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """An open safetensors file; what cannot be read in it is said readably."""
     path = Path(path)
     if not path.is_file():
         raise LmdError(
-            f"no file {path}", "a checkpoint", "Check the path, or train one (python -m lmd train)."
+            f"no file {path}", "a checkpoint", "Check the path, or train one (lmd train)."
         )
     if path.suffix != ".safetensors":
         raise LmdError(
             f"{path.name}, a {path.suffix or 'nameless'} file",
             "a .safetensors file",
-            "Read another project's checkpoint with lmd.foreign.load_foreign.",
+            "Another project's checkpoint: lmd convert FOLDER.",
         )
     try:
-        return safe_open(path, "pt")
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise LmdError(
             f"{path}, which cannot be read ({error}; {path.stat().st_size} bytes)",
@@ -219,30 +236,32 @@ def _opened(path: str | Path) -> Any:
         ) from error
 
 
-def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> Header:
-    """The header in a file's metadata."""
+def _parse(path: Path, metadata: Mapping[str, str] | None) -> tuple[Header, dict[str, Any]]:
+    """The header in a file's metadata, with types and bounds checked, and its fields as stored."""
     if not metadata or METADATA_KEY not in metadata:
         raise LmdError(
             f"{path} without this project's header",
             "a file written by lmd.checkpoint.save_checkpoint",
-            "Read another project's checkpoint with lmd.foreign.load_foreign.",
+            "Another project's checkpoint: lmd convert FOLDER.",
         )
     try:
         fields = json.loads(metadata[METADATA_KEY])
-        if fields["format"] != FORMAT or fields["config_type"] not in CONFIG_TYPES:
-            raise LmdError(
-                f"{path} of format {fields['format']} with a {fields['config_type']}",
-                f"format {FORMAT} with one of {sorted(CONFIG_TYPES)}",
-                "It was written by another version: update, or make it again.",
-            )
-        config = from_dict(CONFIG_TYPES[fields["config_type"]], fields["config"])
-        return Header(fields["kind"], config, fields["notes"], fields["sha256"], fields["stored"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        stored = from_dict(_Entry, fields)
+    except (ValueError, TypeError, RecursionError) as error:
         raise LmdError(
-            f"{path} whose {METADATA_KEY!r} entry is not ours ({error!r})",
+            f"{path} whose {METADATA_KEY!r} entry is not ours ({error})",
             "a header as lmd.checkpoint.save_checkpoint writes it",
-            "It was damaged or is something else: fetch or make it again.",
+            "It is damaged or something else: fetch or make it again.",
         ) from error
+    kind = RENAMED.get(stored.kind, stored.kind)
+    check_kind(kind, KINDS, f"{path} of ")
+    try:
+        config = restore(CONFIG_OF[kind], "config", stored.config)
+    except LmdError as error:
+        raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
+    except TypeError as error:
+        raise LmdError(f"{path} ({error})", "a whole config", "Fetch or make it again.") from error
+    return Header(kind, config, stored.notes, stored.sha256, stored.stored), fields
 
 
 def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
@@ -255,19 +274,15 @@ def load_model(path: str | Path) -> LiveModel:
     """The transformer in a file, in float32, ready for inference.
 
     Raises:
-        LmdError: see `load_tensors` and `load_strict`.
+        LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, *MODEL_KINDS)
-    model = build_model(header.config)
-    load_strict(model, tensors, str(path))
-    return model.eval()
+    return build_loaded(lambda: build_model(cast(Preset, header.config)), tensors, str(path))
 
 
-def build_model(config: Config) -> LiveModel:
+def build_model(preset: Preset) -> LiveModel:
     """A model of that size with fresh weights."""
-    if isinstance(config, Preset):
-        return LiveModel(config.dit, config.text.max_seconds)
-    return LiveModel(cast(DiTConfig, config))
+    return LiveModel(preset.dit, preset.text.max_seconds)
 
 
 def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
@@ -278,7 +293,7 @@ def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
         dtype: in which Stable Audio's autoencoder computes; the spectral one does in float32.
 
     Raises:
-        LmdError: see `load_tensors` and `load_strict`.
+        LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, "codec")
     return build_codec(header.config, tensors, path, dtype)
@@ -297,30 +312,8 @@ def build_codec(
         return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
     from lmd.codec.spectral import SpectralCodec
 
-    codec = SpectralCodec(cast(SpectralCodecConfig, config))
-    load_strict(codec, tensors, str(path))
-    return codec.eval()
-
-
-def encoder_digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
-    """A digest of all that a codec's latents depend on, and of nothing else.
-
-    SHA-256 of the encoder's tensors (names, shapes, values in float32; for the spectral codec the
-    latents' mean and scale are among them) and of the sizes that encoding reads, such as the
-    window of the transform. Another decoder leaves it as it is.
-    """
-    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
-    sizes = to_dict(config)
-    if isinstance(config, SpectralCodecConfig):
-        sizes = {name: size for name, size in sizes.items() if name not in DECODER_SIZES}
-    text = json.dumps([sizes, content_sha256(encoder)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def codec_hash_of(notes: Mapping[str, Any]) -> str | None:
-    """The digest of the encoder whose latents a model learned, if its file says that."""
-    data = notes.get("data")
-    return data.get("latent_settings", {}).get("codec") if isinstance(data, dict) else None
+    sizes = cast(SpectralCodecConfig, config)
+    return build_loaded(lambda: SpectralCodec(sizes), tensors, str(path))
 
 
 def load_bundle(
@@ -340,12 +333,16 @@ def load_bundle(
     check_kind(kind, MODEL_KINDS)
     path, codec_path = folder / f"{kind}.safetensors", folder / "codec.safetensors"
     header = read_header(path)
-    preset, heard = header.config, codec_hash_of(header.notes)
-    fits = isinstance(preset, Preset) and read_header(codec_path).config == preset.codec
-    if fits:
-        tensors, codec_header = load_tensors(codec_path, "codec")
-        fits = heard is None or heard == encoder_digest(codec_header.config, tensors)
-    if not fits:
+    if not codec_path.is_file():
+        raise LmdError(
+            f"no {codec_path} beside {path.name}",
+            "the codec whose latents the model learned",
+            f"Copy it there, e.g. data/pretrained/codec.safetensors to {codec_path}.",
+        )
+    preset, learned = cast(Preset, header.config), codec_hash_of(header.notes)
+    tensors, codec_header = load_tensors(codec_path, "codec")
+    is_its_own = learned is None or learned == encoder_digest(codec_header.config, tensors)
+    if codec_header.config != preset.codec or not is_its_own:
         raise LmdError(
             f"{path} made for another codec than {codec_path}",
             "a model and the codec whose latents it learned",

@@ -1,4 +1,4 @@
-"""Every size in one place: frozen dataclasses, three presets, unknown keys refused.
+"""Every size in one place: frozen dataclasses and three presets.
 
 `tiny` is for tests, `small` ships with weights and plays in real time on two CPU cores,
 `paper` has the exact shape of Stable Audio Open Small.
@@ -16,6 +16,23 @@ Regime = Literal["full", "enc-dec", "block-causal"]
 REGIMES: tuple[str, ...] = get_args(Regime)
 T = TypeVar("T")
 
+# Least and greatest value that a file may ask for, so that a small file cannot take all memory.
+MOST = 65_536
+MOST_ITEMS = 64  # of a list
+MOST_SAMPLES = 2**26  # of audio in a window: 25 minutes
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("depth", "step_depth", "n_heads"), (1, 256)),
+    **dict.fromkeys(("ff_mult", "hops_per_frame", "strides"), (1, 64)),
+    **dict.fromkeys(("context_frames", "block_frames", "horizon_frames"), (1, 8192)),
+    **dict.fromkeys(("hop", "dim", "n_linear", "n_bands", "n_tokens"), (1, 4096)),
+    "c_mults": (1, 1024),
+    "n_fft": (1, 16_384),
+    "sample_rate": (1, 768_000),
+    "rope_base": (1, 1e12),
+    "max_seconds": (1e-3, 1e6),
+    "floor_db": (-400, -1),
+}
+
 
 def check_block(context_frames: int, block_frames: int) -> int:
     """How many blocks the context holds.
@@ -31,6 +48,14 @@ def check_block(context_frames: int, block_frames: int) -> int:
             f"Choose one of {legal}.",
         )
     return context_frames // block_frames
+
+
+def check_samples(n: int, most: int = MOST) -> None:
+    """Refuse a frame, or a window, of too many samples of audio."""
+    if n > most:
+        raise LmdError(
+            f"a frame or window of {n} samples", f"at most {most}", "Choose smaller sizes."
+        )
 
 
 @dataclass(frozen=True)
@@ -111,8 +136,8 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class RecogniserConfig:
-    """The small listener that distances are measured with (see `lmd.evaluation.tagger`)."""
+class TaggerConfig:
+    """The small network whose embeddings measure distances (see `lmd.evaluation.tagger`)."""
 
     families: tuple[str, ...]  # instrument families, in the order of the output
     sample_rate: int = 22_050
@@ -141,6 +166,16 @@ class SpectralCodecConfig:
     step_depth: int = 4
     horizon_frames: int = 32  # a phase counts from an onset at most this far back
 
+    def __post_init__(self) -> None:
+        check_samples(self.samples_per_frame)
+        if self.n_fft % self.hop or not self.n_linear < min(self.n_bands, self.n_fft // 2 - 1):
+            raise LmdError(
+                f"n_fft {self.n_fft}, hop {self.hop}, n_linear {self.n_linear}, n_bands "
+                f"{self.n_bands}",
+                "a hop that divides n_fft, and n_linear below n_bands and n_fft / 2 - 1",
+                "Correct the codec's sizes.",
+            )
+
     @property
     def samples_per_frame(self) -> int:
         """Audio samples that one latent frame covers."""
@@ -158,6 +193,9 @@ class OobleckConfig:
     c_mults: tuple[int, ...] = (1, 2, 4, 8, 16)
     strides: tuple[int, ...] = (2, 4, 4, 8, 8)
 
+    def __post_init__(self) -> None:
+        check_samples(self.samples_per_frame)
+
     @property
     def samples_per_frame(self) -> int:
         """Audio samples that one latent frame covers."""
@@ -173,6 +211,16 @@ class Preset:
     window: WindowConfig
     text: TextConfig
     codec: SpectralCodecConfig | OobleckConfig
+
+    def __post_init__(self) -> None:
+        found = (self.codec.latent_dim, self.text.dim)
+        if found != (expected := (self.dit.latent_dim, self.dit.text_dim)):
+            raise LmdError(
+                f"a codec of {found[0]} channels and text of width {found[1]}",
+                f"{expected[0]} and {expected[1]}, as the transformer has",
+                "Give all three the same sizes.",
+            )
+        check_samples(self.window.window_frames * self.codec.samples_per_frame, MOST_SAMPLES)
 
     @property
     def frame_rate_hz(self) -> float:
@@ -229,37 +277,58 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+def from_dict(cls: type[T], values: Any) -> T:
     """Build a config from plain values; nested configs and tuples are restored.
 
     Raises:
-        LmdError: a key that the config does not have.
+        LmdError: an unknown key, a value of another type or outside `BOUNDS`.
+        TypeError: no mapping, or a key is missing.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if not isinstance(values, dict):
+        raise TypeError(f"{values!r:.80} instead of a {cls.__name__}")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - fields):
         raise LmdError(
             f"unknown keys {unknown} for {cls.__name__}",
             f"a subset of {sorted(fields)}",
             "Check the spelling.",
         )
     hints = get_type_hints(cls)
-    return cls(**{name: _restore(hints[name], value) for name, value in values.items()})
+    return cls(**{name: restore(hints[name], name, value) for name, value in values.items()})
 
 
-def _restore(hint: Any, value: Any) -> Any:
-    """One field's value in the type that the config declares: nested configs, unions, tuples."""
-    if isinstance(hint, UnionType):
-        matching = (
-            option
-            for option in get_args(hint)
-            if isinstance(value, dict)
-            and dataclasses.is_dataclass(option)
-            and set(value) <= {field.name for field in dataclasses.fields(option)}
-        )
-        hint = next(matching, get_args(hint)[0])
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+def restore(hint: Any, name: str, value: Any) -> Any:
+    """One value in the type that is declared; see `from_dict`."""
+    if isinstance(hint, UnionType):  # of configs: the first one that has these keys
+        options = [option for option in get_args(hint) if _has_keys(option, value)]
+        hint = options[0] if options else get_args(hint)[0]
+    if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    if get_origin(hint) is tuple:
-        return tuple(_restore(get_args(hint)[0], item) for item in value)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
+        return tuple(restore(get_args(hint)[0], name, item) for item in value)
+    expected = _expected(hint, name, value)
+    if expected:
+        raise LmdError(
+            f"{name} {value!r:.80}",
+            expected,
+            "The file is damaged, made by hand or of another version.",
+        )
     return value
+
+
+def _has_keys(option: Any, value: Any) -> bool:
+    return isinstance(value, dict) and set(value) <= {f.name for f in dataclasses.fields(option)}
+
+
+def _expected(hint: Any, name: str, value: Any) -> str:
+    """What would have been right in place of a plain value; empty if it is."""
+    if hint in (int, float):
+        least, most = BOUNDS.get(name, (1, MOST))
+        kinds = (int,) if hint is int else (int, float)
+        fits = type(value) in kinds and least <= value <= most
+        return "" if fits else f"{'a whole' if hint is int else 'a'} number, {least:g} to {most:g}"
+    if get_origin(hint) is Literal:
+        return "" if value in get_args(hint) else f"one of {list(get_args(hint))}"
+    if get_origin(hint) is tuple:
+        return f"a list of at most {MOST_ITEMS}"
+    return "" if isinstance(value, hint) else f"a {hint.__name__}"

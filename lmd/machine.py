@@ -22,45 +22,39 @@ _PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5's omp.h
 
 
 def tune_allocator() -> bool:
-    """Let glibc keep freed memory, so that large tensors do not fault their pages in every time.
+    """Let glibc keep freed memory: large element-wise operations are several times faster on Linux.
 
-    Call it at the start of a training entry point, before large tensors are made. It makes large
-    element-wise operations several times faster on Linux; elsewhere it does nothing.
+    Call it before large tensors are made; elsewhere it does nothing.
 
     Returns:
         Whether the C library accepted both settings.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    mallopt = _c_function("mallopt")
+    if mallopt is None:
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def trim_memory(collect: bool = True) -> None:
-    """Give freed memory back to the system now: after loading, before playing.
+def trim_memory() -> None:
+    """Give freed memory back to the system: after loading, before playing."""
+    gc.collect()
+    trim = _c_function("malloc_trim")
+    if trim is not None:
+        trim(0)
 
-    Args:
-        collect: first free what only circles of references hold (a tenth of a second).
-    """
-    if collect:
-        gc.collect()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do without
-        if trim is not None:
-            trim(0)
+
+def _c_function(name: str) -> Any:
+    """A function of the C library on Linux; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def release_idle_threads() -> bool:
     """End this thread's waiting OpenMP workers; its next parallel operation starts new ones.
 
-    Every thread that computes has workers of its own, and as soon as all together are more than
-    there are cores, those that wait are put to sleep at once instead of a little later: every
-    parallel operation then begins with waking them. So a thread that hands its work to another one
-    calls this first. Measurements stand in docs/log.md.
+    Every thread that computes has workers of its own; when all together are more than there are
+    cores, every parallel operation begins with waking them. So a thread that hands its work to
+    another one calls this first. Measurements stand in docs/log.md.
 
     Returns:
         Whether there is an OpenMP runtime that could be asked, and it did.
@@ -168,22 +162,14 @@ class Machine:
     python: str
     torch: str
 
-    def __str__(self) -> str:
-        gpu = f", {self.gpu}" if self.gpu else ""
-        return (
-            f"{self.cpu}, {self.n_cores} cores ({self.n_threads} threads used), "
-            f"{self.memory_gib:.0f} GiB{gpu}, {self.system}, "
-            f"Python {self.python}, torch {self.torch}"
-        )
-
 
 def describe_machine() -> Machine:
-    """This machine, as `Machine`; `machine_dict` gives plain values for JSON."""
+    """This machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     flags = _cpu_field("flags").split()
     return Machine(
         system=platform.system(),
-        cpu=_cpu_name(),
+        cpu=_cpu_field("model name") or platform.processor() or platform.machine(),
         n_cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         n_threads=torch.get_num_threads(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
@@ -212,10 +198,6 @@ def hardware(machine: Mapping[str, Any]) -> str:
     half = half_products(machine)
     with_half = f" with {half}" if half else ""
     return machine["cpu"] + with_half + (f" and {machine['gpu']}" if machine["gpu"] else "")
-
-
-def _cpu_name() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def _cpu_field(name: str) -> str:

@@ -18,16 +18,19 @@ from torch import Tensor
 from lmd.errors import LmdError
 
 Samples = Tensor | np.ndarray
-FLOOR_DB = -80.0
+RANGE_DB = 80.0  # of a spectrogram, under its loudest bin
+
+
+def _array(values: Samples) -> np.ndarray:
+    """Plain numbers, without a batch dimension of one."""
+    array = values.detach().cpu().float().numpy() if isinstance(values, Tensor) else values
+    array = np.asarray(array)
+    return array[0] if array.ndim == 3 and len(array) == 1 else array
 
 
 def _channels(wave: Samples) -> np.ndarray:
     """A wave of shape [sample], [channel, sample] or [1, channel, sample] as [channel, sample]."""
-    array = wave.detach().cpu().float().numpy() if isinstance(wave, Tensor) else np.asarray(wave)
-    if array.ndim == 3 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim == 1:
-        array = array[None]
+    array = np.atleast_2d(_array(wave))
     if array.ndim != 2 or array.shape[0] > array.shape[1] or not array.size:
         raise LmdError(
             f"a wave of shape {tuple(np.shape(wave))}",
@@ -42,25 +45,18 @@ def play(wave: Samples, sample_rate: int) -> Audio:
     return Audio(np.clip(_channels(wave), -1, 1), rate=sample_rate, normalize=False)
 
 
-def spectrogram_db(wave: Samples, n_fft: int = 1024, hop: int = 256) -> np.ndarray:
-    """Magnitudes in dB under the loudest bin, `[frequency, frame]`, floor −80 dB; mono mix."""
-    mono = torch.from_numpy(_channels(wave).mean(axis=0))
-    stft = torch.stft(
-        mono, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True, pad_mode="constant"
-    )
-    magnitude = stft.abs().numpy()
-    peak = max(float(magnitude.max()), 1e-9)
-    return np.maximum(20 * np.log10(np.maximum(magnitude, 1e-12) / peak), FLOOR_DB)
-
-
 def specplot(wave: Samples, sample_rate: int, ax: Axes | None = None) -> Axes:
-    """Draw a spectrogram over seconds and hertz, frequencies on a logarithmic scale from 40 Hz."""
+    """Draw a spectrogram: seconds, hertz from 40 on a logarithmic scale, 80 dB; mono mix."""
     ax = plt.subplots(figsize=(9, 2.6), layout="constrained")[1] if ax is None else ax
-    hop, n_fft = 256, 1024
-    picture = spectrogram_db(wave, n_fft, hop)
-    times_s = np.arange(picture.shape[1]) * hop / sample_rate
+    n_fft, hop = 1024, 256
+    mono, window = torch.from_numpy(_channels(wave).mean(axis=0)), torch.hann_window(n_fft)
+    stft = torch.stft(mono, n_fft, hop, window=window, return_complex=True, pad_mode="constant")
+    level_db = 20 * stft.abs().clamp_min(1e-12).log10().numpy()
+    times_s = np.arange(level_db.shape[1]) * hop / sample_rate
     freqs_hz = np.fft.rfftfreq(n_fft, 1 / sample_rate)
-    ax.pcolormesh(times_s, freqs_hz, picture, cmap="magma", shading="nearest", rasterized=True)
+    peak_db = max(level_db.max(), -180)
+    look = {"cmap": "magma", "vmin": peak_db - RANGE_DB, "vmax": peak_db}
+    ax.pcolormesh(times_s, freqs_hz, level_db, shading="nearest", rasterized=True, **look)
     ax.set(yscale="log", ylim=(40, sample_rate / 2), xlabel="seconds", ylabel="Hz")
     return ax
 
@@ -115,8 +111,7 @@ def piano_roll(notes: np.ndarray, voices: Sequence[str] = (), ax: Axes | None = 
 def latentplot(latents: Samples, frame_rate_hz: float, ax: Axes | None = None) -> Axes:
     """Draw latents `[latent, frame]` or `[1, latent, frame]` as an image over seconds."""
     ax = plt.subplots(figsize=(9, 2.6), layout="constrained")[1] if ax is None else ax
-    array = latents.detach().cpu().float().numpy() if isinstance(latents, Tensor) else latents
-    array = array[0] if array.ndim == 3 else array
+    array = _array(latents)
     span = (0, array.shape[-1] / frame_rate_hz, 0, array.shape[0])
     ax.imshow(
         array, aspect="auto", origin="lower", extent=span, cmap="RdBu_r", vmin=-3, vmax=3,

@@ -1,14 +1,17 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 
+from lmd.__main__ import main
 from lmd.checkpoint import (
     build_model,
     load_bundle,
@@ -25,6 +28,8 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import DiTConfig, OobleckConfig, preset
 from lmd.data.codec_identity import encoder_sha256
 from lmd.errors import LmdError
+from lmd.model.weights import tensors_sha256
+from lmd.pretrained import SHIPPED
 
 TINY = preset("tiny")
 
@@ -158,7 +163,7 @@ def test_files_that_are_not_ours_are_refused_with_what_to_do(tmp_path):
         load_model(tmp_path / "none.safetensors")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.zeros(1)}, foreign)
-    with pytest.raises(LmdError, match="load_foreign"):
+    with pytest.raises(LmdError, match="lmd convert"):
         read_header(foreign)
 
 
@@ -177,21 +182,101 @@ def test_a_header_that_is_not_ours_is_refused(tmp_path, entry):
         read_header(path)
 
 
-def test_a_header_with_a_misspelt_key_is_refused(tmp_path):
-    path = tmp_path / "base.safetensors"
-    save_checkpoint(path, {"w": torch.zeros(1)}, kind="base", config=TINY)
-    header = json.loads(_metadata(path))
-    header["config"]["dit"]["widht"] = 3
-    save_file({"w": torch.zeros(1)}, path, {"lmd": json.dumps(header)})
-    with pytest.raises(LmdError, match="widht"):
-        read_header(path)
-
-
-def _metadata(path):
-    from safetensors import safe_open
-
+def change_header(path, place, value):
+    """Overwrite one field of a header, however deep, and nothing else."""
     with safe_open(path, "pt") as file:
-        return file.metadata()["lmd"]
+        header = json.loads(file.metadata()["lmd"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    *outer, last = place.split(".")
+    fields = header
+    for name in outer:
+        fields = fields[name]
+    fields[last] = value
+    path.write_bytes(save(tensors, {"lmd": json.dumps(header)}))
+
+
+def test_a_header_with_a_misspelt_key_is_refused(saved):
+    change_header(saved, "config.dit.widht", 3)
+    with pytest.raises(LmdError, match="widht"):
+        read_header(saved)
+
+
+WRONG = [
+    *(("config.dit.depth", value) for value in (10**7, 0, -1, 2.0, True, "2", None, [2])),
+    *(("config.window.context_frames", value) for value in (10**9, -192)),
+    *(("config.dit.rope_base", value) for value in (float("nan"), float("inf"), 0, "1", None)),
+    *(("config.codec.hop", value) for value in (0, 10**6, 1000)),
+    *(("config.dit.controls", value) for value in (None, "abc", [3], [{"name": 3}], [{}] * 65)),
+    *(("config", value) for value in (None, [], 3)),
+    *(("notes", value) for value in (None, [], "none")),
+    *(("kind", value) for value in (None, [], "teacher", "codec", "tagger")),
+    *(("sha256", value) for value in (None, 3)),
+    *(("format", value) for value in (None, 3, "2")),
+    ("config.text.encoder", "bert"),
+    ("config.text.dim", 17),
+    ("config.codec.latent_dim", 9),
+    ("config.codec.n_linear", 64),
+    ("config.name", None),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), WRONG)
+def test_values_out_of_type_or_bounds_are_refused_when_a_header_is_read(saved, place, value):
+    change_header(saved, place, value)
+    with pytest.raises(LmdError, match="expected"):
+        read_header(saved)
+
+
+def test_deeply_nested_json_is_refused(tmp_path):
+    path = tmp_path / "base.safetensors"
+    for entry in ("[" * 100_000, '{"notes": ' * 100_000, '{"format": ' + "9" * 5000 + "}"):
+        path.write_bytes(save({"a": torch.zeros(1)}, {"lmd": entry}))
+        with pytest.raises(LmdError, match="entry is not ours"):
+            read_header(path)
+
+
+@pytest.mark.parametrize("case", ["bomb_depth", "bomb_window"])
+def test_a_small_file_that_asks_for_all_memory_is_refused(fixtures, tmp_path, capsys, case):
+    shutil.copy(SHIPPED / "codec.safetensors", tmp_path)
+    shutil.copy(fixtures / "weights" / case / "arc.safetensors", tmp_path)
+    wave = tmp_path / "x.wav"
+    assert main(["stream", "piano", "--source", f"{tmp_path}:arc", "-o", str(wave)]) == 2
+    assert "expected a whole number, 1 to" in capsys.readouterr().err
+    assert not wave.exists()
+
+
+def test_sizes_are_compared_with_the_tensors_before_anything_is_built(model, tmp_path, monkeypatch):
+    """Without this, width 40,000 takes 256 GB."""
+    wide = replace(TINY.dit, width=40_000, n_heads=100)
+    path = tmp_path / "base.safetensors"
+    sizes = replace(TINY, dit=wide)
+    save_checkpoint(path, model.state_dict(), kind="base", config=sizes)
+    places = []
+
+    def noted(config):
+        places.append(torch.get_default_device().type)
+        return build_model(config)
+
+    monkeypatch.setattr("lmd.checkpoint.build_model", noted)
+    with pytest.raises(LmdError, match=r"of another shape: dit\..*, …"):
+        load_model(path)
+    assert places == ["meta"]
+
+
+def test_the_digest_covers_the_config(saved):
+    """A changed size that no shape shows is noticed, too."""
+    change_header(saved, "config.dit.rope_base", 5000)
+    with pytest.raises(LmdError, match="not what was written"):
+        load_tensors(saved)
+
+
+def test_files_of_the_first_format_still_load(saved, model):
+    """They have a digest of the tensors alone, as stated on the cards of shipped weights."""
+    change_header(saved, "format", 1)
+    with pytest.raises(LmdError, match="not what was written"):
+        load_tensors(saved)
+    change_header(saved, "sha256", tensors_sha256(model.state_dict()))
+    assert torch.equal(velocity(load_model(saved)), velocity(model))
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lmd.checkpoint import save_checkpoint
-from lmd.config import RecogniserConfig
+from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.scores import cached_piece
 from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
@@ -132,9 +132,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     write_manifest(folder / "corpus", rows)
     (folder / "corpus" / "corpus.json").write_text('{"hours": 2.0}')
     torch.manual_seed(0)
-    model = Recogniser(RecogniserConfig(tuple(FAMILIES), width=16, embedding=8))
+    model = Recogniser(TaggerConfig(tuple(FAMILIES), width=16, embedding=8))
     path = folder / "recogniser.safetensors"
-    save_checkpoint(path, model.state_dict(), kind="recogniser", config=model.config)
+    save_checkpoint(path, model.state_dict(), kind="tagger", config=model.config)
     return argparse.Namespace(folder=folder, corpus=folder / "corpus", recogniser=path)
 
 

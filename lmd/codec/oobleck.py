@@ -21,7 +21,7 @@ from lmd.codec.oobleck_fast import (
 )
 from lmd.config import OobleckConfig
 from lmd.errors import LmdError
-from lmd.model.weights import load_strict
+from lmd.model.weights import build_loaded
 from lmd.shapes import BlockLatents, Latents, Wave
 
 RESIDUAL_REACH = 3 * (1 + 3 + 9)  # positions that a block's three units see on either side
@@ -286,9 +286,7 @@ def reference_network(
     Raises:
         LmdError: lists weights that are missing, unknown or of another shape.
     """
-    network = build_reference(config)
-    load_strict(network, tensors, source)
-    return network
+    return build_loaded(lambda: build_reference(config), tensors, source)
 
 
 def random_codec(

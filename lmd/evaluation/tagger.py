@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmd.checkpoint import Header, load_tensors
-from lmd.config import RecogniserConfig
+from lmd.config import TaggerConfig
 from lmd.errors import LmdError
-from lmd.model.weights import load_strict
+from lmd.model.weights import build_loaded
 from lmd.training.codec.losses import mel_matrix
 from lmd.training.codec.metrics import Mono, power
 
@@ -45,7 +45,7 @@ class Heard:
 
     Attributes:
         embedding: `[window, size]`, the space in which distances are measured.
-        family: probabilities over `RecogniserConfig.families`.
+        family: probabilities over `TaggerConfig.families`.
         pitch_classes: probability that each sounds for a twentieth of the window (C = 0).
         tempo: probabilities over `TEMPI_BPM`.
     """
@@ -145,7 +145,7 @@ class Residual(nn.Module):
 class Recogniser(nn.Module):
     """Levels of a window -> an embedding -> family, pitch classes, tempo."""
 
-    def __init__(self, config: RecogniserConfig) -> None:
+    def __init__(self, config: TaggerConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
@@ -206,7 +206,6 @@ def load_recogniser(path: Path | str) -> tuple[Recogniser, Header]:
     Raises:
         LmdError: see `lmd.checkpoint.load_tensors`.
     """
-    tensors, header = load_tensors(path, "recogniser")
-    model = Recogniser(header.config)
-    load_strict(model, tensors, str(path))
-    return model.eval().requires_grad_(False), header
+    tensors, header = load_tensors(path, "tagger")
+    model = build_loaded(lambda: Recogniser(header.config), tensors, str(path))
+    return model.requires_grad_(False), header

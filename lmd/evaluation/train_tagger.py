@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomic
 from lmd.codec.base import Codec
-from lmd.config import RecogniserConfig
+from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.data.corpus import MANIFEST, Corpus, Row
@@ -152,7 +152,7 @@ def draw_batch(truth: Truth, plan: FitPlan, step: int, n_steps: int) -> tuple[Te
     return levels, family, pitch, tempo_labels(torch.tensor([row.tempo_bpm for row in rows]))
 
 
-def fit(truth: Truth, plan: FitPlan, config: RecogniserConfig) -> tuple[Recogniser, list[float]]:
+def fit(truth: Truth, plan: FitPlan, config: TaggerConfig) -> tuple[Recogniser, list[float]]:
     """The recogniser after all steps, and the loss at each."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(plan.seed, "recogniser"))
@@ -241,7 +241,7 @@ def save(model: Recogniser, notes: dict[str, Any], path: Path) -> None:
     save_checkpoint(
         path,
         model.state_dict(),
-        kind="recogniser",
+        kind="tagger",
         config=model.config,
         notes=notes,
         stored="float16",
@@ -254,7 +254,7 @@ def fit_command(args: argparse.Namespace) -> tuple[Recogniser, dict[str, Any]]:
     truth = read_truth(corpus, args.cache)
     plan = FitPlan(steps=args.steps, batch=args.batch, seed=args.seed)
     began = time.perf_counter()
-    config = RecogniserConfig(tuple(FAMILIES), sample_rate=corpus.sample_rate)
+    config = TaggerConfig(tuple(FAMILIES), sample_rate=corpus.sample_rate)
     model, losses = fit(truth, plan, config)
     eighth = max(1, len(losses) // 8)
     return model.requires_grad_(False), {

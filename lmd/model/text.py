@@ -6,9 +6,8 @@ empty prompt is all zeros, which is also what guidance takes for "no text".
 
 import math
 import numbers
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,8 +43,7 @@ class TextEncoder(Protocol):
 class CachedTextEncoder:
     """An encoder that remembers its most recent prompts; safe to call from several threads.
 
-    The lock is never held while a prompt is being encoded, so a thread that asks for a remembered
-    prompt does not wait for another one that has to compute.
+    A thread that asks for a remembered prompt does not wait for another one that computes.
 
     Args:
         n_tokens: rows per prompt.
@@ -54,9 +52,8 @@ class CachedTextEncoder:
     """
 
     def __init__(self, n_tokens: int, dim: int, max_cached: int = MAX_CACHED) -> None:
-        self.n_tokens, self.dim, self.max_cached = n_tokens, dim, max_cached
-        self._rows: OrderedDict[str, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self.n_tokens, self.dim = n_tokens, dim
+        self._cached = lru_cache(max_cached)(self._padded)
 
     def embed(self, prompt: str) -> PromptRows:
         """The rows of one prompt's tokens, any number of them, without padding."""
@@ -76,21 +73,13 @@ class CachedTextEncoder:
         """
         if isinstance(prompts, str) or not len(prompts):
             raise LmdError(f"prompts {prompts!r}", "a list with at least one text", "Wrap it: [p].")
-        return torch.stack([self._remembered(prompt) for prompt in prompts])
+        return torch.stack([self._cached(prompt) for prompt in prompts])
 
-    def _remembered(self, prompt: str) -> PromptRows:
-        with self._lock:
-            if prompt in self._rows:
-                self._rows.move_to_end(prompt)
-                return self._rows[prompt]
+    def _padded(self, prompt: str) -> PromptRows:
         padded = torch.zeros(self.n_tokens, self.dim)
         if prompt.strip():
             rows = self.embed(prompt)[: self.n_tokens]
             padded[: len(rows)] = rows
-        with self._lock:
-            self._rows[prompt] = padded
-            while len(self._rows) > self.max_cached:
-                self._rows.popitem(last=False)
         return padded
 
 
@@ -125,31 +114,27 @@ class WordLlamaTextEncoder(CachedTextEncoder):
             raise LmdError(
                 f"text width {dim}", f"one of {WORDLLAMA_DIMS}", "Change TextConfig.dim."
             )
-        self._tokenizer, table = _load_wordllama(dim)
-        self._table = table / table.square().mean().sqrt()
+        try:
+            import wordllama
+
+            loaded = wordllama.WordLlama.load(  # from its own package folder
+                cache_dir=Path(wordllama.__file__).parent,
+                trunc_dim=None if dim == max(WORDLLAMA_DIMS) else dim,
+                disable_download=True,
+            )
+        except (ImportError, FileNotFoundError) as error:
+            raise LmdError(
+                f"no WordLlama files ({error})",
+                "the wordllama package with its weights and tokenizer inside",
+                "Install it again: pip install --force-reinstall wordllama",
+            ) from error
+        table = torch.from_numpy(loaded.embedding).float()
+        self._tokenizer, self._table = loaded.tokenizer, table / table.square().mean().sqrt()
 
     def embed(self, prompt: str) -> PromptRows:
         """One row per subword."""
         ids = self._tokenizer.encode(prompt.lower(), add_special_tokens=False).ids
         return self._table[ids]
-
-
-def _load_wordllama(dim: int) -> tuple[Any, PromptRows]:
-    """WordLlama's tokenizer and table, from its own package folder, downloads disabled."""
-    try:
-        import wordllama
-
-        folder = Path(wordllama.__file__).parent
-        loaded = wordllama.WordLlama.load(
-            cache_dir=folder, trunc_dim=None if dim == 256 else dim, disable_download=True
-        )
-    except (ImportError, FileNotFoundError) as error:
-        raise LmdError(
-            f"no WordLlama files ({error})",
-            "the wordllama package with its weights and tokenizer inside",
-            "Install it again: pip install --force-reinstall wordllama",
-        ) from error
-    return loaded.tokenizer, torch.from_numpy(loaded.embedding).float()
 
 
 class T5TextEncoder(CachedTextEncoder):
@@ -177,48 +162,36 @@ class T5TextEncoder(CachedTextEncoder):
     ) -> None:
         super().__init__(n_tokens, dim, max_cached)
         self.model = model
-        self._loading = threading.Lock()
-        self._loaded: tuple[Any, Any] | None = None
 
     def embed(self, prompt: str) -> PromptRows:
         """One row per T5 token, the end token included."""
-        tokenizer, encoder = self._load()
-        tokens = tokenizer(
-            prompt, truncation=True, max_length=self.n_tokens, padding=False, return_tensors="pt"
-        )
+        tokenizer, encoder = self._loaded
+        tokens = tokenizer(prompt, truncation=True, max_length=self.n_tokens, return_tensors="pt")
         with torch.no_grad():
-            hidden = encoder(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).last_hidden_state
+            hidden = encoder(**tokens).last_hidden_state
         return (hidden * tokens["attention_mask"][..., None])[0].float()
 
-    def _load(self) -> tuple[Any, Any]:
-        with self._loading:
-            if self._loaded is None:
-                self._loaded = _load_t5(self.model, self.dim)
-            return self._loaded
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """Tokenizer and encoder, or a refusal that says where to get them."""
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
 
-
-def _load_t5(model: str, dim: int) -> tuple[Any, Any]:
-    """Tokenizer and encoder of a T5, or a refusal that says where to get it."""
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = T5EncoderModel.from_pretrained(model)
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise LmdError(
-            f"no T5 called {model!r} ({reason})",
-            "its tokenizer and weights in a folder or in the local cache",
-            "Fetch it once where there is a network (hf download t5-base), pass its folder as "
-            "`model`, or use the 'wordllama' encoder, which needs no download.",
-        ) from error
-    if encoder.config.d_model != dim:
-        raise LmdError(
-            f"T5 {model!r} of width {encoder.config.d_model}", f"{dim}", "Change TextConfig.dim."
-        )
-    return tokenizer, encoder.eval().requires_grad_(False)
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            encoder = T5EncoderModel.from_pretrained(self.model)
+        except (ImportError, OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise LmdError(
+                f"no T5 called {self.model!r} ({reason})",
+                "its tokenizer and weights in a folder or in the local cache",
+                "Fetch it once where there is a network (hf download t5-base), pass its folder as "
+                "`model`, or use the 'wordllama' encoder, which needs no download.",
+            ) from error
+        if (width := encoder.config.d_model) != self.dim:
+            raise LmdError(
+                f"T5 {self.model!r} of width {width}", f"{self.dim}", "Change TextConfig.dim."
+            )
+        return tokenizer, encoder.eval().requires_grad_(False)
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:
@@ -286,7 +259,7 @@ def is_weighted_text(part: object) -> bool:
     )
 
 
-def told(encoder: TextEncoder) -> str:
+def describe(encoder: TextEncoder) -> str:
     """What an encoder is, in a few words that stand beside what was made with it."""
     return f"{type(encoder).__name__} {encoder.n_tokens}×{encoder.dim}"
 

@@ -1,48 +1,91 @@
 """Named weights: copying them into a module, all or nothing, and telling them apart."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lmd.errors import LmdError
 
+M = TypeVar("M", bound=nn.Module)
+MOST_NAMES = 12  # of one kind in a message
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a module; every one must be there, no other, all of the right shape.
+
+def build_loaded(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str) -> M:
+    """A module with the given weights, for inference; built only if every name and shape fits.
+
+    What does not fit is found on the meta device, where tensors have shapes and no memory.
 
     Args:
-        module: receives the weights; untouched if anything is refused.
+        build: makes the module with fresh weights.
         tensors: a state dict.
         source: what to call it in a message.
 
     Raises:
-        LmdError: lists everything that is missing, unknown or of another shape.
+        LmdError: see `check_names_and_shapes`.
     """
-    own = module.state_dict()
-    both = own.keys() & tensors.keys()
-    other = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(both)
-        if tensors[name].shape != own[name].shape
-    ]
-    refuse_unmatched(source, sorted(own.keys() - both), sorted(tensors.keys() - both), other)
+    with torch.device("meta"):
+        check_names_and_shapes(build(), tensors, source)
+    module = build()
+    module.load_state_dict(dict(tensors))
+    return module.eval()
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a module, which stays untouched if anything does not fit.
+
+    Raises:
+        LmdError: see `check_names_and_shapes`.
+    """
+    check_names_and_shapes(module, tensors, source)
     module.load_state_dict(dict(tensors))
 
 
-def refuse_unmatched(
-    source: str, missing: list[str], unknown: list[str], other_shape: list[str]
-) -> None:
-    """Raise with every name that does not match; pass if there is none."""
-    lists = {"missing": missing, "unknown": unknown, "of another shape": other_shape}
+def check_names_and_shapes(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Every weight must be there, no other, all of the right shape.
+
+    Raises:
+        LmdError: counts and names all that is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    both = own.keys() & tensors.keys()
+    lists = {
+        "missing": sorted(own.keys() - both),
+        "unknown": sorted(tensors.keys() - both),
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(both)
+            if tensors[name].shape != own[name].shape
+        ],
+    }
     if any(lists.values()):
-        told = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in lists.items() if v)
+        differences = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:MOST_NAMES])}"
+            + (", …" if len(names) > MOST_NAMES else "")
+            for kind, names in lists.items()
+            if names
+        )
         raise LmdError(
-            f"{source} with weights {told}",
+            f"{source} with weights {differences}",
             "exactly this model's weights",
             "The file belongs to another model or config: load it with its own.",
         )
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], covered: str = "") -> str:
+    """The SHA-256 of names, types, shapes and values, in the order of the names.
+
+    Args:
+        tensors: on the CPU, as stored.
+        covered: a text to cover, too.
+    """
+    digest = hashlib.sha256(covered.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fingerprint(part: object) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from lmd.config import from_dict
 from lmd.errors import LmdError
-from lmd.model.text import told
+from lmd.model.text import describe
 from lmd.model.weights import fingerprint
 from lmd.play.control_queue import NAMES, with_changes
 from lmd.play.guard import Guarded, Piece, guarded_step
@@ -122,7 +122,7 @@ def header_of(streamer: Streamer, source: str) -> TakeHeader:
     return TakeHeader(
         model_sha256=fingerprint(streamer.denoiser),
         codec_sha256=fingerprint(streamer.codec),
-        text=told(streamer.text),
+        text=describe(streamer.text),
         source=source,
         sample_rate=streamer.codec.sample_rate,
         channels=streamer.codec.channels,
@@ -206,19 +206,12 @@ def read_take(path: str | Path) -> Take:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         header = from_dict(TakeHeader, json.loads(lines[0]))
+    except LmdError as error:
+        raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
     except (OSError, UnicodeDecodeError, IndexError, ValueError, TypeError, AttributeError) as e:
         raise LmdError(f"{path} ({e})", f"a take ({FORMAT})", "Give another file.") from e
     if header.format != FORMAT:
         raise LmdError(f"{path} of format {header.format!r}", FORMAT, "Update lmd, or play anew.")
-    for name in ("sample_rate", "channels", "n_threads"):
-        value = getattr(header, name)
-        if type(value) is not int or value < 1:
-            raise LmdError(
-                f"{path} with {name} {value!r}", "a whole number, 1 or more", "Mend its first line."
-            )
-    for name in ("model_sha256", "codec_sha256", "text", "source"):
-        if not isinstance(value := getattr(header, name), str):
-            raise LmdError(f"{path} with {name} {value!r}", "a text", "Mend its first line.")
     return _parse(path, header, lines[1:])
 
 

@@ -23,7 +23,7 @@ from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.kv_cache import Memory
 from lmd.model.live_model import LiveModel
-from lmd.model.text import TextEncoder, mix, told
+from lmd.model.text import TextEncoder, describe, mix
 from lmd.model.weights import fingerprint
 from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, Wave
@@ -187,7 +187,7 @@ class Streamer:
         Raises:
             LmdError: the file cannot be written.
         """
-        state.save(path, self._weights(), told(self.text))
+        state.save(path, self._weights(), describe(self.text))
 
     def load_state(self, path: str | Path) -> StreamState:
         """Read a state that `save_state` wrote, on whatever device, to this streamer's device.
@@ -201,7 +201,7 @@ class Streamer:
         devices = (self.denoiser.device, getattr(self.codec, "device", self.denoiser.device))
         running = self.codec.stream_start() if isinstance(self.codec, StreamingCodec) else None
         weights = self._weights()
-        return StreamState.load(path, context_shape, weights, devices, told(self.text), running)
+        return StreamState.load(path, context_shape, weights, devices, describe(self.text), running)
 
     def _weights(self) -> dict[str, str]:
         """What a state goes on with: the SHA-256 of all weights, by part."""

@@ -16,7 +16,6 @@ from lmd.checkpoint import (
     Header,
     build_model,
     codec_hash_of,
-    load_strict,
     load_tensors,
     read_header,
     write_atomic,
@@ -25,11 +24,12 @@ from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
 from lmd.data.codec_identity import encoder_sha256
 from lmd.data.shards import LatentShards
 from lmd.errors import LmdError
-from lmd.foreign import load_foreign
 from lmd.machine import check_compiler, machine_dict, tune_allocator
 from lmd.model.live_model import LiveModel
 from lmd.model.text import build_text_encoder
+from lmd.model.weights import load_strict
 from lmd.rng import derive_seed
+from lmd.stable_audio.weights import load_stable_audio
 from lmd.training.begun import NoteOptions, begun_as, compare
 from lmd.training.card import model_card
 from lmd.training.distill import DistillOptions, LossOn, PointsOn
@@ -187,10 +187,10 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
     if init is None:
         return model
     if init.is_dir():
-        foreign = load_foreign(init)
-        check_sizes(foreign.config.dit, foreign.config.text, sizes, init)
-        load_strict(model, foreign.model.state_dict(), str(init))
-        opens = bool(foreign.fresh)
+        loaded = load_stable_audio(init)
+        check_sizes(loaded.config.dit, loaded.config.text, sizes, init)
+        load_strict(model, loaded.model.state_dict(), str(init))
+        opens = bool(loaded.fresh)
     else:
         opens = load_into(model, init, sizes, *MODEL_KINDS).kind == "base"
     if opens and stage == "distill":
