@@ -18,9 +18,6 @@ from lmd.errors import LmdError
 
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench",): ("lmd.bench", "measure speed on this machine"),
-    ("bench", "data"): ("lmd.training.data_speed", "measure how fast music is rendered and read"),
-    ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
-    ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
     ("parity",): ("lmd.parity", "compare a foreign checkpoint with its expected outputs"),
     ("convert",): ("lmd.convert", "turn a foreign checkpoint into files of ours"),
     ("interpolate",): ("lmd.interpolate", "weights between those of two files"),
@@ -40,6 +37,12 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("stream",): ("lmd.play.stream_command", "stream music to a file"),
     ("replay",): ("lmd.play.replay", "play a recorded take again"),
     ("evaluate",): ("lmd.evaluation.command", "measure generated music"),
+}
+
+MOVED = {
+    ("bench", "data"): "tools/bench_data.py",
+    ("bench", "train"): "tools/bench_train.py",
+    ("bench", "arc"): "tools/bench_arc.py",
 }
 
 
@@ -67,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a refusal (`LmdError`) is printed in one line, exit status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in COMMANDS), None)
+    if tuple(words[:2]) in MOVED:
+        print(
+            f"found lmd {' '.join(words[:2])}; it is now: python {MOVED[tuple(words[:2])]}",
+            file=sys.stderr,
+        )
+        return 2
     if name is None:
         asked_for_help = bool(words) and words[0] in ("-h", "--help")
         print(usage(), file=sys.stdout if asked_for_help else sys.stderr)

@@ -337,6 +337,12 @@ def load_bundle(
     check_kind(kind, MODEL_KINDS)
     path, codec_path = folder / f"{kind}.safetensors", folder / "codec.safetensors"
     header = read_header(path)
+    if not codec_path.is_file():
+        raise LmdError(
+            f"no {codec_path}, which {path.name} is heard through",
+            "the codec whose latents the model learned",
+            f"Copy it there, e.g. data/pretrained/codec.safetensors to {codec_path}.",
+        )
     preset, heard = header.config, codec_hash_of(header.notes)
     fits = isinstance(preset, Preset) and read_header(codec_path).config == preset.codec
     if fits:

@@ -16,7 +16,6 @@ from lmd.shapes import Latents, Wave
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import Guidance, dpmpp_2m, schedule
 from lmd.stream.streamer import Streamer
-from lmd.training.lora import merged_state
 from lmd.training.module import LiveTraining
 
 N_STEPS = 16  # of the sampler
@@ -48,7 +47,7 @@ def sample_window(
 def averaged_model(module: LiveTraining) -> LiveModel:
     """A whole copy of a run's averaged weights on the CPU; every process has to ask for it."""
     model = build_model(module.preset)
-    load_strict(model, merged_state(module.ema), "the averaged weights")
+    load_strict(model, module.exported(), "the averaged weights")
     return model.eval()
 
 
@@ -68,11 +67,10 @@ def play_module(
 
 
 class Samples(Callback):
-    """Write `step-….wav` and `step-….png` every `every` optimizer steps, from one fixed prompt."""
+    """Write `samples/step-….wav` and `.png` every `every` steps, from one fixed prompt."""
 
-    def __init__(self, folder: Path, every: int, codec: Path) -> None:
-        self.folder, self.every, self.codec = folder, every, load_codec(codec)
-        self.done = 0
+    def __init__(self, every: int, codec: Path) -> None:
+        self.every, self.codec, self.done = every, load_codec(codec), 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
         """The first process plays."""
@@ -84,8 +82,8 @@ class Samples(Callback):
             return
         prompt = module.source.windows(0, [0], module.options.base.window_frames).prompts[0]
         wave = play_module(module, model, self.codec, prompt, module.options.seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:07d}.wav"
+        path = module.options.out / "samples" / f"step-{step:07d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, wave[0].T.clamp(-1, 1).numpy(), self.codec.sample_rate)
         picture(wave, self.codec.sample_rate, path.with_suffix(".png"), prompt)
 
