@@ -22,7 +22,7 @@ from lmd.checkpoint import (
     write_atomic,
 )
 from lmd.errors import LmdError
-from lmd.training.card import NOTICE, data_row, file_rows, origin_row
+from lmd.training.card import card, data_text, origin_text
 from lmd.training.run import origin_of
 
 
@@ -37,9 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write weights and card; print where."""
     interpolate(args.first, args.second, args.share, args.out)
-    card = args.out.with_suffix(".md")
-    write_atomic(card, card_of(args.out, args.second.with_suffix(".md")).encode())
-    print(f"{args.out}, {card}")
+    text = args.out.with_suffix(".md")
+    write_atomic(text, card_of(args.out, args.second.with_suffix(".md")).encode())
+    print(f"{args.out}, {text}")
     return 0
 
 
@@ -88,22 +88,19 @@ def card_of(weights: Path, second_card: Path) -> str:
     """Markdown about interpolated weights, with the second file's own card if it is there."""
     header = read_header(weights)
     notes = header.notes
-    lines = [
-        f"# {weights.stem}",
-        "",
-        f"On the straight line between the weights of two files, {notes['share']:.0%} of the way.",
-        "",
-        "| | |",
-        "|---|---|",
-        *file_rows(header, weights),
-        f"| sizes | preset `{header.config.name}` |",
-        origin_row("first", notes["first"]),
-        origin_row("second", notes["second"]),
-        *([data_row(notes)] if "data" in notes else []),
-        f"| command | `{notes['command']}` |",
-        "",
-    ]
-    if not second_card.is_file():
-        return "\n".join([*lines, *NOTICE])
-    _, _, told = second_card.read_text(encoding="utf-8").partition("\n")
-    return "\n".join([*lines, "## The second of them", told])
+    facts = {
+        "sizes": f"preset `{header.config.name}`",
+        "first": origin_text(notes["first"]),
+        "second": origin_text(notes["second"]),
+        "command": f"`{notes['command']}`",
+    }
+    if "data" in notes:
+        facts["data"] = data_text(notes)
+    about = (
+        f"On the straight line between the weights of two files, {notes['share']:.0%} of the way."
+    )
+    texts = []
+    if second_card.is_file():
+        _, _, text = second_card.read_text(encoding="utf-8").partition("\n")
+        texts = ["## The second of them", text.strip()]
+    return card(weights, about, facts, *texts)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from lmd.arc import toy_world as toy
 from lmd.rng import generator
 
-TOOLS = Path(__file__).parents[1] / "tools"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+import toy_world as toy  # noqa: E402
 
 
 def sounds(n: int = 2000, n_blocks: int = 3) -> toy.Sounds:
@@ -66,14 +67,11 @@ def test_experiments_with_the_same_two_trainings_begin_alike_and_leave_each_othe
 
 
 def test_the_script_writes_its_figures(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    import toy_world as script
-
     small = toy.ToySettings(
         n_base=2, n_finetune=2, n_updates=4, n_warmup=1, n_streams=8, n_played=3
     )
     monkeypatch.setattr(toy, "ToySettings", lambda: small)
-    assert script.main(["--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert toy.main(["--seeds", "1", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "toy_world.json").read_text())
     assert report["settings"]["n_updates"] == 4
     assert len(report["results"][0]["before"]) == 3
@@ -87,8 +85,8 @@ def test_arc_forcing_halves_the_drift(tmp_path):
     Measured with one thread: 5.9 times less. The full form's three seeds are published in
     outputs/published/toy_world.json.
     """
-    words = [TOOLS / "toy_world.py", "--short", "--seeds", "1", "--out", str(tmp_path)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
+    words = [NOTEBOOKS / "toy_world.py", "--short", "--seeds", "1", "--out", str(tmp_path)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(NOTEBOOKS.parent)}
     subprocess.run([sys.executable, *words], env=one_thread, check=True)
     (told,) = json.loads((tmp_path / "toy_world.json").read_text())["results"]
     assert told["before"][-1] > 1.5 * told["before"][0], "the fine-tuned model drifts"

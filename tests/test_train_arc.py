@@ -370,7 +370,6 @@ def test_a_run_leaves_weights_logs_and_a_card(data, straight):
     assert (table["seconds"] > 0).all()
     assert (table["memory_gb"] > 0.1).all()
     assert table["updates"].sum() == 20
-    assert (straight / "curves.png").stat().st_size > 5_000
 
 
 def test_a_run_with_several_block_lengths_rolls_out_in_all_of_them(data, tmp_path):

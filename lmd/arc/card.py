@@ -1,10 +1,8 @@
 """What an ARC run's own logs say: cost by rollout length, curves, a model card."""
 
-import math
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from lmd.arc.options import CONDITIONS, ArcOptions
 from lmd.checkpoint import read_header
@@ -49,31 +47,6 @@ def curve_table(out: Path, n_parts: int = 8) -> str:
     table = log.groupby(log.index * n_parts // max(1, len(log))).agg(**ends, **means)
     shown = ("g", "g", ".1f", *[".3f"] * len(means))
     return table.to_markdown(index=False, floatfmt=shown, missingval="–")
-
-
-def save_curves(out: Path) -> Path:
-    """Draw the run in `out`: losses and accuracy over updates, each network's where it trained.
-
-    Returns:
-        The picture, `curves.png` in that folder.
-    """
-    log = arc_log(out)
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    losses, shares = figure.subplots(1, 2)
-    for name in ("discriminator/pair", "discriminator/contrastive", "generator/pair"):
-        if name in log:
-            curve = log[["step", name]].dropna()
-            losses.plot(curve["step"], curve[name], ".-", markersize=3, linewidth=0.8, label=name)
-    losses.axhline(math.log(2), color="grey", linestyle=":", label="log 2: cannot tell")
-    losses.set(xlabel="update", ylabel="loss", yscale="log")
-    scored = log[log["is_generator"] == 0]
-    shares.plot(scored["step"], scored["accuracy"], ".-", markersize=3, linewidth=0.8)
-    shares.axhline(0.5, color="grey", linestyle=":")
-    shares.set(xlabel="update", ylabel="pairs told apart", ylim=(0, 1.02))
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    path = out / "curves.png"
-    figure.savefig(path, dpi=100)
-    return path
 
 
 def about(options: ArcOptions) -> str:

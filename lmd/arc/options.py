@@ -72,7 +72,7 @@ class ArcRun(RunOptions):
     """A run of ARC-Forcing.
 
     Sources: weight decay, clipping and the moving average are those of arXiv 2605.22717's ARC
-    configs. Ours: no momentum (they have 0.9), since in `lmd.arc.toy_world` the two networks then
+    configs. Ours: no momentum (they have 0.9), since in `notebooks/toy_world.py` the two then
     chase each other (see docs/log.md); learning rates, which they have at 1e-6 for a model 26
     times larger, batches ten times larger and 18,000 updates.
 

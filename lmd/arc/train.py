@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.arc.card import arc_card, cost_table, save_curves
+from lmd.arc.card import arc_card, cost_table
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.module import ArcTraining
 from lmd.arc.options import ArcRun, Options
@@ -55,7 +55,6 @@ def main(options: Options, callbacks: Sequence[Callback] = ()) -> int:
     if trainer.is_global_zero:
         card = arc_card(options.out, export.path, options.arc)
         write_atomic(options.out / "arc.md", card.encode())
-        save_curves(options.out)
         print(cost_table(options.out))
         print(f"{export.path} after {trainer.global_step} updates, {time.time() - start:.0f} s")
     return 0

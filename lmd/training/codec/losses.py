@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmd.codec.phase import Magnitude, Spectrum
 
 LN10_OVER_10 = math.log(10) / 10
-WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and judged
+WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and scored
 Scalar = Float[Tensor, ""]
 
 
