@@ -508,12 +508,6 @@ def test_one_row_cannot_be_contrasted(data):
         make_part(replace(RUN, batch=1), LatentSource(data, 0), 0, 0, 1)
 
 
-def test_a_condition_that_these_models_do_not_have_is_not_contrasted():
-    assert OPTIONS.contrast == ("prompt",)
-    with pytest.raises(LmdError, match=r"a contrast of accompaniment.*expected prompt"):
-        replace(OPTIONS, contrast=("accompaniment",))
-
-
 def test_an_update_whose_gradient_is_not_finite_reaches_no_weight(
     data, tmp_path, capsys, monkeypatch
 ):

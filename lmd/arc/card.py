@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lmd.arc.options import CONDITIONS, ArcOptions
+from lmd.arc.options import ArcOptions
 from lmd.checkpoint import read_header
 from lmd.training.card import among, card, run_facts, run_log
 
@@ -63,6 +63,5 @@ def about(options: ArcOptions) -> str:
 def arc_card(out: Path, weights: Path, options: ArcOptions) -> str:
     """Markdown about the weights that the run in `out` made."""
     updates = f"{read_header(weights).notes['steps']}, both networks together"
-    facts = {"updates": updates, "contrasted conditions": ", ".join(CONDITIONS)}
-    facts = {**run_facts(weights), **facts}
+    facts = {**run_facts(weights), "updates": updates}
     return card(weights, about(options), facts, curve_table(out), cost_table(out))

@@ -86,10 +86,10 @@ def rollout(
     """Continue `context` for several blocks as the streamer plays them.
 
     Blocks of all steps are what `Streamer.step` gives, bit for bit; a block that ends after call k
-    has the schedule `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are detached; within a
-    block only the call that learns builds a graph. Where blocks are played out and that call is not
-    the last, the block's gradient is taken to be that of the clean block which that call names
-    (straight through): after distillation, all calls of a block name nearly the same one.
+    has the schedule `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are
+    detached; within a block only the call that learns builds a graph. Where blocks are played out
+    and that call is not the last, the block's gradient is taken to be that of the clean block which
+    that call names (straight through): after distillation, all calls name nearly the same one.
 
     Args:
         denoiser: what plays.

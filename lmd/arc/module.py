@@ -311,8 +311,9 @@ class ArcTraining(L.LightningModule):
 def warn_of_winning(run: ArcRun) -> None:
     """Say that the discriminator has won, and what to do about it."""
     warnings.warn(
-        f"the discriminator has scored real above generated in more than {run.winning_accuracy:.0%} "
-        f"of the pairs for {run.winning_updates} of its updates: it has won and teaches little. "
-        "Lower --lr-discriminator, raise --r1 and --r2, or raise --lr-generator.",
+        f"the discriminator has scored real above generated in more than "
+        f"{run.winning_accuracy:.0%} of the pairs for {run.winning_updates} of its updates: it has "
+        "won and teaches little. Lower --lr-discriminator, raise --r1 and --r2, or raise "
+        "--lr-generator.",
         stacklevel=2,
     )

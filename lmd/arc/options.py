@@ -18,7 +18,6 @@ from lmd.training.draws import ContextOptions, Hidden
 from lmd.training.options import RunOptions
 
 MOST = 1000  # steps of a block, blocks of a rollout, frames of a block
-CONDITIONS = ("prompt",)  # accompaniment, when there is one, would be another
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,11 @@ class ArcOptions(ContextOptions):
     text_dropout: float = 0.1  # once per rollout, for both networks alike
     log_snr: tuple[float, float] = (LOG_SNR_START, LOG_SNR_END)  # what the discriminator sees
     weights: LossWeights = field(default_factory=LossWeights)
-    contrast: tuple[str, ...] = CONDITIONS  # what the contrastive loss gives to the wrong row
     n_warmup: int = 100  # first updates, of the discriminator alone
     last_block: str = "blocks.3"  # of the base, in the discriminator
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
-        if self.contrast != CONDITIONS:
-            raise LmdError(
-                f"a contrast of {', '.join(self.contrast) or 'nothing'}",
-                f"{', '.join(CONDITIONS)}: what these models are asked by",
-                "Leave it; a weight of 0 turns the term off.",
-            )
         for o, _ in self.block_lengths:
             check_block(self.context_frames, o)
             for n, _ in self.n_blocks:

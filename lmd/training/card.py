@@ -8,7 +8,7 @@ import pandas as pd
 from jinja2 import Template
 
 from lmd.checkpoint import read_header
-from lmd.config import REGIMES, Preset
+from lmd.config import REGIMES
 from lmd.training.draws import Shares
 from lmd.training.options import TrainOptions
 
@@ -83,11 +83,13 @@ def run_facts(weights: Path) -> dict[str, str]:
     """What weights say of their making, as rows of a card."""
     header = read_header(weights)
     notes, sizes = header.notes, header.config
-    facts = {"sizes": sizes_of(sizes)} if isinstance(sizes, Preset) else {}
+    dit = sizes.dit
     names = {"init": "started from", "base": "discriminator from"}
-    facts |= {text: origin_text(notes[name]) for name, text in names.items() if name in notes}
+    facts = {text: origin_text(notes[name]) for name, text in names.items() if name in notes}
     machine = notes["hardware"]
     return {
+        "sizes": f"preset `{sizes.name}`: width {dit.width}, depth {dit.depth}, "
+        f"{dit.n_heads} heads, {dit.latent_dim} latent channels",
         **facts,
         "seed": notes["seed"],
         "hardware": f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}, "
@@ -95,15 +97,6 @@ def run_facts(weights: Path) -> dict[str, str]:
         "data": data_text(notes),
         "command": f"`{notes['command']}`",
     }
-
-
-def sizes_of(sizes: Preset) -> str:
-    """A preset in a few words."""
-    dit = sizes.dit
-    return (
-        f"preset `{sizes.name}`: width {dit.width}, depth {dit.depth}, {dit.n_heads} heads, "
-        f"{dit.latent_dim} latent channels"
-    )
 
 
 def origin_text(origin: Mapping[str, Any]) -> str:

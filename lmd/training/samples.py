@@ -22,28 +22,6 @@ N_STEPS = 16  # of the sampler
 STREAM_BLOCKS = 5
 
 
-@torch.no_grad()
-def sample_window(
-    model: LiveModel, tokens: torch.Tensor, n_frames: int, seconds: float, seed: int
-) -> Latents:
-    """One window from the base: noise to latents, every frame at once, no guidance.
-
-    Args:
-        model: the base.
-        tokens: prompt embeddings `[1, token, dim]`.
-        n_frames: window length.
-        seconds: the same in seconds.
-        seed: of the noise.
-    """
-    condition = model.condition(tokens, seconds)
-
-    def velocities(noisy: Latents, t: float) -> Guidance:
-        return Guidance(model(noisy, torch.full((1,), t), condition))
-
-    noise = normal((1, model.config.latent_dim, n_frames), seed, "sample")
-    return dpmpp_2m(velocities, noise, schedule(N_STEPS))
-
-
 def averaged_model(module: LiveTraining) -> LiveModel:
     """A whole copy of a run's averaged weights on the CPU; every process has to ask for it."""
     model = build_model(module.preset)
@@ -51,19 +29,24 @@ def averaged_model(module: LiveTraining) -> LiveModel:
     return model.eval()
 
 
+@torch.no_grad()
 def play_module(
     module: LiveTraining, model: LiveModel, codec: Codec, prompt: str, seed: int
 ) -> Wave:
     """What a run's averaged weights play: a window of the base, or a stream from silence."""
     preset = module.preset
-    if module.options.stage == "base":
-        n_frames = module.options.base.window_frames
-        tokens = module.text.encode([prompt])
-        latents = sample_window(model, tokens, n_frames, n_frames / preset.frame_rate_hz, seed)
-        return codec.decode(latents)
-    streamer = Streamer(model, codec, module.text, preset.window)
-    controls = Controls(prompt=prompt, seed=seed)
-    return torch.cat([b.wave for b in streamer.stream(controls, n_blocks=STREAM_BLOCKS)], dim=-1)
+    if module.options.stage != "base":
+        streamer = Streamer(model, codec, module.text, preset.window)
+        blocks = streamer.stream(Controls(prompt=prompt, seed=seed), n_blocks=STREAM_BLOCKS)
+        return torch.cat([block.wave for block in blocks], dim=-1)
+    n_frames = module.options.base.window_frames
+    condition = model.condition(module.text.encode([prompt]), n_frames / preset.frame_rate_hz)
+
+    def velocities(noisy: Latents, t: float) -> Guidance:
+        return Guidance(model(noisy, torch.full((1,), t), condition))
+
+    noise = normal((1, model.config.latent_dim, n_frames), seed, "sample")
+    return codec.decode(dpmpp_2m(velocities, noise, schedule(N_STEPS)))
 
 
 class Samples(Callback):
