@@ -310,14 +310,6 @@ def test_onsets_are_found_where_notes_begin():
     assert len(found) <= 9
 
 
-def test_next_frame_r2_is_one_for_a_recurrence_and_none_for_noise():
-    time = torch.arange(200) / 10
-    waves = [torch.stack([torch.sin(time + i), torch.cos(1.3 * time + i)]) for i in range(6)]
-    assert codec_metrics.next_frame_r2(waves) > 0.98
-    noise = [normal((2, 200), i, "test noise") for i in range(6)]
-    assert abs(codec_metrics.next_frame_r2(noise)) < 0.1
-
-
 def test_evaluate_reports_every_family_and_what_streaming_changes(corpus_folder):
     torch.manual_seed(0)
     codec = SpectralCodec(preset("tiny").codec).eval()

@@ -1,7 +1,6 @@
 """What a run is, written down when its training begins and compared when it goes on."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ class RunRecord(Callback):
         write_atomic(self.out / OPTIONS, json.dumps(self.options, indent=1).encode())
         beside = self.out / "codec.safetensors"
         if self.codec is not None and trainer.is_global_zero and not beside.exists():
-            shutil.copy(self.codec, beside)
+            write_atomic(beside, self.codec.read_bytes())
 
 
 def recorded(out: Path) -> dict[str, Any]:
@@ -91,13 +90,14 @@ def changes(before: dict[str, Any], present: dict[str, Any], prefix: str = "") -
 
 
 def matching_codec(options: RunOptions, encoder: str | None) -> Path | None:
-    """`--codec`, if it made the latents that are learned, as far as that is known.
+    """`--codec`, or the one beside the weights that a run begins with, if it made the latents.
 
     Args:
         options: of the run.
         encoder: the hash of the encoder that made the latents, where they say it.
     """
-    path = options.codec
-    if not path.is_file() or read_header(path).config != preset(options.preset).codec:
-        return None
-    return path if encoder in (None, encoder_sha256(path)) else None
+    sizes, starts = preset(options.preset).codec, options.starts().values()
+    beside = [path.with_name("codec.safetensors") for path in starts if path is not None]
+    there = [path for path in (options.codec, *beside) if path.is_file()]
+    fitting = (path for path in there if read_header(path).config == sizes)
+    return next((path for path in fitting if encoder in (None, encoder_sha256(path))), None)

@@ -211,6 +211,10 @@ class StopOnSignal(Callback):
             signal.signal(number, handler)
         self.before = {}
 
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """The same where something was raised."""
+        self.teardown(trainer, module, "fit")
+
 
 class Throughput(Callback):
     """Frames taught per second, memory and time left, in the bar and in the logs."""

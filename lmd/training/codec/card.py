@@ -73,7 +73,5 @@ def facts_of(header: Header, scores: dict[str, Any]) -> dict[str, str]:
         "streaming": f"looks {scores['lookahead_frames']} frames ahead, "
         f"{scores['lookback_frames']} back; largest difference from a whole decode "
         f"{scores['stream_difference']:.1e}",
-        "predictability": "next-frame R² of a ridge regression on four frames: "
-        f"{scores['next_frame_r2']:.3f}",
         "command": f"`{notes.get('command', 'unknown')}` (the last start)",
     }
