@@ -64,8 +64,8 @@ def training_card(out: Path, weights: Path, options: TrainOptions) -> str:
     """The card of the weights that the run in `out` made."""
     log, notes = run_log(out), read_header(weights).notes
     starts = [path.name.removeprefix("from-") for path in sorted((out / "logs").glob("from-*"))]
-    begun = ", ".join(str(int(step)) for step in starts)
-    minutes = f"{log['seconds'].max() / 60:.1f} min, begun or resumed at steps {begun}"
+    starts_at = ", ".join(str(int(step)) for step in starts)
+    minutes = f"{log['seconds'].max() / 60:.1f} min, started or resumed at steps {starts_at}"
     facts = {**run_facts(weights), "steps": notes["steps"], "wall time": minutes}
     losses = f"Mean training loss ({loss_of(options)}) along the run:"
     table = log.assign(minutes=log["seconds"] / 60).groupby(log.index * 8 // max(1, len(log)))

@@ -44,7 +44,7 @@ class RunRecord(Callback):
         other = [line for line in changes(before, self.options) if not line.startswith("n_steps ")]
         if other:
             raise LmdError(
-                f"a run in {self.out} that was begun with other options ({', '.join(other)})",
+                f"a run in {self.out} that was started with other options ({', '.join(other)})",
                 "the same options, or an empty folder",
                 "Give them again, or another --out.",
             )
@@ -58,7 +58,7 @@ class RunRecord(Callback):
 
 
 def recorded(out: Path) -> dict[str, Any]:
-    """What the run in a folder was begun with; empty if there is none, or it has kept nothing.
+    """What the run in a folder was started with; empty if there is none, or it has kept nothing.
 
     Raises:
         LmdError: a torn file.
@@ -72,7 +72,7 @@ def recorded(out: Path) -> dict[str, Any]:
     except ValueError as error:
         raise LmdError(
             f"{path} that is not JSON ({error})",
-            "the options that the run was begun with",
+            "the options that the run was started with",
             "Remove it to go on with the options you give now, or name another --out.",
         ) from error
 

@@ -67,7 +67,8 @@ def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:
         check_compiler()
     codec = matching_codec(options, latents.get("codec"))
     record = RunRecord(options, known_of(options, source.shards), codec)
-    heard = [] if not (every := sample_every(options, codec)) else [Samples(every, codec)]
+    every = sample_every(options, codec)
+    samples = [Samples(every, codec)] if every else []
 
     model = start_model(options.stage, sizes, options.init, options.seed)
     if options.lora:
@@ -80,7 +81,7 @@ def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:
     notes = notes_of(options.stage, options, source.shards)
     export = Export(weights.with_suffix(".safetensors"), sizes, notes)
     start = time.time()
-    trainer = fit(module, [record, export, *heard, *callbacks])
+    trainer = fit(module, [record, export, *samples, *callbacks])
     export.export(trainer, module)  # a run that was complete before has not done it now
     if trainer.is_global_zero:
         card = training_card(options.out, export.path, options)
@@ -138,8 +139,8 @@ def known_of(options: RunOptions, data: LatentShards) -> dict[str, Any]:
     """What a run begins with and learns from: SHA-256 of weights, settings of the latents."""
     known: dict[str, Any] = {"latents": {k: v for k, v in data.settings.items() if k != "silence"}}
     for name, path in options.starts().items():
-        begun = str(path) if path else None
-        known[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else begun
+        named = str(path) if path else None
+        known[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else named
     return known
 
 
@@ -250,6 +251,6 @@ def notes_of(name: str, options: RunOptions, data: LatentShards) -> dict[str, An
 
 
 def origin_of(path: Path) -> dict[str, Any]:
-    """What a weights file says of the file that it was begun with."""
+    """What a weights file says of the file that it was started with."""
     header = read_header(path)
     return {"file": path.name, "sha256": header.sha256, "command": header.notes.get("command")}

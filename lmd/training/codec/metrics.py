@@ -68,19 +68,19 @@ def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
 def log_mel_db(output: Mono, target: Mono, sample_rate: int) -> float:
     """Mean absolute difference of 80 mel bands in decibels, 60 dB deep."""
     mel = mel_matrix(1025, sample_rate).T
-    heard, true = (10 * torch.log10(mel @ power(w, 2048, 512) + 1e-12) for w in (output, target))
+    found, true = (10 * torch.log10(mel @ power(w, 2048, 512) + 1e-12) for w in (output, target))
     floor = true.max() - PEAK_DB
-    return float((heard.clamp_min(floor) - true.clamp_min(floor)).abs().mean())
+    return float((found.clamp_min(floor) - true.clamp_min(floor)).abs().mean())
 
 
 def stft_distance(output: Mono, target: Mono) -> float:
     """Spectral convergence + mean |log magnitude difference|, windows of 512, 1024, 2048."""
     total = 0.0
     for n_fft in (512, 1024, 2048):
-        heard, true = (power(w, n_fft, n_fft // 4).sqrt() for w in (output, target))
+        found, true = (power(w, n_fft, n_fft // 4).sqrt() for w in (output, target))
         floor = true.max() * 10 ** (-PEAK_DB / 20)
-        convergence = (heard - true).norm() / true.norm().clamp_min(1e-12)
-        logs = heard.clamp_min(floor).log() - true.clamp_min(floor).log()
+        convergence = (found - true).norm() / true.norm().clamp_min(1e-12)
+        logs = found.clamp_min(floor).log() - true.clamp_min(floor).log()
         total += float(convergence + logs.abs().mean())
     return total / 3
 
@@ -97,9 +97,9 @@ def chroma_profiles(wave: Mono, sample_rate: int) -> Float[Tensor, "12 step"]:
 
 def chroma_agreement(output: Mono, target: Mono, sample_rate: int) -> float:
     """Mean cosine of the profiles over frames less than 50 dB under the loudest."""
-    heard, true = (chroma_profiles(w, sample_rate) for w in (output, target))
+    found, true = (chroma_profiles(w, sample_rate) for w in (output, target))
     loud = true.norm(dim=0) > true.norm(dim=0).max() * 10 ** (-50 / 20)
-    return float(F.cosine_similarity(heard[:, loud], true[:, loud], dim=0).mean())
+    return float(F.cosine_similarity(found[:, loud], true[:, loud], dim=0).mean())
 
 
 @cache

@@ -104,8 +104,8 @@ class CodecWindows(IterableDataset):
         for j in range(self.options.batch):
             numbers = torch.rand(3, generator=generator(self.options.seed, "codec window", step, j))
             index = int(numbers[0] * len(self.corpus))
-            room = max(1, self.corpus.rows[index].n_samples - self.n_samples)
-            wave = self.corpus.wave(index, int(numbers[1] * room), self.n_samples)
+            n_starts = max(1, self.corpus.rows[index].n_samples - self.n_samples)
+            wave = self.corpus.wave(index, int(numbers[1] * n_starts), self.n_samples)
             gain = 10 ** ((12 * float(numbers[2]) - 9) / 20) if vary_gain else 1.0
             waves.append(torch.from_numpy(wave) * gain)
         return torch.stack(waves)

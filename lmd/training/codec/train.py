@@ -49,7 +49,7 @@ def main(options: Options, callbacks: Sequence[Callback] = ()) -> int:
 
     Raises:
         LmdError: numbers out of their limits, options or a corpus that do not fit, a run that was
-            begun with other options.
+            started with other options.
     """
     check_options(options)
     tune_allocator()
