@@ -16,7 +16,6 @@ from lmd.checkpoint import (
     Header,
     build_model,
     codec_hash_of,
-    load_strict,
     load_tensors,
     read_header,
     write_atomic,
@@ -28,6 +27,7 @@ from lmd.foreign import load_foreign
 from lmd.machine import check_compiler, machine_dict, tune_allocator
 from lmd.model.dit import LiveModel
 from lmd.model.text import build_text_encoder
+from lmd.model.weights import load_strict
 from lmd.rng import derive_seed
 from lmd.training.card import training_card
 from lmd.training.lora import add_lora

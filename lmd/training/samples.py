@@ -8,9 +8,10 @@ import soundfile
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import build_model, load_codec, load_strict
+from lmd.checkpoint import build_model, load_codec
 from lmd.codec.base import Codec
 from lmd.model.dit import LiveModel
+from lmd.model.weights import load_strict
 from lmd.rng import normal
 from lmd.shapes import Latents, Wave
 from lmd.stream.controls import Controls
