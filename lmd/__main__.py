@@ -38,12 +38,14 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("convert",): ("lmd.stable_audio.convert", "make weights here from a Stable Audio checkpoint"),
     ("parity",): ("lmd.stable_audio.parity", "compare a checkpoint with its expected outputs"),
     ("bench",): ("lmd.bench", "measure speed on this machine"),
-    ("bench", "data"): ("lmd.training.data_speed", "measure how fast music is rendered and read"),
-    ("bench", "train"): ("lmd.training.speed", "measure the speed of training steps"),
-    ("bench", "arc"): ("lmd.arc.speed", "measure updates of ARC-Forcing by rollout length"),
 }
 RENAMED = {("train", "recogniser"): ("train", "tagger")}  # both work
-MOVED = {("interpolate",): "python tools/interpolate.py"}
+MOVED = {
+    ("interpolate",): "python tools/interpolate.py",
+    ("bench", "data"): "python tools/bench_data.py",
+    ("bench", "train"): "python tools/bench_train.py",
+    ("bench", "arc"): "python tools/bench_arc.py",
+}
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 

@@ -1,6 +1,5 @@
 """An ARC run in a process of its own, so that it can be killed: see test_train_arc.py."""
 
-import argparse
 import os
 import signal
 import sys
@@ -9,11 +8,10 @@ from lmd.__main__ import importing
 
 with importing():
     import lightning as L
+    import tyro
     from lightning.pytorch.callbacks import Callback
 
-    from lmd.arc import train as train_arc
-    from lmd.arc.module import ArcTraining
-    from lmd.training.trainer import RunOptions
+    from lmd.arc.train import Options, main
 
 
 class KillAt(Callback):
@@ -27,19 +25,6 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
-    """`arc_worker.py KILL_UPDATE [options of lmd train arc]`."""
-    parser = argparse.ArgumentParser()
-    train_arc.configure(parser)
-    args = parser.parse_args(sys.argv[2:])
-    real_fit, killer = train_arc.fit, KillAt(int(sys.argv[1]))
-
-    def fit_until_killed(module: ArcTraining, where: RunOptions, callbacks: tuple) -> L.Trainer:
-        return real_fit(module, where, (*callbacks, killer))
-
-    train_arc.fit = fit_until_killed
-    train_arc.main(args)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # arc_worker.py KILL_UPDATE [options of lmd train arc]
+    config = (tyro.conf.FlagCreatePairsOff,)
+    main(tyro.cli(Options, args=sys.argv[2:], config=config), [KillAt(int(sys.argv[1]))])

@@ -1,9 +1,7 @@
 """The runs that test_sharding.py compares, in one of several processes or in the only one."""
 
-import argparse
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 from lmd.__main__ import importing
 
@@ -12,9 +10,9 @@ with importing():
     import torch
     from lightning.pytorch.callbacks import Callback
     from torch.distributed.tensor import DTensor
+    from training_worker import options_of
 
-    from lmd.training import run as train_run
-    from lmd.training.trainer import RunOptions, fit
+    from lmd.training import run
 
 WORDS = ["--preset", "tiny", "--batch", "8", "--precision", "32", "--accelerator", "cpu"]
 WORDS += ["--no-progress", "--warmup", "1", "--lr", "3e-3", "--checkpoint-every", "2"]
@@ -22,7 +20,7 @@ LORA = ["--lora", "2", "--checkpointing", "--accumulate", "2"]
 
 
 class StopAt(Callback):
-    """End a run early, in all processes."""
+    """End a run early, in all processes, and note how much of the weights each holds."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -30,21 +28,15 @@ class StopAt(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         trainer.should_stop = trainer.global_step == self.step
 
+    def on_train_end(self, trainer: L.Trainer, module: torch.nn.Module) -> None:
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+        n_held = sum(part.numel() for part in held)
+        (module.options.out / f"held-{trainer.global_rank}").write_text(str(n_held))
+
 
 def train(stage: str, words: list[str], stop_at: int = -1) -> None:
     """A run, ended early at step `stop_at`; the words are those of `lmd train`."""
-
-    def fit_until(module: torch.nn.Module, run: RunOptions, callbacks: list) -> L.Trainer:
-        trainer = fit(module, run, [*callbacks, StopAt(stop_at)])
-        held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
-        n_held = sum(part.numel() for part in held)
-        (run.out / f"held-{trainer.global_rank}").write_text(str(n_held))
-        return trainer
-
-    parser = argparse.ArgumentParser()
-    train_run.configure(parser, stage)
-    with patch.object(train_run, "fit", fit_until):
-        train_run.train(stage, parser.parse_args([*WORDS, *words]))
+    run.train(options_of(stage, [*WORDS, *words]), [StopAt(stop_at)])
 
 
 def main(data: str, out: Path, *more: str) -> None:

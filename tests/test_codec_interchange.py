@@ -15,7 +15,6 @@ import soundfile
 import torch
 from corpus_fake import make_corpus
 
-from lmd.arc.drift import drift_of, frame_statistics, play_streams
 from lmd.checkpoint import build_model
 from lmd.codec.base import Codec, DecodeState, StreamingCodec, decode_block
 from lmd.codec.oobleck import random_codec
@@ -23,6 +22,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, preset
 from lmd.data.encode import QUIET, EncodeSettings, encode_corpus, encode_wave
 from lmd.data.shards import LatentShards
+from lmd.evaluation.drift import drift_of, frame_statistics, play_streams
 from lmd.evaluation.generation import decoded
 from lmd.evaluation.metrics import join_ratio
 from lmd.model.text import build_text_encoder

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.losses import LossWeights, Prompts, discriminator_loss, generator_loss
-from lmd.arc.plan import ArcBatch, ArcOptions, plan_update, play_trial
+from lmd.arc.module import ArcBatch, make_pair, plan_update
+from lmd.arc.options import ArcOptions
 from lmd.checkpoint import build_model
 from lmd.codec.oobleck import random_codec
 from lmd.codec.oobleck_fast import named_tensors
@@ -170,7 +171,7 @@ def test_an_update_of_arc_forcing_never_mixes_devices(monkeypatch):
         for plan in plans:
             clean = torch.zeros(2, sizes.dit.latent_dim, plan.n_frames, device="cuda")
             batch = ArcBatch(clean, asked, Prompts(tokens + 1, asked.dropped), rows)
-            trial = play_trial(player, batch, plan, options)
+            trial = make_pair(player, batch, plan, options)
             if plan.trains == "generator":
                 verdict = generator_loss(judge, trial)
             else:

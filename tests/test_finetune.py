@@ -39,8 +39,9 @@ from lmd.training.losses import (
     pack_copies,
     packed_loss,
     packed_velocity,
+    stage_loss,
 )
-from lmd.training.module import TrainOptions, stage_loss, step_noise
+from lmd.training.options import TrainOptions, step_noise
 
 S, L, M, B, C = 16, 4, 5, 2, 8  # context, block, targets, batch, channels
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import tyro
 import yaml
 from matplotlib.image import imread
 from packaging.requirements import Requirement
@@ -133,8 +134,13 @@ def test_a_readme_command_is_accepted_as_written(command: list[str]) -> None:
     if command == ["--help"]:
         return  # run for real below
     name = next(tuple(command[:n]) for n in (2, 1) if tuple(command[:n]) in COMMANDS)
+    module = importlib.import_module(COMMANDS[name][0])
+    if hasattr(module, "Options"):
+        config = (tyro.conf.FlagCreatePairsOff,)
+        tyro.cli(module.Options, args=command[len(name) :], config=config)
+        return
     parser = argparse.ArgumentParser()
-    importlib.import_module(COMMANDS[name][0]).configure(parser)
+    module.configure(parser)
     parser.parse_args(command[len(name) :])
 
 

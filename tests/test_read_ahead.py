@@ -14,8 +14,7 @@ from lmd.__main__ import main
 from lmd.errors import LmdError
 from lmd.training import module
 from lmd.training.card import run_log
-from lmd.training.read_ahead import read_ahead
-from lmd.training.windows import LatentSource
+from lmd.training.windows import LatentSource, read_ahead
 
 WORDS = ["--preset", "tiny", "--batch", "2", "--precision", "32", "--accelerator", "cpu"]
 WORDS += ["--no-progress", "--steps", "6"]

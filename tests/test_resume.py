@@ -16,7 +16,8 @@ from nodes import HERE
 from lmd.__main__ import main
 from lmd.checkpoint import load_model, read_header
 from lmd.training.card import run_log
-from lmd.training.module import LiveTraining, TrainOptions
+from lmd.training.module import LiveTraining
+from lmd.training.options import TrainOptions
 from lmd.training.trainer import AtomicCheckpointIO, checkpoints
 from lmd.training.windows import LatentSource
 

@@ -10,7 +10,8 @@ from engine import WINDOW, random_model, streamer
 from torch import Tensor
 
 from lmd.arc.losses import Prompts, RolloutPlan, draw_calls, rollout, text_memory
-from lmd.arc.plan import ArcOptions, plan_update
+from lmd.arc.module import plan_update
+from lmd.arc.options import ArcOptions
 from lmd.config import WindowConfig
 from lmd.errors import LmdError
 from lmd.model.dit import Condition

@@ -1,4 +1,4 @@
-"""The toy world's law is what its samples follow, and ARC-Forcing halves the drift in it."""
+"""The toy world follows its distribution, and ARC-Forcing halves the drift in it."""
 
 import json
 import math
@@ -6,24 +6,28 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lmd.arc import toy_world as toy
 from lmd.rng import generator
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+import toy_world as toy  # noqa: E402
 
 
 def sounds(n: int = 2000, n_blocks: int = 3) -> toy.Sounds:
     return toy.world(n, toy.CONTEXT + n_blocks * toy.BLOCK, generator(0, "toy test"))
 
 
-def test_samples_of_the_world_follow_its_law():
+def test_samples_of_the_world_follow_its_distribution():
     rest = toy.still(sounds()).flatten(0, 1).numpy()
     covariance = np.cov(rest, rowvar=False)
     # 8,000 samples: standard error of an entry up to 0.016; measured maximum 0.02
-    assert np.abs(covariance - toy.law(rest.shape[1]).covariance).max() < 0.08
+    assert np.abs(covariance - toy.distribution(rest.shape[1]).covariance).max() < 0.08
     assert max(toy.drift(sounds())) < 0.1
 
 
@@ -35,7 +39,7 @@ def test_distance_of_scaled_sounds_is_the_closed_form():
     assert toy.drift(faded)[1] == pytest.approx(expected, rel=0.02)
 
 
-def test_sounds_that_turn_at_another_speed_are_far_from_the_law():
+def test_sounds_that_turn_at_another_speed_are_far_from_the_distribution():
     real = sounds()
     other = replace(real, kinds=(real.kinds + 1) % len(toy.SPEEDS))
     assert min(toy.drift(other)) > 0.5
@@ -81,8 +85,8 @@ def test_arc_forcing_halves_the_drift(tmp_path):
     Measured with one thread: 5.9 times less. The full form's three seeds are published in
     outputs/published/toy_world.json.
     """
-    words = ["-m", "lmd.arc.toy_world", "--short", "--seeds", "1", "--out", str(tmp_path)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [NOTEBOOKS / "toy_world.py", "--short", "--seeds", "1", "--out", str(tmp_path)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(NOTEBOOKS.parent)}
     subprocess.run([sys.executable, *words], env=one_thread, check=True)
     (told,) = json.loads((tmp_path / "toy_world.json").read_text())["results"]
     assert told["before"][-1] > 1.5 * told["before"][0], "the fine-tuned model drifts"

@@ -18,15 +18,15 @@ from lmd.__main__ import main
 from lmd.arc.card import about, arc_log, costs
 from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.losses import GanLoss, LossWeights, RealFakePair
-from lmd.arc.module import ArcRun, ArcTraining, make_part
-from lmd.arc.plan import (
-    ArcOptions,
+from lmd.arc.module import (
+    ArcTraining,
     draw_dropped,
-    draw_judged_levels,
+    draw_scored_levels,
+    make_pair,
+    make_part,
     plan_update,
-    play_trial,
 )
-from lmd.arc.train import fit
+from lmd.arc.options import ArcOptions, ArcRun
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.errors import LmdError
@@ -34,9 +34,8 @@ from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder
 from lmd.rng import normal
 from lmd.training.draws import BatchIndices
-from lmd.training.module import Windows
-from lmd.training.trainer import RunOptions, checkpoints
-from lmd.training.windows import LatentSource
+from lmd.training.trainer import checkpoints, fit
+from lmd.training.windows import LatentSource, Windows
 
 HERE = Path(__file__).parent
 TINY = preset("tiny")
@@ -157,7 +156,7 @@ class Watch:
             self.kept = [state(n) for n in (module.generator, module.discriminator, module.ema)]
 
         def after(trainer, module, outputs, batch, index):
-            plan = plan_update(module.run.arc, module.run.seed, batch[0].rows.step)
+            plan = plan_update(module.options.arc, module.options.seed, batch[0].rows.step)
             nets = (module.generator, module.discriminator, module.ema)
             still = [same(kept, net) for kept, net in zip(self.kept, nets, strict=True)]
             self.seen.append((plan.trains, *still))
@@ -166,13 +165,14 @@ class Watch:
         return LambdaCallback(on_train_batch_start=before, on_train_batch_end=after)
 
 
-def here(out: Path) -> RunOptions:
-    return RunOptions(out, precision="32", accelerator="cpu", progress=False)
+def fit_here(data: Path, out: Path, run: ArcRun = RUN, *callbacks: object) -> None:
+    where = {"out": out, "precision": "32", "accelerator": "cpu", "no_progress": True}
+    fit(module_of(data, replace(run, **where)), callbacks)
 
 
 def test_each_update_moves_its_own_network_and_leaves_the_other_to_the_bit(data, tmp_path):
     watch = Watch()
-    fit(module_of(data), here(tmp_path), (watch.callback(),))
+    fit_here(data, tmp_path, RUN, watch.callback())
     for trains, generator_still, discriminator_still, average_still in watch.seen:
         assert generator_still == (trains == "discriminator")
         assert average_still == (trains == "discriminator")
@@ -184,7 +184,7 @@ def test_each_update_moves_its_own_network_and_leaves_the_other_to_the_bit(data,
 def test_checkpointed_layers_give_the_same_curves(data, tmp_path):
     for name in ("plain", "checkpointed"):
         run = replace(RUN, checkpointing=name == "checkpointed")
-        fit(module_of(data, run), here(tmp_path / name))
+        fit_here(data, tmp_path / name, run)
     assert np.array_equal(
         curves(tmp_path / "plain"), curves(tmp_path / "checkpointed"), equal_nan=True
     )
@@ -238,13 +238,13 @@ def trial_of(data: Path, options: ArcOptions, update: int = 2, batch: int = 2) -
     module, seen = module_of(data, replace(RUN, arc=options, batch=batch)), []
 
     def note(*arguments):
-        seen.append(play_trial(*arguments))
+        seen.append(make_pair(*arguments))
         return seen[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmd.arc.module.play_trial", note)
+        patch.setattr("lmd.arc.module.make_pair", note)
         patch.setattr(module, "manual_backward", lambda loss: None)
-        part = make_part(module.run, module.source, update, 0, 1)
+        part = make_part(module.options, module.source, update, 0, 1)
         module.backward_part(part, plan_update(options, RUN.seed, update))
     return seen[0]
 
@@ -279,7 +279,7 @@ def test_a_rollout_continues_the_context_that_the_real_one_has_dropped_or_not(da
 
 def test_the_discriminator_looks_at_levels_even_in_log_snr():
     rows = BatchIndices(0, 3, tuple(range(2000)), 2000)
-    levels = draw_judged_levels(OPTIONS, rows)
+    levels = draw_scored_levels(OPTIONS, rows)
     log_snr = torch.logit(1 - levels.double())
     assert log_snr.min() > -6.001
     assert log_snr.max() < 2.001
@@ -363,14 +363,13 @@ def test_a_run_leaves_weights_logs_and_a_card(data, straight):
     assert any(moved)
     card = (straight / "arc.md").read_text(encoding="utf-8")
     assert header.sha256 in card
-    assert "| generator | 96 |" in card
+    assert "| generator | 96 |" in " ".join(card.split())
     assert "plays in 2 or 3 steps, without guidance" in card
     table = costs(straight)
     assert set(table["rollout_frames"]) == {48, 96}
     assert (table["seconds"] > 0).all()
     assert (table["memory_gb"] > 0.1).all()
     assert table["updates"].sum() == 20
-    assert (straight / "curves.png").stat().st_size > 5_000
 
 
 def test_a_run_with_several_block_lengths_rolls_out_in_all_of_them(data, tmp_path):
@@ -399,7 +398,7 @@ def test_a_run_may_play_its_blocks_out_and_begin_from_silence(data, tmp_path):
 def test_a_discriminator_that_has_won_is_reported_with_advice(data, tmp_path):
     run = replace(RUN, n_updates=3, winning_accuracy=-1.0, winning_updates=2)
     with pytest.warns(UserWarning, match=r"2 of its updates.*Lower --lr-discriminator"):
-        fit(module_of(data, run), here(tmp_path))
+        fit_here(data, tmp_path, run)
 
 
 @pytest.mark.parametrize(
@@ -507,12 +506,6 @@ def test_a_card_says_which_steps_and_regimes_were_trained(counts, regimes, told)
 def test_one_row_cannot_be_contrasted(data):
     with pytest.raises(LmdError, match="at least 2 items"):
         make_part(replace(RUN, batch=1), LatentSource(data, 0), 0, 0, 1)
-
-
-def test_a_condition_that_these_models_do_not_have_is_not_contrasted():
-    assert OPTIONS.contrast == ("prompt",)
-    with pytest.raises(LmdError, match=r"a contrast of accompaniment.*expected prompt"):
-        replace(OPTIONS, contrast=("accompaniment",))
 
 
 def test_an_update_whose_gradient_is_not_finite_reaches_no_weight(

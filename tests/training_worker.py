@@ -1,9 +1,9 @@
 """A training run in a process of its own, so that it can be killed: see test_resume.py."""
 
-import argparse
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from lmd.__main__ import importing
 
 with importing():
     import lightning as L
+    import tyro
     from lightning.pytorch.callbacks import Callback
 
-    from lmd.training import run as train_run
-    from lmd.training.trainer import AtomicCheckpointIO, RunOptions, fit
+    from lmd.training.run import train
+    from lmd.training.trainer import AtomicCheckpointIO
 
 
 def die(*_: object) -> None:
@@ -45,21 +46,19 @@ def kill_in_write(step: int) -> None:
     AtomicCheckpointIO.save_checkpoint = save_or_die
 
 
+def options_of(stage: str, words: list[str]) -> Any:
+    """What `lmd train STAGE` makes of its words."""
+    options = import_module(f"lmd.training.train_{stage}").Options
+    return tyro.cli(options, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+
+
 def main() -> None:
     """`training_worker.py after:STEP|writing:STEP STAGE [options of lmd train]`."""
     (when, step), stage = sys.argv[1].split(":"), sys.argv[2]
-    parser = argparse.ArgumentParser()
-    train_run.configure(parser, stage)
-    args = parser.parse_args(sys.argv[3:])
-    deaths = [KillAfter(int(step))] if when == "after" else []
     if when == "writing":
         kill_in_write(int(step))
-
-    def fit_until_killed(module: object, run: RunOptions, callbacks: list) -> L.Trainer:
-        return fit(module, run, [*callbacks, *deaths])
-
-    train_run.fit = fit_until_killed
-    train_run.train(stage, args)
+    deaths = [KillAfter(int(step))] if when == "after" else []
+    train(options_of(stage, sys.argv[3:]), deaths)
 
 
 if __name__ == "__main__":

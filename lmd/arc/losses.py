@@ -1,4 +1,4 @@
-"""ARC-Forcing: train a live model on its own continuations, judged by a discriminator.
+"""ARC-Forcing: train a live model on its own continuations, scored by a discriminator.
 
 The model continues real context for several blocks, exactly as it plays. A discriminator, grown
 from the bidirectional base, compares the whole continuation with real music (relativistic pair
@@ -40,14 +40,13 @@ class RolloutPlan:
 
     Attributes:
         block: regime and block length.
-        n_steps: length of the noise schedule that is walked.
+        n_steps: length of the noise schedule.
         n_calls: per block, which call learns, 1 ... n_steps.
-        seeds: one per item, of its noise; block and step numbers do the rest. Item i hears the
-            noise that a stream of its own with seed `seeds[i]` would.
-        sampler: how a block is walked; without guidance.
-        plays_out: whether blocks are walked to their end. If not, the call that learns is a block's
-            last and jumps to clean, as in arXiv 2605.22717; many blocks then end after fewer calls
-            than anybody plays with.
+        seeds: one per item: its noise is that of a stream with this seed.
+        sampler: how a block is sampled; without guidance.
+        plays_out: whether blocks are sampled to their end. If not, the call that learns is a
+            block's last and jumps to clean, as in arXiv 2605.22717; many blocks then end after
+            fewer calls than anybody plays with.
     """
 
     block: BlockPlan
@@ -88,10 +87,10 @@ def rollout(
     """Continue `context` for several blocks as the streamer plays them.
 
     Blocks of all steps are what `Streamer.step` gives, bit for bit; a block that ends after call k
-    walks `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are detached; within a
-    block only the call that learns builds a graph. Where blocks are played out and that call is not
-    the last, the block's gradient is taken to be that of the clean block which that call names
-    (straight through): after distillation, all calls of a block name nearly the same one.
+    has the schedule `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are
+    detached; within a block only the call that learns builds a graph. Where blocks are played out
+    and that call is not the last, the block's gradient is taken to be that of the clean block which
+    that call names (straight through): after distillation, all calls name nearly the same one.
 
     Args:
         denoiser: what plays.
@@ -159,28 +158,19 @@ def text_memory(model: LiveModel, condition: Condition) -> Memory:
 
 
 def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
-    """How far the winner's scores are from being above the loser's, pair by pair.
+    """`mean softplus(loser - winner)`, pair by pair; log 2 where the two are equal.
 
-    `mean softplus(loser - winner)`; log 2 where the two are equal. The discriminator wants
-    (real, fake), the generator (fake, real); pairs share item, place, noise and noise level.
-
-    Args:
-        winner: `[batch, patch]`, should be higher.
-        loser: `[batch, patch]`, should be lower.
+    The discriminator wants (real, fake), the generator (fake, real); pairs share item, place, noise
+    and noise level.
     """
     return F.softplus(loser - winner).mean()
 
 
 def contrastive_loss(right: Scores, wrong: Scores, different: Tensor) -> Tensor:
-    """The same music under its own prompt must score above itself under another's.
+    """`mean softplus(wrong - right)`: music must score higher under its own prompt than another's.
 
-    `mean softplus(wrong - right)`; an item whose two conditions are equal counts as 0, so that the
-    mean does not depend on how a batch is split.
-
-    Args:
-        right: `[batch, patch]`, real music under its own condition.
-        wrong: `[batch, patch]`, the same under the deranged conditions.
-        different: `[batch]` bool, False for an item that was dealt a condition equal to its own.
+    An item whose two conditions are equal (not `different`, `[batch]` bool) counts as 0, so that
+    the mean does not depend on how a batch is split.
     """
     per_item = F.softplus(wrong - right).mean(dim=1)
     return (per_item * different).mean()
@@ -209,7 +199,7 @@ class Prompts(NamedTuple):
     """What items were asked for."""
 
     prompt: Tokens  # prompt embeddings
-    dropped: Bool[Tensor, " batch"]  # played and judged without the condition
+    dropped: Bool[Tensor, " batch"]  # without a condition, in both networks
 
     def for_model(self, model: LiveModel, seconds: float) -> Condition:
         """As a condition of `model`; items that were dropped get zeroed tokens."""
@@ -217,7 +207,7 @@ class Prompts(NamedTuple):
         keep = (~self.dropped).to(condition.tokens)[:, None, None]
         return Condition(condition.tokens * keep, condition.global_cond)
 
-    def differs(self, other: "Asked") -> Bool[Tensor, " batch"]:
+    def differs(self, other: "Prompts") -> Bool[Tensor, " batch"]:
         """Which items' conditions are not those of `other`."""
         prompts = (other.prompt != self.prompt).flatten(1).any(dim=1)
         return torch.where(self.dropped | other.dropped, self.dropped != other.dropped, prompts)
@@ -250,7 +240,7 @@ class RealFakePair:
     seconds: float
 
     def scores(self, discriminator: Discriminator, *pairs: tuple[Latents, Prompts]) -> list[Scores]:
-        """Scores of latents under prompts, all at this trial's noise, in one pass."""
+        """Scores of latents under prompts, all at this pair's noise, in one pass."""
         n, t = len(pairs), self.t.repeat(len(pairs))
         clean = torch.cat([clean for clean, _ in pairs])
         asked = Prompts(*(torch.cat(parts) for parts in zip(*(a for _, a in pairs), strict=True)))
@@ -284,50 +274,49 @@ class GanLoss(NamedTuple):
         return (self.real > self.fake).float().mean()
 
 
-def generator_loss(discriminator: Discriminator, trial: RealFakePair) -> GanLoss:
+def generator_loss(discriminator: Discriminator, pair: RealFakePair) -> GanLoss:
     """`mean softplus(score(real) - score(fake))`; call it, and go backward, inside `frozen`."""
     with torch.no_grad():
-        (real,) = trial.scores(discriminator, (trial.real, trial.asked))
-    (fake,) = trial.scores(discriminator, (trial.fake, trial.asked))
-    pair = relativistic_loss(fake, real)
-    return GanLoss(pair, pair.detach(), pair.new_zeros(()), real, fake.detach())
+        (real,) = pair.scores(discriminator, (pair.real, pair.asked))
+    (fake,) = pair.scores(discriminator, (pair.fake, pair.asked))
+    loss = relativistic_loss(fake, real)
+    return GanLoss(loss, loss.detach(), loss.new_zeros(()), real, fake.detach())
 
 
 def discriminator_loss(
-    discriminator: Discriminator, trial: RealFakePair, weights: LossWeights
+    discriminator: Discriminator, pair: RealFakePair, weights: LossWeights
 ) -> GanLoss:
-    """Pair loss, contrastive loss and smoothness; `trial.fake` is taken as it is (detached).
+    """Pair loss, contrastive loss and smoothness; `pair.fake` is taken as it is (detached).
 
     A term of weight 0 is not computed.
     """
-    asked, fake_latents = trial.asked, trial.fake.detach()
-    step = weights.perturbation * trial.nudge
-    judged = {"real": (trial.real, asked), "fake": (fake_latents, asked)}
+    asked, fake_latents = pair.asked, pair.fake.detach()
+    step = weights.perturbation * pair.nudge
+    inputs = {"real": (pair.real, asked), "fake": (fake_latents, asked)}
     if weights.contrastive:
-        judged["wrong"] = (trial.real, trial.wrong)
+        inputs["wrong"] = (pair.real, pair.wrong)
     if weights.r1:
-        judged["near real"] = (trial.real + step, asked)
+        inputs["near real"] = (pair.real + step, asked)
     if weights.r2:
-        judged["near fake"] = (fake_latents + step, asked)
-    scores = dict(zip(judged, trial.scores(discriminator, *judged.values()), strict=True))
+        inputs["near fake"] = (fake_latents + step, asked)
+    scores = dict(zip(inputs, pair.scores(discriminator, *inputs.values()), strict=True))
     real, fake = scores["real"], scores["fake"]
-    pair = relativistic_loss(real, fake)
-    loss, contrast = pair, pair.new_zeros(())
+    relativistic = relativistic_loss(real, fake)
+    loss, contrast = relativistic, relativistic.new_zeros(())
     if weights.contrastive:
-        contrast = contrastive_loss(real, scores["wrong"], asked.differs(trial.wrong))
+        contrast = contrastive_loss(real, scores["wrong"], asked.differs(pair.wrong))
         loss = loss + weights.contrastive * contrast
     for weight, name in ((weights.r1, "real"), (weights.r2, "fake")):
         if weight:
             near = scores[f"near {name}"]
             loss = loss + weight * smoothness(scores[name], near, weights.perturbation)
-    return GanLoss(loss, pair.detach(), contrast.detach(), real.detach(), fake.detach())
+    return GanLoss(loss, relativistic.detach(), contrast.detach(), real.detach(), fake.detach())
 
 
 def smoothness(scores: Scores, moved: Scores, perturbation: float) -> Tensor:
-    """Approximate gradient penalty: mean squared change of the scores per squared step.
+    """Approximate gradient penalty: `mean (D(x + s e) - D(x))^2 / s^2`, e standard normal.
 
-    `mean (D(x + s e) - D(x))^2 / s^2`, e standard normal: in expectation the squared norm of the
-    gradient, for a small step s.
+    In expectation that is the squared norm of the gradient, for a small step s.
     """
     return ((moved - scores) / perturbation).square().mean()
 

@@ -4,6 +4,7 @@ Update k is a function of (options, k): its rollout, batch, noise and dropout. A
 both networks, the generator's moving average, both optimizers and k, and a run that was killed goes
 on with the numbers it would have had.
 
+Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; ARC (arXiv 2505.08175).
 Taught in notebook 03_arc_forcing.
 """
 
@@ -13,51 +14,140 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmd.arc.discriminator import Discriminator
-from lmd.arc.losses import GanLoss, Prompts, derangement, discriminator_loss, frozen, generator_loss
-from lmd.arc.plan import ArcBatch, ArcOptions, UpdatePlan, draw_dropped, plan_update, play_trial
+from lmd.arc.losses import (
+    GanLoss,
+    Prompts,
+    RealFakePair,
+    RolloutPlan,
+    derangement,
+    discriminator_loss,
+    draw_calls,
+    frozen,
+    generator_loss,
+    rollout,
+    text_memory,
+)
+from lmd.arc.options import ArcOptions, ArcRun
 from lmd.errors import LmdError
 from lmd.machine import memory_gb
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
+from lmd.rng import derive_seed
 from lmd.rng import generator as rng
-from lmd.shapes import Latents
-from lmd.training.draws import BatchIndices
-from lmd.training.module import WindowSource, check_parts, clip_gradient
+from lmd.shapes import Latents, NoiseLevel
+from lmd.stream.block import BlockPlan, LiveDenoiser
+from lmd.training.draws import BatchIndices, context_dropout, draw_kept, draw_noise, pick
+from lmd.training.module import clip_gradient, move_average
+from lmd.training.options import check_parts
+from lmd.training.windows import WindowSource
+
+Network = Literal["discriminator", "generator"]
 
 
 @dataclass(frozen=True)
-class ArcRun:
-    """A whole run.
+class UpdatePlan:
+    """One update.
 
-    Sources: weight decay, clipping and the moving average are those of arXiv 2605.22717's ARC
-    configs. Ours: no momentum (they have 0.9), since in `lmd.arc.toy_world` the two networks then
-    chase each other (see docs/log.md); learning rates, which they have at 1e-6 for a model 26
-    times larger, batches ten times larger and 18,000 updates.
+    Attributes:
+        trains: whose turn it is.
+        block: regime and block length of the rollout.
+        n_steps: length of the noise schedule.
+        n_calls: per block, which call learns.
+        n_frames: context and rollout.
     """
 
-    n_updates: int
-    batch: int = 8  # rows of the global batch: all devices, all accumulated parts
-    accumulate: int = 1
-    seed: int = 0
-    lr_generator: float = 2e-5
-    lr_discriminator: float = 1e-4
-    betas: tuple[float, float] = (0.0, 0.95)
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema: float = 0.99
-    checkpointing: bool = False
-    winning_accuracy: float = 0.98  # above this for `winning_updates`, the discriminator has won
-    winning_updates: int = 30
-    arc: ArcOptions = field(default_factory=ArcOptions)
+    trains: Network
+    block: BlockPlan
+    n_steps: int
+    n_calls: tuple[int, ...]
+    n_frames: int
+
+
+def plan_update(options: ArcOptions, seed: int, update: int) -> UpdatePlan:
+    """Whose turn it is, how long and how the rollout goes; the same for all rows."""
+    g = rng(seed, "arc plan", update)
+
+    def choose(shares: tuple[tuple, ...]) -> int | str:
+        return pick(shares, float(torch.rand((), generator=g, dtype=torch.float64)))
+
+    regime, o = choose(options.regimes), choose(options.block_lengths)
+    n_blocks, n_steps = choose(options.n_blocks), choose(options.n_steps)
+    is_generator = update >= options.n_warmup and (update - options.n_warmup) % 2 == 1
+    return UpdatePlan(
+        "generator" if is_generator else "discriminator",
+        BlockPlan(regime, o),
+        n_steps,
+        draw_calls(n_blocks, n_steps, g),
+        options.context_frames + n_blocks * o,
+    )
+
+
+def draw_dropped(options: ArcOptions, rows: BatchIndices) -> Tensor:
+    """Which rows have no condition, in both networks; once for the whole rollout."""
+    return draw_kept(rows, "arc text dropout", options.text_dropout) == 0
+
+
+def draw_scored_levels(options: ArcOptions, rows: BatchIndices) -> NoiseLevel:
+    """Noise levels at which the discriminator looks: `sigmoid(-u)`, u even over `log_snr`."""
+    low, high = options.log_snr
+    u = [
+        torch.rand((), generator=rng(rows.seed, "judged level", rows.step, p))
+        for p in rows.positions
+    ]
+    return torch.sigmoid(-(low + (high - low) * torch.stack(u)))
+
+
+class ArcBatch(NamedTuple):
+    """Real windows of an update, and where everything random about them comes from."""
+
+    clean: Latents  # `plan.n_frames` frames
+    asked: Prompts
+    wrong: Prompts  # prompts of others, for the contrastive term
+    rows: BatchIndices
+
+
+def make_pair(
+    model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: ArcOptions
+) -> RealFakePair:
+    """Roll out and set beside real music; with graph if it is the generator's turn.
+
+    The model is conditioned on the length of its window, as when it streams; the discriminator on
+    that of the whole sequence, as when it was the base. Dropped context is zero on both sides.
+    """
+    s, rows, clean = options.context_frames, batch.rows, batch.clean
+    real = context_dropout(clean, options, rows, plan.block.block_frames)
+    seeds = tuple(derive_seed(rows.seed, "rollout", rows.step, p) for p in rows.positions)
+    how = RolloutPlan(
+        plan.block, plan.n_steps, plan.n_calls, seeds, options.sampler, options.plays_out
+    )
+    learns = plan.trains == "generator"
+    with torch.set_grad_enabled(learns):
+        condition = batch.asked.for_model(model, options.window_frames / options.frame_rate_hz)
+        memory = text_memory(model, condition)
+        denoiser, context = LiveDenoiser(model), real[..., :s]
+        fake = rollout(denoiser, context, condition, how, with_grad=learns, memory=memory)
+    noise = draw_noise(rows, 2, *clean.shape[1:]).to(clean)
+    return RealFakePair(
+        real=real,
+        fake=fake,
+        asked=batch.asked,
+        wrong=batch.wrong,
+        t=draw_scored_levels(options, rows).to(clean),
+        noise=noise[:, 0],
+        nudge=noise[:, 1],
+        first_frame=s,
+        seconds=plan.n_frames / options.frame_rate_hz,
+    )
 
 
 class Part(NamedTuple):
@@ -96,10 +186,10 @@ class UpdateBatches(IterableDataset):
 
     def __len__(self) -> int:
         """All updates of the run, also those before a restart."""
-        return self.module.run.n_updates
+        return self.module.options.n_updates
 
     def __iter__(self) -> Iterator[list[Part]]:
-        module, run = self.module, self.module.run
+        module, run = self.module, self.module.options
         size, rank = module.trainer.world_size, module.trainer.global_rank
         for update in range(module.trainer.global_step, run.n_updates):
             shards = [part * size + rank for part in range(run.accumulate)]
@@ -116,24 +206,64 @@ class ArcTraining(L.LightningModule):
         discriminator: Discriminator,
         text: TextEncoder,
         source: WindowSource,
-        run: ArcRun,
+        options: ArcRun,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.generator, self.discriminator, self.run = generator, discriminator, run
+        self.generator, self.discriminator, self.options = generator, discriminator, options
         self.ema = copy.deepcopy(generator).requires_grad_(False)
         self.text, self.source, self.last_checkpoint = text, source, "none yet"
         for model in (generator, discriminator.base):
-            model.dit.checkpointing = run.checkpointing
+            model.dit.checkpointing = options.checkpointing
         self.register_buffer("n_winning", torch.zeros((), dtype=torch.long))
 
-    def train_dataloader(self) -> DataLoader:
-        """Updates addressed by number; made after a checkpoint was restored."""
-        return DataLoader(UpdateBatches(self), batch_size=None)
+    def training_step(self, parts: list[Part], index: int) -> None:
+        """One update of one network."""
+        began, update, run = time.perf_counter(), parts[0].rows.step, self.options
+        plan = plan_update(run.arc, run.seed, update)
+        losses = []
+        for i, part in enumerate(parts):
+            parallel = isinstance(self.trainer.strategy, ParallelStrategy)
+            is_last = i == len(parts) - 1 or not parallel
+            with nullcontext() if is_last else self.trainer.strategy.block_backward_sync():
+                losses.append(self.backward_part(part, plan))
+        trained = (self.generator, self.discriminator)[plan.trains == "discriminator"]
+        optimizer = self.optimizers()[plan.trains == "discriminator"]
+        clip_gradient(trained, run.clip_norm, update, self.last_checkpoint)
+        optimizer.step()
+        optimizer.zero_grad()
+        if plan.trains == "generator":
+            move_average(self.ema, self.generator, run.ema, (update - run.arc.n_warmup) // 2)
+        self.report(plan, losses, time.perf_counter() - began)
+
+    def backward_part(self, part: Part, plan: UpdatePlan) -> GanLoss:
+        """Roll out, score, go backward; gradient reaches the network whose turn it is."""
+        run = self.options
+        prompts = [self.text.encode(p).to(self.device) for p in (part.prompts, part.wrong_prompts)]
+        dropped = draw_dropped(run.arc, part.rows).to(self.device)
+        asked, wrong = (Prompts(prompt, dropped) for prompt in prompts)
+        batch = ArcBatch(part.latents, asked, wrong, part.rows)
+        pair = make_pair(self.generator, batch, plan, run.arc)
+        is_generator = plan.trains == "generator"
+        with frozen(self.discriminator) if is_generator else nullcontext():
+            if is_generator:
+                loss = generator_loss(self.discriminator, pair)
+            else:
+                loss = discriminator_loss(self.discriminator, pair, run.arc.weights)
+            if not math.isfinite(loss.loss.item()):
+                raise LmdError(
+                    f"a {plan.trains} loss of {loss.loss.item()} at update {part.rows.step} "
+                    f"on {part.names}",
+                    "a finite loss",
+                    f"Last good checkpoint: {self.last_checkpoint}. Lower --lr-generator and "
+                    "--lr-discriminator, or raise --r1 and --r2.",
+                )
+            self.manual_backward(loss.loss / run.accumulate)
+        return loss
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for each network; constant rates."""
-        run = self.run
+        run = self.options
         pairs = (self.generator, run.lr_generator), (self.discriminator, run.lr_discriminator)
         return [
             torch.optim.AdamW(
@@ -142,80 +272,36 @@ class ArcTraining(L.LightningModule):
             for net, lr in pairs
         ]
 
-    def training_step(self, parts: list[Part], index: int) -> None:
-        """One update of one network."""
-        began, update = time.perf_counter(), parts[0].rows.step
-        plan = plan_update(self.run.arc, self.run.seed, update)
-        verdicts = []
-        for i, part in enumerate(parts):
-            parallel = isinstance(self.trainer.strategy, ParallelStrategy)
-            is_last = i == len(parts) - 1 or not parallel
-            with nullcontext() if is_last else self.trainer.strategy.block_backward_sync():
-                verdicts.append(self.backward_part(part, plan))
-        trained = (self.generator, self.discriminator)[plan.trains == "discriminator"]
-        optimizer = self.optimizers()[plan.trains == "discriminator"]
-        clip_gradient(trained, self.run.clip_norm, update, self.last_checkpoint)
-        optimizer.step()
-        optimizer.zero_grad()
-        if plan.trains == "generator":
-            self.move_average((update - self.run.arc.n_warmup) // 2)
-        self.report(plan, verdicts, time.perf_counter() - began)
+    def train_dataloader(self) -> DataLoader:
+        """Updates addressed by number; made after a checkpoint was restored."""
+        return DataLoader(UpdateBatches(self), batch_size=None)
 
-    def backward_part(self, part: Part, plan: UpdatePlan) -> GanLoss:
-        """Roll out, judge, go backward; gradient reaches the network whose turn it is."""
-        prompts = [self.text.encode(p).to(self.device) for p in (part.prompts, part.wrong_prompts)]
-        dropped = draw_dropped(self.run.arc, part.rows).to(self.device)
-        asked, wrong = (Prompts(prompt, dropped) for prompt in prompts)
-        batch = ArcBatch(part.latents, asked, wrong, part.rows)
-        trial = play_trial(self.generator, batch, plan, self.run.arc)
-        is_generator = plan.trains == "generator"
-        with frozen(self.discriminator) if is_generator else nullcontext():
-            if is_generator:
-                verdict = generator_loss(self.discriminator, trial)
-            else:
-                verdict = discriminator_loss(self.discriminator, trial, self.run.arc.weights)
-            if not math.isfinite(verdict.loss.item()):
-                raise LmdError(
-                    f"a {plan.trains} loss of {verdict.loss.item()} at update {part.rows.step} "
-                    f"on {part.names}",
-                    "a finite loss",
-                    f"Last good checkpoint: {self.last_checkpoint}. Lower --lr-generator and "
-                    "--lr-discriminator, or raise --r1 and --r2.",
-                )
-            self.manual_backward(verdict.loss / self.run.accumulate)
-        return verdict
+    def exported(self) -> dict[str, Tensor]:
+        """The generator's averaged weights."""
+        return self.ema.state_dict()
 
-    @torch.no_grad()
-    def move_average(self, n_before: int) -> None:
-        """Move the averaged weights towards the generator's, faster while the average is young."""
-        keep = min(self.run.ema, (1 + n_before) / (10 + n_before))
-        averaged, present = list(self.ema.parameters()), list(self.generator.parameters())
-        torch._foreach_lerp_(averaged, present, 1 - keep)
-
-    def report(self, plan: UpdatePlan, verdicts: list[GanLoss], took_s: float) -> None:
+    def report(self, plan: UpdatePlan, losses: list[GanLoss], took_s: float) -> None:
         """Log the update, and warn when the discriminator has won."""
         mean = {
-            name: torch.stack([getattr(v, name).float().mean() for v in verdicts]).mean()
+            name: torch.stack([getattr(loss, name).float().mean() for loss in losses]).mean()
             for name in ("pair", "contrastive", "real", "fake", "accuracy")
         }
-        who = plan.trains
+        who, run = plan.trains, self.options
         values = {f"{who}/pair": mean["pair"], "accuracy": mean["accuracy"]}
         if who == "discriminator":
             values["discriminator/contrastive"] = mean["contrastive"]
-            won = mean["accuracy"].item() > self.run.winning_accuracy
+            won = mean["accuracy"].item() > run.winning_accuracy
             self.n_winning.copy_((self.n_winning + 1) * won)
-            if self.n_winning.item() == self.run.winning_updates:
-                warn_of_winning(self.run)
+            if self.n_winning.item() == run.winning_updates:
+                warn_of_winning(run)
         self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
-        options = self.run.arc
-        n_frames = plan.n_frames - options.context_frames
         full = plan.n_steps * len(plan.n_calls)
         costs = {
             "real score": mean["real"],
             "fake score": mean["fake"],
             "is_generator": float(who == "generator"),
-            "rollout_frames": float(n_frames),
-            "calls": float(full if options.plays_out else sum(plan.n_calls)),
+            "rollout_frames": float(plan.n_frames - run.arc.context_frames),
+            "calls": float(full if run.arc.plays_out else sum(plan.n_calls)),
             "update_s": took_s,
             "memory_gb": memory_gb(self.device),
         }
@@ -225,8 +311,9 @@ class ArcTraining(L.LightningModule):
 def warn_of_winning(run: ArcRun) -> None:
     """Say that the discriminator has won, and what to do about it."""
     warnings.warn(
-        f"the discriminator has told real from generated in more than {run.winning_accuracy:.0%} "
-        f"of the pairs for {run.winning_updates} of its updates: it has won and teaches little. "
-        "Lower --lr-discriminator, raise --r1 and --r2, or raise --lr-generator.",
+        f"the discriminator has scored real above generated in more than "
+        f"{run.winning_accuracy:.0%} of the pairs for {run.winning_updates} of its updates: it has "
+        "won and teaches little. Lower --lr-discriminator, raise --r1 and --r2, or raise "
+        "--lr-generator.",
         stacklevel=2,
     )

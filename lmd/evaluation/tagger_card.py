@@ -106,7 +106,7 @@ def card(path: Path) -> str:
     for name, words in WORDS.items():
         values = [_show(score.get(name)) for score in scores.values()]
         lines.append(f"| {words} | {' | '.join(values)} |")
-    return "\n".join([*lines, "", *NOTICE])
+    return "\n".join([*lines, "", NOTICE, ""])
 
 
 def _show(value: float | None) -> str:

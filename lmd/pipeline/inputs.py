@@ -28,7 +28,8 @@ def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
     package = sorted(path for pattern in SOURCES for path in PACKAGE.rglob(pattern))
     left = sorted(path for folder in earlier for path in folder.rglob("*") if path.is_file())
-    for path in (*package, *sorted(weights.glob("*.safetensors")), *left):
+    beside = sorted(task.source.parent.glob("*.py"))
+    for path in (*package, *beside, *sorted(weights.glob("*.safetensors")), *left):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "blake2b").hexdigest()
         digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())

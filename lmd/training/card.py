@@ -1,14 +1,115 @@
-"""A model card out of a run's own records: nothing in it is typed by hand."""
+"""Model cards, all from one template, made of a run's own records."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Template
 
-from lmd.checkpoint import Header, read_header
+from lmd.checkpoint import read_header
 from lmd.config import REGIMES
 from lmd.training.draws import Shares
-from lmd.training.module import TrainOptions
+from lmd.training.options import TrainOptions
+
+NOTICE = (
+    "The weights know what they were trained on, as the table says, and nothing else. Who may use "
+    "them depends on who may use that music, and the weights that they started from. This card "
+    "holds no evaluation; `python -m lmd evaluate` makes one."
+)
+TEMPLATE = Template(
+    """\
+# {{ weights.stem }}
+
+{{ about }}
+
+| | |
+|---|---|
+| file | `{{ weights.name }}`, {{ "%.1f" | format(megabytes) }} MB, {{ header.stored }} |
+| SHA-256 of the tensors | `{{ header.sha256 }}` |
+{% for what, value in facts.items() -%}
+| {{ what }} | {{ value }} |
+{% endfor %}
+{% for text in texts -%}
+{{ text }}
+
+{% endfor -%}
+{{ notice }}
+""",
+    keep_trailing_newline=True,
+)
+
+
+def card(
+    weights: Path, about: str, facts: Mapping[str, Any], *texts: str, notice: str = NOTICE
+) -> str:
+    """Markdown about a file of weights.
+
+    Args:
+        weights: the file.
+        about: one sentence: what they are.
+        facts: rows of the table, behind size and hash.
+        texts: what stands below it.
+        notice: about their use.
+
+    Raises:
+        LmdError: `weights` is not a checkpoint of this project.
+    """
+    header, megabytes = read_header(weights), weights.stat().st_size / 1e6
+    shown = {"weights": weights, "about": about, "facts": facts, "texts": texts, "notice": notice}
+    return TEMPLATE.render(header=header, megabytes=megabytes, **shown)
+
+
+def training_card(out: Path, weights: Path, options: TrainOptions) -> str:
+    """The card of the weights that the run in `out` made."""
+    log, notes = run_log(out), read_header(weights).notes
+    starts = [path.name.removeprefix("from-") for path in sorted((out / "logs").glob("from-*"))]
+    starts_at = ", ".join(str(int(step)) for step in starts)
+    minutes = f"{log['seconds'].max() / 60:.1f} min, started or resumed at steps {starts_at}"
+    facts = {**run_facts(weights), "steps": notes["steps"], "wall time": minutes}
+    losses = f"Mean training loss ({loss_of(options)}) along the run:"
+    table = log.assign(minutes=log["seconds"] / 60).groupby(log.index * 8 // max(1, len(log)))
+    table = table.agg(
+        first=("step", "min"),
+        last=("step", "max"),
+        minutes=("minutes", "max"),
+        loss=("loss", "mean"),
+    )
+    shown = table.to_markdown(index=False, floatfmt=("g", "g", ".1f", ".4f"))
+    return card(weights, about(options), facts, losses, shown)
+
+
+def run_facts(weights: Path) -> dict[str, str]:
+    """What weights say of their making, as rows of a card."""
+    header = read_header(weights)
+    notes, sizes = header.notes, header.config
+    dit = sizes.dit
+    names = {"init": "started from", "base": "discriminator from"}
+    facts = {text: origin_text(notes[name]) for name, text in names.items() if name in notes}
+    machine = notes["hardware"]
+    return {
+        "sizes": f"preset `{sizes.name}`: width {dit.width}, depth {dit.depth}, "
+        f"{dit.n_heads} heads, {dit.latent_dim} latent channels",
+        **facts,
+        "seed": notes["seed"],
+        "hardware": f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}, "
+        f"torch {machine['torch']}",
+        "data": data_text(notes),
+        "command": f"`{notes['command']}`",
+    }
+
+
+def origin_text(origin: Mapping[str, Any]) -> str:
+    """Another file of weights; see `lmd.training.run.origin_of`."""
+    made = f", made by `{origin['command']}`" if origin.get("command") else ""
+    return f"`{origin['file']}` ({origin['sha256'][:12]}…){made}"
+
+
+def data_text(notes: Mapping[str, Any]) -> str:
+    """What weights learned from."""
+    data = notes["data"]
+    corpus = str(data["latent_settings"].get("corpus", "unknown"))[:12]
+    return f"{data['renditions']} renditions, {data['hours']} h, corpus `{corpus}`"
 
 
 def about(options: TrainOptions) -> str:
@@ -47,112 +148,8 @@ def run_log(out: Path) -> pd.DataFrame:
     parts = [pd.read_csv(path) for path in files]
     seconds = 0.0
     for part in parts:
-        part["seconds"] += seconds
-        seconds = part["seconds"].max()
+        if "seconds" in part:
+            part["seconds"] += seconds
+            seconds = part["seconds"].max()
     log = pd.concat(parts, ignore_index=True)
     return log.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
-
-
-def model_card(out: Path, weights: Path, options: TrainOptions) -> str:
-    """Markdown about the weights that the run in `out` made.
-
-    Args:
-        out: the run's folder.
-        weights: what it exported.
-        options: of the run.
-
-    Raises:
-        LmdError: `weights` is not a checkpoint of this project.
-    """
-    header, log = read_header(weights), run_log(out)
-    notes, preset = header.notes, header.config
-    dit = preset.dit
-    return "\n".join(
-        [
-            f"# {weights.stem}",
-            "",
-            about(options),
-            "",
-            "| | |",
-            "|---|---|",
-            *file_rows(header, weights),
-            f"| sizes | preset `{preset.name}`: width {dit.width}, depth {dit.depth}, "
-            f"{dit.n_heads} heads, {dit.latent_dim} latent channels |",
-            *start_rows(notes),
-            f"| steps | {notes['steps']} |",
-            f"| seed | {notes['seed']} |",
-            f"| wall time | {log['seconds'].max() / 60:.1f} min, "
-            f"begun or resumed at steps {_starts(out)} |",
-            hardware_row(notes),
-            data_row(notes),
-            f"| command | `{notes['command']}` |",
-            "",
-            f"Mean training loss ({loss_of(options)}) along the run:",
-            "",
-            *_losses(log),
-            "",
-            *NOTICE,
-        ]
-    )
-
-
-NOTICE = (
-    "Data: `python -m lmd data build` renders scores of music21's corpus with the General MIDI "
-    "soundfont that ships in pretty_midi, unless another corpus is named; this one's hash stands "
-    "above (see data/README.md). Weights: the licence of this repository. They know what that "
-    "corpus sounds like and nothing else.",
-    "",
-    "Measured by `python -m lmd data build --hours 24`, then `python -m lmd evaluate`: "
-    "`outputs/published/evaluation.md` holds what that found of the shipped weights.",
-    "",
-)
-
-
-def file_rows(header: Header, weights: Path) -> list[str]:
-    """Size and hash of a file of weights, as rows of a Markdown table."""
-    return [
-        f"| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, {header.stored} |",
-        f"| SHA-256 of the tensors | `{header.sha256}` |",
-    ]
-
-
-def start_rows(notes: dict[str, Any]) -> list[str]:
-    """Which weights a run started from, as a row of a Markdown table; none where it had none."""
-    return [origin_row("started from", notes["init"])] if "init" in notes else []
-
-
-def origin_row(what: str, origin: dict[str, Any]) -> str:
-    """Another file of weights, as a row of a Markdown table; see `lmd.training.run.origin_of`."""
-    made = f", made by `{origin['command']}`" if origin.get("command") else ""
-    return f"| {what} | `{origin['file']}` ({origin['sha256'][:12]}…){made} |"
-
-
-def hardware_row(notes: dict[str, Any]) -> str:
-    """What a run ran on, as a row of a Markdown table."""
-    machine = notes["hardware"]
-    where = f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}"
-    return f"| hardware | {where}, torch {machine['torch']} |"
-
-
-def data_row(notes: dict[str, Any]) -> str:
-    """What a run learned from, as a row of a Markdown table."""
-    data = notes["data"]
-    corpus = str(data["latent_settings"].get("corpus", "unknown"))[:12]
-    return f"| data | {data['renditions']} renditions, {data['hours']} h, corpus `{corpus}` |"
-
-
-def _starts(out: Path) -> str:
-    """The steps at which the run was begun or resumed."""
-    folders = sorted((out / "logs").glob("from-*"))
-    return ", ".join(str(int(folder.name.removeprefix("from-"))) for folder in folders)
-
-
-def _losses(log: pd.DataFrame) -> list[str]:
-    """A table of the mean loss over eighths of the run."""
-    lines = ["| steps | minutes | loss |", "|---|---|---|"]
-    parts: list[Any] = [p for _, p in log.groupby(log.index * 8 // max(1, len(log)))]
-    for part in parts:
-        first, last = int(part["step"].min()), int(part["step"].max())
-        minutes = part["seconds"].max() / 60
-        lines.append(f"| {first} – {last} | {minutes:.1f} | {part['loss'].mean():.4f} |")
-    return lines

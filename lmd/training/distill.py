@@ -1,67 +1,80 @@
-"""Warm-up for few steps: learn where a guided sampler ends, from anywhere on its way there.
+"""Distillation: learn where a guided sampler ends, from anywhere on its way there.
 
-The teacher is the fine-tuned model, guided, walking many steps. The student looks at one point of
-that walk, without guidance, and has to name its end at once: a few steps of the student then go
-where many steps of the teacher went, for a sixteenth of the calls. ARC-Forcing starts from it.
-
-The point lies on the walk itself, or on the chord, the straight line between its two ends: that is
-where a student who takes few steps really comes along.
+The teacher is the fine-tuned model, guided, sampling with many steps. The student looks at some
+states of that way, without guidance, and has to name its end at once: a few steps of the student
+then go where many steps of the teacher went, for a sixteenth of the calls. ARC-Forcing starts from
+it. The states lie on the teacher's trajectory itself, or on the straight path between its two ends:
+that is where a student who takes few steps really comes along.
 
 Sources: the warm-up on trajectories in the code of Live Music Diffusion Models (arXiv 2605.22717);
-chords between noise and what it became as in rectified flow (arXiv 2209.03003); guidance taught
-along with it as in arXiv 2210.03142.
+straight paths between noise and what it became as in rectified flow (arXiv 2209.03003); guidance
+taught along with it as in arXiv 2210.03142.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lmd.config import Regime
-from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.live_model import LiveModel
 from lmd.model.masks import attention_mask
-from lmd.rng import generator
-from lmd.shapes import BlockLatents, Latents
+from lmd.shapes import BlockLatents, Latents, Tokens
 from lmd.stream.block import BlockPlan, LiveDenoiser, both_branches
 from lmd.stream.samplers import Guidance, dpmpp_2m, schedule
-from lmd.training.draws import PerItem
-from lmd.training.losses import Packing, pack_copies, packed_velocity
+from lmd.training.draws import (
+    BatchIndices,
+    DistillOptions,
+    LossOn,
+    PerItem,
+    context_dropout,
+    draw_kept,
+    draw_timesteps,
+)
+from lmd.training.losses import Packing, drop_text, pack_copies, packed_velocity
+from lmd.training.options import TrainOptions
 
-PointsOn = Literal["walk", "chord"]
-LossOn = Literal["block", "velocity"]
 
+def distill_loss(
+    model: LiveModel,
+    teacher: LiveModel,
+    clean: Latents,
+    noise: BlockLatents,
+    prompt: Tokens,
+    seconds: float,
+    options: TrainOptions,
+    rows: BatchIndices,
+) -> PerItem:
+    """The loss of every row of a step, with everything else that the step draws.
 
-@dataclass(frozen=True)
-class DistillOptions:
-    """What a warm-up step draws, besides blocks and dropout, which are the fine-tune's.
-
-    Sources: trajectories of DPM++ and the plain squared error are those of arXiv 2605.22717's code
-    (50 steps there, guidance 7, points of the walk). Ours: the steps and the guidance that this
-    size plays best with, and several points in one pass, since most of a pass is context. Chords:
-    arXiv 2209.03003; what they change is in docs/log.md.
+    Args:
+        model: learns.
+        teacher: what it started from.
+        clean: windows of the step's length; the block at their end is not looked at.
+        noise: see `lmd.training.options.step_noise`.
+        prompt: prompt embeddings, before dropout.
+        seconds: the length that both are conditioned on.
+        options: of the run.
+        rows: which rows these are.
     """
-
-    n_steps: int = 8  # of the teacher
-    cfg_scale: float = 1.5  # of the teacher
-    n_points: int = 4  # of a walk, that the student looks at in one pass
-    regimes: tuple[tuple[Regime, float], ...] = (("block-causal", 0.6), ("enc-dec", 0.4))
-    points_on: PointsOn = "chord"
-    loss_on: LossOn = "block"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n_points <= self.n_steps:
-            raise LmdError(
-                f"{self.n_points} points of a walk of {self.n_steps} steps",
-                f"1 to {self.n_steps}",
-                "Lower n_points, or raise n_steps.",
-            )
+    plan, distill = options.plan(rows.step), options.distill
+    kept = draw_kept(rows, "text dropout", options.text_dropout)
+    context = context_dropout(clean, options.finetune, rows, plan.block_frames)
+    context = context[..., : plan.context_frames]
+    block = BlockPlan(plan.regime, plan.block_frames)
+    asked = drop_text(teacher.condition(prompt, seconds), kept)
+    trajectory = teacher_trajectory(teacher, context, noise, asked, block, distill)
+    if distill.states == "straight":
+        trajectory = trajectory.straight()
+    timesteps = draw_timesteps(distill, options.seed, rows.step)
+    condition = drop_text(model.condition(prompt, seconds), kept)
+    return trajectory_loss(model, context, trajectory, timesteps, condition, block, distill.loss_on)
 
 
-class Walk(NamedTuple):
+class Trajectory(NamedTuple):
     """A guided sampler's way from noise to a block.
 
     Attributes:
@@ -72,22 +85,22 @@ class Walk(NamedTuple):
     states: Float[Tensor, "batch step latent length"]
     end: BlockLatents
 
-    def chord(self) -> "Walk":
-        """The straight line from its noise to its end, at its noise levels."""
+    def straight(self) -> "Trajectory":
+        """The straight path from its noise to its end, at the same noise levels."""
         noise, end = self.states[:, :1], self.end[:, None]
         times = torch.tensor(schedule(self.states.shape[1])[:-1]).to(end)
-        return Walk(end + times[:, None, None] * (noise - end), self.end)
+        return Trajectory(end + times[:, None, None] * (noise - end), self.end)
 
 
 @torch.no_grad()
-def walk(
+def teacher_trajectory(
     teacher: LiveModel,
     context: Latents,
     noise: BlockLatents,
     condition: Condition,
     plan: BlockPlan,
     options: DistillOptions,
-) -> Walk:
+) -> Trajectory:
     """The next block as the streamer makes it: DPM++, both branches of guidance, cached context."""
     both = both_branches(condition, teacher.null_condition(condition))
     session = LiveDenoiser(teacher).open_block(context.repeat(2, 1, 1), both, plan)
@@ -98,21 +111,15 @@ def walk(
         return Guidance(*session(noisy.repeat(2, 1, 1), t).chunk(2))
 
     end = dpmpp_2m(velocities, noise, schedule(options.n_steps), options.cfg_scale)
-    return Walk(torch.stack(states, dim=1), end)
+    return Trajectory(torch.stack(states, dim=1), end)
 
 
-def draw_points(options: DistillOptions, seed: int, step: int) -> list[int]:
-    """Which points of the walk a step looks at; the same for all rows."""
-    order = torch.randperm(options.n_steps, generator=generator(seed, "points of a walk", step))
-    return sorted(order[: options.n_points].tolist())
-
-
-def packed_like_streaming(plan: BlockPlan, context_frames: int, n_points: int) -> Packing:
+def packed_like_streaming(plan: BlockPlan, context_frames: int, n_targets: int) -> Packing:
     """One context and several states of the block behind it; context frames see what they do live.
 
     In enc-dec the context sees itself whole, in block-causal only what came before.
     """
-    packing = pack_copies(n_points, plan.block_frames, context_frames)
+    packing = pack_copies(n_targets, plan.block_frames, context_frames)
     attn_mask = packing.attn_mask.clone()
     live = attention_mask(plan.regime, context_frames, plan.block_frames)
     attn_mask[:context_frames, :context_frames] = live[:context_frames, :context_frames]
@@ -122,8 +129,8 @@ def packed_like_streaming(plan: BlockPlan, context_frames: int, n_points: int) -
 def trajectory_loss(
     student: LiveModel,
     context: Latents,
-    walked: Walk,
-    points: list[int],
+    trajectory: Trajectory,
+    timesteps: list[int],
     condition: Condition,
     plan: BlockPlan,
     loss_on: LossOn,
@@ -136,8 +143,8 @@ def trajectory_loss(
     Args:
         student: learns; no guidance.
         context: clean latents in front of the block.
-        walked: the teacher's way from that context.
-        points: which of its states are looked at.
+        trajectory: the teacher's way from that context.
+        timesteps: which of its states are looked at.
         condition: prompt and length, as the teacher had them.
         plan: regime and block length.
         loss_on: what is compared.
@@ -145,12 +152,13 @@ def trajectory_loss(
     Returns:
         One mean squared error per row.
     """
-    states = walked.states[:, points]
-    times = torch.tensor(schedule(walked.states.shape[1]))[points].to(states)
+    states = trajectory.states[:, timesteps]
+    times = torch.tensor(schedule(trajectory.states.shape[1]))[timesteps].to(states)
     t = times.expand(len(states), -1)
-    packing = packed_like_streaming(plan, context.shape[-1], len(points))
+    packing = packed_like_streaming(plan, context.shape[-1], len(timesteps))
     velocity = packed_velocity(student, context, states, t, condition, packing)
-    error = states - t[..., None, None] * velocity - walked.end[:, None]
+    level = rearrange(t, "b step -> b step 1 1")
+    error = states - level * velocity - trajectory.end[:, None]
     if loss_on == "velocity":
-        error = error / t[..., None, None]
+        error = error / level
     return error.square().mean(dim=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""What every training step draws, as functions of (seed, purpose, step, row): rule 10.
+"""What every training step draws, as functions of (seed, purpose, step, row).
 
 Regime, split point and block length are drawn once for the whole global batch; noise levels, noise
 and dropout per row. Nothing depends on what was drawn before, so a run may stop and go on anywhere,
@@ -7,10 +7,11 @@ and several processes draw what one would.
 Source: Live Music Diffusion Models (arXiv 2605.22717), fine-tuning settings.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
+import tyro
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,39 +24,62 @@ PerItem = Float[Tensor, " batch"]  # one number per row
 PerBlock = Float[Tensor, "batch block"]  # one number per row and noised block
 Shares = tuple[tuple[Regime, float], ...]
 LevelDistribution = Literal["uniform", "logit-normal", "trunc-logit-normal", "log-snr"]
+States = Literal["trajectory", "straight"]  # what a distilled student sees
+LossOn = Literal["block", "velocity"]  # what it is compared on
+T = TypeVar("T")
+Hidden = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]  # a field that is no flag
 
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """How noise levels are drawn. Source: arXiv 2605.22717, public configs (uniform, shifted)."""
+    """How noise levels are drawn. Source: arXiv 2605.22717, public configs (uniform, shifted).
 
-    distribution: LevelDistribution = "uniform"
-    shift: bool = True  # more noise for longer windows, as in the configs
-    shift_low: float = 0.5  # exponent at `shift_frames[0]`
-    shift_high: float = 1.15  # exponent at `shift_frames[1]`
-    shift_frames: tuple[int, int] = (256, 4096)
-    truncate: float = 0.075  # trunc-logit-normal: lowest value kept
-    log_snr_mean: float = -1.2
-    log_snr_std: float = 2.0
+    Attributes:
+        distribution: of the noise levels.
+        shift: more noise for longer windows, by the exponents `shift_low` to `shift_high` at
+            `shift_frames`.
+        truncate: trunc-logit-normal: the lowest value kept.
+        log_snr_mean: of the distribution log-snr.
+        log_snr_std: of the distribution log-snr.
+    """
+
+    distribution: Annotated[LevelDistribution, tyro.conf.arg(name="noise")] = "uniform"
+    shift: Hidden[bool] = True
+    shift_low: Hidden[float] = 0.5
+    shift_high: Hidden[float] = 1.15
+    shift_frames: Hidden[tuple[int, int]] = (256, 4096)
+    truncate: Hidden[float] = 0.075
+    log_snr_mean: Hidden[float] = -1.2
+    log_snr_std: Hidden[float] = 2.0
 
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """What a base step draws.
+    """What a base step draws: a usual window, or the length that the discriminator of ARC-Forcing
+    looks at, 192 + 12 · 48 frames (arXiv 2605.22717).
 
-    Sources: text dropout 0.1 is the usual value for guidance (arXiv 2207.12598); the long length is
-    what the discriminator of ARC-Forcing looks at, 192 + 12 · 48 frames (arXiv 2605.22717).
+    Attributes:
+        window_frames: of a usual window.
+        long_frames: of a long one.
+        long_share: share of steps on 768 frames; ours, keeps three quarters of the compute short.
     """
 
-    text_dropout: float = 0.1
-    window_frames: int = 240
-    long_frames: int = 768
-    long_share: float = 0.1  # of the steps; ours, keeps three quarters of the compute short
-    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    window_frames: Hidden[int] = 240
+    long_frames: Hidden[int] = 768
+    long_share: float = 0.1
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
+class ContextOptions:
+    """The context, and how often all of it or its oldest part is dropped (arXiv 2605.22717)."""
+
+    context_frames: Hidden[int] = 192
+    context_dropout_all: Hidden[float] = 0.2
+    context_dropout_part: Hidden[float] = 0.3
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(ContextOptions):
     """What a fine-tuning step draws.
 
     The split point is where known music ends and the first target block begins: at
@@ -65,31 +89,68 @@ class FinetuneOptions:
     the block-causal regime the window goes on behind the split, so one pass teaches every later
     split as well, with that memory before each.
 
-    Sources: context and context dropout from arXiv 2605.22717 (configs: all 0.2, oldest part 0.3;
-    192 frames, always). Ours: the shares of regimes, block lengths and shorter memories, since one
-    checkpoint is to play them all; several targets per pass, since most of a pass is context.
+    Ours: the shares of regimes, block lengths and shorter memories, since one checkpoint is to play
+    them all; several targets per pass, since most of a pass is context.
+
+    Attributes:
+        regimes: and their shares.
+        block_lengths: in frames, and their shares.
+        short_context: share of steps whose context is 1 … n − 1 blocks, all alike.
+        target_frames: block-causal: frames taught in one pass, a multiple of each block length.
+        enc_dec_frames: enc-dec: the same, as noised copies of the one target block.
     """
 
-    regimes: Shares = (
-        ("block-causal", 0.6),
-        ("enc-dec", 0.3),
-        ("full", 0.1),
+    regimes: Hidden[Shares] = (("block-causal", 0.6), ("enc-dec", 0.3), ("full", 0.1))
+    block_lengths: Hidden[tuple[tuple[int, float], ...]] = (
+        (48, 0.4),
+        (24, 0.3),
+        (16, 0.15),
+        (12, 0.15),
     )
-    block_lengths: tuple[tuple[int, float], ...] = ((48, 0.4), (24, 0.3), (16, 0.15), (12, 0.15))
-    context_frames: int = 192
-    short_context: float = 0.25  # share of steps whose context is 1 … n − 1 blocks, all alike
-    target_frames: int = 240  # block-causal: frames taught in one pass, a multiple of each length
-    enc_dec_frames: int = 192  # enc-dec: the same, as noised copies of the one target block
-    context_dropout_all: float = 0.2
-    context_dropout_part: float = 0.3
-    text_dropout: float = 0.1
-    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    short_context: float = 0.25
+    target_frames: Hidden[int] = 240
+    enc_dec_frames: Hidden[int] = 192
 
     def __post_init__(self) -> None:
         for block_frames, _ in self.block_lengths:
             check_block(self.context_frames, block_frames)
             check_block(self.target_frames, block_frames)
             check_block(self.enc_dec_frames, block_frames)
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What a distillation step draws, besides blocks and dropout, which are the fine-tune's.
+
+    Sources: trajectories of DPM++ and the plain squared error are those of arXiv 2605.22717's code
+    (50 steps there, guidance 7, states of the trajectory). Ours: the steps and the guidance that
+    this size plays best with, and several timesteps in one pass, since most of a pass is context.
+    Straight paths: arXiv 2209.03003; what they change is in docs/log.md.
+
+    Attributes:
+        n_steps: sampler steps of the teacher.
+        cfg_scale: its guidance.
+        n_timesteps: how many of its steps the student looks at in one pass.
+        regimes: and their shares.
+        states: what the student sees: the teacher's own states, or the straight path between the
+            noise and the block that it became.
+        loss_on: clean blocks or velocities are compared.
+    """
+
+    n_steps: Annotated[int, tyro.conf.arg(name="teacher-steps")] = 8
+    cfg_scale: float = 1.5
+    n_timesteps: Annotated[int, tyro.conf.arg(name="timesteps", aliases=["--points"])] = 4
+    regimes: Hidden[Shares] = (("block-causal", 0.6), ("enc-dec", 0.4))
+    states: Annotated[States, tyro.conf.arg(aliases=["--points-on"])] = "straight"
+    loss_on: LossOn = "block"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_timesteps <= self.n_steps:
+            raise LmdError(
+                f"{self.n_timesteps} timesteps of a trajectory of {self.n_steps} steps",
+                f"1 to {self.n_steps}",
+                "Lower --timesteps, or raise --teacher-steps.",
+            )
 
 
 class BatchIndices(NamedTuple):
@@ -169,12 +230,18 @@ def draw_split(options: FinetuneOptions, block_frames: int, seed: int, step: int
 
 
 def one_block_plan(
-    options: FinetuneOptions, regimes: Shares, n_points: int, seed: int, step: int
+    options: FinetuneOptions, regimes: Shares, n_targets: int, seed: int, step: int
 ) -> StepPlan:
-    """A step that looks at one block after a whole context, `n_points` times."""
+    """A step that looks at one block after a whole context, `n_targets` times."""
     regime = pick(regimes, _uniform(seed, "regime", step))
     o = pick(options.block_lengths, _uniform(seed, "block length", step))
-    return StepPlan(regime, options.context_frames + o, o, n_points, options.context_frames)
+    return StepPlan(regime, options.context_frames + o, o, n_targets, options.context_frames)
+
+
+def draw_timesteps(options: DistillOptions, seed: int, step: int) -> list[int]:
+    """Which steps of the teacher's trajectory a step looks at; the same for all rows."""
+    order = torch.randperm(options.n_steps, generator=generator(seed, "points of a walk", step))
+    return sorted(order[: options.n_timesteps].tolist())
 
 
 def noise_levels(options: NoiseOptions, u: Tensor, n_frames: int) -> Tensor:
@@ -245,7 +312,7 @@ def draw_kept(rows: BatchIndices, purpose: str, dropout: float) -> PerItem:
 
 def context_dropout(
     clean: Latents,
-    options: FinetuneOptions,
+    options: ContextOptions,
     rows: BatchIndices,
     block_frames: int,
     context_frames: int | None = None,

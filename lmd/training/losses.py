@@ -3,8 +3,8 @@
 The base learns the velocity of every frame (`flow_loss`). The fine-tune turns it into a live model:
 it learns the velocity of a block after clean context, in all regimes and block lengths. Where a
 regime allows it, one pass teaches several blocks (`packed_loss`): the context is encoded once, and
-each noised block has its own noise level and global token. What a step draws stands in
-`lmd.training.draws`.
+each noised block has its own noise level and global token. `stage_loss` is a whole training step;
+what it draws stands in `lmd.training.draws`.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), fine-tuning; Block Diffusion
 (arXiv 2503.09573) for all blocks in one pass. Taught in notebook 02_outpaint.
@@ -13,6 +13,7 @@ Source: Live Music Diffusion Models (arXiv 2605.22717), fine-tuning; Block Diffu
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,9 +23,50 @@ from lmd.model.live_model import LiveModel
 from lmd.model.masks import all_blocks_mask, attention_mask
 from lmd.shapes import AttentionMask, Latents, NoiseLevel, Positions
 from lmd.stream.samplers import add_noise, velocity_of
-from lmd.training.draws import PerBlock, PerItem, StepPlan
+from lmd.training.draws import (
+    BatchIndices,
+    PerBlock,
+    PerItem,
+    StepPlan,
+    context_dropout,
+    draw_kept,
+    draw_levels,
+)
+from lmd.training.options import TrainOptions
 
 Blocks = Float[Tensor, "batch block latent length"]  # several noised blocks of one window
+
+
+def stage_loss(
+    model: LiveModel,
+    clean: Latents,
+    noise: Tensor,
+    condition: Condition,
+    options: TrainOptions,
+    rows: BatchIndices,
+) -> PerItem:
+    """The loss of every row of a step of the base or the fine-tune, with all that the step draws.
+
+    Args:
+        model: the transformer.
+        clean: windows of the step's length.
+        noise: see `lmd.training.options.step_noise`.
+        condition: their prompts and length, before dropout.
+        options: of the run.
+        rows: which rows these are.
+    """
+    plan = options.plan(rows.step)
+    condition = drop_text(condition, draw_kept(rows, "text dropout", options.text_dropout))
+    shifted_for = plan.n_frames if plan.regime != "block-causal" else options.base.window_frames
+    t = draw_levels(options.noise, rows, plan.n_targets, shifted_for).to(clean.device)
+    if plan.regime is None:
+        return flow_loss(model, clean, noise, t[:, 0], condition)
+    s, o = plan.context_frames, plan.block_frames
+    clean = context_dropout(clean, options.finetune, rows, o, s)
+    if plan.regime == "full":
+        return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
+    pack = pack_blocks if plan.regime == "block-causal" else pack_copies
+    return packed_loss(model, clean, noise, t, condition, pack(plan.n_targets, o, s)).mean(dim=1)
 
 
 def drop_text(condition: Condition, kept: PerItem) -> Condition:
@@ -136,14 +178,6 @@ def pack_copies(n_targets: int, block_frames: int, context_frames: int) -> Packi
     return Packing(context_frames, (context_frames,) * n_targets, context_frames, attn_mask)
 
 
-def packing_of(plan: StepPlan) -> Packing | None:
-    """How a step's window is packed; None where it is not: the base's, the `full` regime's."""
-    if plan.regime in (None, "full"):
-        return None
-    pack = pack_blocks if plan.regime == "block-causal" else pack_copies
-    return pack(plan.n_targets, plan.block_frames, plan.context_frames)
-
-
 def packed_velocity(
     model: LiveModel,
     clean: Latents,
@@ -152,22 +186,16 @@ def packed_velocity(
     condition: Condition,
     packing: Packing,
 ) -> Blocks:
-    """Velocities of several noised blocks in one pass, each with its own noise level.
+    """Velocities of several noised blocks in one pass, each with its own noise level `t`.
 
-    Args:
-        model: the transformer.
-        clean: the window; its first `packing.n_clean` frames are read.
-        noisy: the noised blocks.
-        t: their levels.
-        condition: prompt and length.
-        packing: who sees whom, and where.
+    Of `clean`, the first `packing.n_clean` frames are the context.
     """
     dit, o = model.dit, noisy.shape[-1]
     context = clean[..., : packing.n_clean]
     x = torch.cat(
         [
             dit.embed_context(context, torch.ones_like(context[:, :1])),
-            dit.embed_target(noisy.transpose(1, 2).flatten(2)),
+            dit.embed_target(rearrange(noisy, "b block c frame -> b c (block frame)")),
             dit.global_token(t, condition.global_cond),
         ],
         dim=1,
@@ -175,7 +203,7 @@ def packed_velocity(
     text = dit.text_key_values(condition.tokens)
     noised_frames = slice(packing.n_clean, x.shape[1] - t.shape[1])
     x, _ = dit.trunk(x, packing.positions(o), text, packing.attn_mask, output_slice=noised_frames)
-    return dit.head(x).unflatten(2, (-1, o)).transpose(1, 2)
+    return rearrange(dit.head(x), "b c (block frame) -> b block c frame", frame=o)
 
 
 def packed_loss(
@@ -196,7 +224,7 @@ def packed_loss(
 
 
 def init_context_projection(model: LiveModel) -> LiveModel:
-    """Let clean context enter as noisy frames do: `B [mask, x] = A x`, instead of at random.
+    """Let the context projection B begin with the noisy-latent projection A: `B [mask, x] = A x`.
 
     A base has never used B. With A's weights it understands clean frames from the first step, and
     only has to learn that they are clean. Ours; the paper starts B at random.

@@ -17,63 +17,44 @@ from lmd.shapes import Latents, Wave
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import Guidance, dpmpp_2m, schedule
 from lmd.stream.streamer import Streamer
-from lmd.training.lora import merged_state
 from lmd.training.module import LiveTraining
 
 N_STEPS = 16  # of the sampler
 STREAM_BLOCKS = 5
 
 
-@torch.no_grad()
-def sample_window(
-    model: LiveModel, tokens: torch.Tensor, n_frames: int, seconds: float, seed: int
-) -> Latents:
-    """One window from the base: noise to latents, every frame at once, no guidance.
-
-    Args:
-        model: the base.
-        tokens: prompt embeddings `[1, token, dim]`.
-        n_frames: window length.
-        seconds: the same in seconds.
-        seed: of the noise.
-    """
-    condition = model.condition(tokens, seconds)
-
-    def velocities(noisy: Latents, t: float) -> Guidance:
-        return Guidance(model(noisy, torch.full((1,), t), condition))
-
-    noise = normal((1, model.config.latent_dim, n_frames), seed, "sample")
-    return dpmpp_2m(velocities, noise, schedule(N_STEPS))
-
-
 def averaged_model(module: LiveTraining) -> LiveModel:
     """A whole copy of a run's averaged weights on the CPU; every process has to ask for it."""
     model = build_model(module.preset)
-    load_strict(model, merged_state(module.ema), "the averaged weights")
+    load_strict(model, module.exported(), "the averaged weights")
     return model.eval()
 
 
+@torch.no_grad()
 def play_module(
     module: LiveTraining, model: LiveModel, codec: Codec, prompt: str, seed: int
 ) -> Wave:
     """What a run's averaged weights play: a window of the base, or a stream from silence."""
     preset = module.preset
-    if module.options.stage == "base":
-        n_frames = module.options.base.window_frames
-        tokens = module.text.encode([prompt])
-        latents = sample_window(model, tokens, n_frames, n_frames / preset.frame_rate_hz, seed)
-        return codec.decode(latents)
-    streamer = Streamer(model, codec, module.text, preset.window)
-    controls = Controls(prompt=prompt, seed=seed)
-    return torch.cat([b.wave for b in streamer.stream(controls, n_blocks=STREAM_BLOCKS)], dim=-1)
+    if module.options.stage != "base":
+        streamer = Streamer(model, codec, module.text, preset.window)
+        blocks = streamer.stream(Controls(prompt=prompt, seed=seed), n_blocks=STREAM_BLOCKS)
+        return torch.cat([block.wave for block in blocks], dim=-1)
+    n_frames = module.options.base.window_frames
+    condition = model.condition(module.text.encode([prompt]), n_frames / preset.frame_rate_hz)
+
+    def velocities(noisy: Latents, t: float) -> Guidance:
+        return Guidance(model(noisy, torch.full((1,), t), condition))
+
+    noise = normal((1, model.config.latent_dim, n_frames), seed, "sample")
+    return codec.decode(dpmpp_2m(velocities, noise, schedule(N_STEPS)))
 
 
 class Samples(Callback):
-    """Write `step-….wav` and `step-….png` every `every` optimizer steps, from one fixed prompt."""
+    """Write `samples/step-….wav` and `.png` every `every` steps, from one fixed prompt."""
 
-    def __init__(self, folder: Path, every: int, codec: Path) -> None:
-        self.folder, self.every, self.codec = folder, every, load_codec(codec)
-        self.done = 0
+    def __init__(self, every: int, codec: Path) -> None:
+        self.every, self.codec, self.done = every, load_codec(codec), 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
         """The first process plays."""
@@ -85,8 +66,8 @@ class Samples(Callback):
             return
         prompt = module.source.windows(0, [0], module.options.base.window_frames).prompts[0]
         wave = play_module(module, model, self.codec, prompt, module.options.seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:07d}.wav"
+        path = module.options.out / "samples" / f"step-{step:07d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, wave[0].T.clamp(-1, 1).numpy(), self.codec.sample_rate)
         picture(wave, self.codec.sample_rate, path.with_suffix(".png"), prompt)
 

@@ -1,15 +1,6 @@
-"""`python -m lmd train finetune`: a base becomes a live model that continues clean context."""
+"""`lmd train finetune`: a base becomes a live model that continues clean context."""
 
-import argparse
+from lmd.training.options import FinetuneRun as Options
+from lmd.training.run import train as main
 
-from lmd.training import run
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    run.configure(parser, "finetune")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Train; returns 0 when the weights are written."""
-    return run.train("finetune", args)
+__all__ = ["Options", "main"]

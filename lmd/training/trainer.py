@@ -1,15 +1,16 @@
-"""The machine around a run: precision, throughput, checkpoints, logs, and Lightning's Trainer."""
+"""The machine around a run: precision, checkpoints, signals, logs, and Lightning's Trainer."""
 
 import io
-import math
+import logging
 import pickle
+import signal
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,149 +20,134 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lmd.checkpoint import save_checkpoint, write_atomic
-from lmd.config import DiTConfig, Preset
+from lmd.checkpoint import Config, save_checkpoint, write_atomic
 from lmd.errors import LmdError
 from lmd.machine import half_products, machine_dict, memory_gb
-from lmd.training.draws import StepPlan
-from lmd.training.lora import merged_state
-from lmd.training.losses import packing_of
-from lmd.training.module import LiveTraining
+from lmd.training.options import RunOptions
 from lmd.training.sharding import Sharding
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
-BF16_GAIN = 1.3  # how much faster bf16 products must be to be worth their rounding
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Where and on what a run runs.
+def fit(module: Any, callbacks: Sequence[Callback] = ()) -> L.Trainer:
+    """Train a module as its `options` say, from the newest checkpoint in their folder if any.
 
-    Attributes:
-        out: the run's folder: checkpoints, logs, samples, weights.
-        devices: processes per node.
-        num_nodes: machines; start the same command on each with torchrun or SLURM.
-        strategy: `ddp` keeps whole copies, `fsdp` splits them (`lmd.training.sharding`).
-        precision: `32`, `bf16`, or `auto` for whichever computes faster here.
-        checkpoint_every: steps between checkpoints.
-        accelerator: Lightning's name: `auto`, `cpu`, `gpu`.
-        progress: whether to draw the bar.
-        keep_last: whether the last step is kept, too, so that the run can be made longer.
+    Args:
+        module: a LightningModule with `options` (a `RunOptions` with `n_steps`) and
+            `last_checkpoint`.
+        callbacks: what else happens on the way.
+
+    Raises:
+        LmdError: devices that are not there; see `AtomicCheckpointIO`; what the module raises.
+        SystemExit: 128 + the signal's number, where one stopped the run; a checkpoint holds it.
     """
+    options, stop = module.options, StopOnSignal()
+    trainer = build_trainer(module, [stop, *callbacks])
+    found = checkpoints(options.out)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", category=UserWarning, message=".*LeafSpec.*")
+        trainer.fit(module, ckpt_path=str(found[-1]) if found else None, weights_only=False)
+    if stop.received:
+        print(
+            f"stopped at step {trainer.global_step} by {stop.received.name}; "
+            f"the same command goes on from {module.last_checkpoint}",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + stop.received)
+    return trainer
 
-    out: Path
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    precision: Literal["auto", "32", "bf16"] = "auto"
-    checkpoint_every: int = 200
-    accelerator: str = "auto"
-    progress: bool = True
-    keep_last: bool = True
 
+def build_trainer(module: Any, callbacks: Sequence[Callback]) -> L.Trainer:
+    """Lightning's Trainer for a run: logs, atomic checkpoints, precision, processes.
 
-def product_rate(
-    dtype: torch.dtype, width: int, seconds: float = 0.3, n_tokens: int = 1920
-) -> float:
-    """Floating-point operations per second of the transformer's feed-forward product.
-
-    The best of many, so that other programs on the machine do not flatter a run's utilisation.
+    Raises:
+        LmdError: devices that are not there.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(n_tokens, width, device=device, dtype=dtype)
-    b = torch.randn(width, 8 * width, device=device, dtype=dtype)
-    best, until = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        float((a @ b)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * a.numel() * b.shape[1] / best
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    options: RunOptions = module.options
+    start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(options.out)) else 0
+    logs = {"save_dir": options.out, "name": "logs", "version": f"from-{start:07d}"}
+    bar = [] if options.no_progress else [TQDMProgressBar(refresh_rate=1)]
+    try:
+        return L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=choose_strategy(options),
+            precision=PRECISIONS[choose_precision(options.precision)],
+            max_steps=options.n_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=options.accumulate if module.automatic_optimization else 1,
+            logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
+            log_every_n_steps=1,
+            callbacks=[Checkpoints(options), *bar, *callbacks],
+            enable_progress_bar=not options.no_progress,
+            enable_model_summary=False,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise LmdError(
+            f"no {options.devices} × {options.accelerator} here ({str(error).partition('.')[0]})",
+            "devices that this machine has",
+            "Change --accelerator or --devices.",
+        ) from error
 
 
-def choose_precision(wanted: str, width: int, n_processes: int = 1) -> str:
-    """`32` or `bf16`; `auto` takes bf16 where products are `BF16_GAIN` times as fast.
-
-    Several processes must agree, so there the hardware decides instead of the clock: bf16 on CUDA
-    and on CPUs with instructions for its products.
-    """
+def choose_precision(wanted: str) -> str:
+    """`32` or `bf16`; `auto`: bf16 on CUDA, and on CPUs with instructions for its products."""
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available() or n_processes > 1:
-        fast = torch.cuda.is_available() or bool(half_products(machine_dict()))
-        return "bf16" if fast else "32"
-    # Few tokens: without instructions for it, one bfloat16 product of a whole batch takes a second.
-    half, single = (product_rate(d, width, 0.1, 240) for d in (torch.bfloat16, torch.float32))
-    return "bf16" if half >= BF16_GAIN * single else "32"
+    fast = torch.cuda.is_available() or bool(half_products(machine_dict()))
+    return "bf16" if fast else "32"
 
 
-@lru_cache(maxsize=64)  # a training's plans are of a few kinds
-def step_flops(config: DiTConfig, plan: StepPlan, n_rows: int) -> float:
-    """Floating-point operations of a training step: three times its forward products.
-
-    Counts the linear layers over frames and global tokens, attention scores and values of the pairs
-    that see each other, cross-attention's queries and outputs; leaves out text, norms and
-    activation. In the last block, clean frames and global tokens have but queries, keys and values.
-    """
-    d, packing = config.width, packing_of(plan)
-    tokens = read = plan.n_frames + 1
-    pairs = pairs_read = tokens * tokens
-    if packing is not None:
-        noisy_tokens = slice(packing.n_clean, len(packing.attn_mask) - plan.n_targets)
-        tokens, read = len(packing.attn_mask), add_noise.stop - add_noise.start
-        pairs, pairs_read = int(packing.attn_mask.sum()), int(packing.attn_mask[noisy_tokens].sum())
-    behind_attention = 1 + 2 + 3 * config.ff_mult  # matrices of d × d: to_out, cross-attention, ff
-    n_behind = tokens * (config.depth - 1) + read
-    linear = (tokens * config.depth * 3 + n_behind * behind_attention) * d * d
-    attention = (pairs * (config.depth - 1) + pairs_read) * 2 * d
-    return 3 * 2 * n_rows * (linear + attention)
+def choose_strategy(options: RunOptions) -> Any:
+    """How processes share the work; a single one needs nothing."""
+    if options.n_processes == 1:
+        return "auto"
+    backend = "nccl" if torch.cuda.is_available() and options.accelerator != "cpu" else "gloo"
+    if options.strategy == "fsdp":
+        return Sharding(options.n_processes, backend)
+    return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
 
 
-class Throughput(Callback):
-    """Frames taught per second, utilisation, memory and time left, in the bar and in the logs."""
+def checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, newest last."""
+    return sorted((out / "checkpoints").glob("step=*.ckpt"))
 
-    def __init__(self, width: int) -> None:
-        self.width, self.since, self.first = width, 0.0, 0
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Measure the products' rate and start the clock."""
-        half = trainer.precision == PRECISIONS["bf16"]
-        self.rate = product_rate(torch.bfloat16 if half else torch.float32, self.width)
-        self.since, self.first = time.perf_counter(), trainer.global_step
-        self.last = self.since
+class Checkpoints(ModelCheckpoint):
+    """The newest two, and the last step whatever its number; the module knows the newest."""
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: LiveTraining, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """After each optimizer step."""
-        o, now = module.options, time.perf_counter()
-        if (index + 1) % o.accumulate:
-            return
-        plan, rows = o.plan(batch["rows"].step), batch["rows"]
-        done, took = trainer.global_step - self.first, now - self.last
-        left = (o.n_steps - trainer.global_step) * (now - self.since) / max(1, done)
-        self.last = now
-        used = {}
-        if o.stage != "distill":  # whose teacher would not be counted
-            flops = step_flops(module.preset.dit, plan, rows.n_global)
-            used = {"mfu": flops / took / self.rate / trainer.world_size}
-        module.log_dict(
-            {
-                "frames/s": plan.taught_frames * rows.n_global / took,
-                **used,
-                "GB": memory_gb(module.device),
-                "ETA min": left / 60,
-            },
-            prog_bar=True,
-            batch_size=1,
+    def __init__(self, options: RunOptions) -> None:
+        super().__init__(
+            options.out / "checkpoints",
+            filename="{step:07d}",
+            monitor="step",
+            mode="max",
+            save_top_k=2,
+            every_n_train_steps=options.checkpoint_every,
+            save_on_train_epoch_end=False,
         )
-        module.log_dict(
-            {
-                "seconds": now - self.since,
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "data wait ms": 1e3 * batch["waited_s"],
-            },
-            batch_size=1,
-        )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """A run that goes on has one from the start."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path:
+            pl_module.last_checkpoint = str(trainer.ckpt_path)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
+        """Also where the run ends or is stopped, so that a longer one goes on from there."""
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ends and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        trainer.lightning_module.last_checkpoint = filepath
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -194,23 +180,86 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
+class StopOnSignal(Callback):
+    """Ends a run behind the step in which SIGTERM or Ctrl-C came; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Listen, instead of Lightning, which would leave without a checkpoint."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """All processes stop at the same step."""
+        if (index + 1) % trainer.accumulate_grad_batches == 0:
+            stops = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+            trainer.should_stop = trainer.should_stop or stops
+
+    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Whoever listened before does so again."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """The same where something was raised."""
+        self.teardown(trainer, module, "fit")
+
+
+class Throughput(Callback):
+    """Frames taught per second, memory and time left, in the bar and in the logs."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Start the clock."""
+        self.since = self.last = time.perf_counter()
+        self.first = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """After each optimizer step."""
+        if (index + 1) % trainer.accumulate_grad_batches:
+            return
+        rows, now = batch["rows"], time.perf_counter()
+        taught = module.options.plan(rows.step).taught_frames * rows.n_global
+        done, took = trainer.global_step - self.first, now - self.last
+        left_s = (trainer.max_steps - trainer.global_step) * (now - self.since) / max(1, done)
+        self.last = now
+        shown = {"frames/s": taught / took, "GB": memory_gb(module.device), "ETA min": left_s / 60}
+        logged = {
+            "seconds": now - self.since,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "data wait ms": 1e3 * batch["waited_s"],
+        }
+        module.log_dict(shown, prog_bar=True, batch_size=1)
+        module.log_dict(logged, batch_size=1)
+
+
 class Export(Callback):
-    """The averaged weights as safetensors (float16, LoRA merged in), at every checkpoint.
+    """What a module has `exported`, as float16 safetensors, at every checkpoint and at the end.
 
     Args:
         path: of the file; its stem says what kind of weights they are.
-        every: optimizer steps from one export to the next.
-        sizes: the preset.
+        config: their sizes.
         notes: what the file says about its making.
     """
 
-    def __init__(self, path: Path, every: int, sizes: Preset, notes: dict[str, Any]) -> None:
-        self.path, self.every, self.sizes, self.notes = path, every, sizes, notes
-        self.exported = 0
+    def __init__(self, path: Path, config: Config, notes: dict[str, Any]) -> None:
+        self.path, self.config, self.notes, self.written_at = path, config, notes, 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """Every `every` optimizer steps."""
-        if trainer.global_step % self.every == 0:
+        """As often as there is a checkpoint."""
+        if trainer.global_step % module.options.checkpoint_every == 0:
             self.export(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
@@ -220,131 +269,11 @@ class Export(Callback):
     def export(self, trainer: L.Trainer, module: Any) -> None:
         """Write them, once per step: all processes gather, the first one writes."""
         step = trainer.global_step
-        if step == self.exported:
+        if step == self.written_at:
             return
-        self.exported, weights = step, merged_state(module.ema)
+        self.written_at, weights = step, module.exported()
         if trainer.is_global_zero:
             notes, kind = {**self.notes, "steps": step}, self.path.stem
             save_checkpoint(
-                self.path, weights, kind=kind, config=self.sizes, notes=notes, stored="float16"
+                self.path, weights, kind=kind, config=self.config, notes=notes, stored="float16"
             )
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """A run's checkpoints, newest last."""
-    return sorted((out / "checkpoints").glob("step=*.ckpt"))
-
-
-class Remember(ModelCheckpoint):
-    """Keeps the last step, too, if told so; tells the module where its last good checkpoint is."""
-
-    def __init__(self, *args: Any, keep_last: bool, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.keep_last = keep_last
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """A run that goes on has one from the start."""
-        super().on_train_start(trainer, pl_module)
-        if trainer.ckpt_path:
-            pl_module.last_checkpoint = str(trainer.ckpt_path)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
-        """The last step is kept whatever its number, so that a longer run goes on from there."""
-        super().on_train_batch_end(trainer, pl_module, *rest)
-        is_kept = self._last_global_step_saved == trainer.global_step
-        if self.keep_last and trainer.global_step == trainer.max_steps and not is_kept:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        trainer.lightning_module.last_checkpoint = filepath
-
-
-def build_trainer(
-    run: RunOptions, width: int, n_steps: int, callbacks: Sequence[Callback], **more: Any
-) -> L.Trainer:
-    """Lightning's Trainer for a run: logs, atomic checkpoints, precision, processes.
-
-    Args:
-        run: where and on what.
-        width: of the transformer, to choose a precision for.
-        n_steps: optimizer steps of the whole run.
-        callbacks: what else happens on the way.
-        more: of the Trainer's own arguments.
-
-    Raises:
-        LmdError: devices that are not there.
-    """
-    n_processes = run.devices * run.num_nodes
-    precision = choose_precision(run.precision, width, n_processes)
-    start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(run.out)) else 0
-    logs = {"save_dir": run.out, "name": "logs", "version": f"from-{start:07d}"}
-    keep = Remember(
-        run.out / "checkpoints",
-        filename="{step:07d}",
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        every_n_train_steps=run.checkpoint_every,
-        save_on_train_epoch_end=False,
-        keep_last=run.keep_last,
-    )
-    bar = [TQDMProgressBar(refresh_rate=1)] if run.progress else []
-    try:
-        return L.Trainer(
-            accelerator=run.accelerator,
-            devices=run.devices,
-            num_nodes=run.num_nodes,
-            strategy=choose_strategy(run, n_processes),
-            precision=PRECISIONS[precision],
-            max_steps=n_steps,
-            max_epochs=-1,
-            logger=[CSVLogger(**logs, flush_logs_every_n_steps=10), TensorBoardLogger(**logs)],
-            log_every_n_steps=1,
-            callbacks=[keep, *bar, *callbacks],
-            enable_progress_bar=run.progress,
-            enable_model_summary=False,
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,
-            **more,
-        )
-    except MisconfigurationException as error:
-        raise LmdError(
-            f"no {run.devices} × {run.accelerator} here ({str(error).partition('.')[0]})",
-            "devices that this machine has",
-            "Change --accelerator or --devices.",
-        ) from error
-
-
-def choose_strategy(run: RunOptions, n_processes: int) -> Any:
-    """How processes share the work; a single one needs nothing."""
-    if n_processes == 1:
-        return "auto"
-    backend = "nccl" if torch.cuda.is_available() and run.accelerator != "cpu" else "gloo"
-    if run.strategy == "fsdp":
-        return Sharding(n_processes, backend)
-    return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
-
-
-def go_on(trainer: L.Trainer, module: L.LightningModule, out: Path) -> L.Trainer:
-    """Train from the newest checkpoint in the run's folder, or from the start if it has none."""
-    found = checkpoints(out)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        warnings.filterwarnings("ignore", category=UserWarning, message=".*LeafSpec.*")
-        trainer.fit(module, ckpt_path=str(found[-1]) if found else None, weights_only=False)
-    return trainer
-
-
-def fit(module: LiveTraining, run: RunOptions, callbacks: Sequence[Callback] = ()) -> L.Trainer:
-    """Train the base or the fine-tune, going on where the run's folder left off."""
-    o, width = module.options, module.preset.dit.width
-    trainer = build_trainer(
-        run,
-        width,
-        o.n_steps,
-        [Throughput(width), *callbacks],
-        accumulate_grad_batches=o.accumulate,
-        gradient_clip_val=o.clip_norm,
-    )
-    return go_on(trainer, module, run.out)

@@ -1,8 +1,10 @@
-"""Where training windows come from, and what a short run begins with, whatever there is."""
+"""Where training windows come from, read ahead; and what a short run begins with in a notebook."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,28 @@ from lmd.data.latents import LatentWindows
 from lmd.data.shards import INDEX, LatentShards
 from lmd.model.live_model import LiveModel
 from lmd.rng import derive_seed, normal
+from lmd.shapes import Latents
 from lmd.training.losses import init_context_projection
-from lmd.training.module import Windows, WindowSource
 
 LEAD_FRAMES = 24  # windows may begin a second before the sound, so that beginnings are learned
 SMOOTH_FRAMES = 9  # of the stand-in curves
+Item = TypeVar("Item")
+
+
+class Windows(NamedTuple):
+    """Rows of a batch: latents `[row, latent, frame]`, their captions, and where they are from."""
+
+    latents: Latents
+    prompts: list[str]
+    names: list[str]
+
+
+class WindowSource(Protocol):
+    """Where batches come from; the answer depends on the arguments alone."""
+
+    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
+        """The rows at these positions of the global batch of a step."""
+        ...
 
 
 class LatentSource:
@@ -53,6 +72,22 @@ class StandInSource:
         return Windows(curves, ["a smooth random curve"] * len(names), names)
 
 
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items in the same order; a thread makes the next one while the caller has this one.
+
+    The thread ends with the iterator: when that is exhausted, closed or let go of.
+
+    Raises:
+        Exception: what making an item raised, when that item is asked for.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, "read-ahead") as reader:
+        coming = reader.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = reader.submit(next, items, end)
+            yield item
+
+
 def open_windows(
     folder: Path | str, sizes: Preset, seed: int, split: Split = "train"
 ) -> tuple[WindowSource, str]:
@@ -77,7 +112,7 @@ def open_windows(
 
 
 def open_start(folder: Path | str, sizes: Preset, seed: int) -> tuple[LiveModel, str]:
-    """The shipped base of that preset with its context door open, else fresh weights; and which.
+    """The shipped base of that preset, ready for context, else fresh weights; and which.
 
     Returns:
         The model, and one line that says what it is.

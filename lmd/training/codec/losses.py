@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmd.codec.phase import Magnitude, Spectrum
 
 LN10_OVER_10 = math.log(10) / 10
-WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and judged
+WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and scored
 Scalar = Float[Tensor, ""]
 
 
@@ -41,7 +41,7 @@ def mel_matrix(
 
 
 def bin_weights(n_bins: int, sample_rate: int) -> Float[Tensor, " bin"]:
-    """One over the equivalent rectangular bandwidth at each bin, mean 1: ears, not bins, count."""
+    """One over the equivalent rectangular bandwidth at each bin, mean 1: as hearing has it."""
     hz = torch.linspace(0, sample_rate / 2, n_bins)
     weights = 1 / (24.7 * (4.37 * hz / 1000 + 1))
     return weights / weights.mean()

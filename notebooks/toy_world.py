@@ -1,12 +1,12 @@
 """A world with a known answer: rotating phases with noise, and a small model that drifts in it.
 
-    python -m lmd.arc.toy_world --seeds 3 --out outputs/toy_world
-
 Each "sound" is two complex numbers that turn at speeds named by a prompt while noise pulls them
-about: z' = r e^(iw) z + sqrt(1 - r^2) noise. The law of every block is the same Gaussian, known in
-closed form, so the distance of what a model plays from what it should play needs no reference set.
-A model that was fine-tuned for a short while loses the loudness of the world block by block;
-ARC-Forcing teaches it to hear its own mistakes.
+about: z' = r e^(iw) z + sqrt(1 - r^2) noise. Every block has the same Gaussian distribution, known
+in closed form, so the distance of what a model plays from what it should play needs no reference
+set. A model that was fine-tuned for a short while loses the loudness of the world block by block;
+ARC-Forcing teaches it to correct its own mistakes:
+
+    python notebooks/toy_world.py --seeds 3 --out outputs/toy_world
 
 Taught in notebook 03_arc_forcing.
 """
@@ -40,7 +40,8 @@ from lmd.arc.losses import (
     generator_loss,
     rollout,
 )
-from lmd.arc.plan import ArcBatch, ArcOptions, Player, plan_update, play_trial
+from lmd.arc.module import ArcBatch, Network, make_pair, plan_update
+from lmd.arc.options import ArcOptions
 from lmd.config import DiTConfig, to_dict
 from lmd.evaluation.metrics import Gaussian, frechet, gaussian
 from lmd.model.live_model import LiveModel
@@ -53,7 +54,7 @@ from lmd.training.losses import flow_loss, outpaint_loss
 SPEEDS = torch.tensor([[0.3, 0.9], [0.5, -0.6], [-0.4, 0.7], [0.8, 0.2]])  # radians per frame
 MEMORY = 0.97  # r: what is left of a frame in the next one
 CONTEXT, BLOCK = 8, 4  # frames
-SECONDS = 5.0  # what the models are told; it means nothing here
+SECONDS = 5.0  # the length that models are conditioned on; it means nothing here
 SIZES = DiTConfig(
     latent_dim=4, width=32, depth=2, n_heads=2, text_dim=8, global_dim=8, timestep_features=32
 )
@@ -140,14 +141,14 @@ def world(n_sounds: int, n_frames: int, g: torch.Generator) -> Sounds:
     return Sounds(torch.cat(turned, dim=1), kinds)
 
 
-def law(n_frames: int) -> Gaussian:
-    """The exact law of one channel over some frames, with the turning undone: r^|i - j|."""
+def distribution(n_frames: int) -> Gaussian:
+    """The exact one of a channel over some frames, with the turning undone: r^|i - j|."""
     frame = np.arange(n_frames)
     return Gaussian(np.zeros(n_frames), MEMORY ** np.abs(frame[:, None] - frame[None, :]))
 
 
 def still(sounds: Sounds) -> Latents:
-    """Undo the turning: every channel of every sound then has the same law."""
+    """Undo the turning: every channel of every sound then has the same distribution."""
     angle = SPEEDS[sounds.kinds][:, :, None] * torch.arange(sounds.latents.shape[-1])
     real, imag = sounds.latents.chunk(2, dim=1)
     turned = (real * angle.cos() + imag * angle.sin(), imag * angle.cos() - real * angle.sin())
@@ -158,12 +159,12 @@ def drift(sounds: Sounds) -> list[float]:
     """Distance of every block after the context from what it should be.
 
     The Wasserstein distance (root of the Fréchet distance) between the fitted Gaussian of each
-    block with the block before it, so that joins and speeds count too, and the exact law.
+    block with the block before it, so that boundaries and speeds count too, and the exact one.
     """
     rest, distances = still(sounds), []
     for start in range(CONTEXT, rest.shape[-1], BLOCK):
         window = rest[..., start - BLOCK : start + BLOCK].flatten(0, 1)
-        distances.append(math.sqrt(frechet(gaussian(window.numpy()), law(2 * BLOCK))))
+        distances.append(math.sqrt(frechet(gaussian(window.numpy()), distribution(2 * BLOCK))))
     return distances
 
 
@@ -234,14 +235,18 @@ def _taught(n_base: int, n_finetune: int, n_blocks: int, seed: int) -> tuple[Liv
 
 
 def arc_updates(
-    live: LiveModel, average: LiveModel, judge: Discriminator, settings: ToySettings, seed: int
-) -> Iterator[tuple[int, Player, GanLoss]]:
-    """ARC-Forcing in this world; yields update, whose turn it was, verdict.
+    live: LiveModel,
+    average: LiveModel,
+    discriminator: Discriminator,
+    settings: ToySettings,
+    seed: int,
+) -> Iterator[tuple[int, Network, GanLoss]]:
+    """ARC-Forcing in this world; yields update, whose turn it was, loss.
 
     Args:
         live: learns.
         average: a copy of it, which follows slowly; the one to play afterwards.
-        judge: learns.
+        discriminator: learns.
         settings: of the experiment.
         seed: of everything random.
     """
@@ -250,7 +255,7 @@ def arc_updates(
     adams = {
         "generator": torch.optim.AdamW(live.parameters(), settings.lr_generator, betas, fused=True),
         "discriminator": torch.optim.AdamW(
-            judge.parameters(), settings.lr_discriminator, betas, fused=True
+            discriminator.parameters(), settings.lr_discriminator, betas, fused=True
         ),
     }
     for update in range(settings.n_updates):
@@ -259,21 +264,22 @@ def arc_updates(
         sounds = world(settings.batch, plan.n_frames, g)
         wrong = ask(sounds.kinds[derangement(settings.batch, g)])
         rows = BatchIndices(seed, update, tuple(range(settings.batch)), settings.batch)
-        trial = play_trial(live, ArcBatch(sounds.latents, sounds.asked, wrong, rows), plan, options)
+        batch = ArcBatch(sounds.latents, sounds.asked, wrong, rows)
+        pair = make_pair(live, batch, plan, options)
         if plan.trains == "generator":
-            with frozen(judge):
-                verdict = generator_loss(judge, trial)
-                descend(adams["generator"], verdict.loss, live)
+            with frozen(discriminator):
+                loss = generator_loss(discriminator, pair)
+                descend(adams["generator"], loss.loss, live)
             with torch.no_grad():
                 for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
                     slow.lerp_(fast, 1 - settings.ema)
         else:
-            verdict = discriminator_loss(judge, trial, options.weights)
-            descend(adams["discriminator"], verdict.loss, judge)
-        yield update, plan.trains, verdict
+            loss = discriminator_loss(discriminator, pair, options.weights)
+            descend(adams["discriminator"], loss.loss, discriminator)
+        yield update, plan.trains, loss
 
 
-def make_judge(base: LiveModel, settings: ToySettings, seed: int) -> Discriminator:
+def make_discriminator(base: LiveModel, settings: ToySettings, seed: int) -> Discriminator:
     """The base's trunk with a fresh head."""
     torch.manual_seed(derive_seed(seed, "toy head"))
     return Discriminator(base, settings.arc.last_block, settings.arc.head)
@@ -291,11 +297,12 @@ def experiment(seed: int, settings: ToySettings, progress: bool = False) -> dict
     prepared = time.perf_counter()
     curves: dict[str, list[float]] = {"accuracy": [], "generator": [], "discriminator": []}
     average = copy.deepcopy(live)
-    updates = arc_updates(live, average, make_judge(base, settings, seed), settings, seed)
+    discriminator = make_discriminator(base, settings, seed)
+    updates = arc_updates(live, average, discriminator, settings, seed)
     bar = tqdm(updates, f"seed {seed}", settings.n_updates, disable=not progress)
-    for _, trains, verdict in bar:
-        curves["accuracy"].append(verdict.accuracy.item())
-        curves[trains].append(verdict.pair.item())
+    for _, trains, loss in bar:
+        curves["accuracy"].append(loss.accuracy.item())
+        curves[trains].append(loss.pair.item())
     after = drift(play(average, settings, seed))
     n_frames = CONTEXT + settings.n_played * BLOCK
     real = world(settings.n_streams, n_frames, generator(seed, "toy real"))
@@ -322,13 +329,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     }
     ax = plot_losses(named)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xlabel="block", ylabel="distance from the exact law", ylim=(0, None))
+    ax.set(xlabel="block", ylabel="distance from the exact distribution", ylim=(0, None))
     ax.figure.savefig(path, dpi=100)
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the seeds, write `toy_world.json` and `toy_world.png`, print a line per seed."""
-    parser = argparse.ArgumentParser(prog="python -m lmd.arc.toy_world", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="fewer updates: minutes a seed")
     parser.add_argument("--out", type=Path, default=Path("outputs/toy_world"))
@@ -337,11 +344,11 @@ def main(words: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         results.append(experiment(seed, settings, progress=True))
-        told = results[-1]
+        result = results[-1]
         print(
-            f"seed {seed}: distance at block {settings.n_played} {told['before'][-1]:.3f} -> "
-            f"{told['after'][-1]:.3f}, {told['factor']:.1f} times less; the world itself, "
-            f"measured alike, {told['world'][-1]:.3f}"
+            f"seed {seed}: distance at block {settings.n_played} {result['before'][-1]:.3f} -> "
+            f"{result['after'][-1]:.3f}, {result['factor']:.1f} times less; the world itself, "
+            f"measured alike, {result['world'][-1]:.3f}"
         )
     report = {"settings": to_dict(settings), "results": results}
     (args.out / "toy_world.json").write_text(json.dumps(report, indent=1) + "\n")

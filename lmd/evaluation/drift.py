@@ -65,7 +65,7 @@ def drift_of(latents: Latents, wave: Wave, sample_rate: int, reference: Gaussian
 
     Args:
         latents: `[stream, latent, frame]`.
-        wave: the same, heard.
+        wave: the same, decoded.
         sample_rate: of the wave.
         reference: `frame_statistics` of the data.
     """
@@ -74,9 +74,9 @@ def drift_of(latents: Latents, wave: Wave, sample_rate: int, reference: Gaussian
     samples = wave.shape[-1] // n_pieces
     rows = []
     for piece in range(n_pieces):
-        heard = wave[..., piece * samples : (piece + 1) * samples].float()
-        power = max(float(heard.square().mean()), 1e-12)
-        bright = [brightness_hz(item.numpy(), sample_rate) for item in heard]
+        found = wave[..., piece * samples : (piece + 1) * samples].float()
+        power = max(float(found.square().mean()), 1e-12)
+        bright = [brightness_hz(item.numpy(), sample_rate) for item in found]
         seen = frame_statistics(latents[..., piece * frames : (piece + 1) * frames])
         middle = (piece + 0.5) * samples / sample_rate
         distance = math.sqrt(frechet(seen, reference))
@@ -90,10 +90,10 @@ def play_streams(
     """One stream from silence per prompt, otherwise under the same controls."""
     rate = streamer.codec.sample_rate / streamer.codec.samples_per_frame
     n_blocks = math.ceil(seconds * rate / controls.block_frames)
-    played, heard = [], []
+    played, found = [], []
     for number, prompt in enumerate(prompts):
         asked = Controls(**{**vars(controls), "prompt": prompt, "seed": controls.seed + number})
         blocks = list(streamer.stream(asked, n_blocks=n_blocks))
         played.append(torch.cat([block.latents for block in blocks], dim=-1))
-        heard.append(torch.cat([block.wave for block in blocks], dim=-1))
-    return torch.cat(played), torch.cat(heard)
+        found.append(torch.cat([block.wave for block in blocks], dim=-1))
+    return torch.cat(played), torch.cat(found)
