@@ -21,13 +21,13 @@ from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualC
 from lmd.config import WindowConfig
 from lmd.errors import LmdError
 from lmd.machine import openmp_library
-from lmd.play.browser_sink import BrowserSink
-from lmd.play.control_queue import ControlDesk
-from lmd.play.engine import JITTER, EngineOptions, LiveEngine
+from lmd.play.audio_file import AudioFile
+from lmd.play.control_queue import ControlQueue
+from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step
-from lmd.play.pace import Made, Trouble, affordable_steps, percentile
+from lmd.play.pace import JITTER, Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
-from lmd.play.sinks import AudioFile, FileSink, NullSink, SoundCardSink
+from lmd.play.sinks import BrowserSink, FileSink, NullSink, SoundCardSink
 from lmd.stream.controls import Controls
 from lmd.stream.state import StreamState
 from lmd.stream.streamer import Block
@@ -168,9 +168,9 @@ def test_a_change_is_heard_in_the_sample_it_was_promised_for_and_soon() -> None:
     # p95 is at most the block plus its cost and the queue's safety: 0.6 + 0.08 + 0.04 s.
     assert meters.latency_p95_ms is not None
     assert meters.latency_p95_ms <= 1e3 * block_s + 150
-    for promise in list(engine.ledger.promises)[:-1]:
-        controls = Controls(block_frames=frames, seed=promise.change.number)
-        n = np.arange(promise.sample, promise.sample + SAMPLES_PER_FRAME)
+    for applied in list(engine.ledger.applied)[:-1]:
+        controls = Controls(block_frames=frames, seed=applied.change.number)
+        n = np.arange(applied.sample, applied.sample + SAMPLES_PER_FRAME)
         tone = 0.25 * np.sin(2 * np.pi * tone_hz(controls) * n / SAMPLE_RATE)
         assert np.abs(heard[n] - tone).max() < 1e-4
         assert abs(heard[n[0] - 1 - 40 : n[0] - 1] - tone[:40]).max() > 1e-2
@@ -232,7 +232,7 @@ def test_forgetting_happens_once() -> None:
     forgotten = [made.controls.drop_context_frames for made in engine.ledger.history]
     assert forgotten.count(96) == 1
     assert sum(forgotten) == 96
-    assert engine.desk.asked().drop_context_frames == 0
+    assert engine.control_queue.asked().drop_context_frames == 0
 
 
 def test_a_block_that_is_not_finite_is_faded_and_the_stream_recovers() -> None:
@@ -323,7 +323,7 @@ def test_a_pause_is_not_counted_as_latency() -> None:
         clock.at(150, lambda: engine.change(seed=2))
 
     engine, _, _ = play(options=EngineOptions(queue_s=BLOCK_S, limit_s=60), before=before)
-    assert len(engine.ledger.promises) == 2
+    assert len(engine.ledger.applied) == 2
     assert len(engine.ledger.latencies_ms()) == 1
     assert max(engine.ledger.latencies_ms()) < 3e3 * BLOCK_S
 
@@ -350,7 +350,7 @@ def test_a_new_text_is_encoded_beside_the_music() -> None:
             counts["before"] = engine.meters().n_blocks
             gate.set()
             deadline = threading.Event()
-            while not engine.desk._is_encoded("harp"):
+            while not engine.control_queue._is_encoded("harp"):
                 deadline.wait(0.01)
 
         clock.at(10.0, ask)
@@ -376,17 +376,17 @@ def test_a_text_that_fails_after_another_was_asked_for_changes_nothing() -> None
 
     def encode(texts: Sequence[str]) -> None:
         if "harp" in texts:
-            desk.ask(0.0, prompt="lute")  # while the harp is still being read
+            queue.ask(0.0, prompt="lute")  # while the harp is still being read
             raise LmdError("no harp", "another text", "Try the lute.")
 
-    desk = ControlDesk(Controls(prompt="organ"), WindowConfig(), encode, refused.append)
-    desk.warm()
-    desk.take()
-    desk.ask(0.0, prompt="harp")
-    desk.close()
-    assert desk._worker is not None
-    desk._worker.join(20)
-    assert desk.asked().prompt == "lute"
+    queue = ControlQueue(Controls(prompt="organ"), WindowConfig(), encode, refused.append)
+    queue.encode_first()
+    queue.take()
+    queue.ask(0.0, prompt="harp")
+    queue.close()
+    assert queue._worker is not None
+    queue._worker.join(20)
+    assert queue.asked().prompt == "lute"
     assert refused == []
 
 
@@ -404,9 +404,9 @@ def test_a_text_that_cannot_be_encoded_is_refused_and_the_old_one_plays_on() -> 
     def before(engine: LiveEngine, clock: VirtualClock) -> None:
         def settle() -> None:
             engine.change(prompt="harp")
-            engine.desk.close()
-            assert engine.desk._worker is not None
-            engine.desk._worker.join(20)
+            engine.control_queue.close()
+            assert engine.control_queue._worker is not None
+            engine.control_queue._worker.join(20)
 
         clock.at(10.0, settle)
 
@@ -420,7 +420,7 @@ def test_a_text_that_cannot_be_encoded_is_refused_and_the_old_one_plays_on() -> 
     assert [e.message for e in events if isinstance(e, Trouble)] == [
         "found no harp; expected another text. Try the lute."
     ]
-    assert engine.desk.asked().prompt == "organ"
+    assert engine.control_queue.asked().prompt == "organ"
 
 
 NEVER = [None, True, [], {}, object(), b"x", math.nan, math.inf, torch.ones(2), (("a", "b"),)]
@@ -469,11 +469,11 @@ def test_ten_thousand_random_changes_are_taken_if_right_and_refused_by_name_if_w
         name = rng.choice(list(WRONG))
         is_wrong = name not in RIGHT or rng.random() < 0.5
         value = rng.choice(WRONG[name] if is_wrong else RIGHT[name])
-        old = engine.desk.asked()
+        old = engine.control_queue.asked()
         fits = not is_wrong and fit_together(replace(old, **{name: value}))
         if fits:
             engine.change(**{name: value})
-            now = getattr(engine.desk.asked(), name)
+            now = getattr(engine.control_queue.asked(), name)
             expected = tuple(map(tuple, value)) if isinstance(value, list) else value
             assert now == expected
             assert type(now) in (int, float, str, tuple)
@@ -481,7 +481,7 @@ def test_ten_thousand_random_changes_are_taken_if_right_and_refused_by_name_if_w
             return
         with pytest.raises(LmdError, match="expected") as refused:
             engine.change(**{name: value})
-        assert engine.desk.asked() == old
+        assert engine.control_queue.asked() == old
         if is_wrong:
             assert SAID.get(name, name) in str(refused.value)
         counts["wrong" if is_wrong else "together"] += 1
@@ -558,7 +558,7 @@ def test_a_recording_may_have_an_end_of_its_own(tmp_path: Path) -> None:
 def test_what_no_wav_file_holds_is_refused_and_what_was_written_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmd.play.sinks.MAX_WAV_BYTES", 8 * 100)  # 100 samples of stereo
+    monkeypatch.setattr("lmd.play.audio_file.MAX_WAV_BYTES", 8 * 100)  # 100 samples of stereo
     with pytest.raises(LmdError, match=r"2 s for long.wav.*at most 1 s"):
         AudioFile(tmp_path / "long.wav", 100, 2, limit_s=2)
     assert not (tmp_path / "long.wav").exists()
@@ -627,7 +627,7 @@ def test_what_a_bad_block_would_have_carried_is_heard_with_the_next() -> None:
     engine, _, _ = play(options=EngineOptions(limit_s=30), before=watch, streamer=streamer)
     assert [made.number for made in engine.ledger.history if made.fault] == [5]
     assert asked[5:8] == [96, 96, 0]
-    assert [(p.change, p.block) for p in engine.ledger.promises] == [(changes[0], 6)]
+    assert [(p.change, p.block) for p in engine.ledger.applied] == [(changes[0], 6)]
 
 
 def test_more_steps_are_taken_at_once_where_the_machine_has_the_time() -> None:
@@ -659,12 +659,12 @@ def test_nothing_can_be_recorded_after_the_end(tmp_path: Path) -> None:
 
 def test_a_prompt_of_before_the_start_is_encoded_before_it_plays() -> None:
     encoded: list[str] = []
-    desk = ControlDesk(Controls(prompt="a"), WindowConfig(), encoded.extend, print)
-    desk.ask(0.0, prompt="b")
-    desk.warm()
-    desk.ask(0.0, prompt="c")
-    assert desk.take()[0].prompt in encoded
-    desk.close()
+    queue = ControlQueue(Controls(prompt="a"), WindowConfig(), encoded.extend, print)
+    queue.ask(0.0, prompt="b")
+    queue.encode_first()
+    queue.ask(0.0, prompt="c")
+    assert queue.take()[0].prompt in encoded
+    queue.close()
 
 
 def test_an_encoder_that_breaks_is_told_and_the_next_text_is_encoded() -> None:
@@ -677,19 +677,19 @@ def test_an_encoder_that_breaks_is_told_and_the_next_text_is_encoded() -> None:
         heard.set()
 
     streamer = FakeStreamer()
-    desk = ControlDesk(Controls(prompt="organ"), streamer.window, encode, told.append)
-    desk.warm()
+    queue = ControlQueue(Controls(prompt="organ"), streamer.window, encode, told.append)
+    queue.encode_first()
     heard.clear()
-    desk.ask(0.0, prompt="bad")
-    desk.ask(0.0, seed=1)
+    queue.ask(0.0, prompt="bad")
+    queue.ask(0.0, seed=1)
     wait_until = time.monotonic() + 20
     while not told and time.monotonic() < wait_until:
         time.sleep(0.01)
     assert told == ["RuntimeError: no memory left"]
-    assert desk.asked() == Controls(prompt="organ", seed=1)
-    desk.ask(0.0, prompt="good")
+    assert queue.asked() == Controls(prompt="organ", seed=1)
+    queue.ask(0.0, prompt="good")
     assert heard.wait(20)
-    desk.close()
+    queue.close()
 
 
 @pytest.mark.parametrize(
@@ -712,7 +712,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(
 
 def test_a_missing_sound_card_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    with pytest.raises(LmdError, match=r"lmd\[soundcard\]"):
+    with pytest.raises(LmdError, match="pip install sounddevice"):
         SoundCardSink()
 
 
@@ -915,7 +915,7 @@ def test_a_kernel_too_busy_to_read_reports_goes_on_feeding() -> None:
 def test_a_page_that_is_gone_is_not_fed_for_ever_and_may_come_back() -> None:
     page, levels = Page(VirtualClock()), []
     page.clock.at(30.0, lambda: (setattr(page, "speaks", False), setattr(page, "running", False)))
-    page.clock.at(300.0, lambda: levels.append(page.sink.lost()))
+    page.clock.at(300.0, lambda: levels.append(page.sink.queued_s() == math.inf))
     page.clock.at(300.0, lambda: levels.append(page.messages.count("audio")))
 
     def back() -> None:

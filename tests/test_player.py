@@ -24,7 +24,7 @@ from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.play.play_queue import PlayQueue
 from lmd.play.player import HERE, SCRIPTS, LivePlayer
-from lmd.play.player_fields import CONTROL_NAMES
+from lmd.play.player_traits import CONTROL_NAMES
 from lmd.play.takes import read_take
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
@@ -93,20 +93,20 @@ def test_play_opens_the_page_primes_it_and_runs_it(front: Front) -> None:
     assert front.player.state == "playing"
 
 
-def test_a_slider_moves_trait_and_stream_and_is_promised_its_block(front: Front) -> None:
+def test_a_slider_moves_trait_and_stream_and_gets_its_block(front: Front) -> None:
     front.say(kind="command", command="play")
     front.wait_kind("run")
     front.say(kind="set", id=41, name="mix", value=0.25)
-    promise = front.wait_kind("promise")
+    applied = front.wait_kind("applied")
     assert front.player.mix == 0.25
-    assert promise["ids"] == [41]
-    assert promise["text"] == "mix 0.25"
+    assert applied["ids"] == [41]
+    assert applied["text"] == "mix 0.25"
     engine = front.player.engine
     assert engine is not None
     made = engine.ledger.history
     first = next(m for m in made if m.controls.prompt != "organ")
     assert first.controls.prompt == (("organ", 0.75), (front.player.prompt_b, 0.25))
-    assert (promise["block"], promise["sample"]) == (first.number, first.first_sample)
+    assert (applied["block"], applied["sample"]) == (first.number, first.first_sample)
 
 
 def test_a_text_that_is_refused_leaves_the_panel_and_the_mix_goes_on(front: Front) -> None:
@@ -128,7 +128,7 @@ def test_a_text_that_is_refused_leaves_the_panel_and_the_mix_goes_on(front: Fron
     assert "no harp" in front.player.message
     front.say(kind="set", id=2, name="mix", value=0.5)
     assert (
-        front.wait_for(lambda m: m["kind"] == "promise" and m["ids"] == [2])["text"] == "mix 0.50"
+        front.wait_for(lambda m: m["kind"] == "applied" and m["ids"] == [2])["text"] == "mix 0.50"
     )
 
 
@@ -196,9 +196,9 @@ def test_a_trait_set_in_a_notebook_is_the_same_as_a_slider(front: Front) -> None
     front.say(kind="command", command="play")
     front.wait_kind("run")
     front.player.n_steps = 3
-    promise = front.wait_kind("promise")
-    assert promise["text"] == "Steps 3"
-    assert promise["ids"] == []
+    applied = front.wait_kind("applied")
+    assert applied["text"] == "Steps 3"
+    assert applied["ids"] == []
     assert front.player.controls().n_steps == 3
     with pytest.raises(traitlets.TraitError, match="1 to 64"):
         front.player.n_steps = 65
@@ -231,7 +231,7 @@ def test_commands_pause_resume_drop_context_roll_restart_stop(front: Front) -> N
     front.say(kind="command", command="play")
     assert player.state == "playing"
     front.say(kind="command", command="drop_context")
-    assert front.wait_kind("promise")["text"] == "drop 96"
+    assert front.wait_kind("applied")["text"] == "drop 96"
     front.say(kind="command", command="roll")
     assert player.seed != 0
     first_take, n_sent = player.take_path, len(front.sent)
@@ -492,7 +492,7 @@ def node(script: str, values: Any = None) -> Any:
     return json.loads(done.stdout)
 
 
-def test_moves_that_never_get_a_promise_are_forgotten_oldest_first() -> None:
+def test_moves_that_never_get_a_block_are_forgotten_oldest_first() -> None:
     script = (SOURCES["player_view.js"] + SOURCES["player.js"]).replace("export default", "void")
     script += """
     let sent = 0;

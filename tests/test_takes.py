@@ -56,7 +56,7 @@ def play_take(folder: Path, n_changes: int = 24) -> tuple[Path, Path]:
         if isinstance(event, Made):
             if event.number < n_changes:
                 name = list(CHOICES)[event.number % len(CHOICES)]
-                now = getattr(engine.desk.asked(), name)
+                now = getattr(engine.control_queue.asked(), name)
                 engine.change(**{name: rng.choice([v for v in CHOICES[name] if v != now])})
             else:
                 engine.configure(limit_s=0.1)
@@ -140,7 +140,7 @@ def test_a_take_that_broke_off_after_a_long_quiet_stretch_has_its_blocks(tmp_pat
     controls = Controls(prompt="organ\u2028harp\u0085", block_frames=4)  # line ends of Unicode
     for _ in range(30):
         piece, guarded = guarded_step(streamer, guarded, controls)
-        writer.piece(piece, controls)
+        writer.block(piece, controls)
     take = read_take(path)  # as the file is when the power goes
     assert (take.n_blocks, take.n_samples, take.sha256) == (24, 24 * 4 * SAMPLES_PER_FRAME, None)
     assert take.changes[0] == controls
@@ -229,10 +229,11 @@ def test_controls_in_a_take_that_cannot_be_played_are_refused(
 def test_a_picture_that_could_not_be_drawn_is_refused_before_anything_is_played(
     played: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for figure in ("take.xyz", "nowhere/take.png"):
+    wrong = {"take.xyz": "a .png or .pdf or .svg file", "nowhere/take.png": "a folder that exists"}
+    for figure, said in wrong.items():
         words = ["replay", str(played[0]), "-o", str(tmp_path / "again.wav")]
         assert main([*words, "--figure", str(tmp_path / figure)]) == 2
-        assert "a .png or .pdf or .svg file" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

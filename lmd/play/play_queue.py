@@ -21,11 +21,9 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Seconds, never going back."""
-        ...
 
     def sleep(self, seconds: float, wake: threading.Event) -> None:
         """Let `seconds` pass, or fewer if `wake` is set."""
-        ...
 
 
 class WallClock:
@@ -61,53 +59,12 @@ class SkippingClock:
 
 @dataclass(frozen=True)
 class SinkReport:
-    """What a sink has counted since it was opened.
+    """What a sink has counted since it was opened."""
 
-    Attributes:
-        heard_samples: samples of the stream that were played.
-        silent_samples: samples of silence put in for want of anything else.
-        underruns: how many times the queue ran dry while playing.
-        lowest_s: the shortest queue seen while playing, in seconds.
-    """
-
-    heard_samples: int = 0
-    silent_samples: int = 0
-    underruns: int = 0
-    lowest_s: float = float("inf")
-
-
-class Sink(Protocol):
-    """Something that plays; opened paused, so that it can be primed."""
-
-    clock: Clock
-
-    def open(self, sample_rate: int, channels: int) -> None:
-        """Get ready, paused and empty."""
-        ...
-
-    def write(self, samples: np.ndarray) -> None:
-        """Append `[channel, sample]` float32 to the queue; never blocks."""
-        ...
-
-    def queued_s(self) -> float:
-        """Seconds written and not yet played."""
-        ...
-
-    def run(self, running: bool) -> None:
-        """Play, or pause."""
-        ...
-
-    def report(self) -> SinkReport:
-        """The counters."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing more will come: to run dry is no underrun any more."""
-        ...
-
-    def close(self) -> None:
-        """Play nothing more."""
-        ...
+    heard_samples: int = 0  # samples of the stream that were played
+    silent_samples: int = 0  # samples of silence put in for want of anything else
+    underruns: int = 0  # how many times the queue ran dry while playing
+    lowest_s: float = float("inf")  # the shortest queue seen while playing
 
 
 class PlayQueue:
@@ -141,8 +98,7 @@ class PlayQueue:
         """The next n samples `[channel, sample]`: sound as far as there is some, then silence."""
         out = np.zeros((self._channels, n), dtype=np.float32)
         with self._lock:
-            n_sound = min(n, self.level)
-            before = self.level
+            before, n_sound = self.level, min(n, self.level)
             self._fill(out[:, :n_sound])
             self._shape(out[:, :n_sound], before)
             self._count(n, n_sound)
@@ -151,14 +107,12 @@ class PlayQueue:
     def _fill(self, out: np.ndarray) -> None:
         done = 0
         while done < out.shape[-1]:
-            part = self._parts[0]
+            part = self._parts.popleft()
             k = min(part.shape[-1], out.shape[-1] - done)
             out[:, done : done + k] = part[:, :k]
             done += k
-            if k == part.shape[-1]:
-                self._parts.popleft()
-            else:
-                self._parts[0] = part[:, k:]
+            if k < part.shape[-1]:
+                self._parts.appendleft(part[:, k:])
         self.level -= done
 
     def _shape(self, out: np.ndarray, before: int) -> None:

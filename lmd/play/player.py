@@ -22,20 +22,19 @@ import traitlets
 from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.play.browser_sink import BrowserSink
 from lmd.play.control_queue import check_live
 from lmd.play.engine import EngineOptions, Event, LiveEngine
-from lmd.play.pace import Made, Meters, Promise, Trouble
-from lmd.play.play_queue import Sink, SkippingClock
-from lmd.play.player_fields import (
+from lmd.play.pace import AppliedChange, Made, Meters
+from lmd.play.play_queue import SkippingClock
+from lmd.play.player_traits import (
     CONTROL_NAMES,
     PACING_NAMES,
     PROMPTS,
+    PlayerTraits,
     fields_for,
     trait_values,
 )
-from lmd.play.player_traits import PlayerTraits
-from lmd.play.sinks import NullSink, SoundCardSink
+from lmd.play.sinks import BrowserSink, NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeHeader, TakeWriter, header_of
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
@@ -86,7 +85,7 @@ class LivePlayer(PlayerTraits):
         self._lock, self._asking_id = threading.Lock(), 0
         self._asked: dict[int, tuple[list[int], str]] = {}
         self._tried: dict[int, dict[str, Any]] = {}  # the prompt traits behind a change
-        self._heard: dict[str, Any] = {}  # those that play
+        self._playing: dict[str, Any] = {}  # those that play
         codec = self._streamer.codec
         super().__init__(
             fields=fields_for(self._streamer.window),
@@ -176,15 +175,15 @@ class LivePlayer(PlayerTraits):
             self.recording = ""
 
     def close(self) -> None:
-        """End the take, and the widget with it."""
+        """End the take, and the widget with it and what it brought along."""
         self.stop()
+        self.layout.close()
         super().close()
 
     def drop_context(self) -> None:
-        """Silence the oldest `drop_context_frames` of what the model hears, once."""
-        self._change(
-            "drop_context_frames", f"drop {self.drop_context_frames}", self.drop_context_frames
-        )
+        """Silence the oldest `drop_context_frames` of the context, once."""
+        n_frames = self.drop_context_frames
+        self._change("drop_context_frames", f"drop {n_frames}", n_frames)
 
     def record(self) -> None:
         """Begin a recording next to the take, or finish it."""
@@ -206,11 +205,8 @@ class LivePlayer(PlayerTraits):
         try:
             if kind == "set":
                 request = content.get("id")
-                self.ask(
-                    str(content.get("name")),
-                    content.get("value"),
-                    request if isinstance(request, int) else 0,
-                )
+                request = request if isinstance(request, int) else 0
+                self.ask(str(content.get("name")), content.get("value"), request)
             elif kind == "command":
                 self._command(str(content.get("command")), view)
             elif kind == "report" and view == self._page and self._page_sink is not None:
@@ -272,12 +268,12 @@ class LivePlayer(PlayerTraits):
     def _change(self, name: str, text: str, value: Any) -> None:
         if self.engine is None or not self._alive():
             return
-        with self._lock:  # the promise for it must not overtake this note
+        with self._lock:  # the news of its block must not overtake this note
             change = self.engine.change(**{name: value})
             ids = [self._asking_id] if self._asking_id else []
             self._asked[change.number] = (ids, text)
             if name == "prompt":
-                self._tried[change.number] = self._prompt_traits()
+                self._tried[change.number] = self.prompt_traits()
 
     def _on_pacing(self, _change: Any) -> None:
         if self.engine is not None and self._alive():
@@ -314,7 +310,7 @@ class LivePlayer(PlayerTraits):
         self.engine, self.take_path, self.message = engine, str(take.path), ""
         self._asked.clear()
         self._tried.clear()
-        self._heard = self._prompt_traits()
+        self._playing = self.prompt_traits()
         engine.start()
         threading.Thread(target=self._follow, args=(engine,), daemon=True).start()
         return engine
@@ -337,33 +333,26 @@ class LivePlayer(PlayerTraits):
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Meters):
             self._show_meters(event)
-            return
-        if isinstance(event, Promise):
+        elif isinstance(event, Made):
+            self._place("made", event.own_sample, text=str(event.number))
+        elif isinstance(event, AppliedChange):
             with self._lock:
-                self._heard = self._tried.pop(event.change.number, self._heard)
-        if isinstance(event, Trouble):
+                self._playing = self._tried.pop(event.change.number, self._playing)
+                ids, text = self._asked.pop(event.change.number, ([], ""))
+            self._place("applied", event.sample, ids=ids, text=text, block=event.block)
+        else:
             self.message = event.message
             if event.kind == "refused":  # the old prompt plays on: show it
-                self._show_heard_prompts()
-            if event.kind == "recording":
+                for name, value in self._playing.items():
+                    self.set_trait(name, value)
+            elif event.kind == "recording":
                 self.recording = ""
-        elif self._page_sink is not None:
-            place = {"epoch": self._page_sink.epoch, "first": 0}
-            if isinstance(event, Made):
-                place |= {"kind": "made", "first": event.own_sample, "text": str(event.number)}
-            elif isinstance(event, Promise):
-                with self._lock:
-                    ids, text = self._asked.pop(event.change.number, ([], ""))
-                place |= {"kind": "promise", "ids": ids, "text": text}
-                place |= {"sample": event.sample, "block": event.block}
-            self._send_to_page(place, [])
 
-    def _prompt_traits(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prompt_a", "prompt_b", "mix")}
-
-    def _show_heard_prompts(self) -> None:
-        for name, value in self._heard.items():
-            self.set_trait(name, value)
+    def _place(self, kind: str, sample: int, **values: Any) -> None:
+        """Tell the page that plays what belongs to a sample."""
+        if self._page_sink is not None:
+            values |= {"kind": kind, "epoch": self._page_sink.epoch, "sample": sample}
+            self._send_to_page(values, [])
 
     def _follow(self, engine: LiveEngine) -> None:
         """Show the meters until the engine ends, and that it has."""

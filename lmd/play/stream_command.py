@@ -3,104 +3,147 @@
 python -m lmd stream "church organ, slow, minor" --seconds 60 -o out.wav --take out.jsonl
 """
 
-import argparse
 import dataclasses
-import json
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+import tyro
 from tqdm import tqdm
 
-from lmd.checkpoint import write_atomic
-from lmd.config import REGIMES
+from lmd.config import Regime
 from lmd.errors import LmdError
+from lmd.outputs import check_outputs, write_json
+from lmd.play.audio_file import check_audio_path
 from lmd.play.control_queue import check_live
 from lmd.play.engine import EngineOptions, Event, LiveEngine
-from lmd.play.pace import Made, Meters, percentile
-from lmd.play.play_queue import Sink
-from lmd.play.sinks import FileSink, NullSink, SoundCardSink, check_audio_path
+from lmd.play.pace import Made, Meters, Trouble, percentile
+from lmd.play.sinks import FileSink, NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeWriter, header_of
-from lmd.pretrained import DTYPES, Instrument, open_instrument
-from lmd.stream.samplers import SAMPLERS
+from lmd.pretrained import Instrument, open_instrument
+from lmd.stream.samplers import SamplerName
 
-MAX_SECONDS = 24 * 3600
+MIN_SECONDS, MAX_SECONDS = 0.01, 24 * 3600
 SETTABLE = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    parser.add_argument("prompt", help='what to play, e.g. "church organ, slow, minor"')
-    parser.add_argument("--seconds", type=float, default=60.0, help="of music (default 60)")
-    parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
-    parser.add_argument("--take", type=Path, help="JSON lines to write, for `lmd replay`")
-    parser.add_argument("--json", type=Path, help="write measurements to this file")
-    parser.add_argument("--paced", action="store_true", help="keep real time, heard by nobody")
-    parser.add_argument("--play", action="store_true", help="keep real time on the sound card")
-    parser.add_argument("--queue", type=float, help="seconds to make ahead (default two blocks)")
-    parser.add_argument("--source", default="best", help="weights (default: the best there are)")
-    parser.add_argument("--preset", default="small", help="tiny, small, paper (for --source best)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
-    words = "of the model (default float32); bfloat16 is slower where the processor has none"
-    parser.add_argument("--dtype", choices=DTYPES, help=words)
-    parser.add_argument("--cfg-scale", type=float, help="guidance, 1 = off")
-    parser.add_argument("--steps", type=int, dest="n_steps", help="model calls per block")
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS))
-    parser.add_argument("--regime", choices=REGIMES)
-    parser.add_argument("--block-frames", type=int)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--auto", action="store_true", help="fewer steps when too slow")
+@dataclass(frozen=True)
+class Options:
+    """What to stream, and where to.
+
+    Attributes:
+        prompt: What to play, e.g. "church organ, slow, minor".
+        seconds: Of music.
+        output: Wav or flac file to write.
+        take: JSON lines to write, for `lmd replay`.
+        json: Write measurements to this file.
+        paced: Keep real time, heard by nobody.
+        play: Keep real time on the sound card.
+        queue: Seconds to make ahead (two blocks by default).
+        source: Weights: `best`, arc, finetuned, base, FOLDER:KIND or random:PRESET:SEED.
+        preset: tiny, small or paper (for --source best).
+        device: cpu, cuda, mps or auto.
+        dtype: Of the model (float32 by default); bfloat16 is slower where the processor has none.
+        cfg_scale: Guidance, 1 = off.
+        n_steps: Steps per block and branch.
+        sampler: How noise becomes music.
+        regime: Who sees whom.
+        block_frames: Length of a block.
+        seed: Of the noise.
+        auto: Fewer steps when too slow.
+    """
+
+    prompt: tyro.conf.Positional[str]
+    seconds: float = 60.0
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    take: Path | None = None
+    json: Path | None = None
+    paced: bool = False
+    play: bool = False
+    queue: float | None = None
+    source: str = "best"
+    preset: str = "small"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    cfg_scale: float | None = None
+    n_steps: Annotated[int | None, tyro.conf.arg(name="steps")] = None
+    sampler: SamplerName | None = None
+    regime: Regime | None = None
+    block_frames: int | None = None
+    seed: int | None = None
+    auto: bool = False
 
 
-def main(args: argparse.Namespace) -> int:
-    """Stream; status 1 if a paced stream ran dry or a block could not be played."""
-    _check(args)
+def main(options: Options) -> int:
+    """Stream; status 1 if a paced stream ran dry, a block could not be played or a take ended."""
+    _check(options)
     instrument = open_instrument(
-        args.source, preset_name=args.preset, device=args.device, dtype=args.dtype
+        options.source,
+        preset_name=options.preset,
+        device=options.device,
+        dtype=options.dtype,
     )
     print(f"playing on {instrument.description}")
-    engine = engine_of(args, instrument)
-    meters = run_with_progress(engine, args.seconds)
+    engine = engine_of(options, instrument)
+    spoiled: list[str] = []
+    is_whole = True
+    try:
+        run_with_progress(engine, options.seconds, spoiled)
+    except KeyboardInterrupt:
+        is_whole = False
+        with suppress(RuntimeError):
+            engine.stop()
+    meters = engine.meters()
     summary = summarize(engine, instrument, meters)
-    if args.json is not None:
-        write_atomic(args.json, (json.dumps(summary, indent=2) + "\n").encode())
-    print(
-        f"{meters.played_s:.1f} s of music, {summary['rtf_all']:.2f}× real time, "
-        f"{meters.underruns} underruns" + (f"; {meters.error}" if meters.error else "")
-    )
-    return 1 if meters.underruns or summary["faults"] else 0
+    if options.json is not None:
+        write_json(options.json, summary)
+    words = [f"{min(meters.played_s, options.seconds):.1f} s of music"]
+    words += [f"{summary['rtf_all']:.2f}× real time", f"{meters.underruns} underruns"]
+    if summary["limited_db"] > 0:
+        words.append(f"turned down by up to {summary['limited_db']:.0f} dB to full scale")
+    print(", ".join(words) + (f"; {meters.error}" if meters.error else ""))
+    if not is_whole:
+        print("lmd stream: interrupted; what was written is finished", file=sys.stderr)
+        return 130
+    return 1 if meters.underruns or summary["faults"] or spoiled else 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments that cannot be met, before anything is loaded."""
-    if not 0 < args.seconds <= MAX_SECONDS:
-        raise LmdError(f"--seconds {args.seconds}", f"up to {MAX_SECONDS}", "Give a number.")
-    if args.output is None and not (args.paced or args.play):
+def _check(options: Options) -> None:
+    """Refuse what cannot be met, before anything is loaded."""
+    if not MIN_SECONDS <= options.seconds <= MAX_SECONDS:
+        limits = f"{MIN_SECONDS} to {MAX_SECONDS}"
+        raise LmdError(f"--seconds {options.seconds}", limits, "Give such a number.")
+    if options.output is None and not (options.paced or options.play):
         raise LmdError("nowhere to play to", "-o FILE, --paced or --play", "Name an output.")
-    if args.output is not None:
-        check_audio_path(args.output)
-    if args.paced and args.play:
+    if options.output is not None:
+        check_audio_path(options.output)
+    if options.paced and options.play:
         raise LmdError("both --paced and --play", "one of them", "Drop one.")
+    check_outputs(output=options.output, take=options.take, json=options.json)
 
 
-def engine_of(args: argparse.Namespace, instrument: Instrument) -> LiveEngine:
-    """The engine that the arguments ask for."""
-    asked = {name: value for name in SETTABLE if (value := getattr(args, name)) is not None}
-    controls = instrument.controls(args.prompt, **asked)
+def engine_of(options: Options, instrument: Instrument) -> LiveEngine:
+    """The engine that the options ask for."""
+    asked = {name: value for name in SETTABLE if (value := getattr(options, name)) is not None}
+    controls = instrument.controls(options.prompt, **asked)
     check_live(controls, instrument.streamer.window)
-    options = EngineOptions(queue_s=args.queue, auto_steps=args.auto, limit_s=args.seconds)
+    pacing = EngineOptions(queue_s=options.queue, auto_steps=options.auto, limit_s=options.seconds)
     sink: Sink
-    if args.play:
+    if options.play:
         sink = SoundCardSink()
-    elif args.paced:
+    elif options.paced:
         sink = NullSink()
     else:
-        sink = FileSink(args.output, limit_s=args.seconds)
+        sink = FileSink(options.output, limit_s=options.seconds)
     take = None
-    if args.take is not None:
-        take = TakeWriter(args.take, header_of(instrument.streamer, instrument.source))
-    engine = LiveEngine(instrument.streamer, sink, controls, options, take=take)
-    if args.output is not None and (args.paced or args.play):
+    if options.take is not None:
+        take = TakeWriter(options.take, header_of(instrument.streamer, instrument.source))
+    engine = LiveEngine(instrument.streamer, sink, controls, pacing, take=take)
+    if options.output is not None and (options.paced or options.play):
         try:
-            engine.record(args.output, limit_s=args.seconds)
+            engine.record(options.output, limit_s=options.seconds)
         except LmdError:
             if take is not None:
                 take.close()
@@ -108,8 +151,8 @@ def engine_of(args: argparse.Namespace, instrument: Instrument) -> LiveEngine:
     return engine
 
 
-def run_with_progress(engine: LiveEngine, seconds: float) -> Meters:
-    """Play to the end behind a progress bar that counts seconds of music.
+def run_with_progress(engine: LiveEngine, seconds: float, spoiled: list[str]) -> None:
+    """Play to the end behind a progress bar; what is said of lost files is added to `spoiled`.
 
     Raises:
         LmdError: a refusal on the engine's thread.
@@ -120,19 +163,16 @@ def run_with_progress(engine: LiveEngine, seconds: float) -> Meters:
         def follow(event: Event) -> None:
             if isinstance(event, Made):
                 bar.update(round(min(engine.meters().played_s, seconds)) - bar.n)
+            elif isinstance(event, Trouble) and event.kind in ("take", "recording"):
+                spoiled.append(event.message)
 
         engine.on_event = follow
         engine.start()
-        try:
-            while not engine.wait(0.5):
-                pass
-        except BaseException:
-            engine.stop()
-            raise
+        while not engine.wait(0.5):
+            pass
     if isinstance(engine.failure, LmdError):
         raise engine.failure
     engine.stop()
-    return engine.meters()
 
 
 def summarize(engine: LiveEngine, instrument: Instrument, meters: Meters) -> dict[str, object]:
@@ -143,12 +183,13 @@ def summarize(engine: LiveEngine, instrument: Instrument, meters: Meters) -> dic
     return {
         "source": instrument.source,
         "preset": instrument.preset.name,
-        "controls": dataclasses.asdict(engine.desk.asked()),
+        "controls": dataclasses.asdict(engine.control_queue.asked()),
         "meters": dataclasses.asdict(meters),
         "rtf_all": sum(made.length_s for made in history) / made_s if made_s else 0.0,
         "block_ms_p50": percentile(costs_ms, 50),
         "block_ms_p95": percentile(costs_ms, 95),
         "block_ms_max": max(costs_ms, default=None),
         "level_db_p50": percentile([made.level_db for made in history], 50),
+        "limited_db": max((made.limited_db for made in history), default=0.0),
         "faults": sum(made.fault is not None for made in history),
     }
