@@ -8,6 +8,7 @@ Modules are imported only when their command is asked for.
 import argparse
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -87,7 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LmdError as error:
         print(f"lmd {' '.join(name)}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"lmd {' '.join(name)}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run() -> int:
+    """`main` as a process of its own, whatever its output can write and however much is read."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nothing more is wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,7 +1,9 @@
 """The engine under a virtual clock: pacing, stalls, latency, refusals, faults."""
 
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +18,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fake_streamer import SAMPLE_RATE, SAMPLES_PER_FRAME, FakeStreamer, VirtualClock, tone_hz
+from fake_streamer import (
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    FakeStreamer,
+    LoudStreamer,
+    VirtualClock,
+    tone_hz,
+)
 
 from lmd.config import WindowConfig
 from lmd.errors import LmdError
@@ -24,10 +33,11 @@ from lmd.machine import openmp_library
 from lmd.play.audio_file import AudioFile
 from lmd.play.control_queue import ControlQueue
 from lmd.play.engine import EngineOptions, LiveEngine
-from lmd.play.guard import Guarded, guarded_step
+from lmd.play.guard import Guarded, guarded_step, limit
 from lmd.play.pace import JITTER, Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
 from lmd.play.sinks import BrowserSink, FileSink, NullSink, SoundCardSink
+from lmd.play.takes import TakeWriter, header_of, play_again, read_take
 from lmd.stream.controls import Controls
 from lmd.stream.state import StreamState
 from lmd.stream.streamer import Block
@@ -965,3 +975,116 @@ def test_percentiles_are_values_that_occurred() -> None:
     assert percentile(values, 95) == 95
     assert percentile([7.0], 95) == 7.0
     assert percentile([], 95) is None
+
+
+def test_the_limiter_leaves_what_is_not_too_loud_alone_to_the_bit() -> None:
+    wave = torch.rand(1, 2, 5000) * 2 - 1
+    wave[0, 0, 100] = 1.0
+    limited, gain_db = limit(wave, 0.0, SAMPLE_RATE)
+    assert torch.equal(limited, wave)
+    assert gain_db == 0
+
+
+@pytest.mark.parametrize("cuts", [[1], [777], [1000, 1001, 6000]])
+def test_the_limiter_holds_full_scale_wherever_the_stream_is_cut(cuts: list[int]) -> None:
+    t = torch.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
+    swell = torch.where((t > 0.3) & (t < 0.6), 16.0, 0.9)  # and back to less than full scale
+    wave = (swell * torch.sin(2 * math.pi * 220 * t)).expand(1, 2, -1)
+    whole, _ = limit(wave, 0.0, SAMPLE_RATE)
+    assert float(whole.abs().max()) <= 1
+    quiet, back = slice(0, int(0.3 * SAMPLE_RATE)), slice(2 * SAMPLE_RATE, None)
+    assert torch.equal(whole[..., quiet], wave[..., quiet])
+    assert torch.equal(whole[..., back], wave[..., back])  # the gain is exactly 1 again
+    gain_db, parts = 0.0, []
+    for part in wave.tensor_split(cuts, dim=-1):
+        limited, gain_db = limit(part, gain_db, SAMPLE_RATE)
+        parts.append(limited)
+    # Measured 1e-7: the gain's rounding depends on where the counting begins.
+    assert float((torch.cat(parts, dim=-1) - whole).abs().max()) < 1e-6
+
+
+def test_a_stream_that_is_too_loud_is_turned_down_and_says_what_would_help() -> None:
+    streamer = LoudStreamer()
+
+    def quieter(engine: LiveEngine, clock: VirtualClock) -> None:
+        clock.at(20.0, lambda: advice.extend(engine.meters().advice))
+        clock.at(20.0, lambda: setattr(streamer, "factor", 1.0))
+
+    advice: list[str] = []
+    engine, sink, _ = play(options=EngineOptions(limit_s=60), before=quieter, streamer=streamer)
+    assert np.abs(sink.heard()).max() <= 1
+    assert any("12 dB over full scale" in line for line in advice)
+    history = list(engine.ledger.history)
+    assert history[0].limited_db == pytest.approx(20 * math.log10(4), abs=0.01)
+    assert history[-1].limited_db == engine.meters().limited_db == 0
+    assert not any("full scale" in line for line in engine.meters().advice)
+
+
+def test_cores_that_are_taken_away_let_the_engine_go_on_with_one_thread(tmp_path: Path) -> None:
+    """Threads that wait for each other, while something else computes: a hundred times as slow."""
+    threads = []
+
+    def cost_s(index: int, controls: Controls) -> float:
+        threads.append(torch.get_num_threads())
+        return 2.0 if index >= 20 and threads[-1] > 1 else 0.02
+
+    streamer, path, before = FakeStreamer(), tmp_path / "take.jsonl", torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        writer = TakeWriter(path, header_of(streamer, "fake"))
+        engine, _, events = play(
+            cost_s, EngineOptions(limit_s=100), streamer=None, before=with_take(writer)
+        )
+        assert torch.get_num_threads() == 2  # afterwards as before
+        assert threads.index(1) == 22  # two such blocks in a row are enough
+        assert set(threads[22:]) == {1}
+        assert engine.meters().underruns == 0
+        assert [e.kind for e in events if isinstance(e, Trouble)] == ["threads"]
+        take = read_take(path)
+        assert take.threads == {22: 1}
+        threads.clear()
+        again = FakeStreamer(None, cost_s)
+        assert sum(block.wave.shape[-1] for block in play_again(take, again)) == take.n_samples
+        assert threads.index(1) == 22
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_take(writer: TakeWriter) -> Callable[[LiveEngine, VirtualClock], None]:
+    return lambda engine, clock: setattr(engine, "_take", writer)
+
+
+ORDERS = {"lmd first": "import lmd, torch", "torch first": "import torch, lmd"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("given", [True, False])
+def test_what_starts_a_kernel_limits_how_long_threads_spin(order: str, given: bool) -> None:
+    """`lmd run` and `make lab` hand the limit on; alone it holds where lmd is imported first."""
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    if given:
+        makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+        assert "export GOMP_SPINCOUNT ?= 10000" in makefile
+        environment["GOMP_SPINCOUNT"] = "10000"
+    code = f"{ORDERS[order]}, os; print(lmd.SPIN_IS_LIMITED, os.environ['GOMP_SPINCOUNT'])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert shown.stdout.split() == [str(given or order == "lmd first"), "10000"]
+
+
+def test_an_engine_can_be_waited_for_through_an_interrupt() -> None:
+    """Python 3.11 takes a thread for ended whose `join` a signal interrupts: no `join` then."""
+    clock = SkippingClock()
+    engine = LiveEngine(FakeStreamer(cost_s=lambda *_: 0), NullSink(clock))
+    engine.start()
+    main_thread = threading.main_thread().ident
+    timer = threading.Timer(0.2, lambda: signal.pthread_kill(main_thread, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.wait(20)
+    timer.join()
+    assert not engine.wait(0)
+    engine.stop()
+    assert engine.wait(0)
+    assert engine.meters().state == "stopped"

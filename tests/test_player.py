@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 import traitlets
+from comm import get_comm_manager
 from fake_streamer import SAMPLE_RATE, FakeStreamer
+from ipywidgets.widgets.widget import _instances
 
 from lmd.config import preset
 from lmd.errors import LmdError
@@ -151,6 +153,18 @@ def test_a_player_that_is_closed_or_whose_page_is_gone_plays_no_more(front: Fron
     assert not front.player.engine.wait(0)
     front.player.close()
     assert front.player.engine.wait(0)
+
+
+def test_thirty_players_that_were_shown_and_closed_leave_nothing_behind(tmp_path: Path) -> None:
+    instrument = Instrument(FakeStreamer(), preset("tiny"), "fake", is_trained=False)
+    comms, before = get_comm_manager().comms, set(_instances)
+    n_comms = len(comms)
+    for _ in range(30):
+        player = LivePlayer(instrument, sink="null", take_folder=tmp_path)
+        player._repr_mimebundle_()  # as a notebook shows it
+        assert len(set(_instances) - before) == 2  # the player and its layout
+        player.close()
+    assert (set(_instances), len(comms)) == (before, n_comms)
 
 
 def test_an_interrupted_cell_ends_its_stream(
