@@ -36,7 +36,7 @@ from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step, limit
 from lmd.play.pace import JITTER, Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
-from lmd.play.sinks import BrowserSink, FileSink, NullSink, SoundCardSink
+from lmd.play.sinks import BrowserSink, NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeWriter, header_of, play_again, read_take
 from lmd.stream.controls import Controls
 from lmd.stream.state import StreamState
@@ -515,9 +515,8 @@ def test_ten_thousand_random_changes_are_taken_if_right_and_refused_by_name_if_w
 @pytest.mark.parametrize("ending", ["wav", "flac"])
 def test_a_file_holds_what_was_streamed(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"ünïcode take.{ending}"
-    engine = LiveEngine(
-        FakeStreamer(), FileSink(path, limit_s=5.0), options=EngineOptions(limit_s=5.0)
-    )
+    engine = LiveEngine(FakeStreamer(), Sink(), options=EngineOptions(limit_s=5.0))
+    engine.record(path, limit_s=5.0)
     engine.run()
     assert engine.failure is None
     samples, rate = soundfile.read(path, dtype="float32")
@@ -589,9 +588,8 @@ def test_a_file_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def test_an_engine_plays_once(tmp_path: Path) -> None:
     path, clock = tmp_path / "once.wav", VirtualClock()
-    engine = LiveEngine(
-        FakeStreamer(clock), FileSink(path, limit_s=5), options=EngineOptions(limit_s=5)
-    )
+    engine = LiveEngine(FakeStreamer(clock), Sink(), options=EngineOptions(limit_s=5))
+    engine.record(path, limit_s=5)
     engine.run()
     before = path.read_bytes()
     for again in (engine.start, engine.run):
@@ -1051,7 +1049,7 @@ def test_cores_that_are_taken_away_let_the_engine_go_on_with_one_thread(tmp_path
 
 
 def with_take(writer: TakeWriter) -> Callable[[LiveEngine, VirtualClock], None]:
-    return lambda engine, clock: setattr(engine, "_take", writer)
+    return lambda engine, clock: setattr(engine, "take", writer)
 
 
 ORDERS = {"lmd first": "import lmd, torch", "torch first": "import torch, lmd"}

@@ -179,7 +179,7 @@ def test_an_interrupted_cell_ends_its_stream(
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lmd.play.player.tqdm", interrupt)
+    monkeypatch.setattr("lmd.play.engine.tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         player.play_for(1e6)
     assert player.engine is not None
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_the_panel(front: Front, tmp_
 def test_the_state_at_the_end_is_the_last_word(front: Front) -> None:
     """The follower reads the meters, then the engine stops and says so, then the follower says."""
     front.player.sink = "null"
-    engine = front.player._start(limit_s=None)
+    engine = front.player._start()
     playing = replace(engine.meters(), state="playing")
     engine.stop()
     front.player._show_meters(playing)

@@ -19,7 +19,7 @@ from lmd.errors import LmdError
 from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step
 from lmd.play.pace import Made, Trouble
-from lmd.play.sinks import FileSink, NullSink
+from lmd.play.sinks import NullSink, Sink
 from lmd.play.takes import (
     OLD_NAMES,
     SampleHash,
@@ -65,11 +65,12 @@ def play_take(folder: Path, n_changes: int = 24) -> tuple[Path, Path]:
 
     engine = LiveEngine(
         instrument.streamer,
-        FileSink(wav),
+        Sink(),
         Controls(prompt="organ", block_frames=4, n_steps=2),
         take=TakeWriter(take, header),
         on_event=follow,
     )
+    engine.record(wav)
     engine.run()
     assert engine.failure is None, engine.failure
     return take, wav

@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 from soak_flat import flat, frame_s, play_out
 
-from lmd.checkpoint import write_atomic
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
+from lmd.outputs import check_outputs, write_json
 from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import Clock, SkippingClock, WallClock
@@ -64,7 +64,7 @@ def latency(
         start = replace(controls, block_frames=block_frames)
         engine = LiveEngine(instrument.streamer, NullSink(clock_of_changes), start, options)
         clock_of_changes.engine = engine
-        play_out(engine, options.limit_s or 0.0)
+        play_out(engine, options.limit_s)
         meters = engine.meters()
         rows[str(block_frames)] = {
             "block_ms": 1e3 * block_s,
@@ -122,7 +122,7 @@ def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], Clock
         streamer = _Stalling(instrument.streamer, {8: blocks * block_s})
         options = EngineOptions(queue_s=block_s, limit_s=20 * block_s)
         engine = LiveEngine(streamer, NullSink(clock()), controls, options)
-        play_out(engine, options.limit_s or 0.0)
+        play_out(engine, options.limit_s)
         history: list[Made] = list(engine.ledger.history)
         rows[str(blocks)] = {
             "underruns": engine.meters().underruns,
@@ -171,11 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     try:
+        check_outputs(json=args.json)
         result = measure(args)
     except LmdError as error:
         print(f"lmd soak: {error}", file=sys.stderr)
         return 2
-    write_atomic(args.json, (json.dumps(result, indent=2) + "\n").encode())
+    write_json(args.json, result)
     _draw(result, args.json.with_suffix(".png"))
     print(json.dumps({k: v for k, v in result.items() if k not in ("parts", "meters")}, indent=2))
     return 0

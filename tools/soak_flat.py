@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import psutil
 from scipy import stats
-from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.play.engine import EngineOptions, Event, LiveEngine
+from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
 from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import SkippingClock
 from lmd.play.player_traits import PROMPTS, mixed
@@ -157,11 +156,8 @@ def play_out(engine: LiveEngine, seconds: float) -> None:
     Raises:
         RuntimeError: the engine failed.
     """
-    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
-        engine.start()
-        while not engine.wait(1.0):
-            bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
-    engine.stop()
+    engine.start()
+    wait_with_bar(engine, seconds)
 
 
 def frame_s(streamer: Streamer) -> float:

@@ -39,11 +39,7 @@ def texts_of(prompt: Prompt) -> tuple[str, ...]:
 
 
 def check_live(controls: Controls, window: WindowConfig) -> None:
-    """Refuse what `Controls.validate` refuses, and what would stop a live stream.
-
-    Raises:
-        LmdError: naming the control, its value and what would be right.
-    """
+    """Refuse (`LmdError`) what `Controls.validate` refuses, and what would stop a live stream."""
     controls.validate(window)
     if controls.n_steps > MAX_LIVE_STEPS:
         raise LmdError(
@@ -114,14 +110,7 @@ class ControlQueue:
         return self._asked
 
     def ask(self, now_s: float, **changes: Any) -> Change:
-        """Ask for other controls from the next block on.
-
-        Args:
-            now_s: the time of asking.
-            changes: any fields of `Controls`.
-
-        Returns:
-            The change, whose number comes back from `take` with the block that carries it.
+        """Ask at `now_s` for other fields of `Controls`, from the next block on.
 
         Raises:
             LmdError: an unknown name, a wrong type or value; everything stays as it was.

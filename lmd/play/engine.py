@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lmd.errors import LmdError
 from lmd.machine import release_idle_threads
@@ -44,6 +45,7 @@ from lmd.play.takes import TakeWriter
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
 
+BAR_EVERY_S = 0.5
 NAP_S = 0.25  # the longest wait before looking again whether something has changed
 
 Event = Made | AppliedChange | Trouble | Meters
@@ -61,11 +63,6 @@ class LiveEngine:
         on_event: called from the engine's threads with every block, applied change and trouble, and
             with the meters when the state changes; it must not take long.
 
-    Attributes:
-        control_queue: what is asked for.
-        ledger: the blocks that were made, the changes that were applied.
-        failure: what ended the stream, if something did.
-
     Raises:
         LmdError: controls that cannot be played.
     """
@@ -81,7 +78,7 @@ class LiveEngine:
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.streamer, self.sink = streamer, sink
-        self._take, self.on_event = take, on_event or (lambda event: None)
+        self.take, self.on_event = take, on_event or (lambda event: None)
         self.control_queue = ControlQueue(
             controls or Controls(),
             streamer.window,
@@ -91,48 +88,32 @@ class LiveEngine:
         self._wake, self._stopping, self._ended = (threading.Event() for _ in range(3))
         self._thread: threading.Thread | None = None
         self.ledger, self._recorder = Ledger(), Recorder()
+        self._rate = streamer.codec.sample_rate
         frame_s = streamer.codec.samples_per_frame / self._rate
         self._pacer = Pacer(options or EngineOptions(), self.ledger, frame_s)
         self._n_blocks = self._n_samples = self._seen_underruns = 0
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
-        self.failure: BaseException | None = None
+        self.failure: BaseException | None = None  # what ended the stream, if something did
 
     # --- from any thread -------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin on a new thread; returns at once.
-
-        Raises:
-            LmdError: it has been started before.
-        """
+        """Begin on a new thread, and return at once; an `LmdError` if it was started before."""
         self._check_is_new()
         release_idle_threads()  # the new thread computes now, not this one
         self._thread = threading.Thread(target=self.run, name="lmd-live", daemon=True)
         self._thread.start()
 
     def change(self, **changes: Any) -> Change:
-        """Ask for other controls from the next block on.
-
-        Raises:
-            LmdError: see `ControlQueue.ask`; the music goes on as it was.
-        """
+        """Ask for other controls from the next block on (`ControlQueue.ask`, with its refusals)."""
         change = self.control_queue.ask(self.sink.clock.now(), **changes)
         self._wake.set()
         return change
 
     def configure(self, **changes: Any) -> None:
-        """Change `EngineOptions` while playing.
-
-        Raises:
-            LmdError: an unknown option or a wrong value.
-        """
-        try:
-            self._pacer.options = replace(self._pacer.options, **changes)
-        except TypeError as error:
-            raise LmdError(
-                f"options {[*changes]}", "some of EngineOptions", "Check them."
-            ) from error
+        """Change some of `EngineOptions` while playing; an `LmdError` if a value is wrong."""
+        self._pacer.options = replace(self._pacer.options, **changes)
         self._wake.set()
 
     def pause(self) -> None:
@@ -164,7 +145,7 @@ class LiveEngine:
             raise RuntimeError("the live engine failed") from self.failure
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end (see `limit_s`); whether it has come, or there was no beginning."""
+        """Wait for the end; whether it has come, or there was no beginning."""
         if self._thread is threading.current_thread():
             return False  # asked by an observer: the stream is still going
         # Not `join`: if a signal interrupts that, Python 3.11 takes the thread for ended.
@@ -202,11 +183,7 @@ class LiveEngine:
     # --- the engine's thread ---------------------------------------------------------------
 
     def run(self) -> None:
-        """Play until stopped or until `limit_s`; `start` calls this on a thread.
-
-        Raises:
-            LmdError: it has played before.
-        """
+        """Play until stopped or until `limit_s`; `start` calls this on a thread."""
         self._check_is_new()
         n_threads = torch.get_num_threads()
         try:
@@ -224,13 +201,12 @@ class LiveEngine:
             self._ended.set()
 
     def _fail(self, failure: Exception) -> None:
-        self.failure = failure
-        self._error = f"{type(failure).__name__}: {failure}"
+        self.failure, self._error = failure, f"{type(failure).__name__}: {failure}"
         self._set_state("failed")
 
     def _close(self) -> None:
         """Finish everything, though one should fail."""
-        for part in (self._take, self.sink, self._recorder, self.control_queue):
+        for part in (self.take, self.sink, self._recorder, self.control_queue):
             try:
                 if part is not None:
                     part.close()
@@ -238,7 +214,7 @@ class LiveEngine:
                 self._fail(error)
 
     def _check_is_new(self) -> None:
-        """An engine plays once: its sink would begin its file anew."""
+        """An engine plays once."""
         if self._state != "new" or self._thread not in (None, threading.current_thread()):
             raise LmdError(f"an engine that is {self._state!r}", "a new one", "Make another.")
 
@@ -246,9 +222,10 @@ class LiveEngine:
         """Make a block whenever one is due, until the end."""
         while not self._stopping.is_set():
             self._wake.clear()
-            if self._finished():
+            if self._n_samples >= self._pacer.options.limit_s * self._rate:
                 return self._drain()
-            due_in_s = self._due_in_s()
+            controls = self._pacer.effective(self.control_queue.asked(), self._n_blocks)
+            due_in_s = self._pacer.due_in_s(controls, self.sink.queued_s())
             if due_in_s <= 0:
                 self._make_one()
                 continue
@@ -262,14 +239,6 @@ class LiveEngine:
             self._primed, self._runs_since_s = True, self.sink.clock.now()
             self._set_state("paused" if self._held else "playing")
             self.sink.run(not self._held)
-
-    def _finished(self) -> bool:
-        limit_s = self._pacer.options.limit_s
-        return limit_s is not None and self._n_samples >= limit_s * self._rate
-
-    def _due_in_s(self) -> float:
-        controls = self._pacer.effective(self.control_queue.asked(), self._n_blocks)
-        return self._pacer.due_in_s(controls, self.sink.queued_s())
 
     def _drain(self) -> None:
         """Let the sink play what it has."""
@@ -314,12 +283,12 @@ class LiveEngine:
 
     def _note(self, line: Callable[[TakeWriter], None]) -> None:
         """Write something into the take; should that fail, the take ends and the music goes on."""
-        if self._take is None:
+        if self.take is None:
             return
         try:
-            line(self._take)
+            line(self.take)
         except WRITING_FAILED as error:
-            take, self._take = self._take, None
+            take, self.take = self.take, None
             with contextlib.suppress(*WRITING_FAILED):
                 take.close()
             self._trouble("take", f"The take ended: {error}")
@@ -327,15 +296,11 @@ class LiveEngine:
     def _applied(self, change: Change, made: Made) -> AppliedChange:
         latency_ms = None
         was_heard = self._state == "playing" and change.asked_s >= self._runs_since_s
-        if self._primed and was_heard and math.isfinite(made.queued_s):
+        if was_heard and math.isfinite(made.queued_s):
             end_s = self.sink.clock.now() + self.sink.queued_s()
             after_it = made.first_sample + made.n_samples - made.own_sample
             latency_ms = 1e3 * (end_s - after_it / self._rate - change.asked_s)
         return AppliedChange(change, made.number, made.own_sample, latency_ms)
-
-    @property
-    def _rate(self) -> int:
-        return self.streamer.codec.sample_rate
 
     def _learn(self, made: Made) -> None:
         """For `auto_steps`, how many threads to use, and what to say about a fault."""
@@ -365,3 +330,19 @@ class LiveEngine:
     def _set_state(self, state: str) -> None:
         self._state = state
         self.on_event(self.meters())
+
+
+def wait_with_bar(engine: LiveEngine, seconds: float) -> None:
+    """Wait for the end behind a progress bar of seconds; an interrupt ends the stream, too.
+
+    Raises:
+        RuntimeError: the engine failed.
+    """
+    try:
+        with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
+            has_ended = False
+            while not has_ended:
+                has_ended = engine.wait(BAR_EVERY_S)
+                bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
+    finally:
+        engine.stop()

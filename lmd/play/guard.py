@@ -1,7 +1,7 @@
 """One step of a stream that must not stop, and must not be louder than full scale."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -78,9 +78,6 @@ def guarded_step(
         controls: already validated.
         fault: take the block for bad, for this reason (to play a take again).
         limited: whether `limit` holds the wave within full scale.
-
-    Returns:
-        What to play, and the state after it.
     """
     if fault is None:
         try:
@@ -128,6 +125,5 @@ def _replaced(
         wave[..., :n] = guarded.last_wave.flip(-1)[..., :n] * fade_out
     n_faults = guarded.n_faults + 1
     state = streamer.start() if n_faults > 1 else guarded.state
-    return PlayedBlock(wave, None, fault), replace(
-        guarded, state=state, n_faults=n_faults, gain_db=0.0
-    )
+    after = Guarded(state, guarded.last_wave, n_faults)
+    return PlayedBlock(wave, None, fault), after

@@ -38,7 +38,6 @@ class Made:
     made_s: float  # from taking the controls to having the samples
     dit_ms: float  # of which in the transformer
     decode_ms: float  # of which in the decoder
-    rebuilt: bool  # whether the context's keys were computed afresh
     queued_s: float  # in the sink's queue just before it was handed over
     level_db: float  # its RMS level under full scale (−120 for silence)
     limited_db: float = 0.0  # by how much the limiter turned it down
@@ -57,7 +56,6 @@ class Made:
             controls=controls,
             dit_ms=block.dit_ms if block else 0.0,
             decode_ms=block.decode_ms if block else 0.0,
-            rebuilt=bool(block and block.rebuilt),
             level_db=level_db(played.wave),
             limited_db=played.limited_db,
             fault=played.fault,
@@ -103,13 +101,14 @@ class EngineOptions:
     safety_s: float = 0.04  # left in the queue when a block arrives, or a quarter of its cost
     auto_steps: bool = False  # fewer steps than asked for while the model is too slow
     roll_seed: bool = False  # another seed for every block, derived from the one asked for
-    limit_s: float | None = None  # stop after so much music
+    limit_s: float = math.inf  # stop after so much music
 
     def __post_init__(self) -> None:
-        for name in ("queue_s", "safety_s", "limit_s"):
+        allowed = {"queue_s": (None,), "safety_s": (), "limit_s": (math.inf,)}
+        for name, others in allowed.items():
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 <= value < math.inf):
+            if value not in others and not (is_number and 0 <= value < math.inf):
                 raise LmdError(f"{name} = {value!r}", "seconds, 0 or more", f"Set {name} so.")
 
 

@@ -7,7 +7,6 @@ running and comes back with the next samples that arrive.
 
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,12 +40,10 @@ class WallClock:
 class SkippingClock:
     """Real time without the waiting: computing costs what it costs, a sleep is over at once.
 
-    A paced stream then runs as fast as the model does, with the queue levels and underruns that it
-    would have had.
+    A stream then runs as fast as the model does, with the queue levels and underruns of real time.
     """
 
-    def __init__(self) -> None:
-        self._skipped_s = 0.0
+    _skipped_s = 0.0
 
     def now(self) -> float:
         """Seconds computed plus seconds slept."""
@@ -75,9 +72,8 @@ class PlayQueue:
     """
 
     def __init__(self, channels: int, fade_samples: int) -> None:
-        self._parts: deque[np.ndarray] = deque()
-        self._channels, self._fade = channels, max(1, fade_samples)
-        self._gain, self._dry = 0.0, True
+        self._samples = np.zeros((channels, 0), dtype=np.float32)
+        self._fade, self._gain, self._dry = max(1, fade_samples), 0.0, True
         self._lock = threading.Lock()
         self.level = self.heard = self.silent = self.underruns = 0
         self.lowest: float = float("inf")
@@ -86,7 +82,7 @@ class PlayQueue:
     def push(self, samples: np.ndarray) -> None:
         """Append `[channel, sample]`."""
         with self._lock:
-            self._parts.append(samples)
+            self._samples = np.concatenate([self._samples, samples], axis=-1)
             self.level += samples.shape[-1]
 
     def report(self, sample_rate: int) -> SinkReport:
@@ -96,30 +92,21 @@ class PlayQueue:
 
     def pull(self, n: int) -> np.ndarray:
         """The next n samples `[channel, sample]`: sound as far as there is some, then silence."""
-        out = np.zeros((self._channels, n), dtype=np.float32)
         with self._lock:
-            before, n_sound = self.level, min(n, self.level)
-            self._fill(out[:, :n_sound])
-            self._shape(out[:, :n_sound], before)
+            n_sound = min(n, self.level)
+            out = np.zeros((len(self._samples), n), dtype=np.float32)
+            out[:, :n_sound] = self._samples[:, :n_sound]
+            self._shape(out[:, :n_sound])
+            self._samples = self._samples[:, n_sound:]
+            self.level -= n_sound
             self._count(n, n_sound)
         return out
 
-    def _fill(self, out: np.ndarray) -> None:
-        done = 0
-        while done < out.shape[-1]:
-            part = self._parts.popleft()
-            k = min(part.shape[-1], out.shape[-1] - done)
-            out[:, done : done + k] = part[:, :k]
-            done += k
-            if k < part.shape[-1]:
-                self._parts.appendleft(part[:, k:])
-        self.level -= done
-
-    def _shape(self, out: np.ndarray, before: int) -> None:
+    def _shape(self, out: np.ndarray) -> None:
         n, fade = out.shape[-1], self._fade
-        if n and (self._gain < 1 or before - n < fade):
+        if n and (self._gain < 1 or self.level - n < fade):
             i = np.arange(n)
-            gain = np.minimum(self._gain + (i + 1) / fade, (before - 1 - i) / fade)
+            gain = np.minimum(self._gain + (i + 1) / fade, (self.level - 1 - i) / fade)
             gain = np.clip(gain, 0, 1).astype(np.float32)
             out *= gain
             self._gain = float(gain[-1])

@@ -11,18 +11,9 @@ from lmd.errors import LmdError
 from lmd.stream.controls import SEAMS, Controls, Prompt
 from lmd.stream.samplers import SAMPLERS
 
-CONTROL_NAMES = (
-    "prompt_a",
-    "prompt_b",
-    "mix",
-    "cfg_scale",
-    "n_steps",
-    "sampler",
-    "regime",
-    "block_frames",
-    "seed",
-    "boundary",
-)
+PROMPT_NAMES = ("prompt_a", "prompt_b", "mix")
+OTHER_NAMES = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed", "boundary")
+CONTROL_NAMES = PROMPT_NAMES + OTHER_NAMES
 PACING_NAMES = ("queue_blocks", "auto_steps", "roll_seed")
 PROMPTS = (
     "church organ, slow, minor",
@@ -31,47 +22,41 @@ PROMPTS = (
     "brass ensemble, stately, major",
     "choir, slow, major",
 )
+GUIDANCE = {"min": 0.5, "max": 8, "step": 0.1, "digits": 1}
+STEPS = {"min": 1, "max": 32, "step": 1, "digits": 0}
+QUEUES = [1, 1.5, 2, 3, 4]
 SHORTEST_BLOCK_FRAMES = 4  # shorter ones cost far more than they last
 
 
 def fields_for(window: WindowConfig) -> list[dict[str, Any]]:
     """One entry per field: kind, label, hint, limits or choices, and the row it stands in."""
     blocks = [n for n in window.block_lengths() if n >= SHORTEST_BLOCK_FRAMES]
-    drop = (0, window.context_frames, 12)
+    context = {"min": 0, "max": window.context_frames, "step": 12, "digits": 0}
+    share = {"min": 0, "max": 1, "step": 0.01, "digits": 2}
     return [
-        _field("prompt_a", "prompt", "text", "Prompt A", "what to play"),
-        _range("mix", "prompt", "A ↔ B", "share of prompt B", (0, 1, 0.01), 2),
-        _field("prompt_b", "prompt", "text", "Prompt B", "what to morph into"),
-        _range("cfg_scale", "model", "Guidance", "how strictly; 1 = off", (0.5, 8, 0.1), 1),
-        _range("n_steps", "model", "Steps", "per block and branch", (1, 32, 1), 0),
-        _choice("sampler", "model", "Sampler", "how noise becomes music", list(SAMPLERS)),
-        _choice("regime", "model", "Regime", "who sees whom", list(REGIMES)),
-        _choice("block_frames", "model", "Block", "in frames: short answers sooner", blocks),
-        _choice("boundary", "model", "Boundary", "exact is late by the look-ahead", list(SEAMS)),
-        _range("drop_context_frames", "time", "Drop", "frames of context, oldest first", drop, 0),
-        _field("seed", "time", "number", "Seed", "of the noise", min=0, max=2**31 - 1, step=1),
-        _field("roll_seed", "time", "switch", "roll it", "another seed for every block"),
-        _choice("queue_blocks", "time", "Queue", "in blocks: longer is safer", [1, 1.5, 2, 3, 4]),
-        _field("auto_steps", "time", "switch", "auto steps", "fewer while the model is too slow"),
-        _range("volume", "bar", "Volume", "of this page", (0, 1, 0.01), 2),
+        _field("prompt text", "prompt_a", "Prompt A", "what to play"),
+        _field("prompt range", "mix", "A ↔ B", "share of prompt B", **share),
+        _field("prompt text", "prompt_b", "Prompt B", "what to morph into"),
+        _field("model range", "cfg_scale", "Guidance", "how strictly; 1 = off", **GUIDANCE),
+        _field("model range", "n_steps", "Steps", "per block and branch", **STEPS),
+        _field("model choice", "sampler", "Sampler", "noise to music", choices=[*SAMPLERS]),
+        _field("model choice", "regime", "Regime", "who sees whom", choices=[*REGIMES]),
+        _field("model choice", "block_frames", "Block", "short answers sooner", choices=blocks),
+        _field("model choice", "boundary", "Boundary", "exact is later", choices=[*SEAMS]),
+        _field("time range", "drop_context_frames", "Drop", "oldest frames of context", **context),
+        _field("time number", "seed", "Seed", "of the noise", min=0, max=2**31 - 1, step=1),
+        _field("time switch", "roll_seed", "roll it", "another seed for every block"),
+        _field(
+            "time choice", "queue_blocks", "Queue", "in blocks: longer is safer", choices=QUEUES
+        ),
+        _field("time switch", "auto_steps", "auto steps", "fewer while the model is too slow"),
+        _field("bar range", "volume", "Volume", "of this page", **share),
     ]
 
 
-def _field(name: str, group: str, kind: str, label: str, hint: str, **more: Any) -> dict[str, Any]:
-    entry = {"name": name, "group": group, "kind": kind, "label": label, "hint": hint}
-    return entry | more
-
-
-def _range(
-    name: str, group: str, label: str, hint: str, limits: tuple[float, float, float], digits: int
-) -> dict[str, Any]:
-    low, high, step = limits
-    more = {"min": low, "max": high, "step": step, "digits": digits}
-    return _field(name, group, "range", label, hint, **more)
-
-
-def _choice(name: str, group: str, label: str, hint: str, choices: list[Any]) -> dict[str, Any]:
-    return _field(name, group, "choice", label, hint, choices=choices)
+def _field(place: str, name: str, label: str, hint: str, **more: Any) -> dict[str, Any]:
+    group, kind = place.split()
+    return {"name": name, "group": group, "kind": kind, "label": label, "hint": hint, **more}
 
 
 def mixed(first: str, second: str, share: float) -> Prompt:
@@ -85,7 +70,7 @@ def mixed(first: str, second: str, share: float) -> Prompt:
 
 def trait_values(controls: Controls, prompts: Sequence[str]) -> dict[str, Any]:
     """The traits that say the same as these controls."""
-    values = {n: getattr(controls, n) for n in CONTROL_NAMES if hasattr(controls, n)}
+    values = {name: getattr(controls, name) for name in OTHER_NAMES}
     prompt, other = controls.prompt, prompts[1] if len(prompts) > 1 else ""
     if isinstance(prompt, str):
         return values | {"prompt_a": prompt, "prompt_b": other, "mix": 0.0}
@@ -136,10 +121,10 @@ class PlayerTraits(anywidget.AnyWidget):
 
     def prompt_traits(self) -> dict[str, Any]:
         """What `prompt` is made of."""
-        return {name: getattr(self, name) for name in ("prompt_a", "prompt_b", "mix")}
+        return {name: getattr(self, name) for name in PROMPT_NAMES}
 
     def controls(self, **changes: Any) -> Controls:
         """The traits as `Controls`, some of them replaced."""
         values = {name: getattr(self, name) for name in CONTROL_NAMES} | changes
-        prompt = mixed(values.pop("prompt_a"), values.pop("prompt_b"), values.pop("mix"))
+        prompt = mixed(*(values.pop(name) for name in PROMPT_NAMES))
         return Controls(prompt=prompt, **values)

@@ -24,21 +24,13 @@ FIGURES = (".png", ".pdf", ".svg")
 
 @dataclass(frozen=True)
 class Options:
-    """What to replay, and what to make of it.
+    """What to replay, and what to make of it."""
 
-    Attributes:
-        take: A file written while playing.
-        output: Wav or flac file to write.
-        figure: Png, pdf or svg: spectrogram and controls.
-        source: Weights, if not where the take says; in its precision.
-        device: cpu, cuda, mps or auto.
-    """
-
-    take: tyro.conf.Positional[Path]
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    figure: Path | None = None
-    source: str | None = None
-    device: str = "auto"
+    take: tyro.conf.Positional[Path]  # A file written while playing.
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # Wav or flac to write.
+    figure: Path | None = None  # Png, pdf or svg: spectrogram and controls.
+    source: str | None = None  # Weights, if not where the take says; in its precision.
+    device: str = "auto"  # cpu, cuda, mps or auto.
 
 
 def main(options: Options) -> int:

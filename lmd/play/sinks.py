@@ -1,22 +1,21 @@
-"""Where the sound goes: to nobody by a clock, to a sound card, to a browser, to a file."""
+"""Where the sound goes: nowhere, to nobody by a clock, to a sound card, to a browser."""
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from lmd.errors import LmdError
-from lmd.play.audio_file import AudioFile
 from lmd.play.play_queue import FADE_S, Clock, PlayQueue, SinkReport, WallClock
 
 
 class Sink:
     """Something that plays; opened paused, so that it can be primed.
 
-    As it stands it writes to nowhere and keeps no time, so nothing can be late.
+    As it stands it plays nowhere and keeps no time, so nothing can be late: a stream into it is
+    made as fast as it goes, e.g. to be recorded (`LiveEngine.record`).
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -46,60 +45,23 @@ class Sink:
         """Play nothing more."""
 
 
-class FileSink(Sink):
-    """Writes to a file as fast as it is fed.
-
-    Args:
-        path: a wav or flac file.
-        limit_s: write no more than this many seconds.
-    """
-
-    def __init__(self, path: str | Path, limit_s: float = float("inf")) -> None:
-        super().__init__()
-        self.path, self._limit_s = Path(path), limit_s
-        self._file: AudioFile | None = None
-
-    def open(self, sample_rate: int, channels: int) -> None:
-        """Create the file."""
-        self._file = AudioFile(self.path, sample_rate, channels, self._limit_s)
-
-    def write(self, samples: np.ndarray) -> None:
-        """Append to the file."""
-        if self._file is not None:
-            self._file.write(samples)
-
-    def report(self) -> SinkReport:
-        """Everything written counts as heard."""
-        return SinkReport(heard_samples=self._file.written if self._file else 0)
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self._file is not None:
-            self._file.close()
-
-
 class QueueSink(Sink):
     """What the sinks of this process share: a `PlayQueue` that something pulls from."""
 
     def open(self, sample_rate: int, channels: int) -> None:
-        """Get ready, paused and empty."""
         self.sample_rate = sample_rate
         self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
 
     def write(self, samples: np.ndarray) -> None:
-        """Append to the queue."""
         self.queue.push(samples)
 
     def queued_s(self) -> float:
-        """Seconds written and not yet played."""
         return self.queue.level / self.sample_rate
 
     def report(self) -> SinkReport:
-        """The counters."""
         return self.queue.report(self.sample_rate)
 
     def finish(self) -> None:
-        """Nothing more will come."""
         self.queue.ending = True
 
 
@@ -117,7 +79,6 @@ class NullSink(QueueSink):
         self._running, self._lock = False, threading.Lock()
 
     def open(self, sample_rate: int, channels: int) -> None:
-        """Get ready, paused and empty."""
         super().open(sample_rate, channels)
         self._since, self._pulled = self.clock.now(), 0
 
@@ -134,24 +95,20 @@ class NullSink(QueueSink):
                     self._kept.append(played)
 
     def write(self, samples: np.ndarray) -> None:
-        """Append to the queue."""
         self._advance()
         super().write(samples)
 
     def queued_s(self) -> float:
-        """Seconds not yet played."""
         self._advance()
         return super().queued_s()
 
     def run(self, running: bool) -> None:
-        """Let the clock play, or stop it."""
         self._advance()
         if running and not self._running:
             self._since, self._pulled = self.clock.now(), 0
         self._running = running
 
     def report(self) -> SinkReport:
-        """The counters."""
         self._advance()
         return super().report()
 
@@ -163,7 +120,6 @@ class NullSink(QueueSink):
         return np.concatenate(self._kept, axis=-1)
 
     def close(self) -> None:
-        """Stop."""
         self.run(False)
 
 
@@ -197,7 +153,6 @@ class SoundCardSink(QueueSink):
         self._stream: Any = None
 
     def open(self, sample_rate: int, channels: int) -> None:
-        """Open the device."""
         super().open(sample_rate, channels)
         try:
             self._stream = self._library.OutputStream(
@@ -218,12 +173,10 @@ class SoundCardSink(QueueSink):
         out[:] = self.queue.pull(n).T
 
     def run(self, running: bool) -> None:
-        """Start or stop the card."""
         if running != self._stream.active:
             (self._stream.start if running else self._stream.stop)()
 
     def close(self) -> None:
-        """Release the device."""
         if self._stream is not None:
             self._stream.close()
 
@@ -256,7 +209,6 @@ class BrowserSink(Sink):
         self._reported_at: float | None = None
 
     def open(self, sample_rate: int, channels: int) -> None:
-        """Ask the page to get ready, with an empty queue."""
         with self._lock:
             self.sample_rate = sample_rate
             self.epoch += 1
@@ -268,7 +220,6 @@ class BrowserSink(Sink):
         self._send({"kind": kind, "epoch": self.epoch, **values}, buffers or [])
 
     def write(self, samples: np.ndarray) -> None:
-        """Send samples as interleaved little-endian int16."""
         pcm = np.rint(np.clip(samples.T, -1, 1) * 32767).astype("<i2")
         with self._lock:
             first = self._written
@@ -288,7 +239,6 @@ class BrowserSink(Sink):
             self._reported_at = self.clock.now()
 
     def queued_s(self) -> float:
-        """Seconds sent and, as far as is known, not yet played; infinite once a page is gone."""
         with self._lock:
             played = float(self._report.heard_samples)
             if self._running and self._reported_at is not None:
@@ -299,20 +249,16 @@ class BrowserSink(Sink):
             return (self._written - played) / self.sample_rate
 
     def run(self, running: bool) -> None:
-        """Tell the worklet to play or to hold."""
         with self._lock:
             self._running = running
             self._reported_at = self.clock.now()
         self._message("run", running=running)
 
     def report(self) -> SinkReport:
-        """What the worklet counted last."""
         return self._report
 
     def finish(self) -> None:
-        """Tell the worklet that nothing more will come."""
         self._message("finish")
 
     def close(self) -> None:
-        """Tell the page to stop."""
         self._message("close")

@@ -5,22 +5,19 @@ python -m lmd stream "church organ, slow, minor" --seconds 60 -o out.wav --take 
 
 import dataclasses
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tqdm import tqdm
 
 from lmd.config import Regime
 from lmd.errors import LmdError
 from lmd.outputs import check_outputs, write_json
 from lmd.play.audio_file import check_audio_path
-from lmd.play.control_queue import check_live
-from lmd.play.engine import EngineOptions, Event, LiveEngine
-from lmd.play.pace import Made, Meters, Trouble, percentile
-from lmd.play.sinks import FileSink, NullSink, Sink, SoundCardSink
+from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
+from lmd.play.pace import Trouble, percentile
+from lmd.play.sinks import NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeWriter, header_of
 from lmd.pretrained import Instrument, open_instrument
 from lmd.stream.samplers import SamplerName
@@ -31,83 +28,73 @@ SETTABLE = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed")
 
 @dataclass(frozen=True)
 class Options:
-    """What to stream, and where to.
+    """What to stream, and where to."""
 
-    Attributes:
-        prompt: What to play, e.g. "church organ, slow, minor".
-        seconds: Of music.
-        output: Wav or flac file to write.
-        take: JSON lines to write, for `lmd replay`.
-        json: Write measurements to this file.
-        paced: Keep real time, heard by nobody.
-        play: Keep real time on the sound card.
-        queue: Seconds to make ahead (two blocks by default).
-        source: Weights: `best`, arc, finetuned, base, FOLDER:KIND or random:PRESET:SEED.
-        preset: tiny, small or paper (for --source best).
-        device: cpu, cuda, mps or auto.
-        dtype: Of the model (float32 by default); bfloat16 is slower where the processor has none.
-        cfg_scale: Guidance, 1 = off.
-        n_steps: Steps per block and branch.
-        sampler: How noise becomes music.
-        regime: Who sees whom.
-        block_frames: Length of a block.
-        seed: Of the noise.
-        auto: Fewer steps when too slow.
-    """
-
-    prompt: tyro.conf.Positional[str]
-    seconds: float = 60.0
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    take: Path | None = None
-    json: Path | None = None
-    paced: bool = False
-    play: bool = False
-    queue: float | None = None
-    source: str = "best"
-    preset: str = "small"
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] | None = None
-    cfg_scale: float | None = None
-    n_steps: Annotated[int | None, tyro.conf.arg(name="steps")] = None
-    sampler: SamplerName | None = None
-    regime: Regime | None = None
-    block_frames: int | None = None
-    seed: int | None = None
-    auto: bool = False
+    prompt: tyro.conf.Positional[str]  # What to play, e.g. "church organ, slow, minor".
+    seconds: float = 60.0  # Of music.
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # Wav or flac to write.
+    take: Path | None = None  # JSON lines to write, for `lmd replay`.
+    json: Path | None = None  # Write measurements to this file.
+    paced: bool = False  # Keep real time, heard by nobody.
+    play: bool = False  # Keep real time on the sound card.
+    queue: float | None = None  # Seconds to make ahead (two blocks by default).
+    source: str = "best"  # Weights: best, arc, finetuned, base, FOLDER:KIND, random:PRESET:SEED.
+    preset: str = "small"  # tiny, small or paper (for --source best).
+    device: str = "auto"  # cpu, cuda, mps or auto.
+    dtype: Literal["float32", "bfloat16"] | None = None  # Of the model (float32 by default).
+    cfg_scale: float | None = None  # Guidance, 1 = off.
+    n_steps: Annotated[int | None, tyro.conf.arg(name="steps")] = None  # Per block and branch.
+    sampler: SamplerName | None = None  # How noise becomes music.
+    regime: Regime | None = None  # Who sees whom.
+    block_frames: int | None = None  # Length of a block.
+    seed: int | None = None  # Of the noise.
+    auto: bool = False  # Fewer steps when too slow.
 
 
 def main(options: Options) -> int:
     """Stream; status 1 if a paced stream ran dry, a block could not be played or a take ended."""
     _check(options)
     instrument = open_instrument(
-        options.source,
-        preset_name=options.preset,
-        device=options.device,
-        dtype=options.dtype,
+        options.source, preset_name=options.preset, device=options.device, dtype=options.dtype
     )
     print(f"playing on {instrument.description}")
-    engine = engine_of(options, instrument)
-    spoiled: list[str] = []
-    is_whole = True
+    engine, was_interrupted = _engine(options, instrument), False
+    lost: list[str] = []  # what is said of files that could not be finished
+
+    def follow(event: Event) -> None:
+        if isinstance(event, Trouble) and event.kind in ("take", "recording"):
+            lost.append(event.message)
+            if not (options.paced or options.play):  # then nobody hears the rest
+                engine.stop()
+
+    engine.on_event = follow
     try:
-        run_with_progress(engine, options.seconds, spoiled)
+        engine.start()
+        wait_with_bar(engine, options.seconds)
     except KeyboardInterrupt:
-        is_whole = False
-        with suppress(RuntimeError):
-            engine.stop()
-    meters = engine.meters()
-    summary = summarize(engine, instrument, meters)
+        was_interrupted = True
+    except RuntimeError as failure:
+        if isinstance(failure.__cause__, LmdError):
+            raise failure.__cause__ from None
+        raise
+    summary = summarize(engine, instrument)
     if options.json is not None:
         write_json(options.json, summary)
-    words = [f"{min(meters.played_s, options.seconds):.1f} s of music"]
-    words += [f"{summary['rtf_all']:.2f}× real time", f"{meters.underruns} underruns"]
-    if summary["limited_db"] > 0:
-        words.append(f"turned down by up to {summary['limited_db']:.0f} dB to full scale")
-    print(", ".join(words) + (f"; {meters.error}" if meters.error else ""))
-    if not is_whole:
+    print(_in_words(summary, options.seconds))
+    if was_interrupted:
         print("lmd stream: interrupted; what was written is finished", file=sys.stderr)
         return 130
-    return 1 if meters.underruns or summary["faults"] or spoiled else 0
+    return 1 if summary["meters"]["underruns"] or summary["faults"] or lost else 0
+
+
+def _in_words(summary: dict[str, Any], seconds: float) -> str:
+    """One line for a person."""
+    meters = summary["meters"]
+    words = [f"{min(meters['played_s'], seconds):.1f} s of music"]
+    words += [f"{summary['rtf_all']:.2f}× real time", f"{meters['underruns']} underruns"]
+    if summary["limited_db"] > 0:
+        words.append(f"turned down by up to {summary['limited_db']:.0f} dB to full scale")
+    return ", ".join(words) + (f"; {meters['error']}" if meters["error"] else "")
 
 
 def _check(options: Options) -> None:
@@ -124,58 +111,21 @@ def _check(options: Options) -> None:
     check_outputs(output=options.output, take=options.take, json=options.json)
 
 
-def engine_of(options: Options, instrument: Instrument) -> LiveEngine:
+def _engine(options: Options, instrument: Instrument) -> LiveEngine:
     """The engine that the options ask for."""
     asked = {name: value for name in SETTABLE if (value := getattr(options, name)) is not None}
     controls = instrument.controls(options.prompt, **asked)
-    check_live(controls, instrument.streamer.window)
     pacing = EngineOptions(queue_s=options.queue, auto_steps=options.auto, limit_s=options.seconds)
-    sink: Sink
-    if options.play:
-        sink = SoundCardSink()
-    elif options.paced:
-        sink = NullSink()
-    else:
-        sink = FileSink(options.output, limit_s=options.seconds)
-    take = None
+    sink = SoundCardSink() if options.play else NullSink() if options.paced else Sink()
+    engine = LiveEngine(instrument.streamer, sink, controls, pacing)
+    if options.output is not None:
+        engine.record(options.output, limit_s=options.seconds)
     if options.take is not None:
-        take = TakeWriter(options.take, header_of(instrument.streamer, instrument.source))
-    engine = LiveEngine(instrument.streamer, sink, controls, pacing, take=take)
-    if options.output is not None and (options.paced or options.play):
-        try:
-            engine.record(options.output, limit_s=options.seconds)
-        except LmdError:
-            if take is not None:
-                take.close()
-            raise
+        engine.take = TakeWriter(options.take, header_of(instrument.streamer, instrument.source))
     return engine
 
 
-def run_with_progress(engine: LiveEngine, seconds: float, spoiled: list[str]) -> None:
-    """Play to the end behind a progress bar; what is said of lost files is added to `spoiled`.
-
-    Raises:
-        LmdError: a refusal on the engine's thread.
-        RuntimeError: the engine failed.
-    """
-    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
-
-        def follow(event: Event) -> None:
-            if isinstance(event, Made):
-                bar.update(round(min(engine.meters().played_s, seconds)) - bar.n)
-            elif isinstance(event, Trouble) and event.kind in ("take", "recording"):
-                spoiled.append(event.message)
-
-        engine.on_event = follow
-        engine.start()
-        while not engine.wait(0.5):
-            pass
-    if isinstance(engine.failure, LmdError):
-        raise engine.failure
-    engine.stop()
-
-
-def summarize(engine: LiveEngine, instrument: Instrument, meters: Meters) -> dict[str, object]:
+def summarize(engine: LiveEngine, instrument: Instrument) -> dict[str, Any]:
     """What a stream measured, ready for JSON; times in ms are per block."""
     history = list(engine.ledger.history)
     costs_ms = [1e3 * made.made_s for made in history]
@@ -184,7 +134,7 @@ def summarize(engine: LiveEngine, instrument: Instrument, meters: Meters) -> dic
         "source": instrument.source,
         "preset": instrument.preset.name,
         "controls": dataclasses.asdict(engine.control_queue.asked()),
-        "meters": dataclasses.asdict(meters),
+        "meters": dataclasses.asdict(engine.meters()),
         "rtf_all": sum(made.length_s for made in history) / made_s if made_s else 0.0,
         "block_ms_p50": percentile(costs_ms, 50),
         "block_ms_p95": percentile(costs_ms, 95),

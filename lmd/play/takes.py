@@ -67,20 +67,6 @@ class Take:
     n_samples: int = 0
     sha256: str | None = None  # of all samples, float32 little-endian; None if it broke off
 
-    def block_starts_s(self) -> dict[int, float]:
-        """When the blocks of `changes` begin, in seconds of the stream."""
-        rate = self.header.sample_rate
-        return {block: sample / rate for block, sample in self.starts.items()}
-
-    def moving(self) -> list[str]:
-        """The names of the controls that change during the take, and the prompt."""
-        values = list(self.changes.values())
-        return [
-            name
-            for name in NAMES
-            if name == "prompt" or any(getattr(v, name) != getattr(values[0], name) for v in values)
-        ]
-
     def controls(self) -> Iterator[Controls]:
         """The controls of every block."""
         present = self.changes[0]
