@@ -328,7 +328,6 @@ LINE = '{"block": 0, "sample": 0, "controls": {"seed": 1}}'
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"blocks": 2, "samples": 1}', "2 blocks; expected samples for each"),
         ('{"blocks": -1, "samples": 1}', "blocks -1"),
         ('{"blocks": true, "samples": 1}', "blocks True"),
         ('{"blocks": 1, "samples": 1, "sha256": 7}', "sha256 7; expected a text"),

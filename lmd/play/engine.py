@@ -41,7 +41,7 @@ from lmd.play.pace import (
 )
 from lmd.play.play_queue import SinkReport
 from lmd.play.sinks import Sink
-from lmd.play.takes import TakeWriter
+from lmd.play.takes import TakeWriter, as_many_threads
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
 
@@ -185,19 +185,18 @@ class LiveEngine:
     def run(self) -> None:
         """Play until stopped or until `limit_s`; `start` calls this on a thread."""
         self._check_is_new()
-        n_threads = torch.get_num_threads()
         try:
             self.sink.open(self._rate, self.streamer.codec.channels)
             self._set_state("priming")
             self.control_queue.encode_first()
             self._guarded = Guarded(self.streamer.start())
-            self._loop()
+            with as_many_threads(torch.get_num_threads()):  # `_learn` may take fewer meanwhile
+                self._loop()
             self._set_state("stopped")
         except Exception as failure:  # said in the panel, kept for `stop` to raise
             self._fail(failure)
         finally:
             self._close()
-            torch.set_num_threads(n_threads)
             self._ended.set()
 
     def _fail(self, failure: Exception) -> None:

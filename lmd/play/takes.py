@@ -218,11 +218,12 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
             if not isinstance(entry, dict):
                 raise LmdError(f"{entry!r}", "names and values in braces", "Mend it.")
             if "blocks" in entry:
-                end = _checked(entry, blocks=MAX_BLOCKS, samples=2**63)
-                if end["blocks"] > end["samples"]:
-                    raise LmdError(f"{end['blocks']} blocks", "samples for each", "Mend it.")
+                end = _counts(entry, blocks=MAX_BLOCKS, samples=2**63)
+                end["sha256"] = entry.get("sha256")
+                if not isinstance(end["sha256"], str | None):
+                    raise LmdError(f"sha256 {end['sha256']!r}", "a text", "Mend it.")
                 continue
-            block, sample = _checked(entry, block=MAX_BLOCKS, sample=2**63).values()
+            block, sample = _counts(entry, block=MAX_BLOCKS, sample=2**63).values()
             if "controls" in entry:
                 changes = {OLD_NAMES.get(k, k): v for k, v in entry["controls"].items()}
                 present = with_changes(present, changes)
@@ -231,7 +232,7 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
             elif "fault" in entry:
                 take.faults[block] = str(entry["fault"])
             elif "threads" in entry:
-                take.threads[block] = _checked(entry, threads=2**31)["threads"]
+                take.threads[block] = _counts(entry, threads=2**31)["threads"]
             else:
                 underruns.append((block, sample))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -254,27 +255,27 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
     )
 
 
-def _checked(entry: dict[str, Any], **most: int) -> dict[str, Any]:
-    """These values of a line, whole numbers from 0 on; and its SHA-256, if it has one."""
+def _counts(entry: dict[str, Any], **most: int) -> dict[str, Any]:
+    """These values of a line: whole numbers from 0 to the given ones."""
     for name, limit in most.items():
         value = entry.get(name)
         if type(value) is not int or not 0 <= value <= limit:
             raise LmdError(f"{name} {value!r}", f"a whole number up to {limit}", "Mend it.")
-    sha256 = entry.get("sha256")
-    if not isinstance(sha256, str | None):
-        raise LmdError(f"sha256 {sha256!r}", "a text", "Mend it.")
-    return {name: entry[name] for name in most} | ({} if sha256 is None else {"sha256": sha256})
+    return {name: entry[name] for name in most}
 
 
 @contextmanager
 def as_many_threads(n_threads: int) -> Iterator[None]:
     """Torch with so many threads, as far as this machine has them; afterwards as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(n_threads, max(before, describe_machine().n_cores)))
+    wanted = min(n_threads, max(before, describe_machine().n_cores))
     try:
+        if wanted != before:
+            torch.set_num_threads(wanted)
         yield
     finally:
-        torch.set_num_threads(before)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def play_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
