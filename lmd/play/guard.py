@@ -12,7 +12,7 @@ from lmd.stream.controls import Controls
 from lmd.stream.streamer import Block, Streamer, StreamState
 
 FADE_IN_S = 0.02
-RELEASE_DB_PER_S = 40.0  # how fast the limiter lets the level come back
+RELEASE_DB_PER_S = 5.0  # of the limiter: slow, so that a deep note's peaks are not each cut anew
 
 
 @dataclass(frozen=True)
