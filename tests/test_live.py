@@ -1086,3 +1086,15 @@ def test_an_engine_can_be_waited_for_through_an_interrupt() -> None:
     engine.stop()
     assert engine.wait(0)
     assert engine.meters().state == "stopped"
+
+
+@pytest.mark.parametrize("is_limited", [True, False])
+def test_an_underrun_names_the_import_that_lets_threads_spin(
+    is_limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmd.SPIN_IS_LIMITED", is_limited)
+    cost = lambda index, controls: 8.0 if index == 6 else 0.2  # noqa: E731
+    _, _, events = play(cost, EngineOptions(limit_s=40))
+    (trouble,) = [event for event in events if isinstance(event, Trouble)]
+    assert "One block came late" in trouble.message
+    assert ("Import lmd before torch" in trouble.message) == (not is_limited)

@@ -37,7 +37,7 @@ from lmd.play.pace import (
     Meters,
     Pacer,
     Trouble,
-    advice_for,
+    advice_when_late,
 )
 from lmd.play.play_queue import SinkReport
 from lmd.play.sinks import Sink
@@ -317,10 +317,7 @@ class LiveEngine:
         if underruns > self._seen_underruns:
             self._note(lambda take: take.underrun())
             self._seen_underruns = underruns
-            lines = advice_for(self.ledger.recent()) or (
-                "One block came late; if it happens again, choose a longer queue.",
-            )
-            self._trouble("underrun", " ".join(lines))
+            self._trouble("underrun", advice_when_late(self.ledger.recent()))
 
     def _trouble(self, kind: str, message: str) -> None:
         self._error = message

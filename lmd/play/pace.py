@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 import lmd
 from lmd.errors import LmdError
 from lmd.play.control_queue import MAX_LIVE_STEPS, Change
@@ -132,10 +134,7 @@ class Trouble:
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """The smallest value that at least `percent` of the values do not exceed; None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+    return float(np.percentile(values, percent, method="inverted_cdf")) if values else None
 
 
 def affordable_steps(made: Made) -> int:
@@ -148,13 +147,10 @@ def affordable_steps(made: Made) -> int:
 
 
 def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
-    """What would make blocks cheap enough, cheapest loss first; nothing if they are already.
+    """Lines on what would make blocks cheap enough, cheapest loss first; none if they are.
 
     Args:
         recent: the latest blocks, newest last.
-
-    Returns:
-        Lines for a person, with the numbers that they follow from.
     """
     good = [made for made in recent if made.fault is None]
     if not good or median(made.rtf for made in good) > 1 / HEADROOM:
@@ -173,9 +169,17 @@ def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
     if last.decode_ms > last.dit_ms:
         lines.append("longer blocks: decoding costs more than denoising, and its margin per block")
     lines.append("other programs: close what else uses the processor")
-    if not lmd.SPIN_IS_LIMITED:
-        lines.append("import lmd before torch: waiting threads then leave the cores to others")
     return (f"Blocks come at {rtf:.2f}× real time. What would help:", *lines)
+
+
+def advice_when_late(recent: Sequence[Made]) -> str:
+    """What to say when the queue has run dry."""
+    lines = [*advice_for(recent)] or [
+        "One block came late; if it happens again, choose a longer queue."
+    ]
+    if not lmd.SPIN_IS_LIMITED:
+        lines.append("Import lmd before torch: waiting threads then leave the cores to others.")
+    return " ".join(lines)
 
 
 def too_loud(recent: Sequence[Made]) -> tuple[str, ...]:
