@@ -158,6 +158,19 @@ def test_numbers_never_replace_a_file_that_is_no_json(content: bytes, tmp_path: 
         check_outputs(json=path)
 
 
+def test_a_refused_stream_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    wav, take = tmp_path / "x.wav", tmp_path / "x.jsonl"
+    wav.write_bytes(b"music")
+    take.write_text("a take")
+    words = ["stream", "organ", *TINY, "-o", str(wav), "--take", str(take)]
+    assert main(words) == 2  # a take is never replaced
+    assert (wav.read_bytes(), take.read_text()) == (b"music", "a take")
+    take.unlink()
+    assert main([*words, "--seconds", "80000"]) == 2  # more than a wav file holds
+    assert wav.read_bytes() == b"music"
+    assert not take.exists()
+
+
 def test_a_take_is_not_replaced_by_its_replay(tmp_path: Path) -> None:
     path = tmp_path / "take.wav"
     path.write_text("{}")

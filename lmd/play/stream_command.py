@@ -118,10 +118,15 @@ def _engine(options: Options, instrument: Instrument) -> LiveEngine:
     pacing = EngineOptions(queue_s=options.queue, auto_steps=options.auto, limit_s=options.seconds)
     sink = SoundCardSink() if options.play else NullSink() if options.paced else Sink()
     engine = LiveEngine(instrument.streamer, sink, controls, pacing)
-    if options.output is not None:
-        engine.record(options.output, limit_s=options.seconds)
-    if options.take is not None:
+    if options.take is not None:  # first: it replaces nothing
         engine.take = TakeWriter(options.take, header_of(instrument.streamer, instrument.source))
+    try:
+        if options.output is not None:
+            engine.record(options.output, limit_s=options.seconds)
+    except LmdError:
+        if engine.take is not None:
+            engine.take.close()
+        raise
     return engine
 
 
