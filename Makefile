@@ -13,6 +13,9 @@ endif
 PROFILE ?= quick
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# How long a waiting OpenMP thread spins (lmd/__init__.py): for kernels that import torch first.
+export GOMP_SPINCOUNT ?= 10000
+
 .PHONY: run test lint lab install lock clean
 
 run: install ## the whole line: scores to a streamed wave and outputs/quick/report.html

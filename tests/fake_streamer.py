@@ -102,3 +102,13 @@ class FakeStreamer(Streamer):
             200 * cost_s,
         )
         return block, replace(state, index=state.index + 1, n_samples=state.n_samples + n)
+
+
+class LoudStreamer(FakeStreamer):
+    """The same sine, `factor` times as loud: 16 at first reaches four times full scale."""
+
+    factor = 16.0
+
+    def step(self, state: StreamState, controls: Controls) -> tuple[Block, StreamState]:
+        block, state = super().step(state, controls)
+        return replace(block, wave=self.factor * block.wave), state

@@ -236,8 +236,8 @@ def test_the_mix_slider_moves_the_kernel_and_the_block_it_was_promised_for(
     page: Any, lab: Lab
 ) -> None:
     set_range(page, "mix", 0.5)
-    wait_until(lambda: "promisedBlock" in shown(page), 30)
-    block, sample = (int(shown(page)[k]) for k in ("promisedBlock", "promisedSample"))
+    wait_until(lambda: "appliedBlock" in shown(page), 30)
+    block, sample = (int(shown(page)[k]) for k in ("appliedBlock", "appliedSample"))
     wait_until(lambda: int(shown(page)["heard"]) > sample, 30)
     wait_until(lambda: shown(page)["latencyP50"] != "", 10)
     assert float(shown(page)["latencyP50"]) < 10_000
@@ -279,10 +279,10 @@ def test_the_kernel_moves_the_slider_and_a_wrong_value_is_refused_in_the_panel(
 def test_a_hostile_prompt_stays_text(page: Any, lab: Lab) -> None:
     first(page, "button:has-text('Play')").click()
     wait_until(lambda: shown(page)["state"] == "playing", 60)
-    first(page).evaluate("element => delete element.dataset.promisedBlock")
+    first(page).evaluate("element => delete element.dataset.appliedBlock")
     first(page, "input[data-name=prompt_a]").fill(HOSTILE)
     first(page, "input[data-name=prompt_a]").press("Enter")
-    wait_until(lambda: "promisedBlock" in shown(page), 30)
+    wait_until(lambda: "appliedBlock" in shown(page), 30)
     assert in_kernel(lab, "print(player.prompt_a)") == HOSTILE
     time.sleep(2)  # for the picture to write its label
     assert page.evaluate("window.pwned") is None

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 import soundfile
 import traitlets
+from comm import get_comm_manager
 from fake_streamer import SAMPLE_RATE, FakeStreamer
+from ipywidgets.widgets.widget import _instances
 
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.play.play_queue import PlayQueue
 from lmd.play.player import HERE, SCRIPTS, LivePlayer
-from lmd.play.player_fields import CONTROL_NAMES
+from lmd.play.player_traits import CONTROL_NAMES
 from lmd.play.takes import read_take
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
@@ -93,20 +95,20 @@ def test_play_opens_the_page_primes_it_and_runs_it(front: Front) -> None:
     assert front.player.state == "playing"
 
 
-def test_a_slider_moves_trait_and_stream_and_is_promised_its_block(front: Front) -> None:
+def test_a_slider_moves_trait_and_stream_and_gets_its_block(front: Front) -> None:
     front.say(kind="command", command="play")
     front.wait_kind("run")
     front.say(kind="set", id=41, name="mix", value=0.25)
-    promise = front.wait_kind("promise")
+    applied = front.wait_kind("applied")
     assert front.player.mix == 0.25
-    assert promise["ids"] == [41]
-    assert promise["text"] == "mix 0.25"
+    assert applied["ids"] == [41]
+    assert applied["text"] == "mix 0.25"
     engine = front.player.engine
     assert engine is not None
     made = engine.ledger.history
     first = next(m for m in made if m.controls.prompt != "organ")
     assert first.controls.prompt == (("organ", 0.75), (front.player.prompt_b, 0.25))
-    assert (promise["block"], promise["sample"]) == (first.number, first.first_sample)
+    assert (applied["block"], applied["sample"]) == (first.number, first.first_sample)
 
 
 def test_a_text_that_is_refused_leaves_the_panel_and_the_mix_goes_on(front: Front) -> None:
@@ -128,7 +130,7 @@ def test_a_text_that_is_refused_leaves_the_panel_and_the_mix_goes_on(front: Fron
     assert "no harp" in front.player.message
     front.say(kind="set", id=2, name="mix", value=0.5)
     assert (
-        front.wait_for(lambda m: m["kind"] == "promise" and m["ids"] == [2])["text"] == "mix 0.50"
+        front.wait_for(lambda m: m["kind"] == "applied" and m["ids"] == [2])["text"] == "mix 0.50"
     )
 
 
@@ -153,6 +155,18 @@ def test_a_player_that_is_closed_or_whose_page_is_gone_plays_no_more(front: Fron
     assert front.player.engine.wait(0)
 
 
+def test_thirty_players_that_were_shown_and_closed_leave_nothing_behind(tmp_path: Path) -> None:
+    instrument = Instrument(FakeStreamer(), preset("tiny"), "fake", is_trained=False)
+    comms, before = get_comm_manager().comms, set(_instances)
+    n_comms = len(comms)
+    for _ in range(30):
+        player = LivePlayer(instrument, sink="null", take_folder=tmp_path)
+        player._repr_mimebundle_()  # as a notebook shows it
+        assert len(set(_instances) - before) == 2  # the player and its layout
+        player.close()
+    assert (set(_instances), len(comms)) == (before, n_comms)
+
+
 def test_an_interrupted_cell_ends_its_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +179,7 @@ def test_an_interrupted_cell_ends_its_stream(
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lmd.play.player.tqdm", interrupt)
+    monkeypatch.setattr("lmd.play.engine.tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         player.play_for(1e6)
     assert player.engine is not None
@@ -184,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_the_panel(front: Front, tmp_
 def test_the_state_at_the_end_is_the_last_word(front: Front) -> None:
     """The follower reads the meters, then the engine stops and says so, then the follower says."""
     front.player.sink = "null"
-    engine = front.player._start(limit_s=None)
+    engine = front.player._start()
     playing = replace(engine.meters(), state="playing")
     engine.stop()
     front.player._show_meters(playing)
@@ -196,9 +210,9 @@ def test_a_trait_set_in_a_notebook_is_the_same_as_a_slider(front: Front) -> None
     front.say(kind="command", command="play")
     front.wait_kind("run")
     front.player.n_steps = 3
-    promise = front.wait_kind("promise")
-    assert promise["text"] == "Steps 3"
-    assert promise["ids"] == []
+    applied = front.wait_kind("applied")
+    assert applied["text"] == "Steps 3"
+    assert applied["ids"] == []
     assert front.player.controls().n_steps == 3
     with pytest.raises(traitlets.TraitError, match="1 to 64"):
         front.player.n_steps = 65
@@ -231,7 +245,7 @@ def test_commands_pause_resume_drop_context_roll_restart_stop(front: Front) -> N
     front.say(kind="command", command="play")
     assert player.state == "playing"
     front.say(kind="command", command="drop_context")
-    assert front.wait_kind("promise")["text"] == "drop 96"
+    assert front.wait_kind("applied")["text"] == "drop 96"
     front.say(kind="command", command="roll")
     assert player.seed != 0
     first_take, n_sent = player.take_path, len(front.sent)
@@ -492,7 +506,7 @@ def node(script: str, values: Any = None) -> Any:
     return json.loads(done.stdout)
 
 
-def test_moves_that_never_get_a_promise_are_forgotten_oldest_first() -> None:
+def test_moves_that_never_get_a_block_are_forgotten_oldest_first() -> None:
     script = (SOURCES["player_view.js"] + SOURCES["player.js"]).replace("export default", "void")
     script += """
     let sent = 0;

@@ -9,20 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scipy.stats
+import soak
 import torch
 from fake_streamer import SAMPLE_RATE, FakeStreamer, VirtualClock
-from scipy import stats
+from soak import latency, main, paced
+from soak_flat import centroid_hz, flat, round_of, slopes
 
 from lmd.checkpoint import read_header
 from lmd.config import preset
 from lmd.errors import LmdError
-from lmd.play import soak
-from lmd.play.guard import Piece
+from lmd.play.guard import PlayedBlock
 from lmd.play.pace import Ledger
 from lmd.play.play_queue import WallClock
-from lmd.play.player_fields import PROMPTS
-from lmd.play.soak import latency, main, paced
-from lmd.play.soak_flat import centroid_hz, flat, round_of, slopes
+from lmd.play.player_traits import PROMPTS
 from lmd.play.takes import TakeWriter
 from lmd.pretrained import SHIPPED, Instrument, open_instrument
 from lmd.stream.controls import Controls
@@ -72,14 +72,14 @@ def test_latency_grows_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_hour_is_played_by_the_whole_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Controls] = []
     threads: set[str] = set()
-    piece = TakeWriter.piece
+    write_block = TakeWriter.block
 
-    def noting(self: TakeWriter, played: Piece, controls: Controls) -> None:
+    def noting(self: TakeWriter, played: PlayedBlock, controls: Controls) -> None:
         seen.append(controls)
         threads.add(threading.current_thread().name)
-        piece(self, played, controls)
+        write_block(self, played, controls)
 
-    monkeypatch.setattr(TakeWriter, "piece", noting)
+    monkeypatch.setattr(TakeWriter, "block", noting)
     start, instrument = Controls(prompt="organ"), fake()
     unhurried = SimpleNamespace(spend=lambda seconds: time.sleep(0.005))  # texts are read beside
     instrument.streamer.clock = unhurried  # type: ignore[attr-defined]
@@ -141,7 +141,7 @@ def test_slopes_say_how_sure_they_are() -> None:
     noise = [0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0]
     parts = [{"minutes": float(i)} | dict.fromkeys(names, 2.0 * i + noise[i]) for i in range(8)]
     found = slopes(parts)
-    line = stats.linregress(range(1, 8), [part["level_db"] for part in parts[1:]])
+    line = scipy.stats.linregress(range(1, 8), [part["level_db"] for part in parts[1:]])
     assert found["level_db_per_minute"] == pytest.approx(line.slope)
     # 2.571: Student's quantile of 97.5 % with 5 degrees of freedom (a table's)
     assert found["level_db_per_minute_95"] == pytest.approx(2.571 * line.stderr, rel=1e-3)

@@ -5,21 +5,23 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from fake_streamer import SAMPLES_PER_FRAME, FakeStreamer, VirtualClock
+from fake_streamer import SAMPLES_PER_FRAME, FakeStreamer, LoudStreamer, VirtualClock
 
 from lmd.__main__ import main
 from lmd.errors import LmdError
 from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step
-from lmd.play.pace import Made
-from lmd.play.sinks import FileSink, NullSink
+from lmd.play.pace import Made, Trouble
+from lmd.play.sinks import NullSink, Sink
 from lmd.play.takes import (
+    OLD_NAMES,
     SampleHash,
     TakeHeader,
     TakeWriter,
@@ -56,18 +58,19 @@ def play_take(folder: Path, n_changes: int = 24) -> tuple[Path, Path]:
         if isinstance(event, Made):
             if event.number < n_changes:
                 name = list(CHOICES)[event.number % len(CHOICES)]
-                now = getattr(engine.desk.asked(), name)
+                now = getattr(engine.control_queue.asked(), name)
                 engine.change(**{name: rng.choice([v for v in CHOICES[name] if v != now])})
             else:
                 engine.configure(limit_s=0.1)
 
     engine = LiveEngine(
         instrument.streamer,
-        FileSink(wav),
+        Sink(),
         Controls(prompt="organ", block_frames=4, n_steps=2),
         take=TakeWriter(take, header),
         on_event=follow,
     )
+    engine.record(wav)
     engine.run()
     assert engine.failure is None, engine.failure
     return take, wav
@@ -140,7 +143,7 @@ def test_a_take_that_broke_off_after_a_long_quiet_stretch_has_its_blocks(tmp_pat
     controls = Controls(prompt="organ\u2028harp\u0085", block_frames=4)  # line ends of Unicode
     for _ in range(30):
         piece, guarded = guarded_step(streamer, guarded, controls)
-        writer.piece(piece, controls)
+        writer.block(piece, controls)
     take = read_take(path)  # as the file is when the power goes
     assert (take.n_blocks, take.n_samples, take.sha256) == (24, 24 * 4 * SAMPLES_PER_FRAME, None)
     assert take.changes[0] == controls
@@ -229,22 +232,12 @@ def test_controls_in_a_take_that_cannot_be_played_are_refused(
 def test_a_picture_that_could_not_be_drawn_is_refused_before_anything_is_played(
     played: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for figure in ("take.xyz", "nowhere/take.png"):
+    wrong = {"take.xyz": "a .png or .pdf or .svg file", "nowhere/take.png": "a folder that exists"}
+    for figure, said in wrong.items():
         words = ["replay", str(played[0]), "-o", str(tmp_path / "again.wav")]
         assert main([*words, "--figure", str(tmp_path / figure)]) == 2
-        assert "a .png or .pdf or .svg file" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_stream_whose_blocks_cannot_be_played_ends_with_status_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise LmdError("nothing", "music", "None.")
-
-    monkeypatch.setattr("lmd.stream.streamer.Streamer.step", refuse)
-    words = ["stream", "organ", "--preset", "tiny", "--seconds", "2", "-o", str(tmp_path / "x.wav")]
-    assert main(words) == 1
 
 
 @pytest.mark.parametrize(
@@ -269,52 +262,6 @@ def test_the_fingerprint_sees_one_changed_weight() -> None:
     assert fingerprint(part) != before
 
 
-def test_streaming_from_the_command_line_writes_sound_take_and_numbers(tmp_path: Path) -> None:
-    wav, take, numbers = (tmp_path / name for name in ("out.flac", "out.jsonl", "out.json"))
-    words = ["stream", "organ", "--preset", "tiny", "--seconds", "5", "-o", wav, "--take", take]
-    words += ["--json", numbers, "--steps", "2", "--block-frames", "24"]
-    assert main([str(word) for word in words]) == 0
-    samples, rate = soundfile.read(wav)
-    assert samples.size == 5 * rate
-    summary = json.loads(numbers.read_text())
-    assert summary["meters"]["underruns"] == 0
-    assert summary["source"] == read_take(take).header.source
-    assert summary["rtf_all"] > 0
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["organ"], "nowhere to play to"),
-        (["organ", "-o", "x.mp3", "--seconds", "1"], "the file name 'x.mp3'"),
-        (["organ", "-o", "x.wav", "--seconds", "0"], "--seconds 0"),
-        (["organ", "-o", "x.wav", "--block-frames", "7"], "a block of 7 frames"),
-        (["organ", "-o", "x.wav", "--source", "magic"], "source 'magic'"),
-        (["organ", "-o", "x.wav", "--source", "random:huge:0"], "preset 'huge'"),
-        (["", "-o", "x.wav", "--cfg-scale", "3"], "with no text"),
-        (["organ", "--play", "--paced"], "both --paced and --play"),
-        (["organ", "-o", "x.wav", "--take", "x.jsonl", "--steps", "100"], "n_steps = 100"),
-        (["organ", "-o", ".wav", "--paced", "--take", "x.jsonl"], "the file name '.wav'"),
-        (["organ", "-o", "x.wav", "--source", "random:tiny:0:codec"], "the shipped codec is not"),
-        (["organ", "-o", "x.wav", "--source", "random:tiny:²"], "random:PRESET:SEED"),
-        (["harp\udcff", "-o", "x.wav", "--take", "x.jsonl"], "surrogates not allowed"),
-    ],
-)
-def test_the_command_line_refuses_in_one_line(
-    words: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["stream", "--preset", "tiny", *words]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said in error
-    assert "expected" in error
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_take_in_half_precision_is_the_same_samples_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,3 +282,115 @@ def test_random_weights_are_not_deafening() -> None:
     assert not instrument.is_trained
     block, _ = instrument.streamer.step(instrument.streamer.start(), Controls())
     assert 0.01 < float(block.wave.square().mean().sqrt()) < 0.4
+
+
+def test_a_take_that_finds_no_room_ends_and_the_music_goes_on(tmp_path: Path) -> None:
+    clock, events = VirtualClock(), []
+    writer = TakeWriter(tmp_path / "take.jsonl", header_of(FakeStreamer(), "fake"))
+    writer._file.close()
+    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    engine = LiveEngine(
+        FakeStreamer(clock),
+        NullSink(clock),
+        options=EngineOptions(limit_s=20),
+        take=writer,
+        on_event=events.append,
+    )
+    engine.run()
+    assert engine.failure is None
+    assert engine.meters().played_s >= 20
+    (trouble,) = [event for event in events if isinstance(event, Trouble)]
+    assert trouble.kind == "take"
+    assert "No space left on device" in trouble.message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blocknull", "line 3: blocks None; expected a whole number up to"),
+        ("floatblocks", "line 3: blocks inf; expected a whole number up to"),
+        ("hugeblocks", "line 3: blocks 1000000000000; expected a whole number up to"),
+        ("sr", "with sample_rate 1; expected 22050"),
+    ],
+)
+def test_a_take_from_elsewhere_is_refused_with_its_line(
+    name: str, said: str, fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["replay", str(fixtures / "takes" / f"{name}.jsonl"), "-o", str(tmp_path / "x.wav")]
+    assert main([*words, "--source", "random:small:0:codec"]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+LINE = '{"block": 0, "sample": 0, "controls": {"seed": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"blocks": -1, "samples": 1}', "blocks -1"),
+        ('{"blocks": true, "samples": 1}', "blocks True"),
+        ('{"blocks": 1, "samples": 1, "sha256": 7}', "sha256 7; expected a text"),
+        ('{"block": 0.5, "sample": 0, "controls": {}}', "block 0.5"),
+        ('{"block": 0, "sample": null, "fault": "x"}', "sample None"),
+        ('{"block": 10000000, "sample": 0, "underrun": true}', "block 10000000"),
+        ('{"block": 1, "sample": 9, "threads": 1e9}', "threads 1000000000.0"),
+        ('{"block": 1, "sample": 9, "controls": [1]}', "has no attribute"),
+        ("[1, 2]", "expected names and values in braces"),
+        ("[" * 100_000, "recursion"),
+        ("", "Expecting value"),
+    ],
+)
+def test_a_line_that_no_writer_wrote_is_refused_with_its_number(
+    line: str, said: str, tmp_path: Path
+) -> None:
+    writer = TakeWriter(tmp_path / "take.jsonl", header_of(FakeStreamer(), "fake"))
+    writer._file.write(f"{LINE}\n{line}\n{LINE}\n")
+    writer._file.close()
+    with pytest.raises(LmdError, match="line 3: ") as refusal:
+        read_take(writer.path)
+    assert said in str(refusal.value)
+
+
+def test_more_threads_than_the_machine_has_are_left_out_with_a_word(
+    played: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, path = torch.get_num_threads(), tmp_path / "take.jsonl"
+    first, *rest = played[0].read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"n_threads": 100_000}), *rest]))
+    assert main(["replay", str(path)]) in (0, 1)
+    assert "100000 threads in the take" in capsys.readouterr().out
+    assert torch.get_num_threads() == before
+
+
+def test_a_take_of_before_the_renaming_plays_the_same(
+    played: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = played[0].read_text()
+    for old, new in OLD_NAMES.items():
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{old}"')
+    path = tmp_path / "old.jsonl"
+    path.write_text(text)
+    assert read_take(path).changes == read_take(played[0]).changes
+    assert main(["replay", str(path)]) == 0
+    assert "the same samples" in capsys.readouterr().out
+
+
+def test_a_take_of_before_the_limiter_plays_as_loud_as_it_was(tmp_path: Path) -> None:
+    for limited, loudest in ((True, 1.0), (False, 4.0)):
+        streamer = LoudStreamer()
+        header = replace(header_of(streamer, "fake"), limited=limited)
+        writer = TakeWriter(tmp_path / f"{limited}.jsonl", header)
+        guarded, controls = Guarded(streamer.start()), Controls()
+        for _ in range(2):
+            block, guarded = guarded_step(streamer, guarded, controls, limited=limited)
+            writer.block(block, controls)
+        writer.close()
+        take, digest = read_take(writer.path), SampleHash()
+        peaks = []
+        for block in play_again(take, LoudStreamer()):
+            digest.update(block.wave)
+            peaks.append(float(block.wave.abs().max()))
+        assert digest.hexdigest() == take.sha256
+        assert max(peaks) == pytest.approx(loudest, abs=1e-3)

@@ -152,7 +152,7 @@ def aims(root: Path, _: str) -> str:
 
 
 def live(root: Path, _: str) -> str:
-    """What `python -m lmd.play.soak` found: one line for each measurement that is published."""
+    """What `python tools/soak.py` found: one line for each measurement that is published."""
     folder, rows = _published(root), []
     for name, words in LIVE.items():
         path = folder / f"live_{name}.json"
@@ -160,8 +160,9 @@ def live(root: Path, _: str) -> str:
             found = json.loads(path.read_text(encoding="utf-8"))
             waits = ", waits skipped" if found["waits_skipped"] else ""
             weights = f"`{found['source']}` {(found.get('sha256') or '')[:8]}".rstrip()
+            boundary = found.get("boundary", found.get("seam"))  # older files say seam
             where = (
-                f"{weights}, {found['n_steps']} steps, seam {found['seam']}{waits}, "
+                f"{weights}, {found['n_steps']} steps, seam {boundary}{waits}, "
                 f"{found['machine']['cpu']}"
             )
             rows += [[*row, where] for row in words(found)]

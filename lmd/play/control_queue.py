@@ -1,4 +1,4 @@
-"""The mixing desk: controls asked for by people, handed to the stream at block boundaries.
+"""Controls asked for by people, handed to the stream at block boundaries.
 
 Anything may be asked at any time from any thread. What cannot be played is refused at once, with a
 message; texts are encoded on a thread of their own, and the old prompt plays on until the new one
@@ -26,17 +26,11 @@ NAMES = tuple(field.name for field in dataclasses.fields(Controls))
 
 @dataclass(frozen=True)
 class Change:
-    """Something asked for.
+    """Something asked for."""
 
-    Attributes:
-        number: counts changes from 1.
-        names: the controls it sets.
-        asked_s: when, by the sink's clock.
-    """
-
-    number: int
-    names: tuple[str, ...]
-    asked_s: float
+    number: int  # counts changes from 1
+    names: tuple[str, ...]  # of the controls that it sets
+    asked_s: float  # when, by the sink's clock
 
 
 def texts_of(prompt: Prompt) -> tuple[str, ...]:
@@ -45,11 +39,7 @@ def texts_of(prompt: Prompt) -> tuple[str, ...]:
 
 
 def check_live(controls: Controls, window: WindowConfig) -> None:
-    """Refuse what `Controls.validate` refuses, and what would stop a live stream.
-
-    Raises:
-        LmdError: naming the control, its value and what would be right.
-    """
+    """Refuse (`LmdError`) what `Controls.validate` refuses, and what would stop a live stream."""
     controls.validate(window)
     if controls.n_steps > MAX_LIVE_STEPS:
         raise LmdError(
@@ -79,7 +69,7 @@ def with_changes(controls: Controls, changes: dict[str, Any]) -> Controls:
     return replace(controls, **changes)
 
 
-class ControlDesk:
+class ControlQueue:
     """Takes wishes from any thread; the engine takes controls from it before every block.
 
     Args:
@@ -101,16 +91,16 @@ class ControlDesk:
     ) -> None:
         check_live(controls, window)
         self.window, self._encode, self._refused = window, encode, refused
-        self._asked = self._ready = controls
-        self._waiting: list[Change] = []
-        self._encoded: dict[str, None] = {}
+        self._asked = self._playing = controls
+        self._waiting: list[Change] = []  # for a block to carry them
+        self._encoded: dict[str, None] = {}  # texts that a block may use, oldest first
         self._lock, self._numbers = threading.Lock(), itertools.count(1)
-        self._letters: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
+        self._pending_texts: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
 
-    def warm(self) -> None:
+    def encode_first(self) -> None:
         """Encode what may be played first, before the music starts."""
-        texts = tuple(dict.fromkeys(texts_of(self._ready.prompt) + texts_of(self._asked.prompt)))
+        texts = tuple(dict.fromkeys(texts_of(self._playing.prompt) + texts_of(self._asked.prompt)))
         self._encode(texts)
         with self._lock:
             self._remember(texts)
@@ -120,14 +110,7 @@ class ControlDesk:
         return self._asked
 
     def ask(self, now_s: float, **changes: Any) -> Change:
-        """Ask for other controls from the next block on.
-
-        Args:
-            now_s: the time of asking.
-            changes: any fields of `Controls`.
-
-        Returns:
-            The change, whose number comes back from `take` with the block that carries it.
+        """Ask at `now_s` for other fields of `Controls`, from the next block on.
 
         Raises:
             LmdError: an unknown name, a wrong type or value; everything stays as it was.
@@ -139,7 +122,7 @@ class ControlDesk:
             self._asked = candidate
             self._waiting.append(change)
             if not self._is_encoded(candidate.prompt):
-                self._post(texts_of(candidate.prompt))
+                self._encode_beside(texts_of(candidate.prompt))
         return change
 
     def take(self) -> tuple[Controls, list[Change]]:
@@ -149,33 +132,37 @@ class ControlDesk:
         """
         with self._lock:
             if self._is_encoded(self._asked.prompt):
-                taken, heard = self._asked, self._waiting
+                taken, carried = self._asked, self._waiting
             else:
-                taken = replace(self._asked, prompt=self._ready.prompt)
-                heard = [change for change in self._waiting if "prompt" not in change.names]
-                try:
-                    check_live(taken, self.window)
-                except LmdError:  # e.g. guidance asked together with the first prompt
-                    taken, heard = self._ready, []
-            self._waiting = [change for change in self._waiting if change not in heard]
-            self._ready = replace(taken, drop_context_frames=0)
+                taken, carried = self._but_the_prompt()
+            self._waiting = [change for change in self._waiting if change not in carried]
+            self._playing = replace(taken, drop_context_frames=0)
             if taken.drop_context_frames:
                 self._asked = replace(self._asked, drop_context_frames=0)
-            return taken, heard
+            return taken, carried
 
-    def give_back(self, taken: Controls, heard: list[Change]) -> None:
+    def give_back(self, taken: Controls, carried: list[Change]) -> None:
         """What `take` handed out was not heard: the next block is to carry it.
 
         A `drop_context_frames` among it is asked for again, unless another has been meanwhile.
         """
         with self._lock:
-            self._waiting = heard + self._waiting
+            self._waiting = carried + self._waiting
             if not self._asked.drop_context_frames:
                 self._asked = replace(self._asked, drop_context_frames=taken.drop_context_frames)
 
     def close(self) -> None:
         """Let the encoding thread end."""
-        self._letters.put(None)
+        self._pending_texts.put(None)
+
+    def _but_the_prompt(self) -> tuple[Controls, list[Change]]:
+        """What was asked with the prompt that plays, and the changes in it."""
+        controls = replace(self._asked, prompt=self._playing.prompt)
+        try:
+            check_live(controls, self.window)
+        except LmdError:  # e.g. guidance asked together with the first prompt
+            return self._playing, []
+        return controls, [change for change in self._waiting if "prompt" not in change.names]
 
     def _is_encoded(self, prompt: Prompt) -> bool:
         return all(text in self._encoded for text in texts_of(prompt))
@@ -187,22 +174,22 @@ class ControlDesk:
         while len(self._encoded) > MAX_REMEMBERED_TEXTS:
             del self._encoded[next(iter(self._encoded))]
 
-    def _post(self, texts: tuple[str, ...]) -> None:
+    def _encode_beside(self, texts: tuple[str, ...]) -> None:
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="lmd-text", daemon=True)
             self._worker.start()
-        self._letters.put(texts)
+        self._pending_texts.put(texts)
 
     def _work(self) -> None:
-        while (texts := self._letters.get()) is not None:
+        while (texts := self._pending_texts.get()) is not None:
             if texts != texts_of(self._asked.prompt):
                 continue  # asked and taken back while another text was being encoded
             try:
                 self._encode(texts)
             except Exception as error:  # whatever it is, later prompts must still be encoded
                 if self._give_up(texts):
-                    told = isinstance(error, LmdError)
-                    self._refused(str(error) if told else f"{type(error).__name__}: {error}")
+                    kind = "" if isinstance(error, LmdError) else f"{type(error).__name__}: "
+                    self._refused(f"{kind}{error}")
             else:
                 with self._lock:
                     self._remember(texts)
@@ -212,11 +199,6 @@ class ControlDesk:
         with self._lock:
             if texts_of(self._asked.prompt) != texts:
                 return False
-            candidate = replace(self._asked, prompt=self._ready.prompt)
-            try:
-                check_live(candidate, self.window)
-                self._asked = candidate
-            except LmdError:
-                self._asked = self._ready
+            self._asked, _ = self._but_the_prompt()
             self._waiting = [c for c in self._waiting if "prompt" not in c.names]
             return True

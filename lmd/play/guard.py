@@ -1,6 +1,7 @@
-"""One step of a stream that must not stop: a block that is not finite is replaced, not played."""
+"""One step of a stream that must not stop, and must not be louder than full scale."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 
@@ -11,41 +12,61 @@ from lmd.stream.controls import Controls
 from lmd.stream.streamer import Block, Streamer, StreamState
 
 FADE_IN_S = 0.02
+RELEASE_DB_PER_S = 5.0  # of the limiter: slow, so that a deep note's peaks are not each cut anew
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A stream's state with what is needed to survive a bad block.
+    """A stream's state with what is needed to survive a bad or a loud block."""
 
-    Attributes:
-        state: before the next block.
-        last_wave: the last good block's samples, or None at the beginning.
-        n_faults: bad blocks in a row up to now.
-    """
-
-    state: StreamState
-    last_wave: Wave | None = None
-    n_faults: int = 0
+    state: StreamState  # before the next block
+    last_wave: Wave | None = None  # what was played for the last good block
+    n_faults: int = 0  # bad blocks in a row up to now
+    gain_db: float = 0.0  # of the limiter, after its last sample
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is played for one block.
+class PlayedBlock:
+    """What is played for one block."""
 
-    Attributes:
-        wave: `[1, channel, sample]`, float32 on the CPU.
-        block: the block as made, or None if it could not be used.
-        fault: why not, in one line; None for a good block.
+    wave: Wave  # [1, channel, sample], float32 on the CPU
+    block: Block | None  # as made, or None if it could not be used
+    fault: str | None = None  # why not, in one line
+    limited_db: float = 0.0  # by how much the limiter turned it down, at most
+
+
+def limit(wave: Wave, gain_db: float, sample_rate: int) -> tuple[Wave, float]:
+    """Turn down what is above full scale; what is not stays as it is, bit for bit.
+
+    The gain is G[i] = min(G[i−1] + release, −20·log10 |x[i]|, 0) in dB, the same for all channels:
+    down at once, up by `RELEASE_DB_PER_S`.
+
+    Args:
+        wave: `[1, channel, sample]`.
+        gain_db: G before the first sample, so that cuts do not matter.
+        sample_rate: in Hz.
+
+    Returns:
+        The wave within −1…1, and G at its last sample.
     """
-
-    wave: Wave
-    block: Block | None
-    fault: str | None = None
+    peaks = wave.abs().amax(dim=(0, 1)).double()
+    if not len(peaks) or (gain_db == 0 and float(peaks.max()) <= 1):
+        return wave, gain_db
+    rise = torch.arange(1, len(peaks) + 1, dtype=torch.float64) * RELEASE_DB_PER_S / sample_rate
+    lowest = (-20 * peaks.clamp(min=1).log10() - rise).cummin(dim=0).values
+    gains_db = (lowest.clamp(max=gain_db) + rise).clamp(max=0)
+    gains = (10 ** (gains_db / 20)).float()  # exactly 1 where nothing is to be done
+    return (wave * gains).clamp(-1, 1), float(gains_db[-1])
 
 
 def guarded_step(
-    streamer: Streamer, guarded: Guarded, controls: Controls, fault: str | None = None
-) -> tuple[Piece, Guarded]:
+    streamer: Streamer,
+    guarded: Guarded,
+    controls: Controls,
+    fault: str | None = None,
+    *,
+    limited: bool = True,
+) -> tuple[PlayedBlock, Guarded]:
     """The next block, or in place of a bad one the last good block faded to silence.
 
     After a bad block the stream goes on from the state before it; after two in a row from silence,
@@ -56,9 +77,7 @@ def guarded_step(
         guarded: from `Guarded(streamer.start())`, or from the step before.
         controls: already validated.
         fault: take the block for bad, for this reason (to play a take again).
-
-    Returns:
-        What to play, and the state after it.
+        limited: whether `limit` holds the wave within full scale.
     """
     if fault is None:
         try:
@@ -67,16 +86,32 @@ def guarded_step(
             fault = str(error)
         else:
             if bool(torch.isfinite(block.latents).all() and torch.isfinite(block.wave).all()):
-                heard = block.wave.detach().float().cpu()
-                wave = _faded_in(heard, streamer) if guarded.n_faults else heard
-                return Piece(wave, block), Guarded(state, heard)
+                return _good(streamer, guarded, block, state, limited)
             fault = f"block {block.index} holds numbers that are not finite"
     return _replaced(streamer, guarded, controls, fault)
 
 
+def _good(
+    streamer: Streamer, guarded: Guarded, block: Block, state: StreamState, limited: bool
+) -> tuple[PlayedBlock, Guarded]:
+    """The block within full scale, faded in after a bad one."""
+    rate = streamer.codec.sample_rate
+    wave, gain_db = block.wave.detach().float().cpu(), 0.0
+    loudest = float(wave.abs().max()) if wave.numel() else 0.0
+    if limited:
+        wave, gain_db = limit(wave, guarded.gain_db, rate)
+    played = wave
+    if guarded.n_faults:
+        n = min(round(FADE_IN_S * rate), wave.shape[-1])
+        fade_in, _ = equal_power_fade(n, wave)
+        played = torch.cat([wave[..., :n] * fade_in, wave[..., n:]], dim=-1)
+    limited_db = 20 * math.log10(max(loudest, 1.0)) if limited else 0.0
+    return PlayedBlock(played, block, None, limited_db), Guarded(state, wave, 0, gain_db)
+
+
 def _replaced(
     streamer: Streamer, guarded: Guarded, controls: Controls, fault: str
-) -> tuple[Piece, Guarded]:
+) -> tuple[PlayedBlock, Guarded]:
     """The last good block backwards, fading out, or silence; as long as the block that was due.
 
     Backwards it begins with the sample that was heard last, so there is no click.
@@ -90,13 +125,5 @@ def _replaced(
         wave[..., :n] = guarded.last_wave.flip(-1)[..., :n] * fade_out
     n_faults = guarded.n_faults + 1
     state = streamer.start() if n_faults > 1 else guarded.state
-    return Piece(wave, None, fault), replace(guarded, state=state, n_faults=n_faults)
-
-
-def _faded_in(wave: Wave, streamer: Streamer) -> Wave:
-    """A copy whose first milliseconds rise from silence."""
-    n = min(round(FADE_IN_S * streamer.codec.sample_rate), wave.shape[-1])
-    fade_in, _ = equal_power_fade(n, wave)
-    faded = wave.clone()
-    faded[..., :n] = faded[..., :n] * fade_in
-    return faded
+    after = Guarded(state, guarded.last_wave, n_faults)
+    return PlayedBlock(wave, None, fault), after

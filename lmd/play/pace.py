@@ -4,52 +4,65 @@ import math
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+import lmd
 from lmd.errors import LmdError
-from lmd.play.control_queue import Change
+from lmd.play.control_queue import MAX_LIVE_STEPS, Change
+from lmd.play.guard import PlayedBlock
 from lmd.play.play_queue import SinkReport
+from lmd.rng import derive_seed
 from lmd.shapes import Wave
 from lmd.stream.controls import Controls
 
+JITTER = 0.25  # of what a block costs at most: how much more the next one may cost
 N_RECENT = 16
+N_COSTS = 32  # blocks of one kind whose cost is remembered
 HEADROOM = 0.7  # of a block's length that `auto` lets its making take
+MEDIANS = ("rtf", "dit_ms", "decode_ms")
+STARVED = 20  # times what such a block usually costs: something else has taken the cores
 
 
 @dataclass(frozen=True)
 class Made:
-    """One block as it was made and handed to the sink.
+    """One block as it was made and handed to the sink."""
 
-    Attributes:
-        number: counts blocks from 0.
-        first_sample, n_samples: its place in the stream.
-        own_sample: from where on its own frames are heard (later than `first_sample` by what an
-            exact seam held back of the block before).
-        length_s: seconds of music.
-        controls: what it was made with.
-        made_s: seconds from taking the controls to having the samples.
-        dit_ms, decode_ms: of which in the transformer, in the decoder.
-        rebuilt: whether the context's keys were computed afresh.
-        queued_s: seconds in the sink's queue just before it was handed over.
-        level_db: its RMS level in dB under full scale (−120 for silence).
-        fault: why it was replaced, or None.
-    """
-
-    number: int
-    first_sample: int
+    number: int  # counts blocks from 0
+    first_sample: int  # its place in the stream
     n_samples: int
-    own_sample: int
-    length_s: float
-    controls: Controls
-    made_s: float
-    dit_ms: float
-    decode_ms: float
-    rebuilt: bool
-    queued_s: float
-    level_db: float
-    fault: str | None = None
+    own_sample: int  # from where its own frames are heard: later by what `exact` held back
+    length_s: float  # of music
+    controls: Controls  # what it was made with
+    made_s: float  # from taking the controls to having the samples
+    dit_ms: float  # of which in the transformer
+    decode_ms: float  # of which in the decoder
+    queued_s: float  # in the sink's queue just before it was handed over
+    level_db: float  # its RMS level under full scale (−120 for silence)
+    limited_db: float = 0.0  # by how much the limiter turned it down
+    fault: str | None = None  # why it was replaced
+
+    @classmethod
+    def of(
+        cls, played: PlayedBlock, controls: Controls, *, first_sample: int, **more: Any
+    ) -> "Made":
+        """From what is played, and what only the engine knows."""
+        block = played.block
+        return cls(
+            first_sample=first_sample,
+            n_samples=played.wave.shape[-1],
+            own_sample=first_sample + (block.own_from if block else 0),
+            controls=controls,
+            dit_ms=block.dit_ms if block else 0.0,
+            decode_ms=block.decode_ms if block else 0.0,
+            level_db=level_db(played.wave),
+            limited_db=played.limited_db,
+            fault=played.fault,
+            **more,
+        )
 
     @property
     def rtf(self) -> float:
@@ -59,130 +72,69 @@ class Made:
 
 @dataclass(frozen=True)
 class Meters:
-    """The state of a live stream at a moment.
+    """The state of a live stream at a moment; medians are of the last 16 blocks."""
 
-    Attributes:
-        state: "new", "priming", "playing", "paused", "waiting" (for a lost page), "stopped",
-            "failed".
-        n_blocks: made so far.
-        played_s: seconds of music handed to the sink.
-        queued_s, target_s: seconds in the queue, and how many there should be.
-        rtf: real-time factor, median of the last 16 blocks.
-        dit_ms, decode_ms: medians of the last 16 blocks.
-        level_db: RMS level of the last block.
-        underruns, silent_s, lowest_s: as the sink counted them.
-        n_changes: changes whose latency was measured.
-        latency_p50_ms, latency_p95_ms: from asking to the first sample that carries the change.
-        n_steps: model calls of the last block (fewer than asked if `auto` is on).
-        advice: what would help, one line each.
-        error: the last thing that went wrong.
-    """
-
-    state: str = "new"
-    n_blocks: int = 0
-    played_s: float = 0.0
-    queued_s: float = 0.0
-    target_s: float = 0.0
-    rtf: float | None = None
-    dit_ms: float | None = None
-    decode_ms: float | None = None
-    level_db: float | None = None
-    underruns: int = 0
+    state: str = "new"  # priming, playing, paused, waiting (for a lost page), stopped, failed
+    n_blocks: int = 0  # made so far
+    played_s: float = 0.0  # seconds of music handed to the sink
+    queued_s: float = 0.0  # in the queue
+    target_s: float = 0.0  # how many there should be
+    rtf: float | None = None  # real-time factor, median
+    dit_ms: float | None = None  # median
+    decode_ms: float | None = None  # median
+    level_db: float | None = None  # of the last block, RMS
+    limited_db: float = 0.0  # by how much the limiter turned the last block down
+    underruns: int = 0  # as the sink counted them
     silent_s: float = 0.0
     lowest_s: float | None = None
-    n_changes: int = 0
-    latency_p50_ms: float | None = None
+    n_changes: int = 0  # whose latency was measured
+    latency_p50_ms: float | None = None  # from asking to the first sample that carries the change
     latency_p95_ms: float | None = None
-    n_steps: int | None = None
-    advice: tuple[str, ...] = ()
-    error: str = ""
+    n_steps: int | None = None  # of the last block (fewer than asked if `auto` is on)
+    advice: tuple[str, ...] = ()  # what would help, one line each
+    error: str = ""  # the last thing that went wrong
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How the engine paces itself.
+    """How the engine paces itself."""
 
-    Attributes:
-        queue_s: target depth of the queue in seconds; None: two blocks. It is never less than one
-            block plus `safety_s`.
-        safety_s: seconds that are to be left in the queue when a block arrives; more where blocks
-            cost so much that a quarter of that is more.
-        auto_steps: use fewer steps than asked for while the model is too slow.
-        roll_seed: another seed for every block, derived from the one asked for.
-        limit_s: stop after so many seconds of music.
-    """
-
-    queue_s: float | None = None
-    safety_s: float = 0.04
-    auto_steps: bool = False
-    roll_seed: bool = False
-    limit_s: float | None = None
+    queue_s: float | None = None  # target depth (None: two blocks); at least a block + safety_s
+    safety_s: float = 0.04  # left in the queue when a block arrives, or a quarter of its cost
+    auto_steps: bool = False  # fewer steps than asked for while the model is too slow
+    roll_seed: bool = False  # another seed for every block, derived from the one asked for
+    limit_s: float = math.inf  # stop after so much music
 
     def __post_init__(self) -> None:
-        for name in ("queue_s", "safety_s", "limit_s"):
+        allowed = {"queue_s": (None,), "safety_s": (), "limit_s": (math.inf,)}
+        for name, others in allowed.items():
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 <= value < math.inf):
+            if value not in others and not (is_number and 0 <= value < math.inf):
                 raise LmdError(f"{name} = {value!r}", "seconds, 0 or more", f"Set {name} so.")
 
 
 @dataclass(frozen=True)
-class Promise:
-    """A change that has got its block.
+class AppliedChange:
+    """A change that has got its block."""
 
-    Attributes:
-        change: what was asked.
-        block, sample: the first block that carries it, and where its own frames begin.
-        latency_ms: from asking to that sample's turn in the sink; None if nothing was playing.
-    """
-
-    change: Change
-    block: int
-    sample: int
-    latency_ms: float | None
+    change: Change  # what was asked
+    block: int  # the first that carries it
+    sample: int  # where that block's own frames begin
+    latency_ms: float | None  # from asking to that sample's turn; None if nothing was playing
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something went wrong and was survived.
+    """Something went wrong and was survived."""
 
-    Attributes:
-        kind: "fault", "underrun", "refused" (a text), "recording" (it ended).
-        message: for a person.
-    """
-
-    kind: str
-    message: str
+    kind: str  # fault, underrun, threads, refused (a text), recording or take (it ended)
+    message: str  # for a person
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """The smallest value that at least `percent` of the values do not exceed; None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
-
-
-class CostBook:
-    """What blocks have cost, by what determines their cost."""
-
-    def __init__(self, n_remembered: int = 32) -> None:
-        self._n = n_remembered
-        self._costs: dict[tuple[object, ...], deque[float]] = {}
-
-    @staticmethod
-    def _key(controls: Controls) -> tuple[object, ...]:
-        c = controls
-        return (c.block_frames, c.n_steps, c.sampler, c.regime, c.is_guided)
-
-    def note(self, controls: Controls, made_s: float) -> None:
-        """One more block."""
-        self._costs.setdefault(self._key(controls), deque(maxlen=self._n)).append(made_s)
-
-    def expected_s(self, controls: Controls) -> float | None:
-        """The most that such a block cost lately, one stall forgiven; None if there was none."""
-        costs = sorted(self._costs.get(self._key(controls), ()))
-        return costs[-2 if len(costs) > 7 else -1] if costs else None
+    return float(np.percentile(values, percent, method="inverted_cdf")) if values else None
 
 
 def affordable_steps(made: Made) -> int:
@@ -195,13 +147,10 @@ def affordable_steps(made: Made) -> int:
 
 
 def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
-    """What would make blocks cheap enough, cheapest loss first; nothing if they are already.
+    """Lines on what would make blocks cheap enough, cheapest loss first; none if they are.
 
     Args:
         recent: the latest blocks, newest last.
-
-    Returns:
-        Lines for a person, with the numbers that they follow from.
     """
     good = [made for made in recent if made.fault is None]
     if not good or median(made.rtf for made in good) > 1 / HEADROOM:
@@ -223,28 +172,61 @@ def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
     return (f"Blocks come at {rtf:.2f}× real time. What would help:", *lines)
 
 
+def advice_when_late(recent: Sequence[Made]) -> str:
+    """What to say when the queue has run dry."""
+    lines = [*advice_for(recent)] or [
+        "One block came late; if it happens again, choose a longer queue."
+    ]
+    if not lmd.SPIN_IS_LIMITED:
+        lines.append("Import lmd before torch: waiting threads then leave the cores to others.")
+    return " ".join(lines)
+
+
+def too_loud(recent: Sequence[Made]) -> tuple[str, ...]:
+    """A line for a person while the limiter acts; nothing if it does not."""
+    if not recent or recent[-1].limited_db < 0.1:
+        return ()
+    over = f"The model plays {recent[-1].limited_db:.0f} dB over full scale and is turned down."
+    return (f"{over} Less guidance or more steps would help.",)
+
+
 class Ledger:
-    """What was made and promised, kept for meters, charts and pacing; safe between threads.
+    """What was made and applied, kept for meters, charts and pacing; safe between threads.
 
     Attributes:
         history: the latest 4096 blocks.
-        promises: the latest 1024 changes that have got their block.
-        costs: of blocks, for pacing.
+        applied: the latest 1024 changes that have got their block.
     """
 
     def __init__(self) -> None:
         self.history: deque[Made] = deque(maxlen=4096)
-        self.promises: deque[Promise] = deque(maxlen=1024)
-        self.costs = CostBook()
+        self.applied: deque[AppliedChange] = deque(maxlen=1024)
+        self._costs_s: dict[tuple[object, ...], deque[float]] = {}
         self._lock = threading.Lock()
 
-    def note(self, made: Made, promises: Sequence[Promise]) -> None:
+    def note(self, made: Made, applied: Sequence[AppliedChange]) -> None:
         """One more block, and the changes that it is the first to carry."""
         with self._lock:
             self.history.append(made)
-            self.promises.extend(promises)
+            self.applied.extend(applied)
             if made.fault is None:
-                self.costs.note(made.controls, made.made_s)
+                self._costs_of(made.controls).append(made.made_s)
+
+    def _costs_of(self, controls: Controls) -> deque[float]:
+        """What blocks have cost that cost the same, in seconds."""
+        c = controls
+        key = (c.block_frames, c.n_steps, c.sampler, c.regime, c.is_guided)
+        return self._costs_s.setdefault(key, deque(maxlen=N_COSTS))
+
+    def expected_s(self, controls: Controls) -> float | None:
+        """The most that such a block cost lately, one stall forgiven; None if there was none."""
+        costs = sorted(self._costs_of(controls))
+        return costs[-2 if len(costs) > 7 else -1] if costs else None
+
+    def is_starved(self, controls: Controls) -> bool:
+        """Whether the last two such blocks cost `STARVED` times what those before them did."""
+        *before, a, b = (0.0, 0.0, *self._costs_of(controls))
+        return len(before) > 6 and min(a, b) > STARVED * median(before[2:])
 
     def recent(self, n: int = N_RECENT) -> list[Made]:
         """The latest blocks, newest last."""
@@ -254,27 +236,71 @@ class Ledger:
     def latencies_ms(self) -> list[float]:
         """From asking to sound, of every change that was asked while music played."""
         with self._lock:
-            return [p.latency_ms for p in self.promises if p.latency_ms is not None]
+            return [a.latency_ms for a in self.applied if a.latency_ms is not None]
 
     def meters(self, report: SinkReport, sample_rate: int, **present: Any) -> Meters:
         """The meters: `present` holds what only the engine knows."""
         recent, latencies = self.recent(), self.latencies_ms()
-        last = recent[-1] if recent else None
+        of_blocks: dict[str, Any] = {}
+        if recent:
+            of_blocks = {n: median(getattr(m, n) for m in recent) for n in MEDIANS}
+            of_blocks |= {n: getattr(recent[-1], n) for n in ("level_db", "limited_db")}
+            of_blocks["n_steps"] = recent[-1].controls.n_steps
         return Meters(
-            rtf=median(made.rtf for made in recent) if recent else None,
-            dit_ms=median(made.dit_ms for made in recent) if recent else None,
-            decode_ms=median(made.decode_ms for made in recent) if recent else None,
-            level_db=last.level_db if last else None,
-            n_steps=last.controls.n_steps if last else None,
             underruns=report.underruns,
             silent_s=report.silent_samples / sample_rate,
             lowest_s=report.lowest_s if report.lowest_s < math.inf else None,
             n_changes=len(latencies),
             latency_p50_ms=percentile(latencies, 50),
             latency_p95_ms=percentile(latencies, 95),
-            advice=advice_for(recent),
+            advice=(*too_loud(recent), *advice_for(recent)),
+            **of_blocks,
             **present,
         )
+
+
+class Pacer:
+    """When the next block is due, and with how many steps it can be made in time.
+
+    Args:
+        options: may be replaced while playing.
+        ledger: what blocks have cost.
+        frame_s: how long a latent frame lasts, in seconds.
+    """
+
+    def __init__(self, options: EngineOptions, ledger: Ledger, frame_s: float) -> None:
+        self.options, self._ledger, self._frame_s = options, ledger, frame_s
+        self._steps_cap = MAX_LIVE_STEPS
+
+    def block_s(self, controls: Controls) -> float:
+        """How long such a block lasts, in seconds."""
+        return controls.block_frames * self._frame_s
+
+    def depth_s(self, controls: Controls) -> float:
+        """The queue's target depth with such blocks, in seconds."""
+        block_s, asked_s = self.block_s(controls), self.options.queue_s
+        return max(2 * block_s if asked_s is None else asked_s, block_s + self.options.safety_s)
+
+    def due_in_s(self, controls: Controls, queued_s: float) -> float:
+        """Seconds until the next block must be made; not positive: now."""
+        block_s, expected_s = self.block_s(controls), self._ledger.expected_s(controls)
+        cost_s = block_s if expected_s is None else min(expected_s, block_s)
+        left_s = max(self.depth_s(controls) - block_s, JITTER * cost_s)
+        return queued_s - (left_s + cost_s)
+
+    def effective(self, controls: Controls, number: int) -> Controls:
+        """What was asked of block `number`, as `auto_steps` and `roll_seed` change it."""
+        if self.options.auto_steps and self._steps_cap < controls.n_steps:
+            controls = replace(controls, n_steps=self._steps_cap)
+        if self.options.roll_seed:
+            controls = replace(controls, seed=derive_seed(controls.seed, "roll", number) % 2**31)
+        return controls
+
+    def learn(self, made: Made) -> None:
+        """Fewer steps at once where they did not fit, one more a block where they do."""
+        affordable = affordable_steps(made)
+        fits = affordable >= made.controls.n_steps
+        self._steps_cap = min(affordable, self._steps_cap + 1) if fits else affordable
 
 
 def level_db(wave: Wave) -> float:

@@ -7,7 +7,6 @@ running and comes back with the next samples that arrive.
 
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,11 +20,9 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Seconds, never going back."""
-        ...
 
     def sleep(self, seconds: float, wake: threading.Event) -> None:
         """Let `seconds` pass, or fewer if `wake` is set."""
-        ...
 
 
 class WallClock:
@@ -43,12 +40,10 @@ class WallClock:
 class SkippingClock:
     """Real time without the waiting: computing costs what it costs, a sleep is over at once.
 
-    A paced stream then runs as fast as the model does, with the queue levels and underruns that it
-    would have had.
+    A stream then runs as fast as the model does, with the queue levels and underruns of real time.
     """
 
-    def __init__(self) -> None:
-        self._skipped_s = 0.0
+    _skipped_s = 0.0
 
     def now(self) -> float:
         """Seconds computed plus seconds slept."""
@@ -61,53 +56,12 @@ class SkippingClock:
 
 @dataclass(frozen=True)
 class SinkReport:
-    """What a sink has counted since it was opened.
+    """What a sink has counted since it was opened."""
 
-    Attributes:
-        heard_samples: samples of the stream that were played.
-        silent_samples: samples of silence put in for want of anything else.
-        underruns: how many times the queue ran dry while playing.
-        lowest_s: the shortest queue seen while playing, in seconds.
-    """
-
-    heard_samples: int = 0
-    silent_samples: int = 0
-    underruns: int = 0
-    lowest_s: float = float("inf")
-
-
-class Sink(Protocol):
-    """Something that plays; opened paused, so that it can be primed."""
-
-    clock: Clock
-
-    def open(self, sample_rate: int, channels: int) -> None:
-        """Get ready, paused and empty."""
-        ...
-
-    def write(self, samples: np.ndarray) -> None:
-        """Append `[channel, sample]` float32 to the queue; never blocks."""
-        ...
-
-    def queued_s(self) -> float:
-        """Seconds written and not yet played."""
-        ...
-
-    def run(self, running: bool) -> None:
-        """Play, or pause."""
-        ...
-
-    def report(self) -> SinkReport:
-        """The counters."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing more will come: to run dry is no underrun any more."""
-        ...
-
-    def close(self) -> None:
-        """Play nothing more."""
-        ...
+    heard_samples: int = 0  # samples of the stream that were played
+    silent_samples: int = 0  # samples of silence put in for want of anything else
+    underruns: int = 0  # how many times the queue ran dry while playing
+    lowest_s: float = float("inf")  # the shortest queue seen while playing
 
 
 class PlayQueue:
@@ -118,9 +72,8 @@ class PlayQueue:
     """
 
     def __init__(self, channels: int, fade_samples: int) -> None:
-        self._parts: deque[np.ndarray] = deque()
-        self._channels, self._fade = channels, max(1, fade_samples)
-        self._gain, self._dry = 0.0, True
+        self._samples = np.zeros((channels, 0), dtype=np.float32)
+        self._fade, self._gain, self._dry = max(1, fade_samples), 0.0, True
         self._lock = threading.Lock()
         self.level = self.heard = self.silent = self.underruns = 0
         self.lowest: float = float("inf")
@@ -129,7 +82,7 @@ class PlayQueue:
     def push(self, samples: np.ndarray) -> None:
         """Append `[channel, sample]`."""
         with self._lock:
-            self._parts.append(samples)
+            self._samples = np.concatenate([self._samples, samples], axis=-1)
             self.level += samples.shape[-1]
 
     def report(self, sample_rate: int) -> SinkReport:
@@ -139,33 +92,21 @@ class PlayQueue:
 
     def pull(self, n: int) -> np.ndarray:
         """The next n samples `[channel, sample]`: sound as far as there is some, then silence."""
-        out = np.zeros((self._channels, n), dtype=np.float32)
         with self._lock:
             n_sound = min(n, self.level)
-            before = self.level
-            self._fill(out[:, :n_sound])
-            self._shape(out[:, :n_sound], before)
+            out = np.zeros((len(self._samples), n), dtype=np.float32)
+            out[:, :n_sound] = self._samples[:, :n_sound]
+            self._shape(out[:, :n_sound])
+            self._samples = self._samples[:, n_sound:]
+            self.level -= n_sound
             self._count(n, n_sound)
         return out
 
-    def _fill(self, out: np.ndarray) -> None:
-        done = 0
-        while done < out.shape[-1]:
-            part = self._parts[0]
-            k = min(part.shape[-1], out.shape[-1] - done)
-            out[:, done : done + k] = part[:, :k]
-            done += k
-            if k == part.shape[-1]:
-                self._parts.popleft()
-            else:
-                self._parts[0] = part[:, k:]
-        self.level -= done
-
-    def _shape(self, out: np.ndarray, before: int) -> None:
+    def _shape(self, out: np.ndarray) -> None:
         n, fade = out.shape[-1], self._fade
-        if n and (self._gain < 1 or before - n < fade):
+        if n and (self._gain < 1 or self.level - n < fade):
             i = np.arange(n)
-            gain = np.minimum(self._gain + (i + 1) / fade, (before - 1 - i) / fade)
+            gain = np.minimum(self._gain + (i + 1) / fade, (self.level - 1 - i) / fade)
             gain = np.clip(gain, 0, 1).astype(np.float32)
             out *= gain
             self._gain = float(gain[-1])

@@ -1,7 +1,7 @@
 // The live player: buttons, fields, meters, MIDI, and the traffic with the kernel (lmd/play/player.py).
 
 const REPORT_MS = 200, SILENT_KERNEL_MS = 8000, TICK_MS = 100, TYPING_MS = 60;
-const MAX_ASKED = 64; // moves that wait for a promise; those refused or overtaken never get one
+const MAX_ASKED = 64; // moves that wait for their block; those refused or overtaken never get one
 
 const METERS = [
   ["queue", "in the queue", "seconds of sound that wait to be played"],
@@ -28,7 +28,7 @@ class Player {
     this.model = model;
     this.view = Math.random().toString(36).slice(2, 10);
     Object.assign(this, { audio: null, picture: null, epoch: 0, asked: new Map(), nextId: 1,
-      promised: [], latencies: [], heardKernel: performance.now(), lastReport: 0, timers: {},
+      due: [], latencies: [], heardKernel: performance.now(), lastReport: 0, timers: {},
       midiLearn: false, midiTarget: null, closed: false, notice: "", trouble: "" });
     this.build(el);
     this.listen();
@@ -57,7 +57,7 @@ class Player {
       this.fields[spec.name] = field;
       (groups[spec.group] ??= []).push(field.element);
       if (spec.name === "drop_context_frames") groups[spec.group].push(
-        button("drop_context", "Drop context", "silence the oldest part of what the model hears", () => this.command("drop_context")));
+        button("drop_context", "Drop context", "silence the oldest part of the context", () => this.command("drop_context")));
       if (spec.name === "seed") groups[spec.group].push(
         button("roll", "New seed", "draw another seed", () => this.command("roll")));
       if (spec.kind === "text") field.input.setAttribute("list", `lmd-${this.view}-prompts`);
@@ -170,15 +170,15 @@ class Player {
     if (message.kind === "open") this.open(message);
     else if (message.epoch !== this.epoch || !this.audio) return;
     else if (message.kind === "audio") this.feed(message, buffers?.[0]);
-    else if (message.kind === "made") this.picture.mark(message.first, message.text, false);
-    else if (message.kind === "promise") this.promise(message);
+    else if (message.kind === "made") this.picture.mark(message.sample, message.text, false);
+    else if (message.kind === "applied") this.applied(message);
     else if (message.kind === "close") this.audio.post({ kind: "run", epoch: this.epoch, running: false });
     else this.audio.post(message);
   }
   open(message) {
     this.epoch = message.epoch;
     this.picture = new Picture(this.canvas, message.sample_rate);
-    this.promised = [];
+    this.due = [];
     this.latencies = [];
     this.asked.clear();
     this.audio?.post({ kind: "open", epoch: message.epoch });
@@ -195,11 +195,11 @@ class Player {
     this.picture.add(mono);
     this.audio.post({ kind: "push", epoch: message.epoch, samples });
   }
-  promise({ ids, sample, text, block }) {
+  applied({ ids, sample, text, block }) {
     this.picture.mark(sample, text, true);
-    Object.assign(this.root.dataset, { promisedBlock: block, promisedSample: sample });
+    Object.assign(this.root.dataset, { appliedBlock: block, appliedSample: sample });
     for (const id of ids) {
-      if (this.asked.has(id)) this.promised.push({ id, sample, at: this.asked.get(id) });
+      if (this.asked.has(id)) this.due.push({ id, sample, at: this.asked.get(id) });
       this.asked.delete(id);
     }
   }
@@ -290,10 +290,10 @@ class Player {
     this.root.dataset.state = state;
   }
   countLatencies() {
-    if (!this.audio || !this.promised.length) return;
+    if (!this.audio || !this.due.length) return;
     const heard = this.audio.heard(), now = performance.now(), rate = this.audio.sampleRate;
-    const due = this.promised.filter((p) => p.sample <= heard);
-    this.promised = this.promised.filter((p) => p.sample > heard);
+    const due = this.due.filter((p) => p.sample <= heard);
+    this.due = this.due.filter((p) => p.sample > heard);
     for (const { sample, at } of due) this.latencies.push(now - (1000 * (heard - sample)) / rate - at);
     this.latencies = this.latencies.slice(-200);
   }

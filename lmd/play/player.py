@@ -19,23 +19,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import traitlets
-from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.play.browser_sink import BrowserSink
 from lmd.play.control_queue import check_live
-from lmd.play.engine import EngineOptions, Event, LiveEngine
-from lmd.play.pace import Made, Meters, Promise, Trouble
-from lmd.play.play_queue import Sink, SkippingClock
-from lmd.play.player_fields import (
+from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
+from lmd.play.pace import AppliedChange, Made, Meters
+from lmd.play.play_queue import SkippingClock
+from lmd.play.player_traits import (
     CONTROL_NAMES,
     PACING_NAMES,
+    PROMPT_NAMES,
     PROMPTS,
+    PlayerTraits,
     fields_for,
     trait_values,
 )
-from lmd.play.player_traits import PlayerTraits
-from lmd.play.sinks import NullSink, SoundCardSink
+from lmd.play.sinks import BrowserSink, NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeHeader, TakeWriter, header_of
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
@@ -84,9 +83,9 @@ class LivePlayer(PlayerTraits):
         self._page = ""  # the view that plays
         self._page_sink: BrowserSink | None = None
         self._lock, self._asking_id = threading.Lock(), 0
-        self._asked: dict[int, tuple[list[int], str]] = {}
-        self._tried: dict[int, dict[str, Any]] = {}  # the prompt traits behind a change
-        self._heard: dict[str, Any] = {}  # those that play
+        # what was asked, by number: the page's ids, a word for the picture, the prompt's traits
+        self._asked: dict[int, tuple[list[int], str, dict[str, Any] | None]] = {}
+        self._playing: dict[str, Any] = {}  # the prompt's traits as they are heard
         codec = self._streamer.codec
         super().__init__(
             fields=fields_for(self._streamer.window),
@@ -104,11 +103,7 @@ class LivePlayer(PlayerTraits):
     # --- for notebooks ---------------------------------------------------------------------
 
     def ask(self, name: str, value: Any, request: int = 0) -> bool:
-        """Set a control as the panel does; a wrong value is refused with `message`.
-
-        Returns:
-            Whether it was accepted.
-        """
+        """Set a control as the panel does; whether it was accepted, or refused with `message`."""
         known = {entry["name"] for entry in self.fields}
         try:
             if name not in known:
@@ -131,13 +126,12 @@ class LivePlayer(PlayerTraits):
 
     def play(self) -> None:
         """Start, or go on after a pause (the browser's first Play must be a click there)."""
-        if self._alive() and self.engine is not None:
-            self.engine.resume()
-            return
-        if self.sink == "browser" and not self._page:
+        if (engine := self._alive()) is not None:
+            engine.resume()
+        elif self.sink == "browser" and not self._page:
             self.message = "Press Play in the page: browsers want a click before they make sound."
-            return
-        self._start(limit_s=None)
+        else:
+            self._start()
 
     def play_for(self, seconds: float) -> Meters:
         """Play so much music and wait for its end, behind a progress bar (not for `browser`).
@@ -153,13 +147,7 @@ class LivePlayer(PlayerTraits):
             raise LmdError("play_for with sink 'browser'", "'null' or 'soundcard'", "Press Play.")
         self.stop()
         engine = self._start(limit_s=seconds)
-        try:
-            with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
-                while not engine.wait(METERS_EVERY_S):
-                    bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
-                bar.update(round(seconds) - bar.n)
-        finally:  # the cell may have been interrupted
-            engine.stop()
+        wait_with_bar(engine, seconds)
         self._show_meters(engine.meters())
         return engine.meters()
 
@@ -176,26 +164,26 @@ class LivePlayer(PlayerTraits):
             self.recording = ""
 
     def close(self) -> None:
-        """End the take, and the widget with it."""
+        """End the take, and the widget with it and what it brought along."""
         self.stop()
+        self.layout.close()
         super().close()
 
     def drop_context(self) -> None:
-        """Silence the oldest `drop_context_frames` of what the model hears, once."""
-        self._change(
-            "drop_context_frames", f"drop {self.drop_context_frames}", self.drop_context_frames
-        )
+        """Silence the oldest `drop_context_frames` of the context, once."""
+        n_frames = self.drop_context_frames
+        self._change("drop_context_frames", f"drop {n_frames}", n_frames)
 
     def record(self) -> None:
         """Begin a recording next to the take, or finish it."""
-        if self.engine is None or not self._alive():
+        if (engine := self._alive()) is None:
             self.message = "Play first, then record."
         elif self.recording:
-            self.engine.stop_recording()
+            engine.stop_recording()
             self.message, self.recording = f"Recorded {self.recording}", ""
         else:
-            stem = f"{Path(self.take_path).stem}-{self.engine.meters().n_blocks:04d}"
-            self.recording = str(self.engine.record(self.take_folder / f"{stem}.wav"))
+            stem = f"{Path(self.take_path).stem}-{engine.meters().n_blocks:04d}"
+            self.recording = str(engine.record(self.take_folder / f"{stem}.wav"))
 
     # --- from the page ---------------------------------------------------------------------
 
@@ -206,11 +194,8 @@ class LivePlayer(PlayerTraits):
         try:
             if kind == "set":
                 request = content.get("id")
-                self.ask(
-                    str(content.get("name")),
-                    content.get("value"),
-                    request if isinstance(request, int) else 0,
-                )
+                request = request if isinstance(request, int) else 0
+                self.ask(str(content.get("name")), content.get("value"), request)
             elif kind == "command":
                 self._command(str(content.get("command")), view)
             elif kind == "report" and view == self._page and self._page_sink is not None:
@@ -222,23 +207,19 @@ class LivePlayer(PlayerTraits):
 
     def _command(self, command: str, view: str) -> None:
         if command == "play":
-            self._play_in(view)
+            if self.sink == "browser" and view != self._page:
+                self.stop()  # the page that played before falls silent
+                self._page = view
+            self.play()
         elif command == "restart":
             self.stop()
-            self._start(limit_s=None)
+            self._start()
         elif command == "roll":
             self.seed = secrets.randbelow(2**31)
         elif command in ("pause", "stop", "record", "drop_context"):
             getattr(self, command)()
         else:
             self.message = f"Refused: the command {command!r} is none of the player's."
-
-    def _play_in(self, view: str) -> None:
-        """Play in that page; one that played before falls silent."""
-        if self.sink == "browser" and view != self._page:
-            self.stop()
-            self._page = view
-        self.play()
 
     # --- to the engine ---------------------------------------------------------------------
 
@@ -259,62 +240,55 @@ class LivePlayer(PlayerTraits):
 
     def _on_control(self, change: Any) -> None:
         name = change["name"]
-        if name in ("prompt_a", "prompt_b", "mix"):
-            text = (
-                f"mix {self.mix:.2f}" if name == "mix" else f"{name[-1].upper()}: {change['new']}"
-            )
-            self._change("prompt", text, self.prompt)
+        if name in PROMPT_NAMES:
+            text = f"{name[-1].upper()}: {change['new']}"
+            self._change("prompt", text if name != "mix" else f"mix {self.mix:.2f}", self.prompt)
         else:
             label = next(f["label"] for f in self.fields if f["name"] == name)
             value = f"{change['new']:g}" if isinstance(change["new"], float) else change["new"]
             self._change(name, f"{label} {value}", change["new"])
 
     def _change(self, name: str, text: str, value: Any) -> None:
-        if self.engine is None or not self._alive():
+        if (engine := self._alive()) is None:
             return
-        with self._lock:  # the promise for it must not overtake this note
-            change = self.engine.change(**{name: value})
+        with self._lock:  # the news of its block must not overtake this note
+            change = engine.change(**{name: value})
             ids = [self._asking_id] if self._asking_id else []
-            self._asked[change.number] = (ids, text)
-            if name == "prompt":
-                self._tried[change.number] = self._prompt_traits()
+            prompt = self.prompt_traits() if name == "prompt" else None
+            self._asked[change.number] = (ids, text, prompt)
 
     def _on_pacing(self, _change: Any) -> None:
-        if self.engine is not None and self._alive():
-            self.engine.configure(**self._pacing())
+        if (engine := self._alive()) is not None:
+            engine.configure(**self._pacing())
 
     def _pacing(self) -> dict[str, Any]:
         codec = self._streamer.codec
-        block_s = self.block_frames * codec.samples_per_frame / codec.sample_rate
-        return {
-            "queue_s": self.queue_blocks * block_s,
-            "auto_steps": self.auto_steps,
-            "roll_seed": self.roll_seed,
-        }
+        queue_s = (
+            self.queue_blocks * self.block_frames * codec.samples_per_frame / codec.sample_rate
+        )
+        return {"queue_s": queue_s, "auto_steps": self.auto_steps, "roll_seed": self.roll_seed}
 
-    def _alive(self) -> bool:
-        return self.engine is not None and not self.engine.wait(0)
+    def _alive(self) -> LiveEngine | None:
+        """The engine, if it has not ended."""
+        return None if self.engine is None or self.engine.wait(0) else self.engine
 
-    def _start(self, limit_s: float | None) -> LiveEngine:
-        other = LivePlayer._sounding
+    def _start(self, limit_s: float = math.inf) -> LiveEngine:
         if self.sink == "soundcard":
-            if other is not None and other is not self:
-                other.stop()
+            if LivePlayer._sounding not in (None, self):
+                LivePlayer._sounding.stop()
             LivePlayer._sounding = self
         options = EngineOptions(limit_s=limit_s, **self._pacing())
-        sink, controls = self._make_sink(skip_waits=limit_s is not None), self.controls()
+        sink, controls = self._make_sink(skip_waits=limit_s < math.inf), self.controls()
         check_live(controls, self._streamer.window)
         self.take_folder.mkdir(parents=True, exist_ok=True)
         name = f"take-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
         self._header = self._header or header_of(self._streamer, self._source)
         take = TakeWriter(self.take_folder / name, self._header)
-        engine = LiveEngine(
-            self._streamer, sink, controls, options, take=take, on_event=self._on_event
-        )
+        engine = LiveEngine(self._streamer, sink, controls, options, take=take)
+        engine.on_event = self._on_event
         self.engine, self.take_path, self.message = engine, str(take.path), ""
         self._asked.clear()
-        self._tried.clear()
-        self._heard = self._prompt_traits()
+        self._playing = self.prompt_traits()
         engine.start()
         threading.Thread(target=self._follow, args=(engine,), daemon=True).start()
         return engine
@@ -337,33 +311,26 @@ class LivePlayer(PlayerTraits):
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Meters):
             self._show_meters(event)
-            return
-        if isinstance(event, Promise):
+        elif isinstance(event, Made):
+            self._place("made", event.own_sample, text=str(event.number))
+        elif isinstance(event, AppliedChange):
             with self._lock:
-                self._heard = self._tried.pop(event.change.number, self._heard)
-        if isinstance(event, Trouble):
+                ids, text, prompt = self._asked.pop(event.change.number, ([], "", None))
+                self._playing = prompt or self._playing
+            self._place("applied", event.sample, ids=ids, text=text, block=event.block)
+        else:
             self.message = event.message
             if event.kind == "refused":  # the old prompt plays on: show it
-                self._show_heard_prompts()
-            if event.kind == "recording":
+                for name, value in self._playing.items():
+                    self.set_trait(name, value)
+            elif event.kind == "recording":
                 self.recording = ""
-        elif self._page_sink is not None:
-            place = {"epoch": self._page_sink.epoch, "first": 0}
-            if isinstance(event, Made):
-                place |= {"kind": "made", "first": event.own_sample, "text": str(event.number)}
-            elif isinstance(event, Promise):
-                with self._lock:
-                    ids, text = self._asked.pop(event.change.number, ([], ""))
-                place |= {"kind": "promise", "ids": ids, "text": text}
-                place |= {"sample": event.sample, "block": event.block}
-            self._send_to_page(place, [])
 
-    def _prompt_traits(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prompt_a", "prompt_b", "mix")}
-
-    def _show_heard_prompts(self) -> None:
-        for name, value in self._heard.items():
-            self.set_trait(name, value)
+    def _place(self, kind: str, sample: int, **values: Any) -> None:
+        """Tell the page that plays what belongs to a sample."""
+        if self._page_sink is not None:
+            values |= {"kind": kind, "epoch": self._page_sink.epoch, "sample": sample}
+            self._send_to_page(values, [])
 
     def _follow(self, engine: LiveEngine) -> None:
         """Show the meters until the engine ends, and that it has."""
@@ -375,10 +342,8 @@ class LivePlayer(PlayerTraits):
 
     def _show_meters(self, meters: Meters) -> None:
         values = dataclasses.asdict(meters)
-        self.meters = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
+        infinite = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        self.meters = values | dict.fromkeys(infinite)
         self.state = meters.state
         if meters.state in ("stopped", "failed"):
             self.recording = ""

@@ -3,75 +3,81 @@
 python -m lmd replay take.jsonl -o again.wav --figure take.png
 """
 
-import argparse
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.play.sinks import AudioFile
-from lmd.play.takes import SampleHash, Take, play_again, read_take
+from lmd.machine import describe_machine
+from lmd.outputs import check_outputs
+from lmd.play.audio_file import AudioFile, check_audio_path
+from lmd.play.takes import SampleHash, Take, as_many_threads, play_again, read_take
 from lmd.pretrained import open_instrument, precision_of
-from lmd.shapes import Wave
 
 FIGURES = (".png", ".pdf", ".svg")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    parser.add_argument("take", type=Path, help="a file written while playing")
-    parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
-    parser.add_argument("--figure", type=Path, help="png, pdf or svg: spectrogram and controls")
-    parser.add_argument("--source", help="weights, if not where the take says; in its precision")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
+@dataclass(frozen=True)
+class Options:
+    """What to replay, and what to make of it."""
+
+    take: tyro.conf.Positional[Path]  # A file written while playing.
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # Wav or flac to write.
+    figure: Path | None = None  # Png, pdf or svg: spectrogram and controls.
+    source: str | None = None  # Weights, if not where the take says; in its precision.
+    device: str = "auto"  # cpu, cuda, mps or auto.
 
 
-def main(args: argparse.Namespace) -> int:
+def main(options: Options) -> int:
     """Replay; status 1 if the samples are not those that were played."""
-    if args.figure is not None:
-        _check_figure(args.figure)
-    take = read_take(args.take)
-    torch.set_num_threads(take.header.n_threads)  # opening computes, too
+    if options.figure is not None and options.figure.suffix.lower() not in FIGURES:
+        raise LmdError(f"--figure {options.figure}", f"a {' or '.join(FIGURES)} file", "Rename it.")
+    if options.output is not None:
+        check_audio_path(options.output)
+    check_outputs(take=options.take, output=options.output, figure=options.figure)
+    take = read_take(options.take)
+    n_threads, n_cores = take.header.n_threads, describe_machine().n_cores
+    if n_threads > n_cores:
+        print(f"{n_threads} threads in the take, {n_cores} cores here: the last bit may differ")
+    with as_many_threads(n_threads):  # opening computes, too
+        sha256 = _replay(take, options)
+    return _compare(take, sha256)
+
+
+def _replay(take: Take, options: Options) -> str:
+    """Play all of it, write what is asked for; the SHA-256 of the samples."""
     instrument = open_instrument(
-        args.source or take.header.source,
-        device=args.device,
+        options.source or take.header.source,
+        device=options.device,
         dtype=precision_of(take.header.source),
     )
-    digest, waves = SampleHash(), []
+    digest, waves, file = SampleHash(), [], None
     with ExitStack() as stack:
-        file = None
-        if args.output is not None:
-            file = AudioFile(args.output, take.header.sample_rate, take.header.channels)
-            stack.callback(file.close)
-        for piece in tqdm(play_again(take, instrument.streamer), total=take.n_blocks, unit="block"):
-            digest.update(piece.wave)
+        blocks = play_again(take, instrument.streamer)
+        for played in tqdm(blocks, total=take.n_blocks, unit="block"):
+            if file is None and options.output is not None:  # the take fits the instrument
+                header = take.header
+                file = AudioFile(options.output, header.sample_rate, header.channels)
+                stack.callback(file.close)
+            digest.update(played.wave)
             if file is not None:
-                file.write(piece.wave[0].numpy())
-            if args.figure is not None:
-                waves.append(piece.wave)
-    if args.figure is not None:
-        draw(take, torch.cat(waves, dim=-1), args.figure)
-    return _verdict(take, digest.hexdigest())
+                file.write(played.wave[0].numpy())
+            if options.figure is not None:
+                waves.append(played.wave)
+    if options.figure is not None:
+        from lmd.play.take_figure import plot_take  # matplotlib where a picture is asked for
+
+        plot_take(take, torch.cat(waves, dim=-1)).savefig(options.figure, dpi=110)
+    return digest.hexdigest()
 
 
-def _check_figure(path: Path) -> None:
-    """Refuse before anything is played what could not be drawn afterwards."""
-    if path.suffix.lower() not in FIGURES or not path.parent.is_dir():
-        raise LmdError(
-            f"--figure {path}", f"a {' or '.join(FIGURES)} file in a folder that exists", "Mend it."
-        )
-
-
-def draw(take: Take, wave: Wave, path: Path) -> None:
-    """Save a picture of a take."""
-    from lmd.play.take_figure import plot_take  # matplotlib only where a picture is asked for
-
-    plot_take(take, wave).savefig(path, dpi=110)
-
-
-def _verdict(take: Take, sha256: str) -> int:
+def _compare(take: Take, sha256: str) -> int:
+    """Say whether the samples are those that were played; the exit status."""
     if take.sha256 is None:
         print(f"{take.n_blocks} blocks played again; the take broke off, nothing to compare with")
         return 0

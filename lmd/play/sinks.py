@@ -1,19 +1,71 @@
-"""Where the sound goes: to nobody by a clock, to a file, to a sound card."""
+"""Where the sound goes: nowhere, to nobody by a clock, to a sound card, to a browser."""
 
-import math
 import threading
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from lmd.errors import LmdError
 from lmd.play.play_queue import FADE_S, Clock, PlayQueue, SinkReport, WallClock
 
 
-class NullSink:
+class Sink:
+    """Something that plays; opened paused, so that it can be primed.
+
+    As it stands it plays nowhere and keeps no time, so nothing can be late: a stream into it is
+    made as fast as it goes, e.g. to be recorded (`LiveEngine.record`).
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock: Clock = WallClock() if clock is None else clock
+
+    def open(self, sample_rate: int, channels: int) -> None:
+        """Get ready, paused and empty."""
+
+    def write(self, samples: np.ndarray) -> None:
+        """Append `[channel, sample]` float32; never blocks."""
+
+    def queued_s(self) -> float:
+        """Seconds written and not yet played."""
+        return 0.0
+
+    def run(self, running: bool) -> None:
+        """Play, or pause."""
+
+    def report(self) -> SinkReport:
+        """The counters."""
+        return SinkReport()
+
+    def finish(self) -> None:
+        """Nothing more will come: to run dry is no underrun any more."""
+
+    def close(self) -> None:
+        """Play nothing more."""
+
+
+class QueueSink(Sink):
+    """What the sinks of this process share: a `PlayQueue` that something pulls from."""
+
+    def open(self, sample_rate: int, channels: int) -> None:
+        self.sample_rate = sample_rate
+        self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
+
+    def write(self, samples: np.ndarray) -> None:
+        self.queue.push(samples)
+
+    def queued_s(self) -> float:
+        return self.queue.level / self.sample_rate
+
+    def report(self) -> SinkReport:
+        return self.queue.report(self.sample_rate)
+
+    def finish(self) -> None:
+        self.queue.ending = True
+
+
+class NullSink(QueueSink):
     """Plays to nobody, by a clock: for tests, papermill and measurements.
 
     Args:
@@ -22,17 +74,16 @@ class NullSink:
     """
 
     def __init__(self, clock: Clock | None = None, *, keep: bool = False) -> None:
-        self.clock: Clock = WallClock() if clock is None else clock
+        super().__init__(clock)
         self._kept: list[np.ndarray] | None = [] if keep else None
         self._running, self._lock = False, threading.Lock()
 
     def open(self, sample_rate: int, channels: int) -> None:
-        """Get ready."""
-        self.sample_rate = sample_rate
-        self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
+        super().open(sample_rate, channels)
         self._since, self._pulled = self.clock.now(), 0
 
     def _advance(self) -> None:
+        """Play what is due by the clock."""
         with self._lock:
             if not self._running:
                 return
@@ -44,26 +95,22 @@ class NullSink:
                     self._kept.append(played)
 
     def write(self, samples: np.ndarray) -> None:
-        """Append to the queue."""
         self._advance()
-        self.queue.push(samples)
+        super().write(samples)
 
     def queued_s(self) -> float:
-        """Seconds not yet played."""
         self._advance()
-        return self.queue.level / self.sample_rate
+        return super().queued_s()
 
     def run(self, running: bool) -> None:
-        """Let the clock play, or stop it."""
         self._advance()
         if running and not self._running:
             self._since, self._pulled = self.clock.now(), 0
         self._running = running
 
     def report(self) -> SinkReport:
-        """The counters."""
         self._advance()
-        return self.queue.report(self.sample_rate)
+        return super().report()
 
     def heard(self) -> np.ndarray:
         """Everything played so far, `[channel, sample]` (with `keep=True`)."""
@@ -72,143 +119,8 @@ class NullSink:
         self._advance()
         return np.concatenate(self._kept, axis=-1)
 
-    def finish(self) -> None:
-        """Nothing more will come."""
-        self.queue.ending = True
-
     def close(self) -> None:
-        """Stop."""
         self.run(False)
-
-
-SUBTYPES = {".wav": "FLOAT", ".flac": "PCM_24"}
-MAX_WAV_BYTES = 2**32 - 2**12  # of samples: a wav file counts itself in 32 bits, header included
-
-
-def check_audio_path(path: Path) -> str:
-    """How samples are stored in a file of that name.
-
-    Raises:
-        LmdError: another ending than wav or flac, or a folder that does not exist.
-    """
-    subtype = SUBTYPES.get(path.suffix.lower())
-    if subtype is None:
-        raise LmdError(f"the file name {path.name!r}", ".wav or .flac", "Change the name.")
-    if not path.parent.is_dir():
-        raise LmdError(f"no folder {str(path.parent)!r}", "an existing folder", "Make it first.")
-    return subtype
-
-
-class AudioFile:
-    """A wav (float32, the very samples) or flac (24 bit) file that grows while it is written.
-
-    Args:
-        path: the file.
-        sample_rate: in Hz.
-        channels: of the sound.
-        limit_s: write no more than this many seconds.
-
-    Attributes:
-        written: samples in the file.
-
-    Raises:
-        LmdError: see `check_audio_path`; the file cannot be made; a limit that no wav file holds.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        sample_rate: int,
-        channels: int,
-        limit_s: float = math.inf,
-    ) -> None:
-        self.path, self.written = Path(path), 0
-        subtype = check_audio_path(self.path)
-        self._most = limit_s * sample_rate
-        self._room = math.inf if subtype == SUBTYPES[".flac"] else MAX_WAV_BYTES // 4 // channels
-        if self._room < self._most < math.inf:
-            raise self._too_long(limit_s, sample_rate)
-        self._rate = sample_rate
-        try:
-            self._file = soundfile.SoundFile(
-                self.path, "w", samplerate=sample_rate, channels=channels, subtype=subtype
-            )
-        except (OSError, soundfile.LibsndfileError) as error:
-            raise LmdError(
-                f"{self.path} ({error})", "a file that can be written", "Choose another name."
-            ) from error
-
-    def write(self, samples: np.ndarray) -> None:
-        """Append `[channel, sample]` up to the limit, and flush.
-
-        A wav file then holds it whatever happens to the process; a flac file can be read to its
-        end only after `close`.
-
-        Raises:
-            LmdError: more than a wav file holds; what was written before stays good.
-        """
-        if self.written + samples.shape[-1] > self._most:
-            samples = samples[:, : round(self._most) - self.written]
-        if self.written + samples.shape[-1] > self._room:
-            raise self._too_long((self.written + samples.shape[-1]) / self._rate, self._rate)
-        self._file.write(samples.T)
-        self._file.flush()
-        self.written += samples.shape[-1]
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
-
-    def _too_long(self, seconds: float, sample_rate: int) -> LmdError:
-        return LmdError(
-            f"{seconds:.0f} s for {self.path.name}",
-            f"at most {self._room / sample_rate:.0f} s, since a wav file ends at 4 GiB",
-            "Write a .flac file, or less at a time.",
-        )
-
-
-class FileSink:
-    """Writes to a file as fast as it is fed; it keeps no time, so nothing can be late.
-
-    Args:
-        path: a wav or flac file.
-        limit_s: write no more than this many seconds.
-    """
-
-    def __init__(self, path: str | Path, limit_s: float = float("inf")) -> None:
-        self.path, self.clock, self._limit_s = Path(path), WallClock(), limit_s
-        self._file: AudioFile | None = None
-        self._written = 0
-
-    def open(self, sample_rate: int, channels: int) -> None:
-        """Create the file."""
-        self._file = AudioFile(self.path, sample_rate, channels, self._limit_s)
-
-    def write(self, samples: np.ndarray) -> None:
-        """Append to the file."""
-        if self._file is not None:
-            self._file.write(samples)
-            self._written = self._file.written
-
-    def queued_s(self) -> float:
-        """Always 0: what is written is done with."""
-        return 0.0
-
-    def run(self, running: bool) -> None:
-        """Nothing to start or pause."""
-
-    def report(self) -> SinkReport:
-        """Everything written counts as heard."""
-        return SinkReport(heard_samples=self._written)
-
-    def finish(self) -> None:
-        """Nothing to do: every write is already on its way to the disk."""
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def _sounddevice() -> ModuleType:
@@ -219,12 +131,13 @@ def _sounddevice() -> ModuleType:
         raise LmdError(
             f"no usable sounddevice ({error})",
             "the optional package and the PortAudio library",
-            "Install with `pip install lmd[soundcard]`, or choose another sink.",
+            "Install with `pip install sounddevice` (in a clone `pip install -e '.[soundcard]'`), "
+            "or choose another sink.",
         ) from error
     return sounddevice
 
 
-class SoundCardSink:
+class SoundCardSink(QueueSink):
     """The local sound card through sounddevice (optional); its callback never waits.
 
     Args:
@@ -235,14 +148,12 @@ class SoundCardSink:
     """
 
     def __init__(self, device: Any = None) -> None:
+        super().__init__()
         self._library, self._device = _sounddevice(), device
-        self.clock = WallClock()
         self._stream: Any = None
 
     def open(self, sample_rate: int, channels: int) -> None:
-        """Open the device."""
-        self.sample_rate = sample_rate
-        self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
+        super().open(sample_rate, channels)
         try:
             self._stream = self._library.OutputStream(
                 samplerate=sample_rate,
@@ -261,30 +172,93 @@ class SoundCardSink:
     def _callback(self, out: np.ndarray, n: int, _time: Any, _status: Any) -> None:
         out[:] = self.queue.pull(n).T
 
-    def write(self, samples: np.ndarray) -> None:
-        """Append to the queue."""
-        self.queue.push(samples)
-
-    def queued_s(self) -> float:
-        """Seconds not yet handed to the card."""
-        return self.queue.level / self.sample_rate
-
     def run(self, running: bool) -> None:
-        """Start or stop the card."""
-        if running and not self._stream.active:
-            self._stream.start()
-        elif not running and self._stream.active:
-            self._stream.stop()
-
-    def report(self) -> SinkReport:
-        """The counters."""
-        return self.queue.report(self.sample_rate)
-
-    def finish(self) -> None:
-        """Nothing more will come."""
-        self.queue.ending = True
+        if running != self._stream.active:
+            (self._stream.start if running else self._stream.stop)()
 
     def close(self) -> None:
-        """Release the device."""
         if self._stream is not None:
             self._stream.close()
+
+
+class BrowserSink(Sink):
+    """The queue inside a browser's audio worklet, as its reports tell.
+
+    Between two reports the worklet is taken to play on by the clock, so a kernel that is busy with
+    a long cell (and reads no messages) does not starve it. After `patience_s` without a report the
+    page is taken for closed or asleep and nothing more is sent until it speaks again.
+
+    Args:
+        send: hands a message and its binary buffers to the page.
+        clock: the kernel's clock.
+        patience_s: how long to go on without a report.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[dict[str, Any], list[bytes]], None],
+        clock: Clock | None = None,
+        patience_s: float = 30.0,
+    ) -> None:
+        super().__init__(clock)
+        self._send, self._patience_s = send, patience_s
+        self._lock = threading.Lock()
+        self.epoch = 0  # counts openings: reports of an earlier one are ignored
+        self.sample_rate = 0  # until it is opened
+        self._running, self._written, self._report = False, 0, SinkReport()
+        self._reported_at: float | None = None
+
+    def open(self, sample_rate: int, channels: int) -> None:
+        with self._lock:
+            self.sample_rate = sample_rate
+            self.epoch += 1
+            self._running, self._written, self._report = False, 0, SinkReport()
+            self._reported_at = None
+        self._message("open", sample_rate=sample_rate, channels=channels)
+
+    def _message(self, kind: str, buffers: list[bytes] | None = None, **values: Any) -> None:
+        self._send({"kind": kind, "epoch": self.epoch, **values}, buffers or [])
+
+    def write(self, samples: np.ndarray) -> None:
+        pcm = np.rint(np.clip(samples.T, -1, 1) * 32767).astype("<i2")
+        with self._lock:
+            first = self._written
+            self._written += samples.shape[-1]
+        self._message("audio", [pcm.tobytes()], first=first, n=samples.shape[-1])
+
+    def on_report(self, message: dict[str, Any]) -> None:
+        """Take in what the worklet says of itself (see `player_audio.js`)."""
+        numbers = [message.get(k) for k in ("heard", "silent", "underruns", "lowest")]
+        if not all(isinstance(x, int | float) and 0 <= x < 2**53 for x in numbers):
+            return
+        heard, silent, underruns, lowest = (int(x) for x in numbers)
+        with self._lock:  # `open` may be counting on at this moment
+            if message.get("epoch") != self.epoch or not self.sample_rate:
+                return
+            self._report = SinkReport(heard, silent, underruns, lowest / self.sample_rate)
+            self._reported_at = self.clock.now()
+
+    def queued_s(self) -> float:
+        with self._lock:
+            played = float(self._report.heard_samples)
+            if self._running and self._reported_at is not None:
+                age_s = self.clock.now() - self._reported_at
+                if age_s > self._patience_s:
+                    return float("inf")
+                played = min(self._written, played + age_s * self.sample_rate)
+            return (self._written - played) / self.sample_rate
+
+    def run(self, running: bool) -> None:
+        with self._lock:
+            self._running = running
+            self._reported_at = self.clock.now()
+        self._message("run", running=running)
+
+    def report(self) -> SinkReport:
+        return self._report
+
+    def finish(self) -> None:
+        self._message("finish")
+
+    def close(self) -> None:
+        self._message("close")

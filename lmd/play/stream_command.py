@@ -3,139 +3,134 @@
 python -m lmd stream "church organ, slow, minor" --seconds 60 -o out.wav --take out.jsonl
 """
 
-import argparse
 import dataclasses
-import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from tqdm import tqdm
+import tyro
 
-from lmd.checkpoint import write_atomic
-from lmd.config import REGIMES
+from lmd.config import Regime
 from lmd.errors import LmdError
-from lmd.play.control_queue import check_live
-from lmd.play.engine import EngineOptions, Event, LiveEngine
-from lmd.play.pace import Made, Meters, percentile
-from lmd.play.play_queue import Sink
-from lmd.play.sinks import FileSink, NullSink, SoundCardSink, check_audio_path
+from lmd.outputs import check_outputs, write_json
+from lmd.play.audio_file import check_audio_path
+from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
+from lmd.play.pace import Trouble, percentile
+from lmd.play.sinks import NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeWriter, header_of
-from lmd.pretrained import DTYPES, Instrument, open_instrument
-from lmd.stream.samplers import SAMPLERS
+from lmd.pretrained import Instrument, open_instrument
+from lmd.stream.samplers import SamplerName
 
-MAX_SECONDS = 24 * 3600
+MIN_SECONDS, MAX_SECONDS = 0.01, 24 * 3600
 SETTABLE = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    parser.add_argument("prompt", help='what to play, e.g. "church organ, slow, minor"')
-    parser.add_argument("--seconds", type=float, default=60.0, help="of music (default 60)")
-    parser.add_argument("-o", "--output", type=Path, help="wav or flac file to write")
-    parser.add_argument("--take", type=Path, help="JSON lines to write, for `lmd replay`")
-    parser.add_argument("--json", type=Path, help="write measurements to this file")
-    parser.add_argument("--paced", action="store_true", help="keep real time, heard by nobody")
-    parser.add_argument("--play", action="store_true", help="keep real time on the sound card")
-    parser.add_argument("--queue", type=float, help="seconds to make ahead (default two blocks)")
-    parser.add_argument("--source", default="best", help="weights (default: the best there are)")
-    parser.add_argument("--preset", default="small", help="tiny, small, paper (for --source best)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
-    words = "of the model (default float32); bfloat16 is slower where the processor has none"
-    parser.add_argument("--dtype", choices=DTYPES, help=words)
-    parser.add_argument("--cfg-scale", type=float, help="guidance, 1 = off")
-    parser.add_argument("--steps", type=int, dest="n_steps", help="model calls per block")
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS))
-    parser.add_argument("--regime", choices=REGIMES)
-    parser.add_argument("--block-frames", type=int)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--auto", action="store_true", help="fewer steps when too slow")
+@dataclass(frozen=True)
+class Options:
+    """What to stream, and where to."""
+
+    prompt: tyro.conf.Positional[str]  # What to play, e.g. "church organ, slow, minor".
+    seconds: float = 60.0  # Of music.
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # Wav or flac to write.
+    take: Path | None = None  # JSON lines to write, for `lmd replay`.
+    json: Path | None = None  # Write measurements to this file.
+    paced: bool = False  # Keep real time, heard by nobody.
+    play: bool = False  # Keep real time on the sound card.
+    queue: float | None = None  # Seconds to make ahead (two blocks by default).
+    source: str = "best"  # Weights: best, arc, finetuned, base, FOLDER:KIND, random:PRESET:SEED.
+    preset: str = "small"  # tiny, small or paper (for --source best).
+    device: str = "auto"  # cpu, cuda, mps or auto.
+    dtype: Literal["float32", "bfloat16"] | None = None  # Of the model (float32 by default).
+    cfg_scale: float | None = None  # Guidance, 1 = off.
+    n_steps: Annotated[int | None, tyro.conf.arg(name="steps")] = None  # Per block and branch.
+    sampler: SamplerName | None = None  # How noise becomes music.
+    regime: Regime | None = None  # Who sees whom.
+    block_frames: int | None = None  # Length of a block.
+    seed: int | None = None  # Of the noise.
+    auto: bool = False  # Fewer steps when too slow.
 
 
-def main(args: argparse.Namespace) -> int:
-    """Stream; status 1 if a paced stream ran dry or a block could not be played."""
-    _check(args)
+def main(options: Options) -> int:
+    """Stream; status 1 if a paced stream ran dry, a block could not be played or a take ended."""
+    _check(options)
     instrument = open_instrument(
-        args.source, preset_name=args.preset, device=args.device, dtype=args.dtype
+        options.source, preset_name=options.preset, device=options.device, dtype=options.dtype
     )
     print(f"playing on {instrument.description}")
-    engine = engine_of(args, instrument)
-    meters = run_with_progress(engine, args.seconds)
-    summary = summarize(engine, instrument, meters)
-    if args.json is not None:
-        write_atomic(args.json, (json.dumps(summary, indent=2) + "\n").encode())
-    print(
-        f"{meters.played_s:.1f} s of music, {summary['rtf_all']:.2f}× real time, "
-        f"{meters.underruns} underruns" + (f"; {meters.error}" if meters.error else "")
-    )
-    return 1 if meters.underruns or summary["faults"] else 0
+    engine, was_interrupted = _engine(options, instrument), False
+    lost: list[str] = []  # what is said of files that could not be finished
+
+    def follow(event: Event) -> None:
+        if isinstance(event, Trouble) and event.kind in ("take", "recording"):
+            lost.append(event.message)
+            if not (options.paced or options.play):  # then nobody hears the rest
+                engine.stop()
+
+    engine.on_event = follow
+    try:
+        engine.start()
+        wait_with_bar(engine, options.seconds)
+    except KeyboardInterrupt:
+        was_interrupted = True
+    except RuntimeError as failure:
+        if isinstance(failure.__cause__, LmdError):
+            raise failure.__cause__ from None
+        raise
+    summary = summarize(engine, instrument)
+    if options.json is not None:
+        write_json(options.json, summary)
+    print(_in_words(summary, options.seconds))
+    if was_interrupted:
+        print("lmd stream: interrupted; what was written is finished", file=sys.stderr)
+        return 130
+    return 1 if summary["meters"]["underruns"] or summary["faults"] or lost else 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments that cannot be met, before anything is loaded."""
-    if not 0 < args.seconds <= MAX_SECONDS:
-        raise LmdError(f"--seconds {args.seconds}", f"up to {MAX_SECONDS}", "Give a number.")
-    if args.output is None and not (args.paced or args.play):
+def _in_words(summary: dict[str, Any], seconds: float) -> str:
+    """One line for a person."""
+    meters = summary["meters"]
+    words = [f"{min(meters['played_s'], seconds):.1f} s of music"]
+    words += [f"{summary['rtf_all']:.2f}× real time", f"{meters['underruns']} underruns"]
+    if summary["limited_db"] > 0:
+        words.append(f"turned down by up to {summary['limited_db']:.0f} dB to full scale")
+    return ", ".join(words) + (f"; {meters['error']}" if meters["error"] else "")
+
+
+def _check(options: Options) -> None:
+    """Refuse what cannot be met, before anything is loaded."""
+    if not MIN_SECONDS <= options.seconds <= MAX_SECONDS:
+        limits = f"{MIN_SECONDS} to {MAX_SECONDS}"
+        raise LmdError(f"--seconds {options.seconds}", limits, "Give such a number.")
+    if options.output is None and not (options.paced or options.play):
         raise LmdError("nowhere to play to", "-o FILE, --paced or --play", "Name an output.")
-    if args.output is not None:
-        check_audio_path(args.output)
-    if args.paced and args.play:
+    if options.output is not None:
+        check_audio_path(options.output)
+    if options.paced and options.play:
         raise LmdError("both --paced and --play", "one of them", "Drop one.")
+    check_outputs(output=options.output, take=options.take, json=options.json)
 
 
-def engine_of(args: argparse.Namespace, instrument: Instrument) -> LiveEngine:
-    """The engine that the arguments ask for."""
-    asked = {name: value for name in SETTABLE if (value := getattr(args, name)) is not None}
-    controls = instrument.controls(args.prompt, **asked)
-    check_live(controls, instrument.streamer.window)
-    options = EngineOptions(queue_s=args.queue, auto_steps=args.auto, limit_s=args.seconds)
-    sink: Sink
-    if args.play:
-        sink = SoundCardSink()
-    elif args.paced:
-        sink = NullSink()
-    else:
-        sink = FileSink(args.output, limit_s=args.seconds)
-    take = None
-    if args.take is not None:
-        take = TakeWriter(args.take, header_of(instrument.streamer, instrument.source))
-    engine = LiveEngine(instrument.streamer, sink, controls, options, take=take)
-    if args.output is not None and (args.paced or args.play):
-        try:
-            engine.record(args.output, limit_s=args.seconds)
-        except LmdError:
-            if take is not None:
-                take.close()
-            raise
+def _engine(options: Options, instrument: Instrument) -> LiveEngine:
+    """The engine that the options ask for."""
+    asked = {name: value for name in SETTABLE if (value := getattr(options, name)) is not None}
+    controls = instrument.controls(options.prompt, **asked)
+    pacing = EngineOptions(queue_s=options.queue, auto_steps=options.auto, limit_s=options.seconds)
+    sink = SoundCardSink() if options.play else NullSink() if options.paced else Sink()
+    engine = LiveEngine(instrument.streamer, sink, controls, pacing)
+    if options.take is not None:  # first: it replaces nothing
+        engine.take = TakeWriter(options.take, header_of(instrument.streamer, instrument.source))
+    try:
+        if options.output is not None:
+            engine.record(options.output, limit_s=options.seconds)
+    except LmdError:
+        if engine.take is not None:
+            engine.take.close()
+        raise
     return engine
 
 
-def run_with_progress(engine: LiveEngine, seconds: float) -> Meters:
-    """Play to the end behind a progress bar that counts seconds of music.
-
-    Raises:
-        LmdError: a refusal on the engine's thread.
-        RuntimeError: the engine failed.
-    """
-    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
-
-        def follow(event: Event) -> None:
-            if isinstance(event, Made):
-                bar.update(round(min(engine.meters().played_s, seconds)) - bar.n)
-
-        engine.on_event = follow
-        engine.start()
-        try:
-            while not engine.wait(0.5):
-                pass
-        except BaseException:
-            engine.stop()
-            raise
-    if isinstance(engine.failure, LmdError):
-        raise engine.failure
-    engine.stop()
-    return engine.meters()
-
-
-def summarize(engine: LiveEngine, instrument: Instrument, meters: Meters) -> dict[str, object]:
+def summarize(engine: LiveEngine, instrument: Instrument) -> dict[str, Any]:
     """What a stream measured, ready for JSON; times in ms are per block."""
     history = list(engine.ledger.history)
     costs_ms = [1e3 * made.made_s for made in history]
@@ -143,12 +138,13 @@ def summarize(engine: LiveEngine, instrument: Instrument, meters: Meters) -> dic
     return {
         "source": instrument.source,
         "preset": instrument.preset.name,
-        "controls": dataclasses.asdict(engine.desk.asked()),
-        "meters": dataclasses.asdict(meters),
+        "controls": dataclasses.asdict(engine.control_queue.asked()),
+        "meters": dataclasses.asdict(engine.meters()),
         "rtf_all": sum(made.length_s for made in history) / made_s if made_s else 0.0,
         "block_ms_p50": percentile(costs_ms, 50),
         "block_ms_p95": percentile(costs_ms, 95),
         "block_ms_max": max(costs_ms, default=None),
         "level_db_p50": percentile([made.level_db for made in history], 50),
+        "limited_db": max((made.limited_db for made in history), default=0.0),
         "faults": sum(made.fault is not None for made in history),
     }

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from lmd.play.control_queue import NAMES
 from lmd.play.takes import Take
 from lmd.show import Samples, specplot
 
@@ -17,34 +18,28 @@ def plot_take(take: Take, wave: Samples) -> Figure:
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(10, 4.6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
-    specplot(wave, take.header.sample_rate, top)
+    rate, values = take.header.sample_rate, list(take.changes.values())
+    starts_s = {block: sample / rate for block, sample in take.starts.items()}
+    specplot(wave, rate, top)
     top.set(xlabel="", title="a take: sound, and the controls that made it")
-    starts_s = take.block_starts_s()
+    moving = [n for n in NAMES if n == "prompt" or len({getattr(v, n) for v in values}) > 1]
     blocks = sorted(take.changes)
-    for row, name in enumerate(take.moving()):
+    for row, name in enumerate(moving):
         values = [getattr(take.changes[block], name) for block in blocks]
         heard: object = None
         for block, value in zip(blocks, values, strict=True):
             if value != heard:
-                label = _label(value)
+                place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+                style = {"fontsize": 7, "parse_math": False, "annotation_clip": True}
                 bottom.plot(starts_s[block], row, "|", color="C0", markersize=9)
-                bottom.annotate(
-                    label,
-                    (starts_s[block], row),
-                    (3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                    parse_math=False,
-                    annotation_clip=True,
-                )
+                bottom.annotate(_label(value), (starts_s[block], row), **place, **style)
                 top.axvline(starts_s[block], color="white", alpha=0.5, lw=0.6, ls="--")
             heard = value
-    bottom.set_yticks(range(len(take.moving())), take.moving())
-    bottom.set(xlabel="seconds", ylim=(-0.6, max(0.6, len(take.moving()) - 0.4)))
+    bottom.set_yticks(range(len(moving)), moving)
+    bottom.set(xlabel="seconds", ylim=(-0.6, max(0.6, len(moving) - 0.4)))
     bottom.invert_yaxis()
     for block, sample in take.underruns:
-        top.axvline(starts_s.get(block, sample / take.header.sample_rate), color="C1")
+        top.axvline(starts_s.get(block, sample / rate), color="C1")
     return figure
 
 

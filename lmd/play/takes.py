@@ -10,88 +10,62 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from lmd.config import from_dict
 from lmd.errors import LmdError
+from lmd.machine import describe_machine
 from lmd.model.text import describe
 from lmd.model.weights import fingerprint
 from lmd.play.control_queue import NAMES, with_changes
-from lmd.play.guard import Guarded, Piece, guarded_step
+from lmd.play.guard import Guarded, PlayedBlock, guarded_step
 from lmd.shapes import Wave
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
 
 FORMAT = "lmd-take-1"
 COUNT_EVERY = 8  # blocks
+MAX_BLOCKS = 2_000_000  # a day of the shortest blocks
+OLD_NAMES = {"forget_frames": "drop_context_frames", "seam": "boundary"}  # in takes of before
 
 
 @dataclass(frozen=True)
 class TakeHeader:
-    """With what a take was played.
+    """With what a take was played."""
 
-    Attributes:
-        model_sha256, codec_sha256: of all weights, by name.
-        text: the text encoder's class and size.
-        source: where the weights came from, for `lmd.pretrained.open_instrument`.
-        sample_rate, channels: of the sound.
-        n_threads: torch threads (sums may differ in the last bit with another number).
-        torch_version: for the same reason.
-        format: of the file.
-    """
-
-    model_sha256: str
+    model_sha256: str  # of all weights, by name
     codec_sha256: str
-    text: str
-    source: str
+    text: str  # the text encoder's class and size
+    source: str  # where the weights came from, for `lmd.pretrained.open_instrument`
     sample_rate: int
     channels: int
-    n_threads: int
-    torch_version: str
+    n_threads: int  # of torch (sums may differ in the last bit with another number)
+    torch_version: str  # for the same reason
     format: str = FORMAT
+    limited: bool = False  # whether a limiter held the wave within full scale
 
 
 @dataclass(frozen=True)
 class Take:
-    """A take as read from its file.
+    """A take as read from its file."""
 
-    Attributes:
-        header: the first line.
-        changes: controls by the number of the block that first had them; block 0 always has some.
-        starts: the first sample of these blocks.
-        faults: blocks that were not finite, with the reason.
-        underruns: (block, sample) at which the sink had run dry.
-        n_blocks, n_samples: how much was played.
-        sha256: of all samples, float32 little-endian, sample by sample; None if it broke off.
-    """
-
+    path: Path
     header: TakeHeader
-    changes: dict[int, Controls]
-    starts: dict[int, int]
-    faults: dict[int, str] = field(default_factory=dict)
-    underruns: tuple[tuple[int, int], ...] = ()
+    changes: dict[int, Controls]  # by the block that first had them; block 0 always has some
+    starts: dict[int, int]  # the first sample of these blocks
+    lines: dict[int, int]  # where in the file they stand
+    faults: dict[int, str] = field(default_factory=dict)  # blocks that were not finite, and why
+    threads: dict[int, int] = field(default_factory=dict)  # torch threads, from that block on
+    underruns: tuple[tuple[int, int], ...] = ()  # (block, sample) at which the sink had run dry
     n_blocks: int = 0
     n_samples: int = 0
-    sha256: str | None = None
-
-    def block_starts_s(self) -> dict[int, float]:
-        """When the blocks of `changes` begin, in seconds of the stream."""
-        rate = self.header.sample_rate
-        return {block: sample / rate for block, sample in self.starts.items()}
-
-    def moving(self) -> list[str]:
-        """The names of the controls that change during the take, and the prompt."""
-        values = list(self.changes.values())
-        return [
-            name
-            for name in NAMES
-            if name == "prompt" or any(getattr(v, name) != getattr(values[0], name) for v in values)
-        ]
+    sha256: str | None = None  # of all samples, float32 little-endian; None if it broke off
 
     def controls(self) -> Iterator[Controls]:
         """The controls of every block."""
@@ -128,6 +102,7 @@ def header_of(streamer: Streamer, source: str) -> TakeHeader:
         channels=streamer.codec.channels,
         n_threads=torch.get_num_threads(),
         torch_version=str(torch.__version__),
+        limited=True,
     )
 
 
@@ -139,14 +114,14 @@ class TakeWriter:
         header: from `header_of`.
 
     Raises:
-        LmdError: the file exists, or its folder does not.
+        LmdError: the file exists, or it cannot be written; so every method, on a full disk.
     """
 
     def __init__(self, path: str | Path, header: TakeHeader) -> None:
         self.path = Path(path)
         try:
-            self._file: TextIO = self.path.open("x", encoding="utf-8")
-        except (FileExistsError, FileNotFoundError) as error:
+            self._file = self.path.open("x", encoding="utf-8")
+        except OSError as error:
             raise LmdError(
                 f"{self.path} ({error.strerror})", "a new file in a folder that exists", "Rename it"
             ) from error
@@ -155,12 +130,19 @@ class TakeWriter:
         self._line(dataclasses.asdict(header))
 
     def _line(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise LmdError(
+                f"{self.path} ({error.strerror})", "room on the disk", "Make some."
+            ) from error
 
-    def piece(self, piece: Piece, controls: Controls) -> None:
+    def _event(self, **what: Any) -> None:
+        self._line({"block": self._n_blocks, "sample": self._n_samples, **what})
+
+    def block(self, played: PlayedBlock, controls: Controls) -> None:
         """Note a block: its controls if they are new, its fault if it had one, its samples."""
-        number, sample = self._n_blocks, self._n_samples
         if controls != self._previous:
             before = self._previous
             changed = {
@@ -168,13 +150,13 @@ class TakeWriter:
                 for name in NAMES
                 if before is None or getattr(controls, name) != getattr(before, name)
             }
-            self._line({"block": number, "sample": sample, "controls": changed})
+            self._event(controls=changed)
             self._previous = controls
-        if piece.fault is not None:
-            self._line({"block": number, "sample": sample, "fault": piece.fault})
-        self._hash.update(piece.wave)
+        if played.fault is not None:
+            self._event(fault=played.fault)
+        self._hash.update(played.wave)
         self._n_blocks += 1
-        self._n_samples += piece.wave.shape[-1]
+        self._n_samples += played.wave.shape[-1]
         if self._n_blocks % COUNT_EVERY == 0:
             self._line(self._count())
 
@@ -183,17 +165,24 @@ class TakeWriter:
 
     def underrun(self) -> None:
         """Note that the sink has run dry."""
-        self._line({"block": self._n_blocks, "sample": self._n_samples, "underrun": True})
+        self._event(underrun=True)
+
+    def threads(self, n_threads: int) -> None:
+        """Note that torch uses so many threads from the next block on."""
+        self._event(threads=n_threads)
 
     def close(self) -> None:
         """Write the last line; a take of no block at all is no take and leaves no file."""
         if self._file.closed:
             return
-        if self._n_blocks:
-            self._line(self._count() | {"sha256": self._hash.hexdigest()})
-        self._file.close()
-        if not self._n_blocks:
-            self.path.unlink(missing_ok=True)
+        try:
+            if self._n_blocks:
+                self._line(self._count() | {"sha256": self._hash.hexdigest()})
+        finally:
+            with suppress(OSError):
+                self._file.close()
+            if not self._n_blocks:
+                self.path.unlink(missing_ok=True)
 
 
 def read_take(path: str | Path) -> Take:
@@ -208,55 +197,90 @@ def read_take(path: str | Path) -> Take:
         header = from_dict(TakeHeader, json.loads(lines[0]))
     except LmdError as error:
         raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
-    except (OSError, UnicodeDecodeError, IndexError, ValueError, TypeError, AttributeError) as e:
-        raise LmdError(f"{path} ({e})", f"a take ({FORMAT})", "Give another file.") from e
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LmdError(f"{path} ({error})", f"a take ({FORMAT})", "Give another file.") from error
     if header.format != FORMAT:
         raise LmdError(f"{path} of format {header.format!r}", FORMAT, "Update lmd, or play anew.")
+    for f in dataclasses.fields(TakeHeader):
+        value = getattr(header, f.name)
+        if type(value) is not f.type or (f.type is int and value < 1):
+            kinds = {int: "a whole number, 1 or more", str: "a text", bool: "true or false"}
+            raise LmdError(f"{path} with {f.name} {value!r}", kinds[f.type], "Mend its first line.")
     return _parse(path, header, lines[1:])
 
 
 def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
-    present, changes = Controls(), {}
-    faults: dict[int, str] = {}
-    starts: dict[int, int] = {}
+    present = Controls()
+    take = Take(path, header, {}, {}, {})
     underruns: list[tuple[int, int]] = []
-    end: dict[str, Any] = {}
+    end: dict[str, Any] = {"blocks": 0, "samples": 0}
     for number, line in enumerate(lines, start=2):
         try:
             entry = json.loads(line)
-            if "controls" in entry:
-                present = with_changes(present, entry["controls"])
-                changes[int(entry["block"])] = present
-                starts[int(entry["block"])] = int(entry["sample"])
-            elif "fault" in entry:
-                faults[int(entry["block"])] = str(entry["fault"])
-            elif "underrun" in entry:
-                underruns.append((int(entry["block"]), int(entry["sample"])))
-            else:
-                end = {key: entry[key] for key in ("blocks", "samples")}
+            if not isinstance(entry, dict):
+                raise LmdError(f"{entry!r}", "names and values in braces", "Mend it.")
+            if "blocks" in entry:
+                end = _counts(entry, blocks=MAX_BLOCKS, samples=2**63)
                 end["sha256"] = entry.get("sha256")
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) + 1 and end.get("sha256") is None:
+                if not isinstance(end["sha256"], str | None):
+                    raise LmdError(f"sha256 {end['sha256']!r}", "a text", "Mend it.")
+                continue
+            block, sample = _counts(entry, block=MAX_BLOCKS, sample=2**63).values()
+            if "controls" in entry:
+                changes = {OLD_NAMES.get(k, k): v for k, v in entry["controls"].items()}
+                present = with_changes(present, changes)
+                take.changes[block], take.starts[block] = present, sample
+                take.lines[block] = number
+            elif "fault" in entry:
+                take.faults[block] = str(entry["fault"])
+            elif "threads" in entry:
+                take.threads[block] = _counts(entry, threads=2**31)["threads"]
+            else:
+                underruns.append((block, sample))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            is_half = isinstance(error, json.JSONDecodeError)
+            if is_half and number == len(lines) + 1 and end.get("sha256") is None:
                 break  # the line that was being written when it broke off
+            found, expected = getattr(error, "found", error), "a line of a take"
             raise LmdError(
-                f"{path}, line {number}: {error}", "a line of a take", "Mend it."
+                f"{path}, line {number}: {found}", getattr(error, "expected", expected), "Mend it."
             ) from error
-    if 0 not in changes:
+    if 0 not in take.changes:
         raise LmdError(f"{path} without controls for block 0", "a take that played", "Play anew.")
-    known = max([*changes, *faults, *(block - 1 for block, _ in underruns)]) + 1
-    return Take(
-        header,
-        changes,
-        starts,
-        faults,
-        tuple(underruns),
-        max(int(end.get("blocks", 0)), known),
-        int(end.get("samples", 0)),
-        end.get("sha256"),
+    known = max([*take.changes, *take.faults, *(block - 1 for block, _ in underruns)]) + 1
+    return dataclasses.replace(
+        take,
+        underruns=tuple(underruns),
+        n_blocks=max(end["blocks"], known),
+        n_samples=end["samples"],
+        sha256=end.get("sha256"),
     )
 
 
-def play_again(take: Take, streamer: Streamer) -> Iterator[Piece]:
+def _counts(entry: dict[str, Any], **most: int) -> dict[str, Any]:
+    """These values of a line: whole numbers from 0 to the given ones."""
+    for name, limit in most.items():
+        value = entry.get(name)
+        if type(value) is not int or not 0 <= value <= limit:
+            raise LmdError(f"{name} {value!r}", f"a whole number up to {limit}", "Mend it.")
+    return {name: entry[name] for name in most}
+
+
+@contextmanager
+def as_many_threads(n_threads: int) -> Iterator[None]:
+    """Torch with so many threads, as far as this machine has them; afterwards as before."""
+    before = torch.get_num_threads()
+    wanted = min(n_threads, max(before, describe_machine().n_cores))
+    try:
+        if wanted != before:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def play_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
     """Every block of a take, once more.
 
     Raises:
@@ -264,15 +288,26 @@ def play_again(take: Take, streamer: Streamer) -> Iterator[Piece]:
             controls that stand in it.
     """
     here = header_of(streamer, take.header.source)
-    for name in ("model_sha256", "codec_sha256", "text"):
-        found, expected = getattr(here, name), getattr(take.header, name)
+    for name in ("sample_rate", "channels", "model_sha256", "codec_sha256", "text"):
+        found, expected = str(getattr(take.header, name)), str(getattr(here, name))
         if found != expected:
             raise LmdError(
-                f"{name} {found[:16]}", f"{expected[:16]}, as in the take", "Load those weights."
+                f"{take.path} with {name} {found[:16]}",
+                f"{expected[:16]}, as this instrument has it",
+                "Load what it was played with.",
             )
-    for controls in take.changes.values():
-        controls.validate(streamer.window)
+    for block, controls in take.changes.items():
+        try:
+            controls.validate(streamer.window)
+        except LmdError as error:
+            found = f"{take.path}, line {take.lines[block]}: {error.found}"
+            raise LmdError(found, error.expected, error.todo) from error
     guarded = Guarded(streamer.start())
-    for number, controls in enumerate(take.controls()):
-        piece, guarded = guarded_step(streamer, guarded, controls, take.faults.get(number))
-        yield piece
+    with as_many_threads(torch.get_num_threads()):
+        for number, controls in enumerate(take.controls()):
+            if number in take.threads:
+                torch.set_num_threads(min(take.threads[number], torch.get_num_threads()))
+            played, guarded = guarded_step(
+                streamer, guarded, controls, take.faults.get(number), limited=take.header.limited
+            )
+            yield played

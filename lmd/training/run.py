@@ -47,9 +47,7 @@ from lmd.training.trainer import Export, choose_precision, fit
 from lmd.training.windows import LatentSource
 
 SAMPLE_EVERY = 500  # steps
-ROPE_TOLERANCE = (
-    1e-3  # relative; a base that was worked out from float32 frequencies
-)
+ROPE_TOLERANCE = 1e-3  # relative; a base that was worked out from float32 frequencies
 
 
 def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:

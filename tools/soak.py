@@ -1,6 +1,6 @@
 """Long measurements of a live stream, with what a player plays with: its engine and its defaults.
 
-    python -m lmd.play.soak paced|flat|latency|stalls --json FILE
+    python tools/soak.py paced|flat|latency|stalls --json FILE
 
 paced    real time: underruns and the shortest queue
 flat     as fast as it goes, a take written, controls moved: memory, cost, loudness, brightness
@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from soak_flat import flat, frame_s, play_out
 
-from lmd.checkpoint import write_atomic
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
+from lmd.outputs import check_outputs, write_json
 from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import Clock, SkippingClock, WallClock
-from lmd.play.player_fields import PROMPTS
+from lmd.play.player_traits import PROMPTS
 from lmd.play.sinks import NullSink
-from lmd.play.soak_flat import flat, frame_s, play_out
 from lmd.pretrained import Instrument, open_instrument
 from lmd.stream.controls import SEAMS, Controls
-from lmd.stream.streamer import Block, Streamer, StreamState
+from lmd.stream.state import StreamState
+from lmd.stream.streamer import Block, Streamer
 
 LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
 SETTABLE = ("n_steps", "block_frames", "boundary")
@@ -58,12 +59,12 @@ def latency(
     rows = {}
     for block_frames in LATENCY_BLOCKS_FRAMES:
         block_s = block_frames * frame_s(instrument.streamer)
-        shaker = _Shaker(random.Random(block_frames), block_s, clock())
+        clock_of_changes = RandomChanges(random.Random(block_frames), block_s, clock())
         options = EngineOptions(queue_s=block_s, limit_s=(1.5 * n_changes + 10) * block_s)
         start = replace(controls, block_frames=block_frames)
-        engine = LiveEngine(instrument.streamer, NullSink(shaker), start, options)
-        shaker.engine = engine
-        play_out(engine, options.limit_s or 0.0)
+        engine = LiveEngine(instrument.streamer, NullSink(clock_of_changes), start, options)
+        clock_of_changes.engine = engine
+        play_out(engine, options.limit_s)
         meters = engine.meters()
         rows[str(block_frames)] = {
             "block_ms": 1e3 * block_s,
@@ -77,7 +78,7 @@ def latency(
     return {"blocks": rows}
 
 
-class _Shaker:
+class RandomChanges:
     """A clock that asks for another seed at random moments while it waits."""
 
     def __init__(self, rng: random.Random, block_s: float, clock: Clock) -> None:
@@ -91,7 +92,7 @@ class _Shaker:
         if self.engine is not None and now_s >= self._next_s:
             due_s, self._seed = self._next_s, self._seed + 1
             self._next_s = now_s + self._rng.uniform(1, 2) * self._block_s
-            self.engine.desk.ask(due_s, seed=self._seed)
+            self.engine.control_queue.ask(due_s, seed=self._seed)
         return now_s
 
     def sleep(self, seconds: float, wake: Any) -> None:
@@ -108,7 +109,7 @@ class _Stalling(Streamer):
         self._stalls_s = stalls_s
 
     def step(self, state: StreamState, controls: Controls) -> tuple[Block, StreamState]:
-        """Sleep if told to, then the step itself."""
+        """Sleep if it is this block's turn, then the step itself."""
         time.sleep(self._stalls_s.get(state.index, 0.0))
         return super().step(state, controls)
 
@@ -121,7 +122,7 @@ def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], Clock
         streamer = _Stalling(instrument.streamer, {8: blocks * block_s})
         options = EngineOptions(queue_s=block_s, limit_s=20 * block_s)
         engine = LiveEngine(streamer, NullSink(clock()), controls, options)
-        play_out(engine, options.limit_s or 0.0)
+        play_out(engine, options.limit_s)
         history: list[Made] = list(engine.ledger.history)
         rows[str(blocks)] = {
             "underruns": engine.meters().underruns,
@@ -157,7 +158,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m lmd.play.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/soak.py", description=__doc__)
     parser.add_argument("what", choices=("paced", "flat", "latency", "stalls"))
     parser.add_argument("--seconds", type=float, default=600.0, help="of music (paced, flat)")
     parser.add_argument("--changes", type=int, default=40, help="per block length (latency)")
@@ -165,16 +166,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, dest="n_steps", help="(default: the weights' own)")
     parser.add_argument("--block-frames", type=int)
-    parser.add_argument("--seam", choices=SEAMS)
+    parser.add_argument("--boundary", "--seam", choices=SEAMS)
     parser.add_argument("--skip-waits", action="store_true", help="computing counts, waiting not")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     try:
+        check_outputs(json=args.json)
         result = measure(args)
     except LmdError as error:
         print(f"lmd soak: {error}", file=sys.stderr)
         return 2
-    write_atomic(args.json, (json.dumps(result, indent=2) + "\n").encode())
+    write_json(args.json, result)
     _draw(result, args.json.with_suffix(".png"))
     print(json.dumps({k: v for k, v in result.items() if k not in ("parts", "meters")}, indent=2))
     return 0
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw(result: dict[str, Any], path: Path) -> None:
     """The picture of what was measured, where there is one to draw."""
-    from lmd.play.soak_figure import plot_flat, plot_latency  # matplotlib after the measurement
+    from soak_figure import plot_flat, plot_latency  # matplotlib after the measurement
 
     plots = {"flat": plot_flat, "latency": plot_latency}
     if result["what"] in plots:

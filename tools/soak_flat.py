@@ -1,7 +1,7 @@
 """An hour of music as fast as it goes, by everything that plays: does anything grow or drift?
 
-The engine's thread fills its queue by a clock that skips the waits, a take is written, and a hand
-moves a control every few blocks, always through the same round, so that the parts of the hour are
+The engine's thread fills its queue by a clock that skips the waits, a take is written, and a
+control is moved every few blocks, always through the same round, so that the parts of the hour are
 alike.
 """
 
@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import psutil
 from scipy import stats
-from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.play.engine import EngineOptions, Event, LiveEngine
+from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
 from lmd.play.pace import Made, percentile
 from lmd.play.play_queue import SkippingClock
-from lmd.play.player_fields import PROMPTS, mixed
+from lmd.play.player_traits import PROMPTS, mixed
 from lmd.play.sinks import NullSink
 from lmd.play.takes import TakeWriter, header_of
 from lmd.pretrained import Instrument
@@ -32,7 +31,7 @@ from lmd.stream.streamer import Streamer
 CHANGE_EVERY = 4  # blocks
 
 
-class Ear(NullSink):
+class CentroidSink(NullSink):
     """A sink that notes the brightness of what it is given, and what noting it costs."""
 
     def __init__(self) -> None:
@@ -48,8 +47,8 @@ class Ear(NullSink):
         self.spent_s += time.thread_time() - began
 
 
-class Hour:
-    """Listens to an engine and sums up its blocks, part by part.
+class LongRunMonitor:
+    """Follows an engine and sums up its blocks, part by part.
 
     Args:
         sink: the engine's.
@@ -57,7 +56,9 @@ class Hour:
         seconds, n_parts: of music, and in how many parts.
     """
 
-    def __init__(self, sink: Ear, controls: Controls, seconds: float, n_parts: int) -> None:
+    def __init__(
+        self, sink: CentroidSink, controls: Controls, seconds: float, n_parts: int
+    ) -> None:
         self.engine: LiveEngine | None = None
         self.parts: list[dict[str, float]] = []
         self.n_asked = 0
@@ -104,15 +105,14 @@ def round_of(controls: Controls) -> list[dict[str, Any]]:
     """Changes that end where they began."""
     prompt = controls.prompt
     text = prompt if isinstance(prompt, str) else prompt[0][0]
-    seams = ("exact", "fade") if controls.boundary == "fade" else ("fade", "exact")
     return [
         {"prompt": mixed(text, PROMPTS[1], 0.5)},
         {"prompt": prompt},
         {"seed": controls.seed + 1},
         {"n_steps": max(1, controls.n_steps - 1)},
         {"n_steps": controls.n_steps, "drop_context_frames": controls.block_frames},
-        {"boundary": seams[0]},
-        {"boundary": seams[1], "seed": controls.seed},
+        {"boundary": "exact" if controls.boundary == "fade" else "fade"},
+        {"boundary": controls.boundary, "seed": controls.seed},
     ]
 
 
@@ -127,26 +127,26 @@ def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: in
     if not seconds >= n_parts * block_s:
         least = f"{n_parts * block_s:.1f}, {n_parts} parts of a block or more"
         raise LmdError(f"{seconds:g} s of music", least, "Raise --seconds.")
-    sink = Ear()
-    listener = Hour(sink, controls, seconds, n_parts)
+    sink = CentroidSink()
+    monitor = LongRunMonitor(sink, controls, seconds, n_parts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "take.jsonl"
-        listener.engine = LiveEngine(
+        monitor.engine = LiveEngine(
             instrument.streamer,
             sink,
             controls,
             EngineOptions(limit_s=seconds),
             take=TakeWriter(path, header_of(instrument.streamer, instrument.source)),
-            on_event=listener.follow,
+            on_event=monitor.follow,
         )
-        play_out(listener.engine, seconds)
+        play_out(monitor.engine, seconds)
         take_bytes = path.stat().st_size
     return {
-        "parts": listener.parts,
-        **slopes(listener.parts),
-        "n_changes": listener.n_asked,
+        "parts": monitor.parts,
+        **slopes(monitor.parts),
+        "n_changes": monitor.n_asked,
         "take_bytes": take_bytes,
-        "meters": asdict(listener.engine.meters()),
+        "meters": asdict(monitor.engine.meters()),
     }
 
 
@@ -156,11 +156,8 @@ def play_out(engine: LiveEngine, seconds: float) -> None:
     Raises:
         RuntimeError: the engine failed.
     """
-    with tqdm(total=round(seconds), unit="s", desc="music", mininterval=2.0) as bar:
-        engine.start()
-        while not engine.wait(1.0):
-            bar.update(min(round(engine.meters().played_s), round(seconds)) - bar.n)
-    engine.stop()
+    engine.start()
+    wait_with_bar(engine, seconds)
 
 
 def frame_s(streamer: Streamer) -> float:
