@@ -32,14 +32,12 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train", "finetune"): ("lmd.training.train_finetune", "turn a base into a live model"),
     ("train", "distill"): ("lmd.training.train_distill", "fewer steps, no guidance, same music"),
     ("train", "arc"): ("lmd.arc.train", "adversarial post-training on rollouts"),
-    ("train", "recogniser"): (
-        "lmd.evaluation.train_tagger",
-        "fit the listener that measures music",
-    ),
+    ("train", "tagger"): ("lmd.evaluation.train_tagger", "fit the tagger that measures music"),
+    ("train", "recogniser"): ("lmd.evaluation.train_tagger", "the older name of `train tagger`"),
     ("run",): ("lmd.pipeline.run", "execute the notebooks and write a report"),
     ("stream",): ("lmd.play.stream_command", "stream music to a file"),
     ("replay",): ("lmd.play.replay", "play a recorded take again"),
-    ("evaluate",): ("lmd.evaluation.command", "measure generated music"),
+    ("evaluate",): ("lmd.evaluation.run", "measure generated music"),
 }
 
 

@@ -23,8 +23,8 @@ from lmd.config import (
     DiTConfig,
     OobleckConfig,
     Preset,
-    RecogniserConfig,
     SpectralCodecConfig,
+    TaggerConfig,
     from_dict,
     to_dict,
 )
@@ -33,10 +33,11 @@ from lmd.model.dit import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
 from lmd.model.weights import load_strict
 
-KINDS = ("codec", "base", "finetuned", "arc", "recogniser")
-Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | RecogniserConfig
+KINDS = ("codec", "base", "finetuned", "arc", "tagger", "recogniser")
+Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | TaggerConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
 CONFIG_TYPES = {cls.__name__: cls for cls in get_args(Config)}
+CONFIG_TYPES["RecogniserConfig"] = TaggerConfig  # its name in older files
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
 FORMAT = 1
 ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
@@ -104,7 +105,7 @@ def save_checkpoint(
         path: where to; parent folders are made.
         tensors: a state dict.
         kind: one of `KINDS`.
-        config: a `Preset` for models, their own config for codecs and the recogniser.
+        config: a `Preset` for models, their own config for codecs and the tagger.
         notes: anything JSON can hold that a reader should know.
         stored: "float16" halves the file: tensors with two or more dimensions are rounded.
 

@@ -106,8 +106,8 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class RecogniserConfig:
-    """The small listener that distances are measured with (see `lmd.evaluation.tagger`)."""
+class TaggerConfig:
+    """The network that distances are measured with (see `lmd.evaluation.tagger`)."""
 
     families: tuple[str, ...]  # instrument families, in the order of the output
     sample_rate: int = 22_050
