@@ -33,11 +33,12 @@ from lmd.model.dit import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
 from lmd.model.weights import load_strict
 
-KINDS = ("codec", "base", "finetuned", "arc", "tagger", "recogniser")
+KINDS = ("codec", "base", "finetuned", "arc", "tagger")
 Config = Preset | DiTConfig | SpectralCodecConfig | OobleckConfig | TaggerConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
 CONFIG_TYPES = {cls.__name__: cls for cls in get_args(Config)}
 CONFIG_TYPES["RecogniserConfig"] = TaggerConfig  # its name in older files
+RENAMED = {"recogniser": "tagger"}  # kinds in older files
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
 FORMAT = 1
 ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
@@ -237,7 +238,8 @@ def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> Header:
                 "It was written by another version: update, or make it again.",
             )
         config = from_dict(CONFIG_TYPES[fields["config_type"]], fields["config"])
-        return Header(fields["kind"], config, fields["notes"], fields["sha256"], fields["stored"])
+        kind = RENAMED.get(fields["kind"], fields["kind"])
+        return Header(kind, config, fields["notes"], fields["sha256"], fields["stored"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise LmdError(
             f"{path} whose {METADATA_KEY!r} entry is not ours ({error!r})",

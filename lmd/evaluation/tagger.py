@@ -208,7 +208,7 @@ def load_tagger(path: Path | str) -> tuple[Tagger, Header]:
     Raises:
         LmdError: see `lmd.checkpoint.load_tensors`.
     """
-    tensors, header = load_tensors(path, "tagger", "recogniser")  # its kind in older files
+    tensors, header = load_tensors(path, "tagger")
     model = Tagger(header.config)
     load_strict(model, tensors, str(path))
     return model.eval().requires_grad_(False), header
