@@ -16,7 +16,6 @@ import pytest
 import zmq
 import zmq.asyncio
 from jupyter_client.session import Session
-from nbclient.exceptions import CellTimeoutError
 
 from lmd.__main__ import main
 from lmd.errors import LmdError
@@ -294,14 +293,14 @@ def test_a_flood_of_outputs_is_read_to_its_end(project: Options) -> None:
 def test_an_error_of_jupyters_own_names_the_cell(
     project: Options, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fall(*args: object, **options: object) -> None:
-        raise CellTimeoutError("no outputs")
+    def fall(*args: object, **options: object) -> None:
+        raise RuntimeError("no outputs")
 
-    monkeypatch.setattr("nbclient.NotebookClient._async_poll_for_reply", fall)
+    monkeypatch.setattr("papermill.clientwrap.PapermillNotebookClient.process_message", fall)
     write_notebook(project, "02_second", WRITE)
     assert run(project) == 1
     err = capsys.readouterr().err
-    assert re.search(r"02_second failed: In \[1\], `.+`: CellTimeoutError: no outputs", err)
+    assert re.search(r"02_second failed: In \[1\], `.+`: RuntimeError: no outputs", err)
 
 
 def test_an_answer_that_comes_while_something_is_sent_is_heard():

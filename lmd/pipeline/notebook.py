@@ -265,8 +265,10 @@ class _Client(PapermillNotebookClient):
         except (CellExecutionError, asyncio.CancelledError):
             raise
         except Exception as error:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # nbclient's own among them
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
             self.nb_man.cell_exception(cell, cell_index=cell_index)
             if isinstance(error, NotebookFailed):
                 raise
