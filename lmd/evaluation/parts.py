@@ -50,6 +50,7 @@ class Evaluation:
 
     def __init__(self, options: Options) -> None:
         self.options, self.budget = options, options.sizes
+        self._opened: dict[str, Instrument] = {}
         path = options.tagger or options.weights / "tagger.safetensors"
         self.tagger, self.tagger_header = load_tagger(path)
         self.families = self.tagger.config.families
@@ -64,7 +65,8 @@ class Evaluation:
             )
         codec_path = options.weights / "codec.safetensors"
         if options.random:
-            self.codec = self.instrument("arc").streamer.codec
+            instrument = open_instrument(f"random:{options.random}:0", device="cpu")
+            self.codec = instrument.streamer.codec
         else:
             self.codec = load_codec(codec_path)
         rate, hop = self.codec.sample_rate, self.codec.samples_per_frame
@@ -119,10 +121,9 @@ class Evaluation:
         """The weights of a kind, one kind in memory at a time."""
         random, weights = self.options.random, self.options.weights
         source = f"random:{random}:0" if random else f"{weights}:{kind}"
-        if getattr(self, "_instrument", ("",))[0] != source:
-            opened = open_instrument(source, device="cpu" if random else self.options.device)
-            self._instrument = (source, opened)
-        return self._instrument[1]
+        if source not in self._opened:
+            self._opened = {source: open_instrument(source, device=self.options.device)}
+        return self._opened[source]
 
     # --- real music --------------------------------------------------------------------------
 

@@ -166,35 +166,6 @@ class Log:
         self.file.close()
 
 
-class Progress:
-    """A line on standard error: the notebook, how many cells are done, what it said last.
-
-    Args:
-        name: of the notebook.
-        n_cells: how many it has.
-        log: what it says.
-        interval_s: how often the line is redrawn; where there is no terminal, a line for each.
-    """
-
-    def __init__(self, name: str, n_cells: int, log: Log, interval_s: float) -> None:
-        self.name, self.n_cells, self.log, self.interval_s = name, n_cells, log, interval_s
-        self.n_done, self.began_s, self.drawn_s = 0, time.monotonic(), -math.inf
-
-    def draw(self, is_last: bool = False) -> None:
-        """Draw it, if it is time to, or the last time."""
-        now_s, is_terminal = time.monotonic(), sys.stderr.isatty()
-        if is_last or now_s - self.drawn_s >= self.interval_s:
-            self.drawn_s = now_s
-            said = re.sub(r"\|[^|]*\|", " ", self.log.last)  # a progress bar without the bar
-            elapsed = f"{(now_s - self.began_s) // 60:.0f}:{(now_s - self.began_s) % 60:02.0f}"
-            line = f"{self.name}: cell {self.n_done}/{self.n_cells} [{elapsed}], "
-            line += re.sub(r"\s+", " ", said)[:60]
-            n_columns = shutil.get_terminal_size((120, 24)).columns - 1
-            start, end = ("\r", "\n" * is_last) if is_terminal else ("", "\n")
-            sys.stderr.write(f"{start}{line[:n_columns].ljust(n_columns * is_terminal)}{end}")
-            sys.stderr.flush()
-
-
 # --- execution ----------------------------------------------------------------------------------
 
 
@@ -229,9 +200,24 @@ class _Client(PapermillNotebookClient):
     training may take hours.
     """
 
-    def __init__(self, nb_man: Any, *, progress: Progress, **options: Any) -> None:
-        super().__init__(nb_man, **options)
-        self.progress, self.silence_s, self.news_s = progress, max_silence_s(), 0.0
+    def __init__(self, nb_man: Any, *, name: str, output: Log, interval_s: float, **options: Any):
+        super().__init__(nb_man, stdout_file=output, stderr_file=output, **options)
+        self.name, self.output, self.interval_s = name, output, interval_s
+        self.n_done, self.began_s, self.drawn_s = 0, time.monotonic(), -math.inf
+        self.silence_s, self.news_s = max_silence_s(), 0.0
+
+    def draw(self, is_last: bool = False) -> None:
+        """The progress line, if it is time to: finished cells, and what was said last."""
+        now_s, is_terminal = time.monotonic(), sys.stderr.isatty()
+        if is_last or now_s - self.drawn_s >= self.interval_s:
+            self.drawn_s, spent_s = now_s, now_s - self.began_s
+            said = re.sub(r"\|[^|]*\||\s+", " ", self.output.last)  # a progress bar without the bar
+            line = f"{self.name}: cell {self.n_done}/{len(self.nb.cells)} "
+            line += f"[{spent_s // 60:.0f}:{spent_s % 60:02.0f}], {re.sub(' +', ' ', said)[:60]}"
+            n_columns = shutil.get_terminal_size((120, 24)).columns - 1
+            start, end = ("\r", "\n" * is_last) if is_terminal else ("", "\n")
+            sys.stderr.write(f"{start}{line[:n_columns].ljust(n_columns * is_terminal)}{end}")
+            sys.stderr.flush()
 
     def process_message(self, *args: Any, **options: Any) -> Any:
         """Every message is a sign of life."""
@@ -257,10 +243,10 @@ class _Client(PapermillNotebookClient):
                 if left_s <= 0:
                     limit = f"{self.silence_s:g} s ({SILENCE_VARIABLE} sets the limit)"
                     raise NotebookFailed(name, f"nothing heard of it for {limit}")
-                await asyncio.wait([work], timeout=min(left_s, self.progress.interval_s))
-                self.progress.draw()
+                await asyncio.wait([work], timeout=min(left_s, self.interval_s))
+                self.draw()
             result = work.result()
-            self.progress.n_done = cell_index + 1
+            self.n_done = cell_index + 1
             return result
         except (CellExecutionError, asyncio.CancelledError):
             raise
@@ -293,23 +279,22 @@ class _LmdEngine(Engine):
     def execute_managed_notebook(
         cls, nb_man: Any, kernel_name: str, *, name: str, log: Log, interval_s: float, **_: Any
     ) -> None:
-        progress = Progress(name, len(nb_man.nb.cells), log, interval_s)
         kernel = {"transport_encryption": ENCRYPTION, "client_factory": _KernelClient}
         client = _Client(
             nb_man,
-            progress=progress,
+            name=name,
+            output=log,
+            interval_s=interval_s,
             kernel_name=kernel_name,
             startup_timeout=60,
             iopub_timeout=LAST_OUTPUTS_S,
             raise_on_iopub_timeout=False,  # a flood may lose the message that says it has ended
-            stdout_file=log,
-            stderr_file=log,
             config=Config(KernelManager=kernel),
         )
         try:
             client.execute(env=os.environ | KERNEL_ENVIRONMENT)
         finally:
-            progress.draw(is_last=True)
+            client.draw(is_last=True)
 
 
 papermill_engines.register("lmd", _LmdEngine)
