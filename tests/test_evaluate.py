@@ -511,7 +511,7 @@ def test_criteria_are_applied_seed_by_seed() -> None:
     anchor = a_line("real", [1.0, 1.0, 1.0])
     anchors = {"real": anchor, "codec": a_line("codec", [3.0, 3.5, 4.0]), "other prompts": anchor}
     said = {"rows": rows, "anchors": anchors, "drift": drift}
-    found = criteria.criteria(said | {"recogniser": {"embedding": 10}})
+    found = criteria.criteria(said | {"tagger": {"embedding": 10}})
     met = [True, False, True, True, True, True, False, True, False, True, False]
     assert [one["met"] for one in found] == met
     assert all(one["aim"].endswith("both with DPM-Solver++") for one in found[:2])
@@ -525,18 +525,18 @@ def test_criteria_are_applied_seed_by_seed() -> None:
     assert "40.0% (30.0% – 50.0%) with ED+AF, 8 steps" in found[8]["found"]
     assert found[10]["found"] == "8 steps 95.0% → 92.0%"
     rarely = anchors | {"other prompts": anchor | {"tempo": {"mean": 0.2}}}
-    assert criteria.criteria(said | {"recogniser": {"embedding": 10}, "anchors": rarely})[8]["met"]
+    assert criteria.criteria(said | {"tagger": {"embedding": 10}, "anchors": rarely})[8]["met"]
     euler = [a_line(row["method"] + "-Euler", [9.0, 9.5, 9.9]) for row in rows[::2]]
     euler += [a_line("ED+AF-Euler", [8.0, 8.6, 8.9]), a_line("BC+AF-Euler", [9.1, 9.6, 10.0])]
-    more = criteria.criteria(said | {"recogniser": {"embedding": 10}, "rows": rows + euler})
+    more = criteria.criteria(said | {"tagger": {"embedding": 10}, "rows": rows + euler})
     assert [one["met"] for one in more] == [True, False, *met]
     assert [one["aim"].count("Euler's method") for one in more[:5]] == [1, 1, 0, 0, 0]
     assert "8 steps -0.967 " in more[0]["found"]
     once = [a_line("ED", [5.0]), a_line("ED+AF", [4.0])]
-    alone = said | {"rows": once, "recogniser": {"embedding": 1}}
+    alone = said | {"rows": once, "tagger": {"embedding": 1}}
     assert criteria.criteria(alone)[3]["met"] is None  # FD∞ needs more than one seed
     # 21 windows are fewer than twice 11
-    few = criteria.criteria(said | {"recogniser": {"embedding": 11}})
+    few = criteria.criteria(said | {"tagger": {"embedding": 11}})
     assert few[2]["met"] is few[3]["met"] is None
 
 
@@ -546,7 +546,7 @@ def test_lines_of_fewer_seeds_are_not_the_best_and_are_compared_on_those_they_sh
     anchors = {"real": a_line("real", [1.0]), "codec": a_line("codec", [9.0])}
     anchors["other prompts"] = anchors["real"]
     result = {"rows": [often, seldom, shipped], "anchors": anchors, "drift": []}
-    found = criteria.criteria(result | {"recogniser": {"embedding": 1}})
+    found = criteria.criteria(result | {"tagger": {"embedding": 1}})
     said = {one["aim"].rpartition(": ")[2]: one for one in found if "family" in one["aim"]}
     assert said["the lowest FD∞"]["found"].startswith("100.0%")
     assert "BC, 8 steps" in said["the lowest FD∞"]["found"]

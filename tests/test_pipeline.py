@@ -340,7 +340,7 @@ def test_a_silent_cell_ends_the_run_and_its_notebook_is_kept(
     write_notebook(project, "02_second", WRITE, lively, "\nprint('here')\ntime.sleep(600)")
     assert run(project) == 1
     err = capsys.readouterr().err
-    assert "02_second failed: In [5], `print('here')`: nothing heard of it for 4 s" in err
+    assert "02_second failed: In [5], `print('here')`: nothing came from it for 4 s" in err
     assert records(project)["02_second"]["seconds"] < 300
     assert project.out is not None
     executed = nbformat.read(project.out / "executed" / "02_second.ipynb", as_version=4)

@@ -74,7 +74,7 @@ def criteria(result: Mapping[str, Any]) -> list[Criterion]:
         looked_at = {"the lowest FD∞": best}
         if (shipped := lines.get((*SHIPPED, False))) in often:
             looked_at["as shipped"] = shipped
-        found += _near_the_floor(best, anchors["codec"], result["recogniser"]["embedding"])
+        found += _near_the_floor(best, anchors["codec"], result["tagger"]["embedding"])
     for which, row in looked_at.items():
         found += [_family(row, which, anchors["real"]), _in_key(row, which, anchors["real"])]
     found += [_no_drift(row) for row in result["drift"] if row["method"].endswith("+AF")]

@@ -69,7 +69,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         "budget": {"name": options.budget_name, **asdict(budget)},
         "version": VERSION,
         "machine": machine_dict(),
-        "recogniser": {  # the tagger
+        "tagger": {
             "sha256": header.sha256,
             "embedding": evaluation.tagger.config.embedding,
             "scores": header.notes.get("scores", {}),

@@ -242,7 +242,7 @@ class _Client(PapermillNotebookClient):
                 left_s = self.news_s + self.silence_s - time.monotonic()
                 if left_s <= 0:
                     limit = f"{self.silence_s:g} s ({SILENCE_VARIABLE} sets the limit)"
-                    raise NotebookFailed(name, f"nothing heard of it for {limit}")
+                    raise NotebookFailed(name, f"nothing came from it for {limit}")
                 await asyncio.wait([work], timeout=min(left_s, self.interval_s))
                 self.draw()
             result = work.result()

@@ -129,8 +129,8 @@ def _run_one(current: Run, task: Task, options: Options) -> bool:
         print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
     current.prepare(task.name, [key, data], options.force)
-    begun = {"key": key, "inputs": [key, data], "parameters": dict(task.parameters)}
-    current.note(task.name, status="running", error="", **begun)
+    inputs = {"key": key, "inputs": [key, data], "parameters": dict(task.parameters)}
+    current.note(task.name, status="running", error="", **inputs)
     error = _attempt(current, task)
     current.note(
         task.name,
