@@ -34,7 +34,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train", "distill"): ("lmd.training.train_distill", "fewer steps, no guidance, same music"),
     ("train", "arc"): ("lmd.arc.train", "adversarial post-training on rollouts"),
     ("train", "tagger"): ("lmd.evaluation.train_tagger", "fit the network that measures music"),
-    ("evaluate",): ("lmd.evaluation.command", "measure generated music"),
+    ("evaluate",): ("lmd.evaluation.run", "measure generated music"),
     ("convert",): ("lmd.stable_audio.convert", "make weights here from a Stable Audio checkpoint"),
     ("parity",): ("lmd.stable_audio.parity", "compare a checkpoint with its expected outputs"),
     ("bench",): ("lmd.bench", "measure speed on this machine"),

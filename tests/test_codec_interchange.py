@@ -22,9 +22,9 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, preset
 from lmd.data.encode import QUIET, EncodeSettings, encode_corpus, encode_wave
 from lmd.data.shards import LatentShards
+from lmd.evaluation.clips import through_codec
 from lmd.evaluation.drift import drift_of, frame_statistics, play_streams
-from lmd.evaluation.generation import decoded
-from lmd.evaluation.metrics import join_ratio
+from lmd.evaluation.metrics import boundary_ratio
 from lmd.model.text import build_text_encoder
 from lmd.play.player import LivePlayer
 from lmd.play.take_figure import plot_take
@@ -104,7 +104,7 @@ def test_a_stream_is_heard_drawn_and_written(
     (block,) = streamer.stream(controls, n_blocks=1, state=StreamState(context))
     whole = codec.decode(torch.cat([context, block.latents], dim=-1))
     join = context.shape[-1] * codec.samples_per_frame
-    assert join_ratio(whole[0].mean(0), [join], codec.sample_rate) > 0
+    assert boundary_ratio(whole[0].mean(0), [join], codec.sample_rate) > 0
     assert len(play(whole, codec.sample_rate).data) > 2 * whole.numel()
     specplot(wave, codec.sample_rate)
     latentplot(block.latents, instrument.preset.frame_rate_hz)
@@ -135,7 +135,7 @@ def test_streams_are_measured(instrument: Instrument) -> None:
     reference = frame_statistics(normal((4, codec.latent_dim, 64), 0, "data"))
     drift = drift_of(latents, wave, codec.sample_rate, reference)
     assert np.isfinite([*drift.level_db, *drift.brightness_hz, *drift.distance]).all()
-    heard = decoded(codec, wave.mean(1))
+    heard = through_codec(codec, wave.mean(1))
     assert heard.shape == (2, wave.shape[-1])
     assert torch.isfinite(heard).all()
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from lmd.packed import layouts, usual_layout
 
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.model.weights import fingerprint
-from lmd.packed import layouts, usual_layout
 from lmd.pretrained import Instrument, open_instrument
 from lmd.stream.controls import Controls
 

@@ -12,11 +12,11 @@ from lmd.corpus.analysis import find_key, key_strengths
 from lmd.errors import LmdError
 from lmd.evaluation.metrics import (
     Gaussian,
+    boundary_ratio,
     click_ratio,
     frechet,
     gaussian,
     jackknife,
-    join_ratio,
     kl_divergence,
     mean_interval,
     slope,
@@ -224,41 +224,43 @@ def test_key_strengths_choose_the_key_that_find_key_names() -> None:
     assert not key_strengths(np.ones(12)).any()
 
 
-# --- joins --------------------------------------------------------------------------------------
+# --- block boundaries ------------------------------------------------------------------------
 
 
 def smooth_noise(seed: int) -> torch.Tensor:
-    """20 s of noise under 1 kHz: it moves all the time and has no joins."""
+    """20 s of noise under 1 kHz: it moves all the time and has no boundaries."""
     noise = torch.randn(20 * RATE, generator=torch.Generator().manual_seed(seed))
     spectrum = torch.fft.rfft(noise)
     spectrum[20 * 1000 :] = 0
     return 0.1 * torch.fft.irfft(spectrum, len(noise))
 
 
-JOINS = [48 * 1024 * k for k in range(1, 9)]
+BOUNDARIES = [48 * 1024 * k for k in range(1, 9)]
 
 
-def test_a_wave_without_seams_has_ratios_of_one() -> None:
-    flux_ratios = [join_ratio(smooth_noise(s), JOINS, RATE) for s in range(5)]
-    clicks = [click_ratio(smooth_noise(s), JOINS) for s in range(5)]
+def test_a_wave_without_block_boundaries_has_ratios_of_one() -> None:
+    flux_ratios = [boundary_ratio(smooth_noise(s), BOUNDARIES, RATE) for s in range(5)]
+    clicks = [click_ratio(smooth_noise(s), BOUNDARIES) for s in range(5)]
     assert np.mean(flux_ratios) == pytest.approx(1, abs=0.1)  # measured 0.99
     assert np.mean(clicks) == pytest.approx(1, abs=0.15)  # measured 1.00
 
 
-def test_a_click_or_a_change_of_sound_at_the_joins_raises_the_ratios() -> None:
+def test_a_click_or_a_change_of_sound_at_the_boundaries_raises_the_ratios() -> None:
     wave = smooth_noise(0)
     clicked, switched = wave.clone(), wave.clone()
-    for k, join in enumerate(JOINS):
-        clicked[join] += 0.3
+    for k, place in enumerate(BOUNDARIES):
+        clicked[place] += 0.3
         if k % 2 == 0:
-            switched[join : join + 48 * 1024] *= 0.05
-    assert join_ratio(clicked, JOINS, RATE) > 5  # measured 14
-    assert click_ratio(clicked, JOINS) > 50  # measured 276
-    assert join_ratio(switched, JOINS, RATE) > 5  # measured 10
-    elsewhere = [join + 20_000 for join in JOINS]
-    assert join_ratio(clicked, elsewhere, RATE) < 0.9  # measured 0.70: the clicks are now elsewhere
+            switched[place : place + 48 * 1024] *= 0.05
+    assert boundary_ratio(clicked, BOUNDARIES, RATE) > 5  # measured 14
+    assert click_ratio(clicked, BOUNDARIES) > 50  # measured 276
+    assert boundary_ratio(switched, BOUNDARIES, RATE) > 5  # measured 10
+    elsewhere = [place + 20_000 for place in BOUNDARIES]
+    assert (
+        boundary_ratio(clicked, elsewhere, RATE) < 0.9
+    )  # measured 0.70: the clicks are now elsewhere
 
 
-def test_joins_of_silence_are_not_a_number() -> None:
-    assert math.isnan(join_ratio(torch.zeros(2 * RATE), [RATE], RATE))
+def test_boundaries_of_silence_are_not_a_number() -> None:
+    assert math.isnan(boundary_ratio(torch.zeros(2 * RATE), [RATE], RATE))
     assert math.isnan(click_ratio(torch.zeros(2 * RATE), [RATE]))

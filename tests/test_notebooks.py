@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmd.pipeline.plan import ROOT, RunOptions
+from lmd.pipeline.plan import ROOT, Options
 from lmd.pipeline.run import run
 from lmd.play.takes import read_take
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.alone
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run of all notebooks; a failing one stops it, as for a reader."""
     out = tmp_path_factory.mktemp("outputs") / "smoke"
-    run(RunOptions(profile="smoke", out=out))
+    run(Options(profile="smoke", out=out))
     return out
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,13 +19,10 @@ from jupyter_client.session import Session
 
 from lmd.__main__ import main
 from lmd.errors import LmdError
-from lmd.pipeline.inputs import data_key, input_key
-from lmd.pipeline.kernel import PatientChannel
-from lmd.pipeline.notebook import max_silence_s
-from lmd.pipeline.plan import RunOptions, plan
-from lmd.pipeline.progress import Log
+from lmd.pipeline.notebook import Log, PatientChannel, max_silence_s
+from lmd.pipeline.plan import Options, plan
 from lmd.pipeline.report import read_metrics
-from lmd.pipeline.run import run
+from lmd.pipeline.run import data_key, input_key, run
 
 PARAMETERS = 'output_dir = "../outputs/lab"\nseed = 0\npreset = "tiny"\nn_steps = 3\nrate = 0.5'
 WRITE = (
@@ -39,12 +37,12 @@ PNG = (  # one grey pixel
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> RunOptions:
+def project(tmp_path: Path) -> Options:
     """An empty project: a folder for notebooks, one for the run, two profiles."""
     (tmp_path / "notebooks").mkdir()
     profiles = tmp_path / "profiles.toml"
     profiles.write_text('[quick.all]\npreset = "small"\n[quick.02_second]\nn_steps = 7\n[other]\n')
-    return RunOptions(
+    return Options(
         out=tmp_path / "outputs" / "quick",
         notebooks=tmp_path / "notebooks",
         profiles=profiles,
@@ -52,9 +50,7 @@ def project(tmp_path: Path) -> RunOptions:
     )
 
 
-def write_notebook(
-    project: RunOptions, name: str, *cells: str, parameters: str = PARAMETERS
-) -> Path:
+def write_notebook(project: Options, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
     """A notebook whose first cell holds the parameters and whose last writes metrics."""
     notebook = nbformat.v4.new_notebook(
         metadata={
@@ -68,11 +64,11 @@ def write_notebook(
     return path
 
 
-def with_(project: RunOptions, **changes: object) -> RunOptions:
-    return RunOptions(**{**vars(project), **changes})
+def with_(project: Options, **changes: object) -> Options:
+    return replace(project, **changes)
 
 
-def records(project: RunOptions) -> dict:
+def records(project: Options) -> dict:
     assert project.out is not None
     return json.loads((project.out / "run.json").read_text())["notebooks"]
 
@@ -91,7 +87,7 @@ class _Links(HTMLParser):
 
 
 def test_a_run_executes_in_order_and_ends_with_a_report_that_holds_everything(
-    project: RunOptions, capsys: pytest.CaptureFixture[str]
+    project: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     media = (
         f"import base64\n(out / 'mask.png').write_bytes(base64.b64decode('{PNG}'))\n"
@@ -126,7 +122,7 @@ def test_a_run_executes_in_order_and_ends_with_a_report_that_holds_everything(
     assert "01_first: cell 4/4" in printed.err  # papermill adds a cell with the values
 
 
-def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: RunOptions) -> None:
+def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: Options) -> None:
     count = "p = pathlib.Path('../{}'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
     write_notebook(project, "01_first", WRITE, count.format("one"))
     write_notebook(project, "02_second", WRITE, count.format("two"))
@@ -144,11 +140,11 @@ def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: Ru
     (root / "outputs/quick/01_first/metrics.json").write_text('{"other": 1}')
     assert run(with_(project, settings=("02.n_steps=8",))) == 0
     assert runs() == (1, 3)  # what the first one left has changed
-    assert run(with_(project, only=("1",), force=True)) == 0
+    assert run(with_(project, only="1", force=True)) == 0
     assert runs() == (2, 3)
 
 
-def test_a_finished_notebook_runs_again_when_what_it_left_is_gone(project: RunOptions) -> None:
+def test_a_finished_notebook_runs_again_when_what_it_left_is_gone(project: Options) -> None:
     write_notebook(project, "01_first", WRITE, "(out / 'music').write_text('x')")
     write_notebook(project, "02_second", "open('../outputs/quick/01_first/music')", WRITE)
     assert run(project) == 0
@@ -158,7 +154,7 @@ def test_a_finished_notebook_runs_again_when_what_it_left_is_gone(project: RunOp
     assert (project.out / "01_first/music").exists()
 
 
-def test_a_run_does_not_begin_where_a_file_is(project: RunOptions, tmp_path: Path) -> None:
+def test_a_run_does_not_begin_where_a_file_is(project: Options, tmp_path: Path) -> None:
     write_notebook(project, "02_second", WRITE)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(LmdError, match="no folder"):
@@ -166,7 +162,7 @@ def test_a_run_does_not_begin_where_a_file_is(project: RunOptions, tmp_path: Pat
 
 
 def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
-    project: RunOptions,
+    project: Options,
 ) -> None:
     """A folder that a parameter names; that the notebook itself writes there is no change."""
     count = "p = pathlib.Path('../runs'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
@@ -195,7 +191,7 @@ def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
     assert [n_runs("02.data=../other"), n_runs("02.data=../other")] == [5, 5]
 
 
-def test_a_failed_notebook_does_not_go_on_with_what_other_data_left(project: RunOptions) -> None:
+def test_a_failed_notebook_does_not_go_on_with_what_other_data_left(project: Options) -> None:
     """The same data: it finds its own half-made work; other data: an empty folder."""
     count = (
         "import pathlib; half = pathlib.Path(output_dir) / 'half'\n"
@@ -217,7 +213,7 @@ def test_a_failed_notebook_does_not_go_on_with_what_other_data_left(project: Run
     assert [found_its_own(), found_its_own()] == ["False", "True"]
 
 
-def test_weights_that_a_notebook_is_to_play_are_among_its_inputs(project: RunOptions) -> None:
+def test_weights_that_a_notebook_is_to_play_are_among_its_inputs(project: Options) -> None:
     parameters = f'{PARAMETERS}\nsource = "../mine:finetuned"\nprompt = "a text: with a colon"'
     write_notebook(project, "02_second", WRITE, parameters=parameters)
     (task,) = plan(project)
@@ -236,7 +232,7 @@ def test_weights_that_a_notebook_is_to_play_are_among_its_inputs(project: RunOpt
 
 
 def test_a_finished_notebook_runs_again_with_other_versions(
-    project: RunOptions, monkeypatch: pytest.MonkeyPatch
+    project: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_notebook(project, "02_second", WRITE)
     weights = project.weights
@@ -254,7 +250,7 @@ def test_a_finished_notebook_runs_again_with_other_versions(
 
 
 def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(
-    project: RunOptions, capsys: pytest.CaptureFixture[str]
+    project: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_notebook(project, "01_first", WRITE)
     broken = write_notebook(project, "02_second", WRITE, "x = 1\n\nraise KeyError('bass')")
@@ -278,11 +274,33 @@ def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(
 
 
 def test_a_killed_kernel_is_a_failure_and_not_a_hang(
-    project: RunOptions, capsys: pytest.CaptureFixture[str]
+    project: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_notebook(project, "02_second", "import os\nos._exit(1)")
     assert run(project) == 1
-    assert "the kernel died" in capsys.readouterr().err
+    assert "02_second failed: In [3], `import os`: the kernel died" in capsys.readouterr().err
+
+
+def test_a_flood_of_outputs_is_read_to_its_end(project: Options) -> None:
+    """Jupyter's client gives up after four seconds of reading what a cell has left."""
+    flood = "for i in range(6_000): display({'text/plain': 'x' * 3000}, raw=True)"
+    write_notebook(project, "02_second", WRITE, flood, "print('after')")
+    assert run(project) == 0
+    assert project.out is not None
+    assert (project.out / "logs/02_second.log").read_text() == "after\n"
+
+
+def test_an_error_of_jupyters_own_names_the_cell(
+    project: Options, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall(*args: object, **options: object) -> None:
+        raise RuntimeError("no outputs")
+
+    monkeypatch.setattr("papermill.clientwrap.PapermillNotebookClient.process_message", fall)
+    write_notebook(project, "02_second", WRITE)
+    assert run(project) == 1
+    err = capsys.readouterr().err
+    assert re.search(r"02_second failed: In \[1\], `.+`: RuntimeError: no outputs", err)
 
 
 def test_an_answer_that_comes_while_something_is_sent_is_heard():
@@ -315,14 +333,14 @@ def test_an_answer_that_comes_while_something_is_sent_is_heard():
 
 
 def test_a_silent_cell_ends_the_run_and_its_notebook_is_kept(
-    project: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: Options, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMD_CELL_TIMEOUT_S", "4")
     lively = "import time\nfor i in range(6):\n    time.sleep(1)\n    print(i)"  # longer than 4 s
     write_notebook(project, "02_second", WRITE, lively, "\nprint('here')\ntime.sleep(600)")
     assert run(project) == 1
     err = capsys.readouterr().err
-    assert "02_second failed: In [5], `print('here')`: nothing heard of it for 4 s" in err
+    assert "02_second failed: In [5], `print('here')`: nothing came from it for 4 s" in err
     assert records(project)["02_second"]["seconds"] < 300
     assert project.out is not None
     executed = nbformat.read(project.out / "executed" / "02_second.ipynb", as_version=4)
@@ -352,13 +370,14 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(
         ({"settings": ("n_steps=8",)}, "NOTEBOOK.NAME=VALUE"),
         ({"settings": ("02.n_steps=many",)}, "expected int"),
         ({"settings": ("02.n_steps=true",)}, "expected int"),
-        ({"settings": ("01.n_steps=8",), "only": ("02",)}, "left out by --only"),
-        ({"only": ("9",)}, "notebook '9'"),
+        ({"settings": ("01.n_steps=8",), "only": "02"}, "left out by --only"),
+        ({"only": "01,9"}, "notebook '9'"),
+        ({"only": ""}, "notebook ''"),
         ({"profile": "quik"}, "profile 'quik'"),
     ],
 )
 def test_misspellings_are_refused_before_anything_runs(
-    project: RunOptions, changes: dict, message: str
+    project: Options, changes: dict, message: str
 ) -> None:
     write_notebook(project, "01_first", WRITE)
     write_notebook(project, "02_second", WRITE)
@@ -377,19 +396,19 @@ def test_a_misspelt_parameter_on_the_command_line_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_profile_that_names_an_unknown_notebook_is_refused(project: RunOptions) -> None:
+def test_a_profile_that_names_an_unknown_notebook_is_refused(project: Options) -> None:
     write_notebook(project, "01_first", WRITE)
     with pytest.raises(LmdError, match="02_second"):
         plan(project)
 
 
-def test_a_notebook_without_the_agreed_parameters_is_refused(project: RunOptions) -> None:
+def test_a_notebook_without_the_agreed_parameters_is_refused(project: Options) -> None:
     write_notebook(project, "02_second", WRITE, parameters="seed = 0\nn_steps = 3")
     with pytest.raises(LmdError, match="no parameter output_dir, preset in 02_second"):
         plan(project)
 
 
-def test_settings_reach_the_plan_with_their_types(project: RunOptions) -> None:
+def test_settings_reach_the_plan_with_their_types(project: Options) -> None:
     write_notebook(project, "02_second", WRITE)
     chosen = with_(project, settings=("all.seed=5", "02.rate=2", "2.preset=paper"))
     (task,) = plan(chosen)
@@ -410,7 +429,7 @@ def test_settings_reach_the_plan_with_their_types(project: RunOptions) -> None:
     ],
 )
 def test_a_notebook_that_leaves_no_metrics_fails(
-    project: RunOptions, capsys: pytest.CaptureFixture[str], cell: str, message: str
+    project: Options, capsys: pytest.CaptureFixture[str], cell: str, message: str
 ) -> None:
     write_notebook(project, "02_second", cell)
     assert run(project) == 1
@@ -422,7 +441,7 @@ def test_metrics_are_flat_in_the_report(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.json") == {"a": 1, "b.c": 2, "b.d.e": [3]}
 
 
-def test_files_of_somebody_else_are_never_removed(project: RunOptions) -> None:
+def test_files_of_somebody_else_are_never_removed(project: Options) -> None:
     write_notebook(project, "02_second", WRITE)
     assert project.out is not None
     folder = project.out / "02_second"
@@ -433,7 +452,19 @@ def test_files_of_somebody_else_are_never_removed(project: RunOptions) -> None:
     assert (folder / "symphony.wav").read_text() == "mine"
 
 
-def test_texts_from_notebooks_are_inert_in_the_report(project: RunOptions) -> None:
+@pytest.mark.parametrize("name", ["report.html", "metrics.json", "run.json"])
+def test_a_file_of_somebody_else_is_not_overwritten(project: Options, name: str) -> None:
+    write_notebook(project, "02_second", WRITE)
+    assert project.out is not None
+    project.out.mkdir(parents=True)
+    (project.out / name).write_text("mine")
+    with pytest.raises(LmdError, match="not from a run"):
+        run(project)
+    assert (project.out / name).read_text() == "mine"
+    assert [path.name for path in project.out.iterdir()] == [name]
+
+
+def test_texts_from_notebooks_are_inert_in_the_report(project: Options) -> None:
     hostile = WRITE.replace("'seed': seed", "'<img src=x onerror=alert(1)>': '<script>1</script>'")
     write_notebook(project, "02_second", hostile)
     assert run(project) == 0
@@ -445,7 +476,7 @@ def test_texts_from_notebooks_are_inert_in_the_report(project: RunOptions) -> No
 
 
 def test_the_progress_line_shows_what_a_long_cell_said_last(
-    project: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: Options, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmd.pipeline.run.REDRAW_S", 0.2)
     bar = (

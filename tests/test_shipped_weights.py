@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lmd.checkpoint import RENAMED, load_bundle, load_codec, load_tensors, read_header
 from lmd.codec.base import Boundary, DecodeState, decode_block
-from lmd.evaluation.tagger import load_recogniser
+from lmd.evaluation.tagger import load_tagger
 from lmd.pretrained import SHIPPED, open_instrument
 from lmd.rng import normal
 from lmd.shapes import Wave
@@ -95,11 +95,11 @@ def test_the_codec_gives_a_second_of_sound_back() -> None:
     assert abs(level_db(heard) - level_db(0.1 * wave)) < 6
 
 
-def test_the_recogniser_judges_a_window_of_sound() -> None:
-    recogniser, header = load_recogniser(SHIPPED / "recogniser.safetensors")
-    rate = recogniser.config.sample_rate
+def test_the_tagger_tags_a_window_of_sound() -> None:
+    tagger, header = load_tagger(SHIPPED / "tagger.safetensors")
+    rate = tagger.config.sample_rate
     time_s = torch.arange(6 * rate) / rate  # its window is five seconds
-    heard = recogniser.listen(torch.sin(2 * torch.pi * 220 * time_s), rate)
+    heard = tagger.tag_wave(torch.sin(2 * torch.pi * 220 * time_s), rate)
     assert int(heard.pitch_classes.mean(0).argmax()) == 9  # A
     assert heard.family.shape[1] == len(header.config.families)
     assert torch.allclose(heard.family.sum(1), torch.ones(len(heard.family)), atol=1e-5)

@@ -15,16 +15,13 @@ CHORALES = {
     "test": "305 335 342 372 383 427 3.6 8.6 60.5 99.6 153.9 244.32",
     "validation": "255 260 291 298 336 362 363 409",
 }
-PIECES = {
-    split: tuple(f"bach/bwv{number}" for number in numbers.split())
-    for split, numbers in CHORALES.items()
-}
+PIECES = {split: [f"bach/bwv{n}" for n in ns.split()] for split, ns in CHORALES.items()}
 MAX_SECONDS = 30.0
 FIRST_RENDITION = 1000  # far from those of a corpus that is built
 
 
 def render_held_out(out: Path, per_piece: int = 2, cache: Path = DEFAULT_CACHE) -> Path:
-    """Render some test and validation pieces, each played by one family, into a small corpus.
+    """Render some test and validation pieces, each by one family, into a small corpus.
 
     Args:
         out: its folder; a manifest that is there already is kept.
@@ -39,9 +36,7 @@ def render_held_out(out: Path, per_piece: int = 2, cache: Path = DEFAULT_CACHE) 
     """
     if (out / MANIFEST).is_file():
         return out
-    settings, rows = BuildSettings(max_seconds=MAX_SECONDS), []
-    shelf = Shelf(("bach",), cache)
-    jobs = []
+    shelf, settings, jobs = Shelf(("bach",), cache), BuildSettings(max_seconds=MAX_SECONDS), []
     for split, names in PIECES.items():
         for piece in shelf.pieces(names):
             if piece.split != split:
@@ -52,22 +47,16 @@ def render_held_out(out: Path, per_piece: int = 2, cache: Path = DEFAULT_CACHE) 
                     number += 1
                 families.add(how.family)
                 jobs.append((piece, number, settings, out))
-    for job in tqdm(jobs, desc="rendering held-out music", mininterval=1):
-        rows.append(build_row(job))
-    write_manifest(out, rows)
+    shown = tqdm(jobs, desc="rendering held-out music", mininterval=1)
+    write_manifest(out, [build_row(job) for job in shown])
     return out
 
 
 def held_out_corpus(folder: Path, otherwise: Path, cache: Path = DEFAULT_CACHE) -> Path:
-    """The built corpus in `folder` if it has held-out music enough, else a small one.
-
-    Args:
-        folder: where a built corpus may be.
-        otherwise: where the small one is rendered.
-        cache: where parsed scores are kept.
-    """
+    """The built corpus in `folder` if it has held-out music enough, else a small one."""
     try:
-        enough = all(len(Corpus(folder, split)) >= 8 for split in ("test", "validation"))
+        if all(len(Corpus(folder, split)) >= 8 for split in ("test", "validation")):
+            return folder
     except LmdError:
-        enough = False
-    return folder if enough else render_held_out(otherwise, 2, cache)
+        pass
+    return render_held_out(otherwise, 2, cache)

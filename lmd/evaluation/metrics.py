@@ -1,7 +1,7 @@
-"""Measures of generated music: how far from the real, how it drifts, what happens at the joins.
+"""Measures of music: how far from the real, how it drifts, what happens where blocks meet.
 
-Pure functions over embeddings, probabilities and waves; `lmd.evaluation.command` applies them.
-Everything that is estimated comes with an interval. Taught in notebook 05_evaluate.
+Pure functions over embeddings, probabilities and waves. Everything that is estimated comes with an
+interval. Taught in notebook 05_evaluate.
 """
 
 import math
@@ -64,17 +64,13 @@ def gaussian(embeddings: Embeddings) -> Gaussian:
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
-    """Fréchet distance of two Gaussians, |μa − μb|² + tr(A + B − 2 (A B)^½).
+    """Fréchet distance of two Gaussians, |μa − μb|² + tr(A + B − 2 (A B)^½), a squared distance.
 
     The trace of the root is taken from the eigenvalues of A^½ B A^½, which is symmetric, so no
-    imaginary part can arise; eigenvalues that are negative by more than rounding are an error
-    instead of being dropped.
-
-    Returns:
-        A squared distance, as all FD, FID and FAD are.
+    imaginary part can arise.
 
     Raises:
-        LmdError: covariances that are not symmetric or not positive.
+        LmdError: covariances that are not symmetric, or negative by more than rounding.
     """
     for covariance in (a.covariance, b.covariance):
         if not np.allclose(covariance, covariance.T, rtol=1e-9, atol=1e-12):
@@ -116,11 +112,10 @@ def typicality(embeddings: Embeddings, reference: Gaussian) -> Float[np.ndarray,
 def kl_divergence(true: Probabilities, found: Probabilities) -> float:
     """Mean over clips of Σ true · log(true / found), nats; both are kept above 1e-6."""
     p, q = (np.clip(np.asarray(x, np.float64), 1e-6, None) for x in (true, found))
-    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
-    return float((p * np.log(p / q)).sum(1).mean())
+    return float(stats.entropy(p, q, axis=1).mean())
 
 
-def mean_interval(values: np.ndarray | list[float]) -> Interval:
+def mean_interval(values: np.ndarray | Sequence[float]) -> Interval:
     """Student's interval of a mean; with one value it is infinite, with none everything is nan."""
     x = np.asarray([v for v in values if not math.isnan(v)], np.float64)
     if not len(x):
@@ -128,8 +123,8 @@ def mean_interval(values: np.ndarray | list[float]) -> Interval:
     mean = float(x.mean())
     if len(x) == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return Interval(mean, mean - float(half), mean + float(half), len(x))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * stats.sem(x))
+    return Interval(mean, mean - half, mean + half, len(x))
 
 
 def jackknife(whole: float, without: Sequence[float]) -> Interval:
@@ -164,14 +159,12 @@ def slope(times_s: np.ndarray, values: Float[np.ndarray, "stream time"]) -> Inte
         raise LmdError(
             f"values {y.shape} at {len(t)} times", "[stream, time], at least 3 times", "Run longer."
         )
-    centred = t - t.mean()
-    slopes = (y - y.mean(1, keepdims=True)) @ centred / (centred @ centred)
+    lines = [stats.linregress(t, row) for row in y]
     if len(y) > 1:
-        return mean_interval(slopes)
-    residual = y[0] - y[0].mean() - slopes[0] * centred
-    error = math.sqrt(residual @ residual / (len(t) - 2) / (centred @ centred))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(t) - 2)) * error
-    return Interval(float(slopes[0]), float(slopes[0]) - half, float(slopes[0]) + half, 1)
+        return mean_interval([line.slope for line in lines])
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(t) - 2) * lines[0].stderr)
+    mean = float(lines[0].slope)
+    return Interval(mean, mean - half, mean + half, 1)
 
 
 def flux(wave: Mono, sample_rate: int) -> Float[Tensor, " step"]:
@@ -181,22 +174,22 @@ def flux(wave: Mono, sample_rate: int) -> Float[Tensor, " step"]:
     return torch.nn.functional.pad((level[:, 1:] - level[:, :-1]).clamp_min(0).mean(0), (1, 0))
 
 
-def join_ratio(wave: Mono, joins: list[int], sample_rate: int) -> float:
-    """Spectral flux around block boundaries over that everywhere else; 1 = joins are not heard.
+def boundary_ratio(wave: Mono, boundaries: Sequence[int], sample_rate: int) -> float:
+    """Spectral flux around block boundaries over that everywhere else; 1 = they are not heard.
 
     Around = steps whose window of 1024 samples reaches the boundary. nan where nothing moves.
     """
     rise = flux(wave, sample_rate)
     at = torch.arange(len(rise)) * 256
     near = torch.zeros(len(rise), dtype=torch.bool)
-    for join in joins:
-        near |= (at - join).abs() <= 512 + 256
+    for boundary in boundaries:
+        near |= (at - boundary).abs() <= 512 + 256
     if not near.any() or near.all() or not float(rise[~near].mean()) > 0:
         return math.nan
     return float(rise[near].mean() / rise[~near].mean())
 
 
-def click_ratio(wave: Mono, joins: list[int], reach: int = 64) -> float:
+def click_ratio(wave: Mono, boundaries: Sequence[int], reach: int = 64) -> float:
     """Peak second difference within `reach` samples of a boundary over that of other stretches.
 
     Medians of both. A click is a jump that lasts a sample: it shows in the second difference long
@@ -204,6 +197,6 @@ def click_ratio(wave: Mono, joins: list[int], reach: int = 64) -> float:
     """
     bend = torch.nn.functional.pad((wave[2:] - 2 * wave[1:-1] + wave[:-2]).abs(), (1, 1))
     stretches = bend[: len(bend) // (2 * reach) * 2 * reach].reshape(-1, 2 * reach).amax(1)
-    peaks = [bend[max(0, join - reach) : join + reach].max() for join in joins]
+    peaks = [bend[max(0, place - reach) : place + reach].max() for place in boundaries]
     elsewhere = float(stretches.median())
     return float(torch.stack(peaks).median()) / elsewhere if peaks and elsewhere else math.nan

@@ -1,12 +1,12 @@
-"""A small listener: which instruments, which pitch classes, how fast. The offline yardstick.
+"""The tagger: which instruments, which pitch classes, how fast; its embedding measures distances.
 
 It is not a general model of music. It is a convolutional network of half a million weights, fitted
 on the corpus's own truth (the manifest and the scores say what sounds when), so its embedding sees
 what this corpus varies and nothing else. Distances measured with it compare like with like inside
 this project; they are not comparable with distances in OpenL3, VGGish or CLAP.
 
-Fitted by `python -m lmd train recogniser` (lmd.evaluation.train_tagger). Taught in
-notebook 05_evaluate.
+Fitted by `python -m lmd train tagger` (lmd.evaluation.train_tagger). Taught in notebook
+05_evaluate.
 """
 
 import math
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ HOP = 1024  # samples of a feature frame, two mel frames in it
 N_MELS = 64
 LOW_PITCH, N_SEMITONES = 36, 60  # C2 … B6
 N_BANDS = 2 * N_MELS + N_SEMITONES
-DEPTH_DB = 80.0  # what lies further under a window's loudest band is not heard
+DEPTH_DB = 80.0  # what lies further under a window's loudest band does not count
 QUIET_DB = -60.0  # a window whose loudest band lies under this is silence
 LAGS = (12, 100)  # half-frames (23 ms at 22,050 Hz) over which a rhythm may repeat
 LOW_BPM, HIGH_BPM, N_TEMPI = 40.0, 160.0, 32
@@ -40,8 +41,8 @@ Windows = Float[Tensor, "window band frame"]  # decibels
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the recogniser makes of some windows.
+class Tags:
+    """What the tagger makes of some windows.
 
     Attributes:
         embedding: `[window, size]`, the space in which distances are measured.
@@ -83,14 +84,9 @@ def semitone_matrix(n_fft: int, sample_rate: int) -> Float[Tensor, "bin semitone
 
 
 def band_levels(wave: Mono, sample_rate: int) -> Levels:
-    """Levels in dB of 2 × 64 mel bands and 60 semitones, one column per `HOP` samples.
+    """Levels in dB of 2 × 64 mel bands and 60 semitones, `[188, n_samples // HOP]`.
 
-    Args:
-        wave: samples, at least a window of 4096.
-        sample_rate: Hz.
-
-    Returns:
-        `[188, n_samples // HOP]`; a full-scale sine has about 0 dB at its pitch.
+    A full-scale sine has about 0 dB at its pitch.
 
     Raises:
         LmdError: less than 4096 samples.
@@ -99,7 +95,7 @@ def band_levels(wave: Mono, sample_rate: int) -> Levels:
         raise LmdError(f"{len(wave)} samples", "at least 4096", "Give longer audio.")
     n = len(wave) // HOP
     mel = mel_bands(sample_rate) @ power(wave, 2048, HOP // 2)[:, : 2 * n]
-    halves = mel.reshape(N_MELS, n, 2).permute(2, 0, 1).reshape(2 * N_MELS, n)
+    halves = rearrange(mel, "mel (step half) -> (half mel) step", half=2)
     tones = semitone_matrix(4096, sample_rate).T @ power(wave, 4096, HOP)[:, :n]
     return 10 * torch.log10(torch.cat([halves, tones]) + 1e-12)
 
@@ -114,13 +110,15 @@ def cut(levels: Levels, window_steps: int, hop_steps: int | None = None) -> Wind
         raise LmdError(
             f"{levels.shape[1]} feature frames", f"at least {window_steps}", "Give longer audio."
         )
-    return levels.unfold(1, window_steps, hop_steps or window_steps).permute(1, 0, 2)
+    windows = levels.unfold(1, window_steps, hop_steps or window_steps)
+    return rearrange(windows, "band window step -> window band step")
 
 
 def rhythm(levels: Windows) -> Float[Tensor, "window lag"]:
     """Autocorrelation of the mel bands' mean rise, over `LAGS`; 1 at lag 0; silence gives 0."""
-    halves = levels[:, : 2 * N_MELS].unflatten(1, (2, N_MELS))
-    mel = halves.permute(0, 2, 3, 1).flatten(2)
+    mel = rearrange(
+        levels[:, : 2 * N_MELS], "window (half mel) step -> window mel (step half)", half=2
+    )
     rise = (mel[..., 1:] - mel[..., :-1]).clamp_min(0).mean(1)
     rise = rise - rise.mean(1, keepdim=True)
     spectrum = torch.fft.rfft(rise, 2 * rise.shape[1])
@@ -142,7 +140,7 @@ class Residual(nn.Module):
         return x + self.mix(F.gelu(self.time(self.norm(x))))
 
 
-class Recogniser(nn.Module):
+class Tagger(nn.Module):
     """Levels of a window -> an embedding -> family, pitch classes, tempo."""
 
     def __init__(self, config: TaggerConfig) -> None:
@@ -160,22 +158,27 @@ class Recogniser(nn.Module):
     def forward(self, levels: Windows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Embedding and the logits of family, pitch classes, tempo; loudness does not matter."""
         loudest = levels.amax((1, 2), keepdim=True).clamp_min(QUIET_DB)
-        heard = (levels - loudest).clamp_min(-DEPTH_DB)
-        x = self.coarse(self.halve(self.fine(self.enter(heard / 20 + 2))))
+        depth = (levels - loudest).clamp_min(-DEPTH_DB)
+        x = self.coarse(self.halve(self.fine(self.enter(depth / 20 + 2))))
         pooled = self.norm(torch.cat([x.mean(2), x.std(2)], 1))
-        embedding = self.embed(torch.cat([pooled, rhythm(heard)], 1))
+        embedding = self.embed(torch.cat([pooled, rhythm(depth)], 1))
         n = len(self.config.families)
         logits = self.heads(F.gelu(embedding)).split([n, 12, N_TEMPI], 1)
         return embedding, *logits
 
     @torch.no_grad()
-    def hear(self, levels: Windows) -> Heard:
+    def tag(self, levels: Windows) -> Tags:
         """What is in some windows."""
         embedding, family, pitch, tempo = self(levels)
-        return Heard(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
+        return Tags(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
 
-    def listen(self, wave: Mono, sample_rate: int) -> Heard:
-        """What is in a piece, window by window (`config.window_steps` each, side by side).
+    def tag_wave(self, wave: Mono, sample_rate: int, overlap: int = 1) -> Tags:
+        """What is in a piece, window by window.
+
+        Args:
+            wave: samples.
+            sample_rate: Hz.
+            overlap: 1: windows of `config.window_steps` side by side; 2: one every half window.
 
         Raises:
             LmdError: another sample rate than the one it was fitted at, or too short a piece.
@@ -183,29 +186,28 @@ class Recogniser(nn.Module):
         if sample_rate != self.config.sample_rate:
             raise LmdError(
                 f"audio at {sample_rate} Hz",
-                f"{self.config.sample_rate} Hz, at which the recogniser was fitted",
-                "Resample it, or fit one: python -m lmd train recogniser.",
+                f"{self.config.sample_rate} Hz, at which the tagger was fitted",
+                "Resample it, or fit one: python -m lmd train tagger.",
             )
-        return self.hear(cut(band_levels(wave, sample_rate), self.config.window_steps))
+        n = self.config.window_steps
+        return self.tag(cut(band_levels(wave, sample_rate), n, n // overlap))
 
 
 def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:
-    """The tempo of a piece: the peak of its windows' mean log probability, refined by its
-    neighbours.
-    """
-    belief = tempo.clamp_min(1e-6).log().mean(0).softmax(0)
-    peak = int(belief.argmax())
+    """A piece's tempo: the peak of its windows' mean log probability, with its neighbours."""
+    probability = tempo.clamp_min(1e-6).log().mean(0).softmax(0)
+    peak = int(probability.argmax())
     near = slice(max(0, peak - 2), peak + 3)
-    share = belief[near] / belief[near].sum()
+    share = probability[near] / probability[near].sum()
     return float(torch.exp((share * TEMPI_BPM[near].log()).sum()))
 
 
-def load_recogniser(path: Path | str) -> tuple[Recogniser, Header]:
-    """The recogniser in a file and what the file says about it.
+def load_tagger(path: Path | str) -> tuple[Tagger, Header]:
+    """The tagger in a file and what the file says about it.
 
     Raises:
         LmdError: see `lmd.checkpoint.load_tensors`.
     """
     tensors, header = load_tensors(path, "tagger")
-    model = build_loaded(lambda: Recogniser(header.config), tensors, str(path))
+    model = build_loaded(lambda: Tagger(header.config), tensors, str(path))
     return model.requires_grad_(False), header

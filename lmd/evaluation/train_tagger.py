@@ -1,20 +1,21 @@
-"""Fit the recogniser on a built corpus: `python -m lmd train recogniser`.
+"""Fit the tagger on a built corpus: `python -m lmd train tagger`.
 
-The truth is known exactly: the manifest names the instruments and the tempo, and the scores, played
-again in thought (`Corpus.notes`), say which pitch classes sound when.
+The truth is known exactly: the manifest names the instruments and the tempo, and the scores
+(`Corpus.notes`) say which pitch classes sound when.
 """
 
-import argparse
-import hashlib
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from jinja2 import StrictUndefined, Template
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,43 +24,104 @@ from lmd.codec.base import Codec
 from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.corpus import MANIFEST, Corpus, Row
+from lmd.data.corpus import Corpus, Row
 from lmd.data.places import check_file_free
 from lmd.errors import LmdError
+from lmd.evaluation.clips import NEAR
 from lmd.evaluation.tagger import (
     HOP,
     TEMPI_BPM,
-    Heard,
-    Recogniser,
+    Tagger,
+    Tags,
     band_levels,
-    load_recogniser,
+    load_tagger,
+    tempo_bpm,
 )
-from lmd.evaluation.tagger_card import card, hearing, pieces
 from lmd.machine import machine_dict, tune_allocator
 from lmd.rng import derive_seed, generator, normal
+from lmd.training.card import NOTICE
 
-VERSION = 1  # of the features on disk
 STEP_DB, BOTTOM_DB = 0.5, -110.0  # levels are kept in bytes
 SOUNDING = 0.05  # a pitch class is there if it sounds for this share of a window
 TEMPO_SPREAD = 0.04  # natural log; the standard deviation of the tempo's soft label
 
 
 @dataclass(frozen=True)
-class FitPlan:
-    """How the recogniser is fitted.
+class Options:
+    """How the tagger is fitted.
 
     Attributes:
-        steps, batch: optimiser steps, and windows in each.
+        data: a built corpus.
+        cache: parsed scores.
+        out: where the weights go.
+        codec: also measure it after this codec.
+        steps: optimiser steps.
+        batch: windows a step.
+        seed: of weights and windows.
         learning_rate: highest, after a warm-up of a twentieth; falls to 0 as a cosine.
         noise_db: standard deviation of noise added to every level.
-        seed: of weights and windows.
+        threads: of torch.
+        measure: do not fit, measure --out again.
     """
 
+    data: Path = Path("data/corpus")
+    cache: Path = DEFAULT_CACHE
+    out: Path = Path("data/pretrained/tagger.safetensors")
+    codec: Path | None = None
     steps: int = 1800
     batch: int = 32
+    seed: int = 0
     learning_rate: float = 2e-3
     noise_db: float = 1.5
-    seed: int = 0
+    threads: int | None = None
+    measure: bool = False
+
+
+def main(options: Options) -> int:
+    """Fit, measure on held-out pieces, save with a model card beside it."""
+    if options.steps < 1 or options.batch < 1 or (options.threads or 1) < 1:
+        raise LmdError("--steps, --batch or --threads below 1", "at least 1", "Raise them.")
+    check_file_free(options.out)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tune_allocator()
+    if options.measure:
+        tagger, header = load_tagger(options.out)
+        notes = dict(header.notes)
+    else:
+        tagger, notes = _fitted(options)
+    codecs: dict[str, Codec | None] = {"as rendered": None}
+    if options.codec:
+        name = f"after the codec {read_header(options.codec).sha256[:8]}"
+        codecs[name] = load_codec(options.codec)
+    notes["scores"] = {name: measure(tagger, options, codec) for name, codec in codecs.items()}
+    state, config = tagger.state_dict(), tagger.config
+    save_checkpoint(options.out, state, kind="tagger", config=config, notes=notes, stored="float16")
+    text = card(options.out)
+    write_atomic(options.out.with_suffix(".md"), text.encode())
+    print(text)
+    return 0
+
+
+def _fitted(options: Options) -> tuple[Tagger, dict[str, Any]]:
+    """The fitted model and what the file will say about it."""
+    corpus = Corpus(options.data, "train")
+    truth = read_truth(corpus, options.cache)
+    began = time.perf_counter()
+    tagger, losses = fit(truth, options, corpus.sample_rate)
+    sizes = f"--steps {options.steps} --batch {options.batch} --seed {options.seed}"
+    return tagger.requires_grad_(False), {
+        "plan": {name: vars(options)[name] for name in ("steps", "batch", "learning_rate", "seed")},
+        "seconds": round(time.perf_counter() - began, 1),
+        "losses": [float(part.mean()) for part in np.array_split(losses, 8) if len(part)],
+        "n_weights": sum(p.numel() for p in tagger.parameters()),
+        "machine": machine_dict(),
+        "data": {"renditions": len(corpus), "hours": round(corpus.duration_s / 3600, 2)},
+        "command": f"python -m lmd train tagger {sizes}",
+    }
+
+
+# --- what is known of a corpus ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,18 +165,11 @@ def sounding_classes(notes: np.ndarray, sample_rate: int, n_frames: int) -> np.n
 
 
 def read_truth(corpus: Corpus, cache: Path = DEFAULT_CACHE) -> Truth:
-    """Features and truth of a corpus; kept beside the parsed scores for the next time.
+    """Features and truth of a corpus.
 
     Raises:
         LmdError: own music, of which there is no score.
     """
-    key = hashlib.sha256((corpus.folder / MANIFEST).read_bytes()).hexdigest()[:16]
-    names = ",".join(row.name for row in corpus.rows)
-    key += "-" + hashlib.sha256(names.encode()).hexdigest()[:8]
-    path = cache.parent / f"recogniser-{VERSION}-{key}.npz"
-    if path.is_file():
-        with np.load(path) as kept:
-            return Truth(kept["levels"], kept["sounding"], kept["first"], corpus.rows)
     levels, sounding = [], []
     for index, row in enumerate(tqdm(corpus.rows, desc="levels", mininterval=2)):
         wave = torch.from_numpy(corpus.wave(index)).mean(0)
@@ -122,13 +177,11 @@ def read_truth(corpus: Corpus, cache: Path = DEFAULT_CACHE) -> Truth:
         levels.append(found.round().clamp(0, 255).to(torch.uint8).numpy().T)
         notes = corpus.notes(index, cache)
         sounding.append(sounding_classes(notes, row.sample_rate, found.shape[1]))
-    first = np.concatenate([[0], np.cumsum([len(part) for part in levels])])
-    truth = Truth(np.concatenate(levels), np.concatenate(sounding), first, corpus.rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part.npz")
-    np.savez(partial, levels=truth.levels, sounding=truth.sounding, first=first)
-    partial.replace(path)
-    return truth
+    first = np.cumsum([0, *map(len, levels)])
+    return Truth(np.concatenate(levels), np.concatenate(sounding), first, corpus.rows)
+
+
+# --- fitting ------------------------------------------------------------------------------------
 
 
 def tempo_labels(bpm: Float[Tensor, " window"]) -> Float[Tensor, "window tempo"]:
@@ -137,36 +190,37 @@ def tempo_labels(bpm: Float[Tensor, " window"]) -> Float[Tensor, "window tempo"]
     return (-0.5 * distance.square()).softmax(1)
 
 
-def draw_batch(truth: Truth, plan: FitPlan, step: int, n_steps: int) -> tuple[Tensor, ...]:
+def draw_batch(truth: Truth, options: Options, step: int, n_steps: int) -> tuple[Tensor, ...]:
     """Windows of a step with noise, and their family, pitch classes and tempo."""
-    source = generator(plan.seed, "recogniser windows", step)
+    seed = options.seed
+    source = generator(seed, "recogniser windows", step)
     lengths = torch.from_numpy(np.diff(truth.first))
     room = (lengths - n_steps).clamp_min(0).double()
-    piece = torch.multinomial(room, plan.batch, replacement=True, generator=source)
-    place = torch.rand(plan.batch, generator=source, dtype=torch.float64)
+    piece = torch.multinomial(room, options.batch, replacement=True, generator=source)
+    place = torch.rand(options.batch, generator=source, dtype=torch.float64)
     starts = torch.from_numpy(truth.first)[piece] + (place * (room[piece] + 1)).long()
     levels, pitch = truth.windows(starts.numpy(), n_steps)
-    levels = levels + plan.noise_db * normal(tuple(levels.shape), plan.seed, "band noise", step)
+    levels = levels + options.noise_db * normal(tuple(levels.shape), seed, "band noise", step)
     rows = [truth.rows[i] for i in piece.tolist()]
     family = torch.tensor([list(FAMILIES).index(row.family) for row in rows])
     return levels, family, pitch, tempo_labels(torch.tensor([row.tempo_bpm for row in rows]))
 
 
-def fit(truth: Truth, plan: FitPlan, config: TaggerConfig) -> tuple[Recogniser, list[float]]:
-    """The recogniser after all steps, and the loss at each."""
+def fit(truth: Truth, options: Options, sample_rate: int) -> tuple[Tagger, list[float]]:
+    """The tagger after all steps, and the loss at each."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(plan.seed, "recogniser"))
-        model = Recogniser(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.02)
-    warm = max(1, plan.steps // 20)
+        torch.manual_seed(derive_seed(options.seed, "recogniser"))
+        tagger = Tagger(TaggerConfig(tuple(FAMILIES), sample_rate=sample_rate))
+    optimiser = torch.optim.AdamW(tagger.parameters(), lr=options.learning_rate, weight_decay=0.02)
+    warm, n_steps = max(1, options.steps // 20), tagger.config.window_steps
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda k: min(1, (k + 1) / warm) * 0.5 * (1 + np.cos(np.pi * min(1, k / plan.steps))),
+        lambda k: min(1, (k + 1) / warm) * 0.5 * (1 + np.cos(np.pi * min(1, k / options.steps))),
     )
-    losses, bar = [], tqdm(range(plan.steps), desc="recogniser", mininterval=2)
+    losses, bar = [], tqdm(range(options.steps), desc="tagger", mininterval=2)
     for step in bar:
-        levels, family, pitch, tempo = draw_batch(truth, plan, step, config.window_steps)
-        _, family_logits, pitch_logits, tempo_logits = model(levels)
+        levels, family, pitch, tempo = draw_batch(truth, options, step, n_steps)
+        _, family_logits, pitch_logits, tempo_logits = tagger(levels)
         loss = (
             F.cross_entropy(family_logits, family, label_smoothing=0.05)
             + 2 * F.binary_cross_entropy_with_logits(pitch_logits, pitch)
@@ -174,115 +228,96 @@ def fit(truth: Truth, plan: FitPlan, config: TaggerConfig) -> tuple[Recogniser, 
         )
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(tagger.parameters(), 1.0)
         optimiser.step()
         rate.step()
         losses.append(float(loss.detach()))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
-    return model.eval(), losses
+    return tagger.eval(), losses
 
 
-def pitch_scores(model: Recogniser, truth: Truth) -> dict[str, float]:
-    """F1 of the pitch classes over side-by-side windows, and that of always saying all twelve."""
-    n, right = model.config.window_steps, np.zeros(3)
-    everything = np.zeros(3)
-    for first, end in zip(truth.first[:-1], truth.first[1:], strict=True):
-        starts = np.arange(first, end - n + 1, n)
-        if not len(starts):
-            continue
-        levels, sounding = truth.windows(starts, n)
-        true, said = sounding.bool(), model.hear(levels).pitch_classes > 0.5
-        right += [int((said & true).sum()), int(said.sum()), int(true.sum())]
-        everything += [int(true.sum()), true.numel(), int(true.sum())]
+# --- how well it does ---------------------------------------------------------------------------
+
+SCORES = {
+    "pieces": "pieces",
+    "windows": "windows of 5 s",
+    "family_piece": "family recognised, per piece",
+    "family_piece_unmixed": "the same, pieces of one family only",
+    "family_window": "family recognised, per window",
+    "tempo_piece": "tempo within 8 %, per piece",
+    "tempo_piece_octave": "tempo within 8 %, half and double allowed",
+    "pitch_f1": "pitch classes, F1 per window",
+    "pitch_f1_all": "pitch classes if all twelve were said to sound, F1",
+}
+
+
+def measure(tagger: Tagger, options: Options, codec: Codec | None = None) -> dict[str, float]:
+    """`SCORES` over validation and test pieces, as they are or after a codec."""
+    pieces, said, true = [], [], []
+    for row, tags, sounding in _tagged(tagger, options, codec):
+        family = tagger.config.families.index(row.family)
+        octaves = abs(np.log2(tempo_bpm(tags.tempo) / row.tempo_bpm))
+        limit = np.log2(1 + NEAR)
+        pieces.append(
+            {
+                "windows": len(tags.family),
+                "family": int(tags.family.clamp_min(1e-6).log().mean(0).argmax()) == family,
+                "family_windows": int((tags.family.argmax(1) == family).sum()),
+                "is_mixed": row.family == "mixed",
+                "tempo": octaves < limit,
+                "tempo_octave": octaves < limit or abs(octaves - 1) < limit,
+            }
+        )
+        said.append(tags.pitch_classes.numpy() > 0.5)
+        true.append(sounding)
+    found, both = pd.DataFrame(pieces), np.concatenate(true)
     return {
-        "pitch_f1": float(2 * right[0] / (right[1] + right[2])),
-        "pitch_f1_all": float(2 * everything[0] / (everything[1] + everything[2])),
+        "pieces": len(found),
+        "windows": int(found["windows"].sum()),
+        "family_piece": float(found["family"].mean()),
+        "family_piece_unmixed": float(found["family"][~found["is_mixed"]].mean()),
+        "family_window": float(found["family_windows"].sum() / found["windows"].sum()),
+        "tempo_piece": float(found["tempo"].mean()),
+        "tempo_piece_octave": float(found["tempo_octave"].mean()),
+        "pitch_f1": f1(np.concatenate(said), both),
+        "pitch_f1_all": f1(np.ones_like(both), both),
     }
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    pretrained = Path("data/pretrained")
-    parser.add_argument("--data", type=Path, default=Path("data/corpus"), help="a built corpus")
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="parsed scores")
-    parser.add_argument("--out", type=Path, default=pretrained / "recogniser.safetensors")
-    parser.add_argument("--codec", type=Path, help="also measure its hearing after this codec")
-    parser.add_argument("--steps", type=int, default=FitPlan.steps, help="optimiser steps")
-    parser.add_argument("--batch", type=int, default=FitPlan.batch, help="windows a step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--measure", action="store_true", help="do not fit, measure --out again")
+def _tagged(
+    tagger: Tagger, options: Options, codec: Codec | None
+) -> Iterator[tuple[Row, Tags, np.ndarray]]:
+    """Held-out pieces, their tags, and the pitch classes that sound `[window, 12]`."""
+    for split in ("validation", "test"):
+        corpus = Corpus(options.data, split)
+        for index, row in enumerate(tqdm(corpus.rows, desc=split, mininterval=2)):
+            wave = torch.from_numpy(corpus.wave(index))[None]
+            if codec is not None:
+                n = wave.shape[-1] // codec.samples_per_frame * codec.samples_per_frame
+                with torch.no_grad():
+                    wave = codec.decode(codec.encode(wave[..., :n]))
+            tags = tagger.tag_wave(wave.mean(1)[0], row.sample_rate)
+            n_frames = len(tags.family) * tagger.config.window_steps
+            notes = corpus.notes(index, options.cache)
+            sounding = sounding_classes(notes, row.sample_rate, n_frames)
+            yield row, tags, sounding.reshape(len(tags.family), -1, 12).mean(1) > SOUNDING
 
 
-def main(args: argparse.Namespace) -> int:
-    """Fit, measure on held-out pieces, save with a model card beside it."""
-    if args.steps < 1 or args.batch < 1 or (args.threads or 1) < 1:
-        raise LmdError("--steps, --batch or --threads below 1", "at least 1", "Raise them.")
-    check_file_free(args.out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    tune_allocator()
-    if args.measure:
-        model, header = load_recogniser(args.out)
-        notes = dict(header.notes)
-    else:
-        model, notes = fit_command(args)
-        save(model, notes, args.out)
-    notes["scores"] = measure(model, args)
-    save(model, notes, args.out)
-    text = card(args.out)
-    write_atomic(args.out.with_suffix(".md"), text.encode())
-    print(text)
-    return 0
+def f1(said: np.ndarray, true: np.ndarray) -> float:
+    """Harmonic mean of precision and recall over all labels together."""
+    return float(2 * (said & true).sum() / (said.sum() + true.sum()))
 
 
-def save(model: Recogniser, notes: dict[str, Any], path: Path) -> None:
-    """Write the weights in float16 with what is known about them."""
-    save_checkpoint(
-        path,
-        model.state_dict(),
-        kind="tagger",
-        config=model.config,
-        notes=notes,
-        stored="float16",
+def card(path: Path) -> str:
+    """Markdown about a tagger out of its own header."""
+    header = read_header(path)
+    scores = pd.DataFrame(header.notes["scores"]).reindex(SCORES).rename(SCORES)
+    scores.index.name = "on pieces it was not fitted on"
+    template = Path(__file__).with_name("tagger.md.j2").read_text()
+    return Template(template, undefined=StrictUndefined).render(
+        path=path,
+        size_mb=path.stat().st_size / 1e6,
+        header=header,
+        notice="\n".join(NOTICE),
+        **header.notes | {"scores": scores.to_markdown(floatfmt=".4g")},
     )
-
-
-def fit_command(args: argparse.Namespace) -> tuple[Recogniser, dict[str, Any]]:
-    """The fitted model and what the file will say about it."""
-    corpus = Corpus(args.data, "train")
-    truth = read_truth(corpus, args.cache)
-    plan = FitPlan(steps=args.steps, batch=args.batch, seed=args.seed)
-    began = time.perf_counter()
-    config = TaggerConfig(tuple(FAMILIES), sample_rate=corpus.sample_rate)
-    model, losses = fit(truth, plan, config)
-    eighth = max(1, len(losses) // 8)
-    return model.requires_grad_(False), {
-        "plan": asdict(plan),
-        "seconds": round(time.perf_counter() - began, 1),
-        "losses": [float(np.mean(losses[i : i + eighth])) for i in range(0, len(losses), eighth)],
-        "n_weights": sum(p.numel() for p in model.parameters()),
-        "machine": machine_dict(),
-        "data": {"renditions": len(corpus), "hours": round(corpus.duration_s / 3600, 2)},
-        "command": f"python -m lmd train recogniser --steps {args.steps} --batch {args.batch} "
-        f"--seed {args.seed}",
-    }
-
-
-def measure(model: Recogniser, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Scores on validation and test pieces, and after the codec."""
-    codecs: dict[str, Codec | None] = {"as rendered": None}
-    if args.codec:
-        codecs[f"after the codec {read_header(args.codec).sha256[:8]}"] = load_codec(args.codec)
-    corpora = [Corpus(args.data, split) for split in ("validation", "test")]
-    scores = {}
-    for name, codec in codecs.items():
-        heard: list[tuple[Row, Heard]] = []
-        for corpus in corpora:
-            heard += pieces(model, corpus, codec)
-        scores[name] = hearing(heard, model)
-    truths = [read_truth(corpus, args.cache) for corpus in corpora]
-    counted = [pitch_scores(model, truth) for truth in truths]
-    for key in counted[0]:
-        scores["as rendered"][key] = float(np.mean([score[key] for score in counted]))
-    return scores

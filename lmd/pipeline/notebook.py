@@ -1,161 +1,61 @@
 """One notebook under papermill: its parameters, its execution, its log.
 
-papermill only warns about a parameter that a notebook does not have, and then runs at full size;
-here it is an error before anything runs. Its progress bar stands still while a cell works; here
-the line is redrawn, with the last thing that the notebook said. It waits for a silent cell for
-ever; here a cell that says nothing for `MAX_SILENCE_S` (or `LMD_CELL_TIMEOUT_S` seconds, from the
-environment) ends the run.
+What papermill does otherwise: it only warns about a parameter that a notebook does not have; its
+progress bar stands still while a cell works; it waits for a silent cell for ever. Here the first is
+an error before anything runs, the line is redrawn with the last thing that the notebook said, and a
+cell that says nothing for `MAX_SILENCE_S` (or `LMD_CELL_TIMEOUT_S` seconds) ends the run.
 """
 
 import ast
 import asyncio
 import math
 import os
+import re
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import papermill
 import zmq
-from nbclient.exceptions import DeadKernelError
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbclient.util import run_sync
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
+from traitlets import Type
 from traitlets.config import Config
 
 from lmd.errors import LmdError
-from lmd.pipeline.kernel import KernelClient
-from lmd.pipeline.progress import CellCount, Lines, Log, Ticker
 
 OUTPUT = "output_dir"  # the parameter that a run sets
 REQUIRED = (OUTPUT, "seed", "preset")
-BAR = "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
 KERNEL_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "TQDM_MININTERVAL": "2",  # a log is read, not watched
 }
 MAX_SILENCE_S = 1800.0  # of a cell; long ones show a progress bar, so they are not silent
 SILENCE_VARIABLE = "LMD_CELL_TIMEOUT_S"  # seconds instead of these, e.g. where CI runs
+LAST_OUTPUTS_S = 300  # for what a cell that has ended left to be read
 ENCRYPTION = "auto" if zmq.has("curve") else "disabled"  # between this process and the kernel
+LOOK_AGAIN_S = 1.0
 
 
 class NotebookFailed(Exception):
     """A cell raised or fell silent, or the kernel died: which cell, which error."""
 
     def __init__(self, cell: str, error: str) -> None:
-        self.cell, self.error = cell, error
         super().__init__(f"{cell}: {error}")
 
 
-def max_silence_s() -> float:
-    """For how many seconds a cell may say nothing.
-
-    Raises:
-        LmdError: the environment variable is not a number of seconds.
-    """
-    text = os.environ.get(SILENCE_VARIABLE, "")
-    try:
-        seconds = float(text or MAX_SILENCE_S)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
-    return seconds
-
-
-class _Client(PapermillNotebookClient):
-    """papermill's client, but a cell may not be silent for ever.
-
-    A kernel can hang, or its answer get lost on the way (see `lmd.pipeline.kernel`). The length of
-    a cell has no limit, for training may take hours.
-    """
-
-    def __init__(self, nb_man: Any, *, silence_s: float, **options: Any) -> None:
-        super().__init__(nb_man, **options)
-        self.silence_s, self.heard_at_s = silence_s, 0.0
-
-    def process_message(self, *args: Any, **options: Any) -> Any:
-        """Every message is a sign of life."""
-        self.heard_at_s = time.monotonic()
-        return super().process_message(*args, **options)
-
-    def papermill_execute_cells(self) -> None:
-        """All cells; the kernel then ends seconds sooner (see `lmd.__main__.importing`)."""
-        super().papermill_execute_cells()
-        self.kc.execute("import gc; gc.freeze()", silent=True, store_history=False)
-
-    async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
-        """Run one cell.
-
-        Raises:
-            NotebookFailed: nothing was heard of it for `silence_s`.
-        """
-        number = self.code_cells_executed + 1
-        self.heard_at_s = time.monotonic()
-        work = asyncio.ensure_future(super().async_execute_cell(cell, cell_index, **options))
-        while not work.done():
-            left_s = self.heard_at_s + self.silence_s - time.monotonic()
-            if left_s <= 0:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-                self.nb_man.cell_exception(cell, cell_index=cell_index)
-                raise NotebookFailed(
-                    _cell_name(number, cell.source),
-                    f"nothing heard of it for {self.silence_s:g} s "
-                    f"({SILENCE_VARIABLE} sets the limit)",
-                )
-            await asyncio.wait([work], timeout=left_s)
-        return work.result()
-
-    execute_cell = run_sync(async_execute_cell)  # the parent's is bound to the parent's
-
-
-def _cell_name(number: int | None, source: str) -> str:
-    """A cell as a reader finds it: its number and its first line."""
-    first_line = next((line for line in source.splitlines() if line.strip()), "")
-    return f"In [{number}], `{first_line.strip()}`"
-
-
-class _LmdEngine(Engine):
-    """The client above, with the caller's bar and an environment for the kernel."""
-
-    @classmethod
-    def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, *, name: str, log: Log, interval_s: float, **_: Any
-    ) -> None:
-        bar = tqdm(
-            total=len(nb_man.nb.cells),
-            desc=name,
-            bar_format=BAR,
-            mininterval=interval_s,
-            ncols=shutil.get_terminal_size((120, 24)).columns,
-            nrows=24,  # a terminal that does not know its size gets a line too
-            file=sys.stderr if sys.stderr.isatty() else Lines(),
-        )
-        nb_man.pbar = CellCount(bar)
-        client = _Client(
-            nb_man,
-            silence_s=max_silence_s(),
-            kernel_name=kernel_name,
-            startup_timeout=60,
-            stdout_file=log,
-            stderr_file=log,
-            config=Config(
-                KernelManager={"transport_encryption": ENCRYPTION, "client_factory": KernelClient}
-            ),
-        )
-        with bar, Ticker(bar, log, interval_s):
-            client.execute(env=os.environ | KERNEL_ENVIRONMENT)
-
-
-papermill_engines.register("lmd", _LmdEngine)
+# --- parameters ---------------------------------------------------------------------------------
 
 
 def parameters_of(path: Path) -> dict[str, Any]:
@@ -168,22 +68,20 @@ def parameters_of(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # papermill warns of a missing cell; refused below
-            inspected = papermill.inspect_notebook(path)
-    except (ValueError, KeyError, AttributeError) as error:
+            entries = papermill.inspect_notebook(path)
+    except Exception as error:  # papermill and nbformat raise many kinds
         raise LmdError(
-            f"a notebook {path.name} that cannot be read ({error})",
-            "a Jupyter notebook with kernelspec metadata",
-            "Open and save it in JupyterLab.",
+            f"{path} that cannot be read: {error}", "a notebook", "Restore it."
         ) from error
-    missing = [name for name in REQUIRED if name not in inspected]
+    missing = [name for name in REQUIRED if name not in entries]
     if missing:
         raise LmdError(
             f"no parameter {', '.join(missing)} in {path.name}",
-            f"{', '.join(REQUIRED)} in the one cell tagged `parameters`",
-            "Add them to that cell.",
+            f"{', '.join(REQUIRED)} in one code cell tagged `parameters`",
+            "Add them there.",
         )
     try:
-        return {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
+        return {name: ast.literal_eval(entry["default"]) for name, entry in entries.items()}
     except (ValueError, SyntaxError) as error:
         raise LmdError(
             f"a parameter of {path.name} that is not a plain literal ({error})",
@@ -215,6 +113,193 @@ def check_parameters(path: Path, defaults: Mapping[str, Any], given: Mapping[str
             )
 
 
+def max_silence_s() -> float:
+    """For how many seconds a cell may say nothing.
+
+    Raises:
+        LmdError: the environment variable is not a number of seconds.
+    """
+    text, seconds = os.environ.get(SILENCE_VARIABLE, ""), math.nan
+    with suppress(ValueError):
+        seconds = float(text or MAX_SILENCE_S)
+    if not seconds > 0:
+        raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
+    return seconds
+
+
+# --- what a notebook says -----------------------------------------------------------------------
+
+
+class Log:
+    """A text file of whole lines, though progress bars write over themselves.
+
+    Text that a carriage return would overwrite is kept at most once per `interval_s`.
+    """
+
+    def __init__(self, path: Path, interval_s: float = 5.0) -> None:
+        self.file, self.interval_s = path.open("w", encoding="utf-8"), interval_s
+        self.last = ""  # the newest text that is not blank, finished or not
+        self._pending, self._kept_s = "", -math.inf
+
+    def write(self, text: str) -> None:
+        """Add text as it comes, in pieces of any size."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
+        *lines, self._pending = re.split(r"(?<=[\r\n])", self._pending + text)
+        for line in lines:
+            self._line(line[:-1], is_final=line.endswith("\n"))
+        self.last = self._pending.strip() or self.last
+
+    def _line(self, line: str, is_final: bool) -> None:
+        self.last = line.strip() or self.last
+        now_s = time.monotonic()
+        if line.strip() and (is_final or now_s - self._kept_s >= self.interval_s):
+            self._kept_s = self._kept_s if is_final else now_s
+            self.file.write(line.rstrip() + "\n")
+            self.file.flush()
+
+    def flush(self) -> None:
+        """Nothing waits here but an unfinished line."""
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        self._line(self._pending, is_final=True)
+        self.file.close()
+
+
+# --- execution ----------------------------------------------------------------------------------
+
+
+class PatientChannel(AsyncZMQSocketChannel):
+    """A channel that looks into its queue now and then, whether it was woken or not.
+
+    Jupyter's client reads its sockets with asyncio and sends past it, through a plain view of the
+    same socket. ZeroMQ tells of news once only, and a send takes note of it: an answer that arrives
+    while a widget's message is sent lies in the queue, and the reader is never woken. Seen with
+    pyzmq 27.3, jupyter_client 8.10 and nbclient 0.11.
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+        """The next message within `timeout` seconds (None: as long as it takes), else `Empty`."""
+        while timeout is None:
+            with suppress(Empty):
+                return await super().get_msg(timeout=LOOK_AGAIN_S)
+        return await super().get_msg(timeout=timeout)
+
+
+class _KernelClient(AsyncKernelClient):
+    """Jupyter's client with patient channels."""
+
+    shell_channel_class = Type(PatientChannel)
+    iopub_channel_class = Type(PatientChannel)
+
+
+class _Client(PapermillNotebookClient):
+    """papermill's client, with a progress line, a limit of silence and errors that name a cell.
+
+    A kernel can hang, or its answer get lost on the way. The length of a cell has no limit, for
+    training may take hours.
+    """
+
+    def __init__(self, nb_man: Any, *, name: str, output: Log, interval_s: float, **options: Any):
+        super().__init__(nb_man, stdout_file=output, stderr_file=output, **options)
+        self.name, self.output, self.interval_s = name, output, interval_s
+        self.n_done, self.began_s, self.drawn_s = 0, time.monotonic(), -math.inf
+        self.silence_s, self.news_s = max_silence_s(), 0.0
+
+    def draw(self, is_last: bool = False) -> None:
+        """The progress line, if it is time to: finished cells, and what was said last."""
+        now_s, is_terminal = time.monotonic(), sys.stderr.isatty()
+        if is_last or now_s - self.drawn_s >= self.interval_s:
+            self.drawn_s, spent_s = now_s, now_s - self.began_s
+            said = re.sub(r"\|[^|]*\||\s+", " ", self.output.last)  # a progress bar without the bar
+            line = f"{self.name}: cell {self.n_done}/{len(self.nb.cells)} "
+            line += f"[{spent_s // 60:.0f}:{spent_s % 60:02.0f}], {re.sub(' +', ' ', said)[:60]}"
+            n_columns = shutil.get_terminal_size((120, 24)).columns - 1
+            start, end = ("\r", "\n" * is_last) if is_terminal else ("", "\n")
+            sys.stderr.write(f"{start}{line[:n_columns].ljust(n_columns * is_terminal)}{end}")
+            sys.stderr.flush()
+
+    def process_message(self, *args: Any, **options: Any) -> Any:
+        """Every message is a sign of life."""
+        self.news_s = time.monotonic()
+        return super().process_message(*args, **options)
+
+    def papermill_execute_cells(self) -> None:
+        """All cells; the kernel then ends seconds sooner (see `lmd.__main__.importing`)."""
+        super().papermill_execute_cells()
+        self.kc.execute("import gc; gc.freeze()", silent=True, store_history=False)
+
+    async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
+        """Run one cell.
+
+        Raises:
+            NotebookFailed: nothing came from it for `silence_s`, or its kernel died.
+        """
+        name, self.news_s = _cell_name(self.code_cells_executed + 1, cell.source), time.monotonic()
+        work = asyncio.ensure_future(super().async_execute_cell(cell, cell_index, **options))
+        try:
+            while not work.done():
+                left_s = self.news_s + self.silence_s - time.monotonic()
+                if left_s <= 0:
+                    limit = f"{self.silence_s:g} s ({SILENCE_VARIABLE} sets the limit)"
+                    raise NotebookFailed(name, f"nothing came from it for {limit}")
+                await asyncio.wait([work], timeout=min(left_s, self.interval_s))
+                self.draw()
+            result = work.result()
+            self.n_done = cell_index + 1
+            return result
+        except (CellExecutionError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # nbclient's own among them
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            self.nb_man.cell_exception(cell, cell_index=cell_index)
+            if isinstance(error, NotebookFailed):
+                raise
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, DeadKernelError):
+                text = "the kernel died; most often the memory was used up"
+            raise NotebookFailed(name, text) from error
+
+    execute_cell = run_sync(async_execute_cell)  # the parent's is bound to the parent's
+
+
+def _cell_name(number: int | None, source: str) -> str:
+    """A cell as a reader finds it: its number and its first line."""
+    first_line = next((line for line in source.splitlines() if line.strip()), "")
+    return f"In [{number}], `{first_line.strip()}`"
+
+
+class _LmdEngine(Engine):
+    """The client above, with an environment for the kernel."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: Any, kernel_name: str, *, name: str, log: Log, interval_s: float, **_: Any
+    ) -> None:
+        kernel = {"transport_encryption": ENCRYPTION, "client_factory": _KernelClient}
+        client = _Client(
+            nb_man,
+            name=name,
+            output=log,
+            interval_s=interval_s,
+            kernel_name=kernel_name,
+            startup_timeout=60,
+            iopub_timeout=LAST_OUTPUTS_S,
+            raise_on_iopub_timeout=False,  # a flood may lose the message that says it has ended
+            config=Config(KernelManager=kernel),
+        )
+        try:
+            client.execute(env=os.environ | KERNEL_ENVIRONMENT)
+        finally:
+            client.draw(is_last=True)
+
+
+papermill_engines.register("lmd", _LmdEngine)
+
+
 def execute(
     source: Path, target: Path, parameters: Mapping[str, Any], log_path: Path, interval_s: float
 ) -> None:
@@ -232,9 +317,8 @@ def execute(
         LmdError: `LMD_CELL_TIMEOUT_S` is not a number of seconds.
     """
     with closing(Log(log_path)) as log:
-        _guarded(
-            target,
-            lambda: papermill.execute_notebook(
+        try:
+            papermill.execute_notebook(
                 source,
                 target,
                 dict(parameters),
@@ -244,19 +328,12 @@ def execute(
                 name=source.stem,
                 log=log,
                 interval_s=interval_s,
-            ),
-        )
-
-
-def _guarded(target: Path, work: Callable[[], object]) -> None:
-    """papermill's two ways of failing as one error that names the cell."""
-    try:
-        work()
-    except PapermillExecutionError as error:
-        cell = _cell_name(error.exec_count, error.source)
-        raise NotebookFailed(cell, f"{error.ename}: {error.evalue}") from error
-    except DeadKernelError as error:
-        raise NotebookFailed(
-            f"the cell after the last finished one in {target.name}",
-            "the kernel died; most often the memory was used up",
-        ) from error
+            )
+        except PapermillExecutionError as error:
+            cell = _cell_name(error.exec_count, error.source)
+            raise NotebookFailed(cell, f"{error.ename}: {error.evalue}") from error
+        except (NotebookFailed, LmdError):
+            raise
+        except Exception as error:  # of papermill, Jupyter or the disk, between cells
+            text = f"{type(error).__name__}: {error}"
+            raise NotebookFailed(f"{source.name}, outside its cells", text) from error

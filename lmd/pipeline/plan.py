@@ -3,29 +3,42 @@
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from lmd.errors import LmdError
 from lmd.pipeline.notebook import OUTPUT, check_parameters, parameters_of
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
+Internal = Annotated[Path, tyro.conf.Suppress]  # no flag
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What to run and where to. `settings` are texts such as `02.n_train_steps=500`."""
+class Options:
+    """What to run and where to.
+
+    Attributes:
+        profile: smoke, quick, full or paper.
+        only: only these notebooks, as 02,03; default: all.
+        settings: NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500: replaces one parameter of a notebook
+            (`all.` for every one); may be repeated.
+        force: run even what is up to date.
+        out: folder of the run; default: outputs/PROFILE.
+        notebooks, profiles, weights: where these are.
+    """
 
     profile: str = "quick"
-    only: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    only: str | None = None
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set"), tyro.conf.UseAppendAction] = ()
     force: bool = False
-    out: Path | None = None  # default: outputs/PROFILE
-    notebooks: Path = ROOT / "notebooks"
-    profiles: Path = PACKAGE / "pipeline" / "profiles.toml"
-    weights: Path = ROOT / "data" / "pretrained"
+    out: Path | None = None
+    notebooks: Internal = ROOT / "notebooks"
+    profiles: Internal = PACKAGE / "pipeline" / "profiles.toml"
+    weights: Internal = ROOT / "data" / "pretrained"
 
     @property
     def folder(self) -> Path:
@@ -38,7 +51,7 @@ class Task:
     """One notebook with everything decided."""
 
     source: Path
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -46,7 +59,7 @@ class Task:
         return self.source.stem
 
 
-def plan(options: RunOptions) -> list[Task]:
+def plan(options: Options) -> list[Task]:
     """Which notebooks run with which parameters, all of it checked.
 
     Raises:
@@ -59,20 +72,11 @@ def plan(options: RunOptions) -> list[Task]:
             "files named as 02_outpaint.ipynb",
             "Run from a checkout of the repository (pip install -e .).",
         )
-    chosen = {_find(word, sources) for word in options.only} or set(sources)
+    chosen = set(sources)
+    if options.only is not None:
+        chosen = {_find(word.strip(), sources) for word in options.only.rstrip(", ").split(",")}
     profile = _profile(options.profiles, options.profile, sources)
     settings = [_setting(text, sources) for text in options.settings]
-    folder = relative(options.folder, options.notebooks)
-    tasks = []
-    for source in (source for source in sources if source in chosen):
-        given = profile.get("all", {}) | profile.get(source.stem, {})
-        for target, name, value in settings:
-            if target in (None, source):
-                given = given | {name: value}
-        given = {name: _fill(value, folder) for name, value in given.items()}
-        given[OUTPUT] = f"{folder}/{source.stem}"
-        check_parameters(source, parameters_of(source), given)
-        tasks.append(Task(source, given))
     skipped = {target for target, _, _ in settings if target} - chosen
     if skipped:
         raise LmdError(
@@ -80,6 +84,15 @@ def plan(options: RunOptions) -> list[Task]:
             "settings for notebooks that run",
             "Add it to --only, or drop the setting.",
         )
+    folder, tasks = relative(options.folder, options.notebooks), []
+    for source in sorted(chosen):
+        given = profile.get("all", {}) | profile.get(source.stem, {})
+        given |= {name: value for target, name, value in settings if target in (None, source)}
+        texts = {name: value for name, value in given.items() if isinstance(value, str)}
+        given |= {name: text.replace("{run}", folder) for name, text in texts.items()}
+        given[OUTPUT] = f"{folder}/{source.stem}"
+        check_parameters(source, parameters_of(source), given)
+        tasks.append(Task(source, given))
     return tasks
 
 
@@ -89,11 +102,8 @@ def _find(word: str, sources: Sequence[Path]) -> Path:
     for source in sources:
         if word == source.stem or number == source.stem.split("_")[0]:
             return source
-    raise LmdError(
-        f"notebook {word!r}",
-        f"one of {', '.join(source.stem for source in sources)}",
-        "Give its number or its name.",
-    )
+    names = ", ".join(source.stem for source in sources)
+    raise LmdError(f"notebook {word!r}", f"one of {names}", "Give its number or its name.")
 
 
 def _profile(path: Path, name: str, sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -119,9 +129,8 @@ def _setting(text: str, sources: Sequence[Path]) -> tuple[Path | None, str, Any]
     left, equals, right = text.partition("=")
     notebook, dot, name = left.strip().partition(".")
     if not (equals and dot and name.isidentifier()):
-        raise LmdError(
-            f"--set {text}", "NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500", "Retype it."
-        )
+        expected = "NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500"
+        raise LmdError(f"--set {text}", expected, "Retype it.")
     if name == OUTPUT:
         found = f"--set {text}"
         raise LmdError(found, "other parameters: a run has one folder", "Give it as --out FOLDER.")
@@ -130,10 +139,6 @@ def _setting(text: str, sources: Sequence[Path]) -> tuple[Path | None, str, Any]
     except tomllib.TOMLDecodeError:
         value = right.strip()  # a text without quotes
     return (None if notebook == "all" else _find(notebook, sources)), name, value
-
-
-def _fill(value: Any, folder: str) -> Any:
-    return value.replace("{run}", folder) if isinstance(value, str) else value
 
 
 def relative(path: Path, start: Path) -> str:

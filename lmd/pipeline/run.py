@@ -7,41 +7,80 @@ cells, its parameters and the data that they name, the package and those that de
 shipped weights, or what earlier notebooks left; or unless what it left is gone.
 """
 
-import argparse
+import hashlib
 import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
-from lmd.pipeline.inputs import data_key, input_key
-from lmd.pipeline.notebook import NotebookFailed, execute
-from lmd.pipeline.plan import RunOptions, Task, plan
-from lmd.pipeline.report import read_metrics, write_report
+from lmd.pipeline.notebook import OUTPUT, NotebookFailed, execute, parameters_of
+from lmd.pipeline.plan import PACKAGE, Options, Task, plan
+from lmd.pipeline.report import KINDS, read_metrics, versions, write_report
 
 REDRAW_S = 30.0  # a new progress line this often where there is no terminal
+SOURCES = (".py", ".js", ".css", ".j2")  # what of the package can change a result
+NO_INPUTS = (OUTPUT, "cache")  # where a notebook writes; what can be made again
+
+
+def main(options: Options) -> int:
+    """Run the notebooks; 1 when one of them failed."""
+    return run(options)
+
+
+def run(options: Options) -> int:
+    """Execute what the options ask for and write `report.html` and `metrics.json`.
+
+    Returns:
+        0, or 1 when a notebook failed (the run stops there, the report is still written).
+
+    Raises:
+        LmdError: an unknown profile, notebook or parameter, or a folder that cannot be written or
+            holds something else; nothing has been run then.
+    """
+    tasks = plan(options)
+    check_folder_free(options.folder)
+    current, began_s = Run(options.folder), time.perf_counter()
+    is_done = all(_run_one(current, task, options) for task in tasks)  # stops at the first failure
+    report = write_report(options.folder, options.profile, current.records)
+    for sound in sorted(options.folder.glob("[0-9][0-9]_*/*")):
+        if KINDS.get(sound.suffix, "").startswith("audio"):
+            print(f"sound   {_shown(sound)}")
+    print(f"report  {_shown(report)}")
+    print(f"{'done' if is_done else 'stopped'} after {time.perf_counter() - began_s:.0f} s")
+    return int(not is_done)
 
 
 class Run:
-    """The folder of a run: executed copies, logs, outputs, and `run.json`, the record of each."""
+    """The folder of a run: executed copies, logs, outputs, and `run.json`, the record of each.
+
+    Raises:
+        LmdError: the folder holds a report, or a `run.json`, that no run has written.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.record_path = folder / "run.json"
+        self.folder, self.record_path = folder, folder / "run.json"
         self.records: dict[str, dict[str, Any]] = {}
-        if self.record_path.exists():
-            self.records = json.loads(self.record_path.read_text(encoding="utf-8"))["notebooks"]
-
-    def output(self, name: str) -> Path:
-        """Where that notebook writes."""
-        return self.folder / name
+        kept = [name for name in ("report.html", "metrics.json") if (folder / name).exists()]
+        try:
+            if self.record_path.exists():
+                self.records = dict(json.loads(self.record_path.read_text("utf-8"))["notebooks"])
+            elif kept:
+                raise KeyError(kept[0])
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"files in {folder} that are not from a run ({error!r})"
+            expected = "an empty folder or one from an earlier run"
+            raise LmdError(found, expected, "Choose another --out.") from error
+        folder.mkdir(parents=True, exist_ok=True)
 
     def metrics(self, name: str) -> Path:
-        """The file that every notebook leaves there."""
-        return self.output(name) / "metrics.json"
+        """The file that every notebook leaves."""
+        return self.folder / name / "metrics.json"
 
     def executed(self, name: str) -> Path:
         """Its executed copy."""
@@ -59,15 +98,13 @@ class Run:
         draft.write_text(text + "\n", encoding="utf-8")
         draft.replace(self.record_path)
 
-    def prepare(self, name: str, key: str, begun_with: str, force: bool) -> None:
+    def prepare(self, name: str, inputs: list[str], force: bool) -> None:
         """An empty output folder, or the one of an unfinished attempt at the same thing.
-
-        A finished notebook that is run again starts from an empty one.
 
         Raises:
             LmdError: the folder holds files that no run has written.
         """
-        output, record = self.output(name), self.records.get(name)
+        output, record = self.folder / name, self.records.get(name)
         if output.exists() and any(output.iterdir()):
             if record is None:
                 raise LmdError(
@@ -75,97 +112,33 @@ class Run:
                     "an empty folder or one from an earlier run",
                     "Choose another --out.",
                 )
-            is_same = (record["key"], record.get("begun_with")) == (key, begun_with)
-            if force or not is_same or record["status"] == "done":
+            if force or record.get("inputs") != inputs or record["status"] == "done":
                 shutil.rmtree(output)
         for folder in (output, self.executed(name).parent, self.log(name).parent):
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    parser.add_argument("--profile", default="quick", help="smoke, quick (default), full or paper")
-    parser.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="settings",
-        metavar="02.NAME=VALUE",
-        help="replace one parameter of a notebook (`all.` for every one); may be repeated",
-    )
-    parser.add_argument("--force", action="store_true", help="run even what is up to date")
-    parser.add_argument("--out", type=Path, help="folder of the run (default outputs/PROFILE)")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the notebooks; 1 when one of them failed."""
-    only = tuple(word.strip() for word in args.only.split(",") if word.strip())
-    return run(
-        RunOptions(
-            profile=args.profile,
-            only=only,
-            settings=tuple(args.settings),
-            force=args.force,
-            out=args.out,
-        )
-    )
-
-
-def run(options: RunOptions) -> int:
-    """Execute what the options ask for and write `report.html` and `metrics.json`.
-
-    Returns:
-        0, or 1 when a notebook failed (the run stops there, the report is still written).
-
-    Raises:
-        LmdError: an unknown profile, notebook or parameter, or a folder that cannot be written;
-            nothing has been run then.
-    """
-    tasks = plan(options)
-    folder = options.folder
-    check_folder_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    current = Run(folder)
-    started = time.perf_counter()
-    failed = False
-    for task in tasks:
-        if not _run_one(current, task, options):
-            failed = True
-            break
-    report = write_report(folder, options.profile, current.records)
-    sounds = sorted(
-        path
-        for pattern in ("*.wav", "*.flac", "*.ogg")
-        for path in folder.glob(f"[0-9][0-9]_*/{pattern}")
-    )
-    for sound in sounds:
-        print(f"sound   {_shown(sound)}")
-    print(f"report  {_shown(report)}")
-    print(f"{'stopped' if failed else 'done'} after {time.perf_counter() - started:.0f} s")
-    return int(failed)
-
-
-def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
+def _run_one(current: Run, task: Task, options: Options) -> bool:
     """Run one notebook unless it is up to date; whether later ones may go on."""
-    earlier = [current.output(name) for name in current.records if name < task.name]
-    key = input_key(task, earlier, options.weights)
+    earlier = [current.folder / name for name in current.records if name < task.name]
+    key, began_s = input_key(task, earlier, options.weights), time.perf_counter()
+    data = data_key(task, current.folder, options.weights)
     record = current.records.get(task.name, {})
-    begun_with = data_key(task, current.folder, options.weights)
-    is_same = record.get("key") == key and record.get("status") == "done"
-    is_same = is_same and record["data"] == begun_with and current.metrics(task.name).is_file()
-    if is_same and not options.force:
+    is_same = record.get("status") == "done" and (record["key"], record["data"]) == (key, data)
+    if is_same and current.metrics(task.name).is_file() and not options.force:
         print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
-    current.prepare(task.name, key, begun_with, options.force)
-    started = time.perf_counter()
-    begun = {"key": key, "begun_with": begun_with, "parameters": dict(task.parameters)}
-    current.note(task.name, status="running", error="", **begun)
+    current.prepare(task.name, [key, data], options.force)
+    inputs = {"key": key, "inputs": [key, data], "parameters": dict(task.parameters)}
+    current.note(task.name, status="running", error="", **inputs)
     error = _attempt(current, task)
-    seconds = round(time.perf_counter() - started, 2)
-    data = data_key(task, current.folder, options.weights)
-    status = "failed" if error else "done"
-    current.note(task.name, status=status, error=error, seconds=seconds, data=data)
+    current.note(
+        task.name,
+        status="failed" if error else "done",
+        error=error,
+        seconds=round(time.perf_counter() - began_s, 2),
+        data=data_key(task, current.folder, options.weights),  # with what it wrote there itself
+    )
     if error:
         print(f"{task.name} failed: {error}", file=sys.stderr)
         print(f"  executed copy  {_shown(current.executed(task.name))}", file=sys.stderr)
@@ -176,14 +149,10 @@ def _run_one(current: Run, task: Task, options: RunOptions) -> bool:
 def _attempt(current: Run, task: Task) -> str:
     """Run one notebook and look at what it left; what went wrong, or an empty text."""
     metrics = current.metrics(task.name)
+    interval_s = 1.0 if sys.stderr.isatty() else REDRAW_S
+    copy, log = current.executed(task.name), current.log(task.name)
     try:
-        execute(
-            task.source,
-            current.executed(task.name),
-            task.parameters,
-            current.log(task.name),
-            interval_s=1.0 if sys.stderr.isatty() else REDRAW_S,
-        )
+        execute(task.source, copy, task.parameters, log, interval_s)
         read_metrics(metrics)
     except (NotebookFailed, LmdError) as failure:
         return str(failure)
@@ -194,3 +163,58 @@ def _shown(path: Path) -> str:
     """Short, if it lies under the current folder."""
     full = path.resolve()
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+
+
+# --- what a notebook's result depends on --------------------------------------------------------
+
+
+def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
+    """A digest of cells, parameters, versions, package, shipped weights and earlier outputs.
+
+    Args:
+        task: the notebook.
+        earlier: the folders that earlier notebooks of the run have written.
+        weights: the folder of shipped weights.
+    """
+    cells = json.loads(task.source.read_text(encoding="utf-8"))["cells"]
+    sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
+    described = [sources, dict(task.parameters), versions()]
+    digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
+    package = [path for path in _files(PACKAGE) if path.suffix in SOURCES]
+    left = [path for folder in earlier for path in _files(folder)]
+    for path in (*package, *sorted(weights.glob("*.safetensors")), *sorted(left)):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "blake2b").hexdigest()
+        digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def data_key(task: Task, run: Path, weights: Path) -> str:
+    """A digest of the files and folders that parameters name, outside the run and the weights.
+
+    A folder of weights may be named as FOLDER:KIND. Music may be gigabytes, so names, sizes and
+    times of change stand for contents. A notebook may write there as well, so take the digest again
+    when it has ended.
+
+    Args:
+        task: the notebook; its folder is where relative paths begin.
+        run, weights: folders whose contents `input_key` holds already.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted((parameters_of(task.source) | dict(task.parameters)).items()):
+        if name in NO_INPUTS or not isinstance(value, str):
+            continue
+        places = [
+            Path(task.source.parent, text) for text in (value, value.rpartition(":")[0]) if text
+        ]
+        place = next((place.resolve() for place in places if os.path.exists(place)), None)
+        if place and not any(place.is_relative_to(known.resolve()) for known in (run, weights)):
+            for path in _files(place):
+                about = path.stat()
+                digest.update(f"{name} {path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(place: Path) -> list[Path]:
+    """A file itself, or all files of a folder, in order."""
+    return sorted(path for path in (place, *place.rglob("*")) if path.is_file())

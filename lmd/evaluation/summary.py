@@ -1,0 +1,171 @@
+"""From the measures of clips to lines of a table: every value with its interval over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from lmd.evaluation.clip_metrics import TONALITY, Measures
+from lmd.evaluation.metrics import (
+    Gaussian,
+    frechet,
+    gaussian,
+    jackknife,
+    kl_divergence,
+    mean_interval,
+    slope,
+)
+
+PER_CLIP = (*TONALITY, "joins", "clicks", "loudness_lufs", "centroid_hz")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known about the clips of one seed.
+
+    Attributes:
+        family: index of the family that the prompt asks for `[clip]`.
+        tempo_range: what the prompt asks for, BPM `[clip, 2]`; nan where it says nothing.
+        names_bpm: whether it says so with a number `[clip]`.
+        real_family: the tagger's probabilities in how the pieces really go on `[clip, family]`.
+    """
+
+    family: np.ndarray
+    tempo_range: np.ndarray
+    names_bpm: np.ndarray
+    real_family: np.ndarray
+
+    @property
+    def rolled(self) -> "Truth":
+        """That of other clips: each clip gets the next one's."""
+        return Truth(**{name: np.roll(value, 1, axis=0) for name, value in vars(self).items()})
+
+
+def row_of(
+    seeds: Sequence[Measures], truths: Sequence[Truth], reference: Gaussian
+) -> dict[str, Any]:
+    """All measures of one line.
+
+    Args:
+        seeds: the measures of each seed's clips.
+        truths: of the same clips.
+        reference: held-out music, in the tagger's embedding.
+
+    Returns:
+        Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at one seed's sample size), `kl`
+        (nats, real against found), `family` and `tempo` (shares recognised), and the means of the
+        measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed,
+        `pooled` (see `pooled_distances`).
+    """
+    embeddings = [rearrange(one["embedding"], "clip window d -> (clip window) d") for one in seeds]
+    pooled = pooled_distances(embeddings, reference)
+    together = pooled.get(str(len(seeds)), {"all": float("nan"), "without": []})
+    pairs = list(zip(seeds, truths, strict=True))
+    values = {
+        "fd": [frechet(gaussian(points), reference) for points in embeddings],
+        "kl": [kl_divergence(truth.real_family, one["family"]) for one, truth in pairs],
+        "family": [float((one["family"].argmax(1) == t.family).mean()) for one, t in pairs],
+        "tempo": [tempo_share(one["tempo_bpm"], truth) for one, truth in pairs],
+        **{name: [_mean(one[name]) for one in seeds] for name in PER_CLIP},
+    }
+    return {
+        "windows": len(embeddings[0]),
+        "clips": len(seeds[0]["family"]),
+        "fd_infinite": asdict(jackknife(together["all"], together["without"])),
+        **{name: asdict(mean_interval(value)) for name, value in values.items()},
+        "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
+        "pooled": pooled,
+    }
+
+
+def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[str, dict[str, Any]]:
+    """Fréchet distances of the first 2, 3, … seeds together, so that lines can be compared.
+
+    Returns:
+        By the number of seeds: `all` of them together, and `without` each of them.
+    """
+
+    def distance(some: Sequence[np.ndarray]) -> float:
+        return frechet(gaussian(np.concatenate(some)), reference)
+
+    return {
+        str(n): {
+            "all": distance(seeds[:n]),
+            "without": [distance([*seeds[:k], *seeds[k + 1 : n]]) for k in range(n)],
+        }
+        for n in range(2, len(seeds) + 1)
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what could be measured; nan if nothing could."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def tempo_share(tempo_bpm: np.ndarray, truth: Truth) -> float:
+    """Share of clips whose recognised tempo is right, among prompts that name one.
+
+    Right = within 8 % of a number of BPM, of its half or of its double; after a word (adagio) in
+    the range that the word stands for, 8 % wider on either side.
+    """
+    low, high = truth.tempo_range.T
+    named = np.isfinite(low)
+    if not named.any():
+        return float("nan")
+    exact, half, double = (
+        (low <= factor * tempo_bpm) & (factor * tempo_bpm <= high) for factor in (1, 0.5, 2)
+    )
+    right = exact | (truth.names_bpm & (half | double))
+    return float(right[named].mean())
+
+
+def anchor_rows(
+    anchors: dict[str, list[Measures]], truths: Sequence[Truth], reference: Gaussian
+) -> dict[str, dict[str, Any]]:
+    """What every line is read against.
+
+    Returns:
+        `real`: how the pieces really go on (its KL is against another excerpt of the same piece);
+        `codec`: the same through the codec, the floor of everything made of latents;
+        `shuffled`: the same with the latent frames in random order, the ceiling of distances;
+        `other prompts`: real music held against another piece's prompt, the ceiling of KL and the
+        chance level of adherence.
+    """
+    names = ("real", "codec", "shuffled")
+    rows = {name: row_of(anchors[name], truths, reference) for name in names}
+    rows["other prompts"] = row_of(anchors["real"], [t.rolled for t in truths], reference)
+    pairs = zip(anchors["context"], truths, strict=True)
+    own = [kl_divergence(truth.real_family, context["family"]) for context, truth in pairs]
+    rows["real"]["kl"] = asdict(mean_interval(own))
+    return rows
+
+
+def drift_row(seeds: Sequence[Measures], bin_s: float) -> dict[str, Any]:
+    """Curves and slopes of long streams.
+
+    Args:
+        seeds: per seed, measures `[stream, bin]`.
+        bin_s: length of a bin.
+
+    Returns:
+        `times_s` (middles of the bins), `streams`, and for each measure `curve` (an interval per
+        bin over all streams), `level` (over the streams' means) and, from three bins on,
+        `slope_per_minute` (over their own slopes).
+    """
+    joined = {name: np.concatenate([seed[name] for seed in seeds]) for name in seeds[0]}
+    n_streams, n_bins = next(iter(joined.values())).shape
+    times_s = (np.arange(n_bins) + 0.5) * bin_s
+    result: dict[str, Any] = {"times_s": times_s.tolist(), "streams": n_streams}
+    for name, values in joined.items():
+        result[name] = {
+            "curve": [asdict(mean_interval(column)) for column in values.T],
+            "level": asdict(mean_interval(values.mean(1))),
+        }
+        if n_bins > 2:
+            found = slope(times_s, values)
+            ends = {end: 60 * getattr(found, end) for end in ("mean", "low", "high")}
+            result[name]["slope_per_minute"] = asdict(replace(found, **ends))
+    return result
