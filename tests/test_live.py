@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -578,6 +578,16 @@ def test_what_no_wav_file_holds_is_refused_and_what_was_written_stays(
         file.write(part)
     file.close()
     assert np.array_equal(soundfile.read(tmp_path / "grows.wav")[0].T, part)
+
+
+def test_what_the_disk_does_not_hold_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(LmdError, match=r"1 MB free for 3000 s.*room on the disk"):
+        AudioFile(tmp_path / "long.wav", 100, 2, limit_s=3000)
+    assert not (tmp_path / "long.wav").exists()
+    AudioFile(tmp_path / "short.wav", 100, 2, limit_s=100).close()
 
 
 def test_a_file_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_streaming_from_the_command_line_writes_sound_take_and_numbers(tmp_path:
         (["organ"], "nowhere to play to"),
         (["organ", "-o", "x.mp3", "--seconds", "1"], "the file name 'x.mp3'"),
         (["organ", "-o", "x.wav", "--seconds", "0"], "--seconds 0"),
+        (["organ", "-o", "x.wav", "--seconds", "1e-9"], "--seconds 1e-09"),
         (["organ", "-o", "x.wav", "--block-frames", "7"], "a block of 7 frames"),
         (["organ", "-o", "x.wav", "--source", "magic"], "source 'magic'"),
         (["organ", "-o", "x.wav", "--source", "random:huge:0"], "preset 'huge'"),
