@@ -13,8 +13,8 @@ import soundfile
 from audio_files import RATE, make_bad, tone, write
 
 from lmd.__main__ import main
-from lmd.data.audio import build_audio
 from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
+from lmd.data.own_audio import build_audio
 from lmd.errors import LmdError
 
 BAD = {
@@ -47,6 +47,8 @@ WRITERS: dict[str, tuple[int, dict[str, str]]] = {  # rate, and what soundfile m
     suffix: (44_100, {}) for suffix in AUDIO_SUFFIXES
 } | {
     ".aif": (44_100, {"format": "AIFF"}),
+    ".aifc": (44_100, {"format": "AIFF"}),
+    ".oga": (44_100, {"format": "OGG"}),
     ".opus": (48_000, {"format": "OGG", "subtype": "OPUS"}),
     ".rf64.wav": (44_100, {"format": "RF64"}),
 }
@@ -98,7 +100,9 @@ def test_the_check_accepts_what_the_build_takes_in_and_nothing_else(tmp_path: Pa
     assert sorted(row.title for row in rows) == ["brief", "long", "pauses"]
     assert built == checked
     assert json.loads((tmp_path / "out/rejected.json").read_text()) == json.loads(built.as_json())
-    with pytest.raises(LmdError, match=r"2 of 5 files rejected:\n .*hardly\.wav: 0\.3\d s"):
+    for number in range(15):
+        write(tmp_path / f"in/short{number}.wav", waves["short"])
+    with pytest.raises(LmdError, match=r"17 of 20 files rejected:\n .*hardly\.wav: 0\.3\d s"):
         build_audio(tmp_path / "in", tmp_path / "out")
 
 
@@ -173,12 +177,13 @@ def test_the_report_is_json_and_the_status_says_if_anything_was_refused(
     good = write(tmp_path / "in/good.wav", tone(2))
     out = tmp_path / "report.json"
     assert main(["data", "check", str(tmp_path / "in"), "--json", str(out)]) == 0
-    assert json.loads(out.read_text()) == {"accepted": [str(good)], "rejected": []}
+    assert json.loads(out.read_text()) == {"accepted": [str(good)], "rejected": [], "not_read": {}}
     bad = make_bad(tmp_path / "in", "zero")
     assert main(["data", "check", str(tmp_path / "in"), "--json", str(out)]) == 1
     assert json.loads(out.read_text()) == {
         "accepted": [str(good)],
         "rejected": [{"path": str(bad), "reason": "empty file (0 bytes)"}],
+        "not_read": {},
     }
     assert "1 accepted, 1 rejected" in capsys.readouterr().out
     for place in (tmp_path, good / "report.json"):

@@ -10,11 +10,11 @@ import pytest
 
 from lmd.__main__ import main
 from lmd.corpus.analysis import find_key
+from lmd.corpus.build import BuildSettings, build_corpus, plan
 from lmd.corpus.levels import limit
+from lmd.corpus.manifest import COLUMNS, Corpus, play_again, read_manifest, write_wav
 from lmd.corpus.render import sum_stems
 from lmd.corpus.scores import Shelf
-from lmd.data.build import BuildSettings, build_corpus, plan
-from lmd.data.corpus import COLUMNS, Corpus, play_again, read_manifest, write_wav
 from lmd.errors import LmdError
 
 SETTINGS = BuildSettings(collections=("corelli", "ciconia", "luca"), max_seconds=6.0)
@@ -54,7 +54,7 @@ def test_what_was_built_before_a_piece_was_known_as_a_version_is_trained_on(
     folder = shutil.copytree(built, tmp_path / "corpus")
     log, piece = folder / "rows.jsonl", Corpus(built).rows[0].piece_id
     log.write_text(log.read_text().replace('"split": "train"', '"split": "test"'))
-    monkeypatch.setattr("lmd.data.build.TRAINED_ON", {piece})
+    monkeypatch.setattr("lmd.corpus.build.TRAINED_ON", {piece})
     build_corpus(folder, HOURS, SETTINGS, cache=cache)
     splits = {row.piece_id: row.split for row in Corpus(folder).rows}
     assert splits.pop(piece) == "train"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from lmd.corpus.build import BuildSettings, build_corpus
+from lmd.corpus.manifest import Corpus
 from lmd.corpus.soundfont import Soundfont
 from lmd.corpus.tones import ToneBank, file_sha256
-from lmd.data.build import BuildSettings, build_corpus
-from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 
 RATE, PERIOD = 22_050, 50  # samples per second and per wave: 441 Hz

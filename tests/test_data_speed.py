@@ -8,8 +8,8 @@ import pytest
 from latents_fake import write_latents
 
 from lmd.__main__ import main
-from lmd.data.build import BuildSettings, build_corpus
-from lmd.data.corpus import Corpus
+from lmd.corpus.build import BuildSettings, build_corpus
+from lmd.corpus.manifest import Corpus
 from lmd.training.data_speed import BATCHES, WINDOWS_FRAMES
 
 

@@ -16,8 +16,8 @@ import torch
 from lmd.checkpoint import save_checkpoint
 from lmd.config import RecogniserConfig
 from lmd.corpus.instruments import FAMILIES
+from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 from lmd.corpus.scores import cached_piece
-from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.errors import LmdError
 from lmd.evaluation.aims import aims, difference
 from lmd.evaluation.clip_metrics import OTHER, Judge, Measured

@@ -15,8 +15,8 @@ from lmd.checkpoint import load_codec, read_header, save_checkpoint
 from lmd.codec import phase
 from lmd.codec.spectral import SpectralCodec, stft
 from lmd.config import preset
-from lmd.data.codec_identity import encoder_sha256
-from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
+from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
 from lmd.rng import normal
 from lmd.training.codec import metrics as codec_metrics

@@ -98,7 +98,7 @@ class Described:
     Attributes:
         composer, family, instruments: as in the manifest; one instrument per voice.
         tempo_bpm: quarter notes a minute.
-        tonic, mode, metre: e.g. "G", "minor", "3/4".
+        key, mode, metre: e.g. "G", "minor", "3/4".
         density_hz: onsets a second.
         brightness_hz: spectral centroid.
         articulation, dynamics: keys of `render.ARTICULATIONS` and `render.DYNAMICS`.
@@ -108,7 +108,7 @@ class Described:
     family: str
     instruments: tuple[str, ...]
     tempo_bpm: float
-    tonic: str
+    key: str
     mode: str
     metre: str
     density_hz: float
@@ -143,7 +143,7 @@ def _tempo(about: Described, draw: Draw) -> str:
 
 
 def _key(about: Described, draw: Draw) -> str:
-    plain = about.tonic.replace("♭", "-flat").replace("♯", "-sharp")
+    plain = about.key.replace("♭", "-flat").replace("♯", "-sharp")
     forms = (f"in {plain} {about.mode}", f"{about.mode} key", f"in a {about.mode} key", about.mode)
     return draw.choice("key form", forms)
 

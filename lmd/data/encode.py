@@ -1,9 +1,8 @@
-"""`python -m lmd data encode`: a corpus through a codec into latent shards."""
+"""`lmd data encode`: a corpus through a codec into latent shards."""
 
-import argparse
 import hashlib
-import json
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,22 +10,20 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pandas as pd
 import torch
+import torchaudio
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lmd.checkpoint import load_codec, write_atomic
+from lmd.checkpoint import encoder_digest, load_codec, load_tensors
 from lmd.codec.base import Codec
+from lmd.corpus.build import further_captions, row_stem_caption
+from lmd.corpus.manifest import Corpus, Row, hold_settings, read_rows, write_rows
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.build import further_captions, row_stem_caption
-from lmd.data.codec_identity import encoder_sha256
-from lmd.data.corpus import Corpus, Row
-from lmd.data.places import check_folder_free
+from lmd.data.places import check_apart, check_folder_free, writing_to
 from lmd.data.shards import (
-    ENTRY_COLUMNS,
     INDEX,
     SETTINGS,
     SHARD_FORMAT,
@@ -41,6 +38,13 @@ from lmd.shapes import Latents, Wave
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
 MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
 FURTHER_CAPTIONS = 7  # of every rendition, so that training hears it asked for in many ways
+CHECKED_WINDOWS, CHECKED_S = 8, 6.0  # what a codec is measured on before it encodes
+GOOD_DB, POOR_DB = 1.5, 2.0  # the shipped codec on music of its own kind; audibly worse
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,69 @@ def encode_wave(codec: Codec, wave: Wave) -> Latents:
         latents = codec.encode(wave[..., first * hop : last * hop])
         parts.append(latents[..., start - first : end - first])
     return torch.cat(parts, dim=-1)
+
+
+def encoder_sha256(path: str | Path) -> str:
+    """Which latents a codec's file makes: the name under which latents know their encoder.
+
+    Args:
+        path: a codec written by `lmd.checkpoint.save_checkpoint`.
+
+    Raises:
+        LmdError: see `load_tensors`.
+    """
+    tensors, header = load_tensors(path, "codec")
+    return encoder_digest(header.config, tensors)
+
+
+@torch.inference_mode()
+def codec_error_db(codec: Codec, corpus: Corpus) -> float:
+    """How far some of a corpus is from itself after the codec: mean over 80 mel bands, decibels.
+
+    Args:
+        codec: what encodes, on the CPU.
+        corpus: windows from the middle of some sounds are taken.
+    """
+    mel, hop, errors = _mel_bands(codec.sample_rate), codec.samples_per_frame, []
+    for index in np.linspace(0, len(corpus) - 1, min(CHECKED_WINDOWS, len(corpus))).astype(int):
+        n_samples = corpus.rows[index].n_samples
+        n = min(n_samples, round(CHECKED_S * codec.sample_rate)) // hop * hop
+        wave = torch.from_numpy(corpus.wave(index, (n_samples - n) // 2, n))[None]
+        output = codec.decode(codec.encode(wave))
+        true, found = (_levels_db(w.mean(1)[0], mel) for w in (wave, output))
+        floor = true.max() - 60
+        errors.append(float((true.clamp_min(floor) - found.clamp_min(floor)).abs().mean()))
+    return float(np.mean(errors))
+
+
+def _levels_db(wave: Tensor, mel: Tensor) -> Tensor:
+    """Levels of mel bands `[band, step]`, a full-scale sine at 0 dB."""
+    window = torch.hann_window(2048)
+    spectrum = torch.stft(wave, 2048, 512, window=window, return_complex=True)
+    return 10 * torch.log10(mel @ (spectrum.abs().square() * (2 / window.sum()) ** 2) + 1e-12)
+
+
+def _mel_bands(sample_rate: int) -> Tensor:
+    """80 of Slaney's mel bands from 30 Hz up `[band, bin]`; those between two bins are left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bands = torchaudio.functional.melscale_fbanks(
+            1025, 30.0, sample_rate / 2, 80, sample_rate, mel_scale="slaney"
+        )
+    bands = bands[:, bands.any(0)]
+    return (bands / bands.sum(0)).T
+
+
+def expectation(error_db: float, corpus: Path) -> str:
+    """What an error of the codec means, and what to do about it."""
+    line = f"this codec on this music: {error_db:.2f} dB of log-mel error"
+    if error_db < POOR_DB:
+        return f"{line}; {GOOD_DB:g} is what the shipped one has on music of its own kind"
+    return (
+        f"{line}, {error_db / GOOD_DB:.1f} times that of the shipped one on music of its own kind. "
+        "Expect dull or rough sound, whatever is trained on these latents. A codec for this music: "
+        f"lmd train codec --data {corpus}, then lmd data encode --codec with that one."
+    )
 
 
 def silence_frame(codec: Codec) -> list[float]:
@@ -217,7 +284,11 @@ def encode_corpus(
             folder cannot be written or was encoded from something else.
     """
     how = how or EncodeSettings()
-    check_folder_free(out)
+    check_apart(out=out, data=corpus.folder)
+    n_voices = 5 if how.stems else 1
+    n_frames = sum(row.n_samples for row in corpus.rows) // codec.samples_per_frame
+    there = sum(path.stat().st_size for path in out.glob("shard-*"))
+    check_folder_free(out, 2 * codec.latent_dim * n_frames * n_voices - there)
     check_fit(codec, corpus)
     alone = corpus.without_stems() if how.stems else []
     if len(alone) == len(corpus):
@@ -229,7 +300,7 @@ def encode_corpus(
     if alone:
         print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone", flush=True)
     settings = _settings(corpus, codec, how, codec_id)
-    _check_settings(out, settings)
+    hold_settings(out / SETTINGS, settings, free=("silence",))
     numbers = range(-(-len(corpus) // how.rows_per_shard))
     faults = {n: shard_fault(out / shard_name(n)) for n in numbers}
     torn = [
@@ -250,13 +321,6 @@ def encode_corpus(
         _write_index(out, [shard_name(n) for n in numbers], corpus)
     trainer.strategy.barrier()  # nobody goes on before there is an index
     return torn
-
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-}
 
 
 def check_fit(codec: Codec, corpus: Corpus) -> None:
@@ -292,21 +356,6 @@ def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) 
     }
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or hold them against those of an earlier run."""
-    path = out / SETTINGS
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differing = sorted(k for k in settings if before.get(k) != settings[k] and k != "silence")
-        if differing:
-            raise LmdError(
-                f"{out} encoded with another {', '.join(differing)}",
-                "the same, to go on with it",
-                "Choose another --out, or remove that folder.",
-            )
-    write_atomic(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
-
-
 def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
     """One line per sound over all shards: where it lies, and what the corpus says of it now.
 
@@ -322,60 +371,76 @@ def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
             also = further_captions(corpus.rows[row], FURTHER_CAPTIONS)
             entry = replace(entry, also="|".join(also))
         entries.append(entry)
-    values = [[getattr(entry, column) for column in ENTRY_COLUMNS] for entry in entries]
-    table = pd.DataFrame(values, columns=list(ENTRY_COLUMNS))
-    write_atomic(out / INDEX, table.to_csv(index=False, lineterminator="\n").encode())
+    write_rows(out / INDEX, Entry, entries)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    add = parser.add_argument
-    add("--data", type=Path, default=Path("data/corpus"), help="a built corpus")
-    add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
-    add("--out", type=Path, default=Path("data/latents"), help="folder to fill")
-    add("--stems", action="store_true", help="encode every voice too")
-    add("--rows-per-shard", type=int, default=32)
-    add("--cache", type=Path, default=DEFAULT_CACHE, help="where parsed scores are kept")
-    add("--accelerator", default="auto", help="as in training: auto, cpu, gpu …")
-    add("--devices", default="auto", help="processes on this machine")
-    add("--num-nodes", type=int, default=1, help="machines")
-    add("--strategy", default="auto", help="auto, ddp …")
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command.
+
+    Attributes:
+        data: a built corpus.
+        codec: what encodes.
+        out: folder to fill.
+        stems: encode every voice too.
+        rows_per_shard: sounds of a corpus in one file.
+        cache: where parsed scores are kept.
+        accelerator: as in training: auto, cpu, gpu …
+        devices: processes on this machine.
+        num_nodes: machines.
+        strategy: auto, ddp …
+    """
+
+    data: Path = Path("data/corpus")
+    codec: Path = Path("data/pretrained/codec.safetensors")
+    out: Path = Path("data/latents")
+    stems: bool = False
+    rows_per_shard: int = 32
+    cache: Path = DEFAULT_CACHE
+    accelerator: str = "auto"
+    devices: str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
 
 
-def _trainer(args: argparse.Namespace) -> L.Trainer:
+def _trainer(options: Options) -> L.Trainer:
     """Lightning's trainer on the machines that were asked for.
 
     Raises:
         LmdError: there are none such.
     """
-    devices = int(args.devices) if str(args.devices).isdigit() else args.devices
+    devices = int(options.devices) if options.devices.isdigit() else options.devices
+    asked = {
+        "accelerator": options.accelerator,
+        "devices": devices,
+        "num_nodes": options.num_nodes,
+        "strategy": options.strategy,
+    }
     try:
-        return L.Trainer(
-            accelerator=args.accelerator,
-            devices=devices,
-            num_nodes=args.num_nodes,
-            strategy=args.strategy,
-            **QUIET,
-        )
+        return L.Trainer(**asked, **QUIET)
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise LmdError(
-            f"--accelerator {args.accelerator} --devices {args.devices} "
-            f"--num-nodes {args.num_nodes} --strategy {args.strategy}",
+            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items()),
             "what this machine has",
             f"Lightning says: {' '.join(str(error).split())}",
         ) from error
 
 
-def main(args: argparse.Namespace) -> int:
-    """Encode a corpus and say what came out."""
-    how = EncodeSettings(args.stems, args.rows_per_shard, args.cache)
-    corpus = Corpus(args.data)
-    codec = load_codec(args.codec)
+def main(options: Options) -> int:
+    """Encode a corpus and say what to expect of it, and what came out."""
+    how = EncodeSettings(options.stems, options.rows_per_shard, options.cache)
+    corpus = Corpus(options.data)
+    codec = load_codec(options.codec)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    trainer = _trainer(args)
-    encode_corpus(corpus, codec, args.out, how, trainer, encoder_sha256(args.codec))
+    trainer = _trainer(options)
+    check_fit(codec, corpus)
     if trainer.is_global_zero:
-        table = pd.read_csv(args.out / INDEX)
-        hours = table["duration_s"].sum() / 3600
-        print(f"{len(table)} sounds, {hours:.2f} h, {table['n_frames'].sum()} frames in {args.out}")
+        print(expectation(codec_error_db(codec, corpus), options.data), flush=True)
+    with writing_to(options.out):
+        encode_corpus(corpus, codec, options.out, how, trainer, encoder_sha256(options.codec))
+    if trainer.is_global_zero:
+        entries = read_rows(options.out / INDEX, Entry, "lmd data encode")
+        hours = sum(entry.duration_s for entry in entries) / 3600
+        n_frames = sum(entry.n_frames for entry in entries)
+        print(f"{len(entries)} sounds, {hours:.2f} h, {n_frames} frames in {options.out}")
     return 0

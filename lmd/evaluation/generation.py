@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lmd.codec.base import Codec
 from lmd.config import Regime
 from lmd.corpus.captions import TEMPO_WORDS
-from lmd.data.corpus import Corpus, Row
+from lmd.corpus.manifest import Corpus, Row
 from lmd.errors import LmdError
 from lmd.evaluation.clip_metrics import Waves
 from lmd.evaluation.tagger_card import NEAR

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header
 from lmd.codec.base import Codec
+from lmd.corpus.manifest import MANIFEST, Corpus
 from lmd.corpus.scores import Split
-from lmd.data.corpus import MANIFEST, Corpus
 from lmd.errors import LmdError
 from lmd.evaluation.clip_metrics import OTHER, Judge, Measured, Waves, drift, others_in
 from lmd.evaluation.generation import (

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lmd.checkpoint import read_header
 from lmd.codec.base import Codec
-from lmd.data.corpus import Corpus, Row
+from lmd.corpus.manifest import Corpus, Row
 from lmd.evaluation.tagger import Heard, Recogniser, tempo_bpm
 from lmd.training.card import NOTICE
 

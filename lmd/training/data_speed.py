@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from lmd.bench import check_output, grid, percentile, tell
+from lmd.corpus.manifest import Corpus, play_again
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.corpus import Corpus, play_again
 from lmd.data.latents import LatentWindows
 from lmd.errors import LmdError
 from lmd.machine import machine_dict

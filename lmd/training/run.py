@@ -22,7 +22,7 @@ from lmd.checkpoint import (
     write_atomic,
 )
 from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
-from lmd.data.codec_identity import encoder_sha256
+from lmd.data.encode import encoder_sha256
 from lmd.data.shards import LatentShards
 from lmd.errors import LmdError
 from lmd.foreign import load_foreign

@@ -6,7 +6,7 @@ from typing import Any
 
 from lmd.checkpoint import Header, codec_hash_of, read_header
 from lmd.config import PRESETS
-from lmd.data.codec_identity import encoder_sha256
+from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
 from lmd.training.card import run_log
 from lmd.training.codec.metrics import markdown_table

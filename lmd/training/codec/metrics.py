@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lmd.codec.base import Codec, DecodeState, decode_block
-from lmd.data.corpus import Corpus
+from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.shapes import Latents
 from lmd.training.codec.losses import mel_matrix

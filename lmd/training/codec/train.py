@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomic
 from lmd.codec.spectral import SpectralCodec, decode_in_panels
 from lmd.config import SpectralCodecConfig, preset, to_dict
-from lmd.data.corpus import Corpus
+from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, pick_device, tune_allocator
 from lmd.rng import derive_seed

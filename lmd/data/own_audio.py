@@ -1,0 +1,401 @@
+"""A person's own music: a folder of audio becomes a corpus like the rendered one."""
+
+import errno
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from tqdm import tqdm
+
+from lmd.corpus.analysis import brightness_hz
+from lmd.corpus.levels import block_powers, gain_of, gated_lufs, limit
+from lmd.corpus.manifest import (
+    MANIFEST,
+    SETTINGS,
+    Row,
+    check_format,
+    hold_settings,
+    is_whole,
+    read_log,
+    read_manifest,
+    write_manifest,
+    write_wav,
+)
+from lmd.corpus.render import MAX_SECONDS
+from lmd.corpus.scores import mapped
+from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
+from lmd.data.layouts import Track, survey
+from lmd.data.sound_files import Heard, hear, load_segment
+from lmd.errors import LmdError
+from lmd.rng import derive_seed
+
+AUDIO_FORMAT = 2
+SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
+MAX_GAIN = 10 ** (30 / 20)  # what is softer stays soft: more would lift noise, not music
+MOST_CAPTIONS = 20  # shown after a build
+# Words of a file's name: a part of a song, or all of it.
+_PARTS = re.compile(
+    r"acapella|accompaniment|backing|bass|brass|choir|click|drums?|guitars?|hats|horns|keyboards?|"
+    r"instrumental|keys|kick|lead|other|percussion|piano|rhythm|snare|solo|stem|strings|synths?|"
+    r"toms|vocals?|voices?|vox"
+)
+_WHOLES = re.compile("full|master|mix|mixdown|mixture|song")
+
+
+@dataclass(frozen=True)
+class AudioSettings:
+    """What a corpus of own music depends on, beside the files.
+
+    Attributes:
+        sample_rate: Hz.
+        channels: 1 or 2; stereo is averaged to mono, mono is doubled to stereo.
+        window_s: longest stretch in one file of the corpus.
+        stems: keep stems where a data set brings them.
+
+    Raises:
+        LmdError: a value out of range.
+    """
+
+    sample_rate: int = 22_050
+    channels: int = 1
+    window_s: float = MAX_SECONDS
+    stems: bool = False
+
+    def __post_init__(self) -> None:
+        check_format(self.sample_rate, self.channels, self.window_s)
+
+
+def windows_of(n_samples: int, settings: AudioSettings) -> list[tuple[int, int]]:
+    """Equal stretches, none longer than the window."""
+    n_windows = math.ceil(n_samples / (settings.window_s * settings.sample_rate))
+    edges = [round(i * n_samples / max(1, n_windows)) for i in range(n_windows + 1)]
+    return list(pairwise(edges))
+
+
+def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
+    """Read, trim, level, cut and write one track; whatever its file raises is its own reject."""
+    track, folder, out, settings = job
+    try:
+        heard = hear(track.mix)
+        load = lru_cache(maxsize=1)(  # the only stretch of a short file is read once
+            partial(load_segment, sample_rate=settings.sample_rate, channels=settings.channels)
+        )
+        gain = _gain(_segments([track.mix], heard, settings, load), settings)
+        paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
+        rows: list[Row] = []
+        for segment in _joined(_segments(paths, heard, settings, load), settings):
+            mix, *stems = gain * segment
+            mix = limit(mix, settings.sample_rate)
+            for start, end in windows_of(mix.shape[-1], settings):
+                window, parts = mix[:, start:end], [stem[:, start:end] for stem in stems]
+                rows.append(_write(track, folder, len(rows), window, parts, out, settings))
+        return rows
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # that is not this file's fault
+        return Reject(track.mix, unreadable(error))
+
+
+def _segments(
+    paths: Sequence[Path],
+    heard: Heard,
+    settings: AudioSettings,
+    load: Callable[..., np.ndarray],
+) -> Iterator[np.ndarray]:
+    """A track's equal stretches, one after another, without the silences of its mix.
+
+    Args:
+        paths: the mix, then its stems.
+        heard: where the mix sounds, and how long it is.
+        settings: format of the corpus.
+        load: `load_segment` in that format.
+
+    Yields:
+        float32 `[file, channel, sample]`.
+    """
+    duration_s = heard.n_samples / heard.sample_rate
+    n_segments = math.ceil(duration_s / SEGMENT_S)
+    length_s = duration_s / n_segments
+    for number in range(n_segments):
+        start_s = number * length_s
+        waves = [load(path, start_s=start_s, seconds=length_s) for path in paths]
+        keep = heard.kept(waves[0].shape[-1], settings.sample_rate, start_s)
+        yield np.stack([_of_length(wave, len(keep))[:, keep] for wave in waves])
+
+
+def _of_length(wave: np.ndarray, n_samples: int) -> np.ndarray:
+    """`[channel, sample]`, cut or followed by silence."""
+    return np.pad(wave[:, :n_samples], ((0, 0), (0, max(0, n_samples - wave.shape[-1]))))
+
+
+def _gain(segments: Iterator[np.ndarray], settings: AudioSettings) -> np.float32:
+    """The one factor that brings a whole mix, however long, to the corpus's loudness."""
+    blocks = [block_powers(segment[0], settings.sample_rate) for segment in segments]
+    return np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
+
+
+def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator[np.ndarray]:
+    """The same sound; of what is under a second, nothing stands alone."""
+    shortest = MIN_SECONDS * settings.sample_rate
+    held = next(segments)
+    for segment in segments:
+        if min(held.shape[-1], segment.shape[-1]) < shortest:
+            held = np.concatenate([held, segment], axis=-1)
+        else:
+            yield held
+            held = segment
+    yield held
+
+
+def _write(
+    track: Track,
+    folder: Path,
+    number: int,
+    wave: np.ndarray,
+    stems: list[np.ndarray],
+    out: Path,
+    settings: AudioSettings,
+) -> Row:
+    """Write one window and say what it is."""
+    piece_id = track.mix.relative_to(folder).as_posix()
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
+    digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
+    name = f"{slug}-{digest[:10]}__w{number}"
+    path = f"audio/{name}.wav"
+    write_wav(out / path, wave, settings.sample_rate)
+    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
+    for stem_path, stem in zip(stem_paths, stems, strict=True):
+        write_wav(out / stem_path, stem, settings.sample_rate)
+    instruments = [stem_name for stem_name, _ in track.stems] if stems else []
+    return Row(
+        name=name, piece_id=piece_id, composer="", title=track.mix.stem, split=track.split,
+        rendition=0, seed=0, family="own music", instruments="|".join(instruments), tempo_bpm=0.0,
+        key="", mode="", metre="", transposition=0, articulation="", dynamics="",
+        density_hz=0.0, brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
+        duration_s=round(wave.shape[-1] / settings.sample_rate, 4), n_samples=wave.shape[-1],
+        sample_rate=settings.sample_rate, channels=settings.channels, caption=track.caption,
+        path=path, stem_paths="|".join(stem_paths),
+        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
+    )  # fmt: skip
+
+
+def build_audio(
+    folder: Path,
+    out: Path,
+    settings: AudioSettings | None = None,
+    keep_going: bool = False,
+    workers: int = 1,
+) -> tuple[list[Row], Report]:
+    """Take in a folder of audio; tracks that are there already are kept.
+
+    Args:
+        folder: where to look.
+        out: the corpus to fill.
+        settings: format of the corpus.
+        keep_going: go on when more than 5 % of 20 files or more are rejected.
+        workers: processes.
+
+    Returns:
+        The manifest's rows and the report on what was rejected.
+
+    Raises:
+        LmdError: too many rejects, nothing usable, a corpus made with other settings, or one
+            inside the folder that is taken in.
+    """
+    settings = settings or AudioSettings()
+    for written in (out, out / "audio", out / "stems"):
+        if written.resolve().is_relative_to(folder.resolve()):
+            raise LmdError(
+                f"the corpus's {written} inside {folder}, which is taken in",
+                "a folder outside: the next run would take in its own output",
+                "Choose another --out.",
+            )
+    tracks, report = survey(folder)
+    if (report.too_many_rejected and not keep_going) or not tracks:
+        listed = "".join(f"\n  {item}" for item in report.rejected)
+        n_rejected, n_accepted = len(report.rejected), len(report.accepted)
+        raise LmdError(
+            f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n",
+            f"at most {MAX_REJECTED:.0%}" if tracks else "music",
+            "Repair or remove them, or use --keep-going." if tracks else "Repair them.",
+        )
+    hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
+    before = read_manifest(out) if (out / MANIFEST).is_file() else []
+    rows = []
+    for track, taken in zip(tracks, _taken_in(tracks, folder, out, settings, workers), strict=True):
+        if isinstance(taken, Reject):
+            report.reject(track.mix, taken.reason)
+        else:
+            rows += taken
+    (out / "rejected.json").write_text(report.as_json() + "\n")
+    if not rows:
+        raise LmdError(f"nothing usable in {folder}", "music", f"See {out / 'rejected.json'}.")
+    rows = with_splits(rows, before)
+    write_manifest(out, rows)
+    return rows, report
+
+
+def _taken_in(
+    tracks: Sequence[Track], folder: Path, out: Path, settings: AudioSettings, workers: int
+) -> list[list[Row] | Reject]:
+    """The rows of every track, those of an earlier run first read from its log.
+
+    A piece's files have the same names whatever it was, so the last entry of each alone counts.
+    """
+    last: dict[str, tuple[str, list[Row]]] = {}
+    for entry in read_log(out / "tracks.jsonl"):
+        rows = [Row(**row) for row in entry["rows"]]
+        last[rows[0].piece_id if rows else entry["key"]] = (entry["key"], rows)
+    done: dict[str, list[Row] | Reject] = {
+        key: rows for key, rows in last.values() if all(is_whole(out, row) for row in rows)
+    }
+    keys = [_key(track, folder) for track in tracks]
+    missing = {key: track for key, track in zip(keys, tracks, strict=True) if key not in done}
+    jobs = [(track, folder, out, settings) for track in missing.values()]
+    # One thread each, as in the command: copies must give the same bytes.
+    results = tqdm(mapped(take_in, jobs, workers, 1), "taking in", len(jobs), mininterval=1)
+    with (out / "tracks.jsonl").open("a") as log:
+        for key, taken in zip(missing, results, strict=True):
+            done[key] = taken
+            if not isinstance(taken, Reject):
+                entry = {"key": key, "rows": [asdict(row) for row in taken]}
+                log.write(json.dumps(entry, sort_keys=True) + "\n")
+                log.flush()
+    return [done[key] for key in keys]
+
+
+def _key(track: Track, folder: Path) -> str:
+    """What a track was when it was taken in: its place, words, and files as they were."""
+    about = [track.mix.relative_to(folder).as_posix(), track.caption, track.split]
+    for name, path in (("", track.mix), *track.stems):
+        state = path.stat()
+        about.append(f"{name}:{path.name}:{state.st_size}:{state.st_mtime_ns}")
+    return "|".join(about)
+
+
+def with_splits(rows: Sequence[Row], before: Sequence[Row] = ()) -> list[Row]:
+    """Rows with a split each: the data set's own, else 1 in 16 validation and 1 in 16 test.
+
+    Chance goes by what a piece sounds like (its first window), not by its name: copies under other
+    names share a split, and so do a song and its stems that lie side by side. It never leaves
+    nothing to train on, nor, where it can, nothing to validate on.
+
+    Args:
+        rows: all windows; `split` is empty where it is to be drawn.
+        before: the manifest as it was. A piece that is in there and sounds as it did keeps its
+            split; one that is new, or has another name now, but sounds like one in there gets the
+            same. So copies that an earlier version put into several splits stay there.
+    """
+    music, split = _music(rows), {row.piece_id: row.split for row in rows if row.split}
+    old_music, old = _music(before), {row.piece_id: row.split for row in before}
+    for piece, sound in music.items():
+        if old_music.get(piece) == sound:
+            split.setdefault(piece, old[piece])
+    group = _groups(music)
+    known = [(group.get(old_music[p], old_music[p]), name) for p, name in old.items()]
+    known += [(group[music[p]], name) for p, name in split.items()]
+    split_of: dict[str, str] = {}  # a group's; what is in several is trained on
+    for sounds, name in known:
+        if split_of.get(sounds) != "train":
+            split_of[sounds] = name
+    present = set(group.values())
+    split_of |= _drawn(present - set(split_of), [split_of[s] for s in present & set(split_of)])
+    split = {piece: split_of[group[sound]] for piece, sound in music.items()} | split
+    return [replace(row, split=split[row.piece_id]) for row in rows]
+
+
+def _music(rows: Sequence[Row]) -> dict[str, str]:
+    """What each piece sounds like: the digest of its first window."""
+    return {row.piece_id: row.sha256 for row in reversed(rows)}
+
+
+def _groups(music: Mapping[str, str]) -> dict[str, str]:
+    """The group of every sound, named after one of it: what belongs to one song shares a group."""
+    group = {sound: sound for sound in music.values()}
+    songs: dict[str, list[str]] = {}
+    for piece, song in songs_of(music).items():
+        songs.setdefault(song, []).append(music[piece])
+    for sounds in songs.values():
+        same = {group[sound] for sound in sounds}
+        if len(same) > 1:
+            first = min(same)
+            group = {sound: first if name in same else name for sound, name in group.items()}
+    return group
+
+
+def songs_of(pieces: Collection[str]) -> dict[str, str]:
+    """Which song each file belongs to, by its name without the words for parts of a song.
+
+    `song.ogg` and `guitar.ogg` in one folder are one song, so are `Air.ogg` and `Air (vocals).ogg`;
+    so is a single file beside others that are named after instruments alone.
+
+    Args:
+        pieces: paths with "/" between their parts.
+    """
+    songs, parts, wholes = {}, set(), {}
+    for piece in pieces:
+        path = PurePosixPath(piece)
+        words = [word for word in re.split(r"[\W_]+", path.stem.lower()) if word]
+        is_part = any(map(_PARTS.fullmatch, words))
+        rest = [word for word in words if not (_PARTS.fullmatch(word) or _WHOLES.fullmatch(word))]
+        if is_part and rest and rest[0].isdigit():
+            rest = rest[1:]  # the number of a track
+        songs[piece] = f"{path.parent}/{' '.join(rest)}"
+        if is_part and not rest:
+            parts.add(songs[piece])
+        else:
+            wholes.setdefault(f"{path.parent}/", set()).add(songs[piece])
+    for song in parts:
+        if len(wholes.get(song, ())) == 1:
+            (whole,) = wholes[song]
+            songs = {piece: whole if name == song else name for piece, name in songs.items()}
+    return songs
+
+
+def _drawn(sounds: Collection[str], taken: Collection[str]) -> dict[str, str]:
+    """A split by chance for each of some sounds, beside the splits that others have."""
+    values = {sound: derive_seed(0, "split", sound) for sound in sounds}
+    names = {0: "validation", 1: "test"}
+    splits = {sound: names.get(value % 16, "train") for sound, value in values.items()}
+    in_order = sorted(values, key=lambda sound: values[sound])
+
+    def n_with(split: str) -> int:
+        return [*taken, *splits.values()].count(split)
+
+    if in_order and not n_with("train"):
+        splits[in_order[-1]] = "train"
+    spare = [sound for sound in in_order if splits[sound] != "train" or n_with("train") > 1]
+    if spare and not n_with("validation"):
+        splits[spare[0]] = "validation"
+    return splits
+
+
+def copies(rows: Sequence[Row]) -> list[str]:
+    """Pieces that sound the same under several names, and their splits, a line each."""
+    names: dict[str, list[str]] = {}
+    for piece, sound in _music(rows).items():
+        names.setdefault(sound, []).append(piece)
+    split = {row.piece_id: row.split for row in rows}
+    return [
+        f"{', '.join(sorted(same))} ({', '.join(sorted({split[piece] for piece in same}))})"
+        for same in names.values()
+        if len(same) > 1
+    ]
+
+
+def caption_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """What the windows are called, most frequent first, and how to call them better."""
+    counts = Counter(row.caption for row in rows)
+    yield "captions (windows):"
+    yield from (f"{n:6} {text}" for text, n in counts.most_common(MOST_CAPTIONS))
+    if len(counts) > MOST_CAPTIONS:
+        yield f"       and {len(counts) - MOST_CAPTIONS} others"
+    yield "Better ones: write song.txt beside song.wav (genre, instruments, mood) and build again."
