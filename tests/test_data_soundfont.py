@@ -97,6 +97,14 @@ def test_samples_that_cannot_be_unpacked_are_named(tmp_path: Path) -> None:
         bank.tone(0, 69, 100)
 
 
+@pytest.mark.parametrize("name", ["padded", "unpadded"])
+def test_an_odd_chunk_is_read_with_its_pad_byte_and_without(name: str) -> None:
+    """Debian's FluidR3Mono is made without; these two have all chunks and no program."""
+    path = Path(__file__).parent / f"fixtures/soundfonts/{name}.sf3"
+    with pytest.raises(LmdError, match=rf"no program 0 in {name}\.sf3"):
+        Soundfont(path).zones(0, 60)
+
+
 def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(LmdError, match=r"program 7 in a\.sf2"):
         Soundfont(write_soundfont(tmp_path / "a.sf2")).zones(7, 60)

@@ -134,11 +134,12 @@ def load_segment(
         rate = sound.samplerate
         first = min(round(start_s * rate), sound.frames)
         last = sound.frames if math.isinf(seconds) else round((start_s + seconds) * rate)
-        if first and sound.seekable():
-            sound.seek(first)
-        elif first:  # GSM 6.10: only from the beginning on
-            sound.read(first, dtype="float32")
-        wave = sound.read(max(0, last - first), dtype="float32", always_2d=True)
+        early = first  # GSM 6.10 is read from its beginning on alone …
+        if sound.seekable():
+            early = min(first, rate)  # … and frames of MP3 need those before them
+            sound.seek(first - early)
+        n_samples = early + max(0, last - first)
+        wave = sound.read(n_samples, dtype="float32", always_2d=True)[early:]
     if wave.shape[1] != channels:
         wave = np.repeat(to_mono(wave), channels, axis=1)
     return soxr.resample(wave, rate, sample_rate, quality="HQ").T
