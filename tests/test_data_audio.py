@@ -17,8 +17,9 @@ from lmd.corpus.levels import TARGET_LUFS, loudness_lufs
 from lmd.corpus.manifest import Corpus, write_manifest
 from lmd.data import own_audio
 from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
-from lmd.data.own_audio import AudioSettings, build_audio, windows_of, with_splits
+from lmd.data.own_audio import AudioSettings, build_audio, windows_of
 from lmd.data.sound_files import hear, load_segment, sounding
+from lmd.data.splits import with_splits
 from lmd.errors import LmdError
 
 

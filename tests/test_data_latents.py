@@ -1,12 +1,16 @@
 """Latents: encoded, checked and repaired; windows that are arithmetic."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from corpus_fake import HOP, RATE, make_corpus
@@ -19,6 +23,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.corpus.build import further_captions
 from lmd.corpus.manifest import Corpus, write_manifest
+from lmd.data.codec_fit import codec_error_db, expectation
 from lmd.data.encode import (
     QUIET,
     Encoder,
@@ -30,6 +35,7 @@ from lmd.data.encode import (
 from lmd.data.latents import LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
+from lmd.training.codec.metrics import log_mel_db
 
 DIM = 64
 
@@ -162,6 +168,122 @@ def test_a_torn_shard_is_named_and_made_again(corpus: Corpus, tmp_path: Path, da
     assert shard.name in messages[0]
     assert shard.read_bytes() == whole
     assert shard_fault(shard) is None
+
+
+def changed(folder: Path, column: str, value: object) -> None:
+    """Give the second entry of an index another value."""
+    table = pd.read_csv(folder / "index.csv", keep_default_na=False, dtype=str)
+    table.loc[1, column] = str(value)
+    table.to_csv(folder / "index.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("start_frame", -1), ("start_frame", 10**9), ("n_frames", 0), ("n_frames", 10**6),
+        ("n_frames", -3), ("duration_s", "nan"), ("duration_s", -1.0), ("n_frames", "x"),
+    ],
+)  # fmt: skip
+def test_an_entry_outside_its_shard_is_refused_with_its_line(
+    latents: Path, tmp_path: Path, column: str, value: object
+) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    changed(folder, column, value)
+    with pytest.raises(LmdError, match=r"index\.csv, line 3: "):
+        LatentShards(folder)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "no side", "torn side", "other"])
+def test_damaged_latents_are_refused_before_anything_is_trained(
+    latents: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    shard, other = folder / "shard-00001.safetensors", folder / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    changes = {
+        "gone": shard.unlink,
+        "cut": lambda: shard.write_bytes(whole[:-100]),
+        "flipped": lambda: shard.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]),
+        "no side": shard.with_suffix(".json").unlink,
+        "torn side": lambda: shard.with_suffix(".json").write_text("{"),
+        "other": lambda: shard.write_bytes(other.read_bytes()),
+    }
+    LatentWindows(folder, window_frames=8)
+    changes[damage]()
+    with pytest.raises(LmdError, match="shard-00001"):
+        LatentWindows(folder, window_frames=8)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"latent_dim": 64, "silence": [0, 1]}'])
+def test_torn_settings_of_latents_are_refused(latents: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    (folder / "latents.json").write_text(text)
+    with pytest.raises(LmdError, match=r"latents\.json"):
+        LatentShards(folder)
+    index = folder / "index.csv"
+    index.write_text(index.read_text()[:-20])
+    with pytest.raises(LmdError, match=r"index\.csv, line \d+: "):
+        LatentShards(folder)
+
+
+def test_the_encoding_says_what_to_expect_of_the_codec(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Perfect(MeanCodec):
+        def encode(self, wave: torch.Tensor) -> torch.Tensor:
+            self.wave = wave
+            return super().encode(wave)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return self.wave * self.gain
+
+    codec = Perfect()
+    for gain_db in (0.0, -3.0):
+        codec.gain = 10 ** (gain_db / 20)
+        error_db = codec_error_db(codec, corpus)
+        assert error_db == pytest.approx(abs(gain_db), abs=0.05)
+        assert log_mel_db(codec.decode(codec.wave)[0, 0], codec.wave[0, 0], RATE) == pytest.approx(
+            error_db, abs=0.05
+        )
+        told = expectation(error_db, corpus.folder)
+        assert ("lmd train codec --data" in told) == (gain_db != 0)
+    path = tmp_path / "codec.safetensors"
+    config, tensors = codec_parts("spectral")
+    save_checkpoint(path, tensors, kind="codec", config=config)
+    words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(tmp_path / "out")]
+    assert main(["data", "encode", *words, "--accelerator", "cpu", "--devices", "1"]) == 0
+    assert "dB of log-mel error" in capsys.readouterr().out
+
+
+def test_latents_are_not_written_into_their_corpus_nor_on_a_full_disk(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LmdError, match="two places"):
+        encode(corpus, corpus.folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(LmdError, match="GB free"):
+        encode(corpus, tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fills_while_latents_are_written_is_said_in_one_line(
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: int,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    config, tensors = codec_parts("spectral")
+    path = tmp_path / "codec.safetensors"
+    save_checkpoint(path, tensors, kind="codec", config=config)
+    monkeypatch.setattr("lmd.data.shards.save_file", refuse)
+    words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(tmp_path / "out")]
+    assert main(["data", "encode", *words, "--accelerator", "cpu", "--devices", "1"]) == 2
+    assert f"found {os.strerror(error)}" in capsys.readouterr().err
 
 
 def test_an_interrupted_encoding_goes_on(corpus: Corpus, latents: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from lmd.__main__ import main
 from lmd.corpus.build import row_stem_caption
 from lmd.corpus.manifest import Corpus
 from lmd.data.layouts import caption_of, survey
-from lmd.data.own_audio import AudioSettings, build_audio, songs_of
+from lmd.data.own_audio import AudioSettings, build_audio
+from lmd.data.splits import songs_of
 
 
 def make_slakh(track: Path, suffix: str = ".flac", rate: int = 44_100) -> Path:

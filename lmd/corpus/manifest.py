@@ -261,6 +261,8 @@ def read_rows(path: Path, kind: type[T], command: str) -> list[T]:
         if tuple(header) == names:
             for values in reader:
                 line = reader.line_num
+                if len(values) != len(names):
+                    raise ValueError(f"{len(values)} of {len(names)} values")
                 rows.append(kind(*(t(v) for t, v in zip(types, values, strict=True))))
             if not text.endswith("\n"):
                 raise ValueError("it ends in the middle of a line")

@@ -87,7 +87,8 @@ def _renditions(options: Options) -> Sequence[Row]:
 
 def _own_music(options: Options, folder: Path) -> Sequence[Row]:
     """A corpus of a folder of audio."""
-    from lmd.data.own_audio import AudioSettings, build_audio, caption_lines, copies
+    from lmd.data.own_audio import AudioSettings, build_audio, caption_lines
+    from lmd.data.splits import copies
 
     settings = AudioSettings(
         options.sample_rate, options.channels, options.max_seconds, options.stems

@@ -2,16 +2,14 @@
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-import torchaudio
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +20,7 @@ from lmd.codec.base import Codec
 from lmd.corpus.build import further_captions, row_stem_caption
 from lmd.corpus.manifest import Corpus, Row, hold_settings, read_rows, write_rows
 from lmd.corpus.scores import DEFAULT_CACHE
+from lmd.data.codec_fit import check_fit, codec_error_db, expectation
 from lmd.data.places import check_apart, check_folder_free, writing_to
 from lmd.data.shards import (
     INDEX,
@@ -38,8 +37,6 @@ from lmd.shapes import Latents, Wave
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
 MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
 FURTHER_CAPTIONS = 7  # of every rendition, so that training hears it asked for in many ways
-CHECKED_WINDOWS, CHECKED_S = 8, 6.0  # what a codec is measured on before it encodes
-GOOD_DB, POOR_DB = 1.5, 2.0  # the shipped codec on music of its own kind; audibly worse
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -102,56 +99,6 @@ def encoder_sha256(path: str | Path) -> str:
     """
     tensors, header = load_tensors(path, "codec")
     return encoder_digest(header.config, tensors)
-
-
-@torch.inference_mode()
-def codec_error_db(codec: Codec, corpus: Corpus) -> float:
-    """How far some of a corpus is from itself after the codec: mean over 80 mel bands, decibels.
-
-    Args:
-        codec: what encodes, on the CPU.
-        corpus: windows from the middle of some sounds are taken.
-    """
-    mel, hop, errors = _mel_bands(codec.sample_rate), codec.samples_per_frame, []
-    for index in np.linspace(0, len(corpus) - 1, min(CHECKED_WINDOWS, len(corpus))).astype(int):
-        n_samples = corpus.rows[index].n_samples
-        n = min(n_samples, round(CHECKED_S * codec.sample_rate)) // hop * hop
-        wave = torch.from_numpy(corpus.wave(index, (n_samples - n) // 2, n))[None]
-        output = codec.decode(codec.encode(wave))
-        true, found = (_levels_db(w.mean(1)[0], mel) for w in (wave, output))
-        floor = true.max() - 60
-        errors.append(float((true.clamp_min(floor) - found.clamp_min(floor)).abs().mean()))
-    return float(np.mean(errors))
-
-
-def _levels_db(wave: Tensor, mel: Tensor) -> Tensor:
-    """Levels of mel bands `[band, step]`, a full-scale sine at 0 dB."""
-    window = torch.hann_window(2048)
-    spectrum = torch.stft(wave, 2048, 512, window=window, return_complex=True)
-    return 10 * torch.log10(mel @ (spectrum.abs().square() * (2 / window.sum()) ** 2) + 1e-12)
-
-
-def _mel_bands(sample_rate: int) -> Tensor:
-    """80 of Slaney's mel bands from 30 Hz up `[band, bin]`; those between two bins are left out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bands = torchaudio.functional.melscale_fbanks(
-            1025, 30.0, sample_rate / 2, 80, sample_rate, mel_scale="slaney"
-        )
-    bands = bands[:, bands.any(0)]
-    return (bands / bands.sum(0)).T
-
-
-def expectation(error_db: float, corpus: Path) -> str:
-    """What an error of the codec means, and what to do about it."""
-    line = f"this codec on this music: {error_db:.2f} dB of log-mel error"
-    if error_db < POOR_DB:
-        return f"{line}; {GOOD_DB:g} is what the shipped one has on music of its own kind"
-    return (
-        f"{line}, {error_db / GOOD_DB:.1f} times that of the shipped one on music of its own kind. "
-        "Expect dull or rough sound, whatever is trained on these latents. A codec for this music: "
-        f"lmd train codec --data {corpus}, then lmd data encode --codec with that one."
-    )
 
 
 def silence_frame(codec: Codec) -> list[float]:
@@ -233,24 +180,11 @@ class Encoder(L.LightningModule):
 
 def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry:
     """The index line of one encoded sound."""
-    names = row.instruments.split("|")
-    return Entry(
-        name=row.name,
-        voice=voice,
-        shard=shard,
-        start_frame=start,
-        n_frames=n_frames,
-        caption=row.caption if voice < 0 else row_stem_caption(row, voice),
-        split=row.split,
-        piece_id=row.piece_id,
-        composer=row.composer,
-        family=row.family,
-        instruments=row.instruments if voice < 0 else names[voice],
-        tempo_bpm=row.tempo_bpm,
-        key=row.key,
-        mode=row.mode,
-        duration_s=row.duration_s,
-    )
+    shared = {f.name: getattr(row, f.name) for f in fields(Entry) if hasattr(row, f.name)}
+    if voice >= 0:
+        shared["caption"] = row_stem_caption(row, voice)
+        shared["instruments"] = row.instruments.split("|")[voice]
+    return Entry(**shared, voice=voice, shard=shard, start_frame=start, n_frames=n_frames)
 
 
 def shard_name(number: int) -> str:
@@ -321,22 +255,6 @@ def encode_corpus(
         _write_index(out, [shard_name(n) for n in numbers], corpus)
     trainer.strategy.barrier()  # nobody goes on before there is an index
     return torn
-
-
-def check_fit(codec: Codec, corpus: Corpus) -> None:
-    """Refuse a codec for another sample rate or another number of channels.
-
-    Raises:
-        LmdError: they differ.
-    """
-    found = (corpus.sample_rate, corpus.channels)
-    wanted = (codec.sample_rate, codec.channels)
-    if found != wanted:
-        raise LmdError(
-            f"a corpus at {found[0]} Hz with {found[1]} channels",
-            f"{wanted[0]} Hz with {wanted[1]} channels, as the codec takes",
-            f"Build it with --sample-rate {wanted[0]} --channels {wanted[1]}.",
-        )
 
 
 def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) -> dict[str, Any]:
