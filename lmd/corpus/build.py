@@ -13,19 +13,10 @@ from tqdm import tqdm
 from lmd.corpus.analysis import brightness_hz, find_key, onset_density
 from lmd.corpus.captions import Described, caption, stem_caption
 from lmd.corpus.draw import Draw, QuickDraw
-from lmd.corpus.manifest import (
-    SETTINGS,
-    Row,
-    check_format,
-    hold_settings,
-    is_whole,
-    read_log,
-    read_settings,
-    write_manifest,
-    write_wav,
-)
+from lmd.corpus.manifest import SETTINGS, Row, check_format, is_whole, write_manifest, write_wav
 from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf, mapped
+from lmd.corpus.tables import hold_settings, read_log, read_settings
 from lmd.corpus.tones import ToneBank, default_soundfont, file_sha256, shared_bank
 from lmd.corpus.tunes import TRAINED_ON
 from lmd.errors import LmdError

@@ -1,21 +1,17 @@
 """A corpus on disk: a manifest, one WAV per sound, stems stored or played again."""
 
-import csv
-import io
-import json
 import math
 import wave as riff
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from lmd.checkpoint import write_atomic
 from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
 from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
+from lmd.corpus.tables import read_rows, read_settings, write_rows
 from lmd.corpus.tones import file_sha256, shared_bank
 from lmd.errors import LmdError
 
@@ -24,8 +20,6 @@ SETTINGS = "corpus.json"
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000  # Hz
 MIN_WINDOW_S = 1.0
 _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -237,101 +231,6 @@ def read_manifest(folder: Path) -> list[Row]:
 def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
     """Write the manifest in one stroke; a reader sees the old one or the new one."""
     write_rows(folder / MANIFEST, Row, rows)
-
-
-def read_rows(path: Path, kind: type[T], command: str) -> list[T]:
-    """The lines of a CSV file, each a dataclass of plain values.
-
-    Args:
-        path: a file with the dataclass's fields as its columns.
-        kind: that dataclass.
-        command: what makes such a file.
-
-    Raises:
-        LmdError: no such file, other columns, or a line that is torn, by its number.
-    """
-    if not path.is_file():
-        raise LmdError(f"no {path}", "a file of this name", f"Run: {command}.")
-    names, types = zip(*((field.name, field.type) for field in fields(kind)), strict=True)
-    line, rows = 1, []
-    try:
-        text = path.read_text("utf-8")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        if tuple(header) == names:
-            for values in reader:
-                line = reader.line_num
-                if len(values) != len(names):
-                    raise ValueError(f"{len(values)} of {len(names)} values")
-                rows.append(kind(*(t(v) for t, v in zip(types, values, strict=True))))
-            if not text.endswith("\n"):
-                raise ValueError("it ends in the middle of a line")
-    except (ValueError, csv.Error) as error:
-        raise LmdError(
-            f"{path}, line {line}: {error}", "a whole file", f"{command} again."
-        ) from error
-    if tuple(header) != names:
-        odd = sorted(set(header) ^ set(names))
-        raise LmdError(
-            f"columns {odd} in {path}", f"{len(names)} of this version", f"{command} again."
-        )
-    return rows
-
-
-def write_rows(path: Path, kind: type[T], rows: Sequence[T]) -> None:
-    """Write dataclasses as the CSV file that `read_rows` reads, in one stroke."""
-    names = [field.name for field in fields(kind)]
-    table = pd.DataFrame([asdict(row) for row in rows], columns=names)
-    write_atomic(path, table.to_csv(index=False, lineterminator="\n").encode())
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        LmdError: it cannot be read, or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        hint = "Restore it, or remove its folder and make it again."
-        raise LmdError(f"{path}: {error}", "JSON settings", hint) from error
-    return values
-
-
-def hold_settings(path: Path, values: dict[str, Any], free: Collection[str] = ()) -> None:
-    """Write settings, or hold them against those that an earlier run wrote there.
-
-    Args:
-        path: the settings' file.
-        values: what JSON can hold.
-        free: names that may differ.
-
-    Raises:
-        LmdError: others differ.
-    """
-    values = json.loads(json.dumps(values))
-    if path.is_file():
-        before = read_settings(path)
-        differing = [k for k in sorted(values) if k not in free and before.get(k) != values[k]]
-        if differing:
-            raise LmdError(
-                f"{path.parent} made with other {', '.join(differing)}",
-                "the same settings, to go on with it",
-                "Choose another --out, or remove that folder.",
-            )
-    write_atomic(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
-
-
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log, one a line; a line that an interruption tore is passed over."""
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:

@@ -11,12 +11,7 @@ from lmd.corpus.levels import limit, loudness_gain
 from lmd.corpus.scores import Piece
 from lmd.corpus.tones import ToneBank, played_note
 
-ARTICULATIONS: dict[str, float] = {
-    "legato": 1.02,
-    "tenuto": 0.94,
-    "detached": 0.78,
-    "staccato": 0.5,
-}
+ARTICULATIONS = {"legato": 1.02, "tenuto": 0.94, "detached": 0.78, "staccato": 0.5}  # of a note
 DYNAMICS: dict[str, int] = {"very soft": 4, "soft": 3, "moderate": 2, "loud": 1, "very loud": 0}
 MAX_SECONDS = 60.0
 LEAD_S = 0.1  # silence before the first note, so that an early note is not cut

@@ -78,8 +78,7 @@ def _renditions(options: Options) -> Sequence[Row]:
     check_apart(out=options.out, cache=options.cache)
     seconds = 3600 * min(max(0.0, options.hours), 10_000)
     n_bytes = int(2 * seconds * options.sample_rate) * options.channels
-    there = sum(path.stat().st_size for path in options.out.rglob("*.wav"))
-    check_folder_free(options.out, n_bytes * (1 + STEMS_SHARE * options.stems) - there)
+    check_folder_free(options.out, n_bytes * (1 + STEMS_SHARE * options.stems))
     check_folder_free(options.cache)
     with writing_to(options.out):
         return build_corpus(options.out, options.hours, settings, options.workers, options.cache)

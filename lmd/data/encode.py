@@ -1,7 +1,6 @@
-"""`lmd data encode`: a corpus through a codec into latent shards."""
+"""A corpus through a codec into latent shards."""
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,18 +9,18 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lmd.checkpoint import encoder_digest, load_codec, load_tensors
+from lmd.checkpoint import encoder_digest, load_tensors
 from lmd.codec.base import Codec
 from lmd.corpus.build import further_captions, row_stem_caption
-from lmd.corpus.manifest import Corpus, Row, hold_settings, read_rows, write_rows
+from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.codec_fit import check_fit, codec_error_db, expectation
-from lmd.data.places import check_apart, check_folder_free, writing_to
+from lmd.corpus.tables import hold_settings, write_rows
+from lmd.data.codec_fit import check_fit
+from lmd.data.places import check_apart, check_folder_free
 from lmd.data.shards import (
     INDEX,
     SETTINGS,
@@ -132,11 +131,6 @@ class _ShardJobs(Dataset):
                 yield row, voice, stem
 
 
-def _as_is(item: Any) -> Any:
-    """No collation: waves of one shard differ in length."""
-    return item
-
-
 class Encoder(L.LightningModule):
     """Writes one shard per predicted batch; holds no state but the codec.
 
@@ -164,9 +158,7 @@ class Encoder(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> int:
         """Encode the sounds of one shard and write it; returns the shard's number."""
         number, sounds = batch
-        latents: list[Tensor] = []
-        entries: list[Entry] = []
-        at = 0
+        latents, entries, at = [], [], 0
         for row, voice, wave in sounds:
             encoded = encode_wave(self.codec, torch.from_numpy(wave)[None].to(self.device))
             frames = encoded[0].T.cpu()
@@ -221,8 +213,7 @@ def encode_corpus(
     check_apart(out=out, data=corpus.folder)
     n_voices = 5 if how.stems else 1
     n_frames = sum(row.n_samples for row in corpus.rows) // codec.samples_per_frame
-    there = sum(path.stat().st_size for path in out.glob("shard-*"))
-    check_folder_free(out, 2 * codec.latent_dim * n_frames * n_voices - there)
+    check_folder_free(out, 2 * codec.latent_dim * n_frames * n_voices)
     check_fit(codec, corpus)
     alone = corpus.without_stems() if how.stems else []
     if len(alone) == len(corpus):
@@ -235,24 +226,24 @@ def encode_corpus(
         print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone", flush=True)
     settings = _settings(corpus, codec, how, codec_id)
     hold_settings(out / SETTINGS, settings, free=("silence",))
-    numbers = range(-(-len(corpus) // how.rows_per_shard))
-    faults = {n: shard_fault(out / shard_name(n)) for n in numbers}
-    torn = [
-        f"{shard_name(n)}: {f}; encoded again"
-        for n, f in faults.items()
-        if f not in (None, "missing")
-    ]
-    for message in torn:
-        print(message, flush=True)
     step = how.rows_per_shard
-    jobs = [(n, range(n * step, min((n + 1) * step, len(corpus)))) for n in numbers if faults[n]]
+    jobs, torn = [], []
+    for number, first in enumerate(range(0, len(corpus), step)):
+        fault = shard_fault(out / shard_name(number))
+        if fault:
+            jobs.append((number, range(first, min(first + step, len(corpus)))))
+        if fault not in (None, "missing"):
+            torn.append(f"{shard_name(number)}: {fault}; encoded again")
+            print(torn[-1], flush=True)
     trainer = trainer or L.Trainer(**QUIET, devices=1)
     if jobs:
-        data = DataLoader(_ShardJobs(corpus, jobs, how), batch_size=None, collate_fn=_as_is)
+        sounds = _ShardJobs(corpus, jobs, how)
+        data = DataLoader(sounds, batch_size=None, collate_fn=lambda item: item)  # as they are
         trainer.predict(Encoder(codec, corpus, out), data, return_predictions=False)
         trainer.strategy.barrier()
     if trainer.is_global_zero:
-        _write_index(out, [shard_name(n) for n in numbers], corpus)
+        names = [shard_name(n) for n in range(-(-len(corpus) // step))]
+        _write_index(out, names, corpus)
     trainer.strategy.barrier()  # nobody goes on before there is an index
     return torn
 
@@ -290,75 +281,3 @@ def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
             entry = replace(entry, also="|".join(also))
         entries.append(entry)
     write_rows(out / INDEX, Entry, entries)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Flags of the command.
-
-    Attributes:
-        data: a built corpus.
-        codec: what encodes.
-        out: folder to fill.
-        stems: encode every voice too.
-        rows_per_shard: sounds of a corpus in one file.
-        cache: where parsed scores are kept.
-        accelerator: as in training: auto, cpu, gpu …
-        devices: processes on this machine.
-        num_nodes: machines.
-        strategy: auto, ddp …
-    """
-
-    data: Path = Path("data/corpus")
-    codec: Path = Path("data/pretrained/codec.safetensors")
-    out: Path = Path("data/latents")
-    stems: bool = False
-    rows_per_shard: int = 32
-    cache: Path = DEFAULT_CACHE
-    accelerator: str = "auto"
-    devices: str = "auto"
-    num_nodes: int = 1
-    strategy: str = "auto"
-
-
-def _trainer(options: Options) -> L.Trainer:
-    """Lightning's trainer on the machines that were asked for.
-
-    Raises:
-        LmdError: there are none such.
-    """
-    devices = int(options.devices) if options.devices.isdigit() else options.devices
-    asked = {
-        "accelerator": options.accelerator,
-        "devices": devices,
-        "num_nodes": options.num_nodes,
-        "strategy": options.strategy,
-    }
-    try:
-        return L.Trainer(**asked, **QUIET)
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-        raise LmdError(
-            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items()),
-            "what this machine has",
-            f"Lightning says: {' '.join(str(error).split())}",
-        ) from error
-
-
-def main(options: Options) -> int:
-    """Encode a corpus and say what to expect of it, and what came out."""
-    how = EncodeSettings(options.stems, options.rows_per_shard, options.cache)
-    corpus = Corpus(options.data)
-    codec = load_codec(options.codec)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    trainer = _trainer(options)
-    check_fit(codec, corpus)
-    if trainer.is_global_zero:
-        print(expectation(codec_error_db(codec, corpus), options.data), flush=True)
-    with writing_to(options.out):
-        encode_corpus(corpus, codec, options.out, how, trainer, encoder_sha256(options.codec))
-    if trainer.is_global_zero:
-        entries = read_rows(options.out / INDEX, Entry, "lmd data encode")
-        hours = sum(entry.duration_s for entry in entries) / 3600
-        n_frames = sum(entry.n_frames for entry in entries)
-        print(f"{len(entries)} sounds, {hours:.2f} h, {n_frames} frames in {options.out}")
-    return 0

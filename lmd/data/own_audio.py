@@ -22,18 +22,18 @@ from lmd.corpus.manifest import (
     SETTINGS,
     Row,
     check_format,
-    hold_settings,
     is_whole,
-    read_log,
     read_manifest,
     write_manifest,
     write_wav,
 )
 from lmd.corpus.render import MAX_SECONDS
 from lmd.corpus.scores import mapped
+from lmd.corpus.tables import hold_settings, read_log
 from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
 from lmd.data.layouts import Track, survey
-from lmd.data.sound_files import Heard, hear, load_segment
+from lmd.data.places import check_folder_free
+from lmd.data.sound_files import Heard, hear, load_segment, open_sound
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
 
@@ -220,6 +220,7 @@ def build_audio(
             f"at most {MAX_REJECTED:.0%}" if tracks else "music",
             "Repair or remove them, or use --keep-going." if tracks else "Repair them.",
         )
+    check_folder_free(out, sum(_n_bytes(track, settings) for track in tracks))
     hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
     before = read_manifest(out) if (out / MANIFEST).is_file() else []
     rows = []
@@ -234,6 +235,13 @@ def build_audio(
     rows = with_splits(rows, before)
     write_manifest(out, rows)
     return rows, report
+
+
+def _n_bytes(track: Track, settings: AudioSettings) -> int:
+    """About how much room a track will take."""
+    with open_sound(track.mix) as sound:
+        n_samples = sound.frames * settings.sample_rate // sound.samplerate
+    return 2 * n_samples * settings.channels * (1 + settings.stems * len(track.stems))
 
 
 def _taken_in(

@@ -15,7 +15,7 @@ def check_folder_free(folder: Path, n_bytes: int = 0) -> None:
 
     Args:
         folder: where results are to go.
-        n_bytes: about how much.
+        n_bytes: about how much will be in it, with what is there already.
 
     Raises:
         LmdError: a file stands there or above, writing is not allowed, or the disk is too full.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmd.corpus.manifest import read_rows, read_settings
+from lmd.corpus.tables import read_rows, read_settings
 from lmd.errors import LmdError
 
 SHARD_FORMAT = 1
