@@ -12,7 +12,7 @@ from lmd.codec.base import Codec
 from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 
-CHECKED_WINDOWS, CHECKED_S = 8, 6.0  # what a codec is measured on before it encodes
+CHECKED_WINDOWS, CHECKED_S = 4, 5.0  # what a codec is measured on before it encodes
 GOOD_DB, POOR_DB = 1.5, 2.0  # the shipped codec on music of its own kind; audibly worse
 
 
@@ -78,5 +78,5 @@ def expectation(error_db: float, corpus: Path) -> str:
     return (
         f"{line}, {error_db / GOOD_DB:.1f} times that of the shipped one on music of its own kind. "
         "Expect dull or rough sound, whatever is trained on these latents. A codec for this music: "
-        f"lmd train codec --data {corpus}, then lmd data encode --codec with that one."
+        f"python -m lmd train codec --data {corpus}; then encode with --codec and that one."
     )
