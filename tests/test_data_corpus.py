@@ -124,7 +124,7 @@ def test_no_piece_is_in_two_splits(cache: Path, tmp_path: Path) -> None:
         # 9 pieces, one of them for validation, one for tests
         settings = BuildSettings(seed=seed, max_seconds=2.0, collections=("haydn",))
         build_corpus(tmp_path / str(seed), 1 / 60, settings, cache=cache)
-        for row in read_manifest(tmp_path / str(seed)).itertuples():
+        for row in read_manifest(tmp_path / str(seed)):
             found.setdefault(row.piece_id, set()).add(row.split)
             n_rows += 1
     assert n_rows > 2 * len(found)

@@ -173,17 +173,7 @@ def build_corpus(
     workers: int = 1,
     cache: Path = DEFAULT_CACHE,
 ) -> list[Row]:
-    """Render a corpus; what is already there and whole is kept.
-
-    Args:
-        out: the folder to fill.
-        hours: how much music.
-        settings: seed, format, soundfont, scores.
-        workers: processes.
-        cache: where parsed scores are kept.
-
-    Returns:
-        The manifest's rows.
+    """Render a corpus of so many hours into `out`; what is already there and whole is kept.
 
     Raises:
         LmdError: the folder holds a corpus built with other settings.

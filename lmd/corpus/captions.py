@@ -17,16 +17,7 @@ COUNT_WORDS = ("", "solo", "two", "three", "four", "five", "six", "seven", "eigh
 
 @dataclass(frozen=True)
 class Described:
-    """What a caption may speak of.
-
-    Attributes:
-        composer, family, instruments: as in the manifest; one instrument per voice.
-        tempo_bpm: quarter notes a minute.
-        key, mode, metre: e.g. "G", "minor", "3/4".
-        density_hz: onsets a second.
-        brightness_hz: spectral centroid.
-        articulation, dynamics: keys of `render.ARTICULATIONS` and `render.DYNAMICS`.
-    """
+    """What a caption may speak of; see `lmd.corpus.manifest.Row`. One instrument per voice."""
 
     composer: str
     family: str

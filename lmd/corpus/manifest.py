@@ -236,11 +236,6 @@ def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
 def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
     """Render a row of a manifest once more; the samples are those of the first time.
 
-    Args:
-        row: the rendition.
-        settings: the corpus's `corpus.json`.
-        cache: where parsed scores are kept.
-
     Raises:
         LmdError: the soundfont differs from the one the corpus was built with.
     """

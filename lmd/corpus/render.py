@@ -58,11 +58,7 @@ def draw_rendition(
 ) -> Rendition:
     """The rendition of that number: a pure function of (seed, piece, rendition).
 
-    Args:
-        piece: the score.
-        rendition: 0, 1, 2 …
-        seed: of the whole corpus.
-        max_seconds: longer pieces are cut to an excerpt that begins with a bar.
+    Pieces longer than `max_seconds` are cut to an excerpt that begins with a bar.
     """
     draw = Draw(seed, piece.piece_id, rendition)
     family = draw.choice("family", list(FAMILIES), list(FAMILY_WEIGHTS.values()))
@@ -171,17 +167,9 @@ class Rendered:
 
 
 def render(piece: Piece, how: Rendition, bank: ToneBank, channels: int = 1) -> Rendered:
-    """Play a rendition.
+    """Play a rendition, in one channel or two (voices spread from left to right).
 
-    Args:
-        piece: the score that the rendition was drawn for.
-        how: the rendition.
-        bank: tones at the wanted sample rate.
-        channels: 1, or 2 (voices spread from left to right).
-
-    Returns:
-        Stems that sum exactly to the mix, the mix at `lmd.corpus.levels.TARGET_LUFS`, and the
-        limited wave.
+    The mix is at `lmd.corpus.levels.TARGET_LUFS`.
     """
     notes = note_times(piece, how)
     stems = [_stem(notes[notes[:, 3] == v], how, v, bank) for v in range(len(piece.voices))]

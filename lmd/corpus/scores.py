@@ -326,14 +326,7 @@ def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
 def mapped(
     function: Callable[[Any], R], jobs: Sequence[Any], workers: int, threads: int = 0
 ) -> Iterator[R]:
-    """`map`, in other processes when more than one worker is asked for.
-
-    Args:
-        function: works on one job.
-        jobs: what the function takes.
-        workers: processes.
-        threads: of PyTorch in each of them; 0 = its own choice.
-    """
+    """`map`, in `workers` processes if there are several, with `threads` of PyTorch each."""
     if workers <= 1 or len(jobs) < 2:
         yield from map(function, jobs)
         return

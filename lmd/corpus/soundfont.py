@@ -60,10 +60,7 @@ class Zone:
 
 
 class Soundfont:
-    """A soundfont file in memory.
-
-    Args:
-        path: an `.sf2` or `.sf3` file.
+    """An `.sf2` or `.sf3` file in memory.
 
     Raises:
         LmdError: no such file, or not a soundfont.

@@ -17,12 +17,7 @@ T = TypeVar("T")
 
 
 def read_rows(path: Path, kind: type[T], command: str) -> list[T]:
-    """The lines of a CSV file, each a dataclass of plain values.
-
-    Args:
-        path: a file with the dataclass's fields as its columns.
-        kind: that dataclass.
-        command: what makes such a file.
+    """The lines of a CSV file, each a dataclass of plain values; `command` makes such a file.
 
     Raises:
         LmdError: no such file, other columns, or a line that is torn, by its number.
@@ -79,12 +74,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def hold_settings(path: Path, values: dict[str, Any], free: Collection[str] = ()) -> None:
-    """Write settings, or hold them against those that an earlier run wrote there.
-
-    Args:
-        path: the settings' file.
-        values: what JSON can hold.
-        free: names that may differ.
+    """Write settings, or hold them against those of an earlier run; names in `free` may differ.
 
     Raises:
         LmdError: others differ.

@@ -194,10 +194,6 @@ def is_stem(path: Path) -> bool:
 def check_folder(folder: Path, progress: bool = True) -> Report:
     """Look at every audio file of a folder.
 
-    Args:
-        folder: where to look, with everything below it.
-        progress: show a bar.
-
     Raises:
         LmdError: not a folder, or nothing in it that could be used or refused.
     """

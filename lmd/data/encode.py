@@ -70,10 +70,7 @@ def encode_wave(codec: Codec, wave: Wave) -> Latents:
 
     Args:
         codec: any codec.
-        wave: `[batch, channel, sample]` at the codec's sample rate and channels.
-
-    Returns:
-        `[batch, latent, frame]` with `ceil(samples / samples_per_frame)` frames.
+        wave: `[batch, channel, sample]` in the codec's format.
     """
     hop = codec.samples_per_frame
     n_frames = -(-wave.shape[-1] // hop)
@@ -88,14 +85,7 @@ def encode_wave(codec: Codec, wave: Wave) -> Latents:
 
 
 def encoder_sha256(path: str | Path) -> str:
-    """Which latents a codec's file makes: the name under which latents know their encoder.
-
-    Args:
-        path: a codec written by `lmd.checkpoint.save_checkpoint`.
-
-    Raises:
-        LmdError: see `load_tensors`.
-    """
+    """Which latents a codec's file makes: the name under which latents know their encoder."""
     tensors, header = load_tensors(path, "codec")
     return encoder_digest(header.config, tensors)
 

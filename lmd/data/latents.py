@@ -20,15 +20,11 @@ class LatentBatch(TypedDict):
 
     latents: float32 `[batch, latent, frame]`, at unit scale.
     caption: one text per window.
-    seconds: float32 `[batch]`, the length of the sound that the window was cut from.
-    start_frame: int64 `[batch]`, the window's first frame in that sound.
     identity: name, voice (-1 = mix) and frames of each window, for messages and logs.
     """
 
     latents: Float[Tensor, "batch latent frame"]
     caption: list[str]
-    seconds: Float[Tensor, " batch"]
-    start_frame: Tensor
     identity: list[str]
 
 
@@ -113,8 +109,6 @@ class LatentWindows:
         return LatentBatch(
             latents=torch.from_numpy(latents),
             caption=[entry.caption for entry in chosen],
-            seconds=torch.tensor([entry.duration_s for entry in chosen], dtype=torch.float32),
-            start_frame=torch.tensor([start for _, start in picks]),
             identity=[
                 f"{entry.name}/{'mix' if entry.voice < 0 else entry.voice}@{start}"
                 for entry, (_, start) in zip(chosen, picks, strict=True)

@@ -65,14 +65,7 @@ def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
 
 
 def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
-    """Gather accepted files into tracks.
-
-    A track that lacks an announced stem, or whose sidecar cannot be read, is rejected.
-
-    Args:
-        folder: the root that was walked.
-        accepted: usable audio files below it.
-    """
+    """Gather accepted files into tracks; one without a stem or with a torn sidecar is rejected."""
     usable = set(accepted)
     for path in accepted:
         if is_stem(path):
@@ -128,14 +121,7 @@ def _own_split(folder: Path, path: Path) -> str:
 
 
 def caption_of(path: Path, otherwise: str = "") -> str:
-    """A file's caption: from its `.txt`, its `.json`, its tags, else the folder's name.
-
-    Args:
-        path: the audio file; sidecars have its name with another ending.
-        otherwise: to be preferred to the folder's name.
-
-    Returns:
-        Words with single spaces between, which UTF-8 can hold.
+    """A file's caption: its `.txt`, its `.json`, its tags, `otherwise`, or its folder's name.
 
     Raises:
         json.JSONDecodeError: there is a JSON sidecar, and it is none.

@@ -103,16 +103,9 @@ def _segments(
     settings: AudioSettings,
     load: Callable[..., np.ndarray],
 ) -> Iterator[np.ndarray]:
-    """A track's equal stretches, one after another, without the silences of its mix.
+    """A track's equal stretches without the silences of its mix, float32 `[file, channel, sample]`.
 
-    Args:
-        paths: the mix, then its stems.
-        heard: where the mix sounds, and how long it is.
-        settings: format of the corpus.
-        load: `load_segment` in that format.
-
-    Yields:
-        float32 `[file, channel, sample]`.
+    `paths` are its mix and its stems, `load` is `load_segment` in the corpus's format.
     """
     duration_s = heard.n_samples / heard.sample_rate
     n_segments = math.ceil(duration_s / SEGMENT_S)
@@ -195,9 +188,6 @@ def build_audio(
         settings: format of the corpus.
         keep_going: go on when more than 5 % of 20 files or more are rejected.
         workers: processes.
-
-    Returns:
-        The manifest's rows and the report on what was rejected.
 
     Raises:
         LmdError: too many rejects, nothing usable, a corpus made with other settings, or one

@@ -50,11 +50,7 @@ def check_file_free(path: Path) -> None:
 
 
 def check_json_free(path: Path, key: str) -> None:
-    """Refuse a place for a JSON report where anything stands but an earlier report.
-
-    Args:
-        path: where the report is to go.
-        key: what an earlier one holds.
+    """Refuse a place for a JSON report where anything stands but an earlier one, which has `key`.
 
     Raises:
         LmdError: see `check_file_free`; or something else is there.

@@ -61,12 +61,7 @@ class Entry:
 
 
 def write_shard(path: Path, latents: list[Tensor], entries: list[Entry]) -> None:
-    """Write a shard and, after it, the side file with its entries and checksum.
-
-    Args:
-        path: `….safetensors`; the side file is `….json`.
-        latents: one `[frame, latent]` per entry.
-        entries: where each lies and what it is.
+    """Write latents `[frame, latent]`, one per entry, and a side file with entries and checksum.
 
     Raises:
         LmdError: latents that are not finite, or too large for float16.

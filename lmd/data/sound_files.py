@@ -77,24 +77,21 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
     if path.suffix.lower() != ".mp3" or not size:
         return 0, b""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        first = _after_id3(data)
-        while first < min(size, 2**16) and not _frame_bytes(data, first):
-            first += 1  # whatever lies in front of the first frame
-        head = bytearray(data[first : first + 4])
-        if not _frame_bytes(data, first):
+        first = _next_frame(data, _after_id3(data))
+        if first < 0:
             return 0, b""
+        head = bytearray(data[first : first + 4])
         is_mpeg1, is_mono = head[1] >> 3 & 1, head[3] >> 6 == 3
         side = (17, 9)[is_mono] if not is_mpeg1 else (32, 17)[is_mono]
         tag = data[first + 4 + side : first + 8 + side]
         if tag in (b"Xing", b"Info") and data[first + 11 + side] & 1:  # it states the length
             return 0, b""
         at, n_frames = first, 0
-        while at < size:
-            length = _frame_bytes(data, at)
-            if length and at + length > size:
-                break
-            n_frames += bool(length)
-            at += length or 1
+        while at >= 0 and at + _frame_bytes(data, at) <= size:
+            n_frames += 1
+            at += _frame_bytes(data, at)
+            if not _frame_bytes(data, at):  # the end, or something else than sound
+                at = _next_frame(data, at)
     head[1] |= 1  # no checksum
     head[2] = 9 << 4 | head[2] & 0b1100  # room for the header, no padding byte
     body = (
@@ -108,6 +105,16 @@ def _after_id3(data: mmap.mmap) -> int:
     if data[:3] != b"ID3":
         return 0
     return 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
+
+
+def _next_frame(data: mmap.mmap, at: int) -> int:
+    """Where two frames in a row begin, from `at` on; -1 = nowhere."""
+    while at >= 0:
+        length = _frame_bytes(data, at)
+        if length and (at + length >= len(data) or _frame_bytes(data, at + length)):
+            return at
+        at = data.find(b"\xff", at + 1)
+    return -1
 
 
 def _frame_bytes(data: mmap.mmap | bytes, at: int) -> int:
@@ -146,14 +153,7 @@ def load_segment(
 
 
 def to_mono(wave: np.ndarray) -> np.ndarray:
-    """The mean of the channels, or the louder one where they cancel each other out.
-
-    Args:
-        wave: `[sample, channel]`.
-
-    Returns:
-        `[sample, 1]`.
-    """
+    """The mean of the channels, or the louder one where they cancel: `[sample, channel]` to one."""
     mean, energies = wave.mean(1, keepdims=True), np.square(wave).sum(0)
     if np.square(mean).sum() < CANCELLED * energies.mean():
         return wave[:, [energies.argmax()]]
@@ -204,15 +204,7 @@ class Heard:
 
 
 def sounding(steps: np.ndarray, step_s: float) -> np.ndarray:
-    """Which steps to keep: silences are cut down to half a second, at the edges to none.
-
-    Args:
-        steps: peak of each step `[step]`.
-        step_s: its length in seconds.
-
-    Returns:
-        bool `[step]`.
-    """
+    """Which steps to keep, bool `[step]`: half a second of a silence, none at the edges."""
     loud = np.flatnonzero(steps > steps.max(initial=0) * 10 ** (QUIET_DB / 20))
     keep = np.zeros(len(steps), bool)
     keep[loud] = True

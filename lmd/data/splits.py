@@ -68,13 +68,10 @@ def _groups(music: Mapping[str, str]) -> dict[str, str]:
 
 
 def songs_of(pieces: Collection[str]) -> dict[str, str]:
-    """Which song each file belongs to, by its name without the words for parts of a song.
+    """Which song each path belongs to, by its name without the words for parts of a song.
 
     `song.ogg` and `guitar.ogg` in one folder are one song, so are `Air.ogg` and `Air (vocals).ogg`;
     so is a single file beside others that are named after instruments alone.
-
-    Args:
-        pieces: paths with "/" between their parts.
     """
     songs, parts, wholes = {}, set(), {}
     for piece in pieces:
