@@ -193,6 +193,17 @@ def test_an_entry_outside_its_shard_is_refused_with_its_line(
         LatentShards(folder)
 
 
+def test_an_index_of_before_there_were_further_captions_is_read(
+    latents: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    table = pd.read_csv(folder / "index.csv", keep_default_na=False, dtype=str)
+    table.drop(columns="also").to_csv(folder / "index.csv", index=False)
+    assert LatentShards(folder).entries == [
+        replace(entry, also="") for entry in LatentShards(latents).entries
+    ]
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "no side", "torn side", "other"])
 def test_damaged_latents_are_refused_before_anything_is_trained(
     latents: Path, tmp_path: Path, damage: str

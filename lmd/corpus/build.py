@@ -13,7 +13,15 @@ from tqdm import tqdm
 from lmd.corpus.analysis import brightness_hz, find_key, onset_density
 from lmd.corpus.captions import Described, caption, stem_caption
 from lmd.corpus.draw import Draw, QuickDraw
-from lmd.corpus.manifest import SETTINGS, Row, check_format, is_whole, write_manifest, write_wav
+from lmd.corpus.manifest import (
+    COLUMNS,
+    SETTINGS,
+    Row,
+    check_format,
+    is_whole,
+    write_manifest,
+    write_wav,
+)
 from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf, mapped
 from lmd.corpus.tables import hold_settings, read_log, read_settings
@@ -188,8 +196,8 @@ def build_corpus(
     (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
     rows: dict[str, Row] = {}
     for entry in read_log(out / "rows.jsonl"):
-        row = Row(**entry)
-        if is_whole(out, row):  # of a build, perhaps, that knew fewer versions
+        if entry.keys() == set(COLUMNS) and is_whole(out, row := Row(**entry)):
+            # Of a build, perhaps, that knew fewer versions.
             rows[row.name] = replace(row, split="train") if row.piece_id in TRAINED_ON else row
     missing = [job for job in jobs if row_name(*job[:2]) not in rows]
     progress = {"total": len(jobs), "initial": len(jobs) - len(missing), "mininterval": 1}

@@ -332,4 +332,4 @@ def mapped(
         return
     start = (torch.set_num_threads, (threads,)) if threads else (None, ())
     with ProcessPoolExecutor(workers, get_context("spawn"), *start) as pool:
-        yield from pool.map(function, jobs, chunksize=min(4, -(-len(jobs) // workers)))
+        yield from pool.map(function, jobs, chunksize=4 if len(jobs) > 16 * workers else 1)

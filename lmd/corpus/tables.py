@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,29 +24,28 @@ def read_rows(path: Path, kind: type[T], command: str) -> list[T]:
     """
     if not path.is_file():
         raise LmdError(f"no {path}", "a file of this name", f"Run: {command}.")
-    names, types = zip(*((field.name, field.type) for field in fields(kind)), strict=True)
+    columns = {field.name: field.type for field in fields(kind)}
+    n_needed = sum(field.default is MISSING for field in fields(kind))
     line, rows = 1, []
     try:
         text = path.read_text("utf-8")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, [])
-        if tuple(header) == names:
-            for values in reader:
-                line = reader.line_num
-                if len(values) != len(names):
-                    raise ValueError(f"{len(values)} of {len(names)} values")
-                rows.append(kind(*(t(v) for t, v in zip(types, values, strict=True))))
-            if not text.endswith("\n"):
-                raise ValueError("it ends in the middle of a line")
+        is_known = header == list(columns)[: max(n_needed, len(header))]
+        for values in reader if is_known else ():
+            line = reader.line_num
+            if len(values) != len(header):
+                raise ValueError(f"{len(values)} of {len(header)} values")
+            rows.append(kind(*(t(v) for t, v in zip(columns.values(), values, strict=False))))
+        if not text.endswith("\n"):
+            raise ValueError("it ends in the middle of a line")
     except (ValueError, csv.Error) as error:
-        raise LmdError(
-            f"{path}, line {line}: {error}", "a whole file", f"{command} again."
-        ) from error
-    if tuple(header) != names:
-        odd = sorted(set(header) ^ set(names))
-        raise LmdError(
-            f"columns {odd} in {path}", f"{len(names)} of this version", f"{command} again."
-        )
+        todo = f"Restore it, or remove it and run: {command}."
+        raise LmdError(f"{path}, line {line}: {error}", "a whole file", todo) from error
+    if not is_known:
+        odd = sorted(set(header) ^ set(columns))
+        todo = f"Remove it and run: {command}."
+        raise LmdError(f"columns {odd} in {path}", "those of this version", todo)
     return rows
 
 
@@ -94,8 +93,11 @@ def hold_settings(path: Path, values: dict[str, Any], free: Collection[str] = ()
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a log, one a line; a line that an interruption tore is passed over."""
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    lines = path.read_bytes().splitlines() if path.is_file() else ()
+    for line in lines:
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(entry, dict):
+            yield entry
