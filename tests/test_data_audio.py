@@ -18,7 +18,7 @@ from lmd.corpus.manifest import Corpus, write_manifest
 from lmd.data import own_audio
 from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
 from lmd.data.own_audio import AudioSettings, build_audio, windows_of
-from lmd.data.sound_files import hear, load_segment, sounding
+from lmd.data.sound_files import load_segment, scan, sounding
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
 
@@ -117,15 +117,15 @@ def test_silences_are_trimmed_to_half_a_second_and_to_nothing_at_the_edges() -> 
 @pytest.mark.parametrize("rate", [RATE, 44_100, 96_000])
 def test_what_sounds_is_found_at_any_rate_and_from_any_place(tmp_path: Path, rate: int) -> None:
     parts = [0 * tone(2, rate), tone(1, rate), 0 * tone(3, rate), tone(1, rate), 0 * tone(1, rate)]
-    heard = hear(write(tmp_path / "a.wav", np.concatenate(parts), rate))
-    assert heard.n_samples == 8 * rate
-    assert heard.peak == pytest.approx(0.3, abs=1e-3)
+    scanned = scan(write(tmp_path / "a.wav", np.concatenate(parts), rate))
+    assert scanned.n_samples == 8 * rate
+    assert scanned.peak == pytest.approx(0.3, abs=1e-3)
     # Steps of 50 ms: each border is right to one step.
-    assert heard.sounding_s == pytest.approx(1 + 0.5 + 1, abs=0.15)
-    whole = heard.kept(8 * RATE, RATE)
+    assert scanned.sounding_s == pytest.approx(1 + 0.5 + 1, abs=0.15)
+    whole = scanned.kept(8 * RATE, RATE)
     assert len(whole) == 8 * RATE
-    assert whole.sum() / RATE == pytest.approx(heard.sounding_s, abs=1e-3)
-    cut = [heard.kept(n * RATE, RATE, start_s) for start_s, n in ((0, 3), (3, 4), (7, 1))]
+    assert whole.sum() / RATE == pytest.approx(scanned.sounding_s, abs=1e-3)
+    cut = [scanned.kept(n * RATE, RATE, start_s) for start_s, n in ((0, 3), (3, 4), (7, 1))]
     assert np.array_equal(np.concatenate(cut), whole)
 
 
@@ -133,8 +133,8 @@ def test_sound_whose_channels_cancel_is_no_silence(tmp_path: Path) -> None:
     left = tone(12, RATE)
     right = left.copy()
     right[4 * RATE : 8 * RATE] *= -1
-    heard = hear(write(tmp_path / "wide.wav", np.concatenate([left, right], axis=1), RATE))
-    assert heard.sounding_s == pytest.approx(12, abs=0.05)
+    scanned = scan(write(tmp_path / "wide.wav", np.concatenate([left, right], axis=1), RATE))
+    assert scanned.sounding_s == pytest.approx(12, abs=0.05)
 
 
 @pytest.mark.parametrize("seconds", [3.0, 1.4])

@@ -15,7 +15,7 @@ from audio_files import RATE, make_bad, tone, write
 from lmd.__main__ import main
 from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
 from lmd.data.own_audio import build_audio
-from lmd.data.sound_files import _frame_bytes, hear, load_segment
+from lmd.data.sound_files import _frame_bytes, load_segment, scan
 from lmd.errors import LmdError
 
 BAD = {
@@ -260,7 +260,7 @@ def test_an_mp3_without_a_xing_header_is_read_to_its_end(
     found = load_segment(path, rate, 1)[0]
     # The encoder's delay, and what fills its last frame, are in the header that is gone.
     assert len(whole) <= len(found) < len(whole) + 4000
-    assert abs(hear(path).n_samples - len(found)) == 0
+    assert abs(scan(path).n_samples - len(found)) == 0
     late = np.argmax(np.correlate(found[: 12_000 + 3000], whole[:12_000], "valid"))
     assert np.abs(found[late : late + len(whole) - 3000] - whole[:-3000]).max() < 1e-5
     part = load_segment(path, rate, 1, 12.5, 2.0)[0]
@@ -289,7 +289,7 @@ def test_an_opus_file_may_lack_some_milliseconds(
 ) -> None:
     path = write_noise(tmp_path / "a.opus")
     announce_more(path, missing)
-    assert (soundfile.info(path).frames - hear(path).n_samples > 0) or is_fine
+    assert (soundfile.info(path).frames - scan(path).n_samples > 0) or is_fine
     assert (fault(path) is None) == is_fine
 
 

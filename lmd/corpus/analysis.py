@@ -1,4 +1,4 @@
-"""What can be said about a rendition: key and mode, density, brightness."""
+"""What is measured of a rendition: key and mode, density, brightness."""
 
 import numpy as np
 

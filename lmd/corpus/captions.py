@@ -110,12 +110,12 @@ TEMPLATES: tuple[str, ...] = (
 def caption(about: Described, draw: Draw) -> str:
     """One caption. Each attribute is mentioned with its own probability, in a drawn order."""
     who = instrument_words(about, draw)
-    said = [
+    mentioned = [
         (draw.uniform(f"order {name}", 0, 1), say(about, draw))
         for name, (probability, say) in ATTRIBUTES.items()
         if draw.uniform(f"mention {name}", 0, 1) < probability
     ]
-    what = [text for _, text in sorted(said)]
+    what = [text for _, text in sorted(mentioned)]
     if not what:
         return who
     template = draw.choice("template", TEMPLATES)

@@ -212,5 +212,5 @@ def _stem(notes: np.ndarray, how: Rendition, voice: int, bank: ToneBank) -> np.n
 
 
 def with_instruments(how: Rendition, instruments: Sequence[str]) -> Rendition:
-    """The same rendition with other instruments, one name per voice (a listener's choice)."""
+    """The same rendition with other instruments, one name per voice."""
     return replace(how, family="mixed", instruments=tuple(instruments))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lmd.data.sound_files import hear, open_sound, truncation
+from lmd.data.sound_files import open_sound, scan, truncation
 from lmd.errors import LmdError
 
 AUDIO_SUFFIXES = (
@@ -169,17 +169,17 @@ def _sound_fault(path: Path) -> str | None:
         return f"{channels} channels, more than {MAX_CHANNELS}"
     if announced < MIN_SECONDS * rate:
         return f"{announced / rate:.2f} s, shorter than {MIN_SECONDS:g} s"
-    heard = hear(path)
-    if not np.isfinite(heard.peak):
+    scanned = scan(path)
+    if not np.isfinite(scanned.peak):
         return "values that are not finite (NaN or infinite)"
-    if heard.n_samples < announced - TOLERANCE_S * rate:
-        return f"truncated: {heard.n_samples} of {announced} samples can be read"
+    if scanned.n_samples < announced - TOLERANCE_S * rate:
+        return f"truncated: {scanned.n_samples} of {announced} samples can be read"
     if is_stem(path):
         return None
-    if heard.peak < SILENT_PEAK:
+    if scanned.peak < SILENT_PEAK:
         return "silent"
-    if heard.sounding_s < MIN_SECONDS:
-        return f"{heard.sounding_s:.2f} s of sound without its silences, under {MIN_SECONDS:g} s"
+    if scanned.sounding_s < MIN_SECONDS:
+        return f"{scanned.sounding_s:.2f} s of sound without its silences, under {MIN_SECONDS:g} s"
     return None
 
 

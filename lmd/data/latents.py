@@ -89,12 +89,12 @@ class LatentWindows:
             positions: places in the global batch.
         """
         picks = [self.pick(step, position) for position in positions]
-        said = []
+        texts = []
         for (entry, _), position in zip(picks, positions, strict=True):
             captions = self.entries[entry].captions
             number = derive_seed(self.seed, "caption", step, position)
-            said.append(captions[number % len(captions)])
-        return {**self.gather(picks), "caption": said}
+            texts.append(captions[number % len(captions)])
+        return {**self.gather(picks), "caption": texts}
 
     def gather(self, picks: Sequence[tuple[int, int]]) -> LatentBatch:
         """The windows that begin at the given (entry, first frame) pairs."""

@@ -127,12 +127,12 @@ def caption_of(path: Path, otherwise: str = "") -> str:
         json.JSONDecodeError: there is a JSON sidecar, and it is none.
         LmdError: a sidecar is no text.
     """
-    said = (
+    found = (
         _text_caption(path.with_suffix(".txt"))
         or _json_caption(path.with_suffix(".json"))
         or _words(_tag_caption(path))
     )
-    return said or _words(otherwise) or _plain(path)
+    return found or _words(otherwise) or _plain(path)
 
 
 def _words(text: str) -> str:

@@ -33,7 +33,7 @@ from lmd.corpus.tables import hold_settings, read_log
 from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
 from lmd.data.layouts import Track, survey
 from lmd.data.places import check_folder_free
-from lmd.data.sound_files import Heard, hear, load_segment, open_sound
+from lmd.data.sound_files import Scan, load_segment, open_sound, scan
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
 
@@ -77,14 +77,14 @@ def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
     """Read, trim, level, cut and write one track; whatever its file raises is its own reject."""
     track, folder, out, settings = job
     try:
-        heard = hear(track.mix)
+        scanned = scan(track.mix)
         load = lru_cache(maxsize=1)(  # the only stretch of a short file is read once
             partial(load_segment, sample_rate=settings.sample_rate, channels=settings.channels)
         )
-        gain = _gain(_segments([track.mix], heard, settings, load), settings)
+        gain = _gain(_segments([track.mix], scanned, settings, load), settings)
         paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
         rows: list[Row] = []
-        for segment in _joined(_segments(paths, heard, settings, load), settings):
+        for segment in _joined(_segments(paths, scanned, settings, load), settings):
             mix, *stems = gain * segment
             mix = limit(mix, settings.sample_rate)
             for start, end in windows_of(mix.shape[-1], settings):
@@ -99,7 +99,7 @@ def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
 
 def _segments(
     paths: Sequence[Path],
-    heard: Heard,
+    scanned: Scan,
     settings: AudioSettings,
     load: Callable[..., np.ndarray],
 ) -> Iterator[np.ndarray]:
@@ -107,13 +107,13 @@ def _segments(
 
     `paths` are its mix and its stems, `load` is `load_segment` in the corpus's format.
     """
-    duration_s = heard.n_samples / heard.sample_rate
+    duration_s = scanned.n_samples / scanned.sample_rate
     n_segments = math.ceil(duration_s / SEGMENT_S)
     length_s = duration_s / n_segments
     for number in range(n_segments):
         start_s = number * length_s
         waves = [load(path, start_s=start_s, seconds=length_s) for path in paths]
-        keep = heard.kept(waves[0].shape[-1], settings.sample_rate, start_s)
+        keep = scanned.kept(waves[0].shape[-1], settings.sample_rate, start_s)
         yield np.stack([_of_length(wave, len(keep))[:, keep] for wave in waves])
 
 

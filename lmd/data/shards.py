@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All that may be said of it."""
+        """All of its captions."""
         return (self.caption, *(self.also.split("|") if self.also else ()))
 
 

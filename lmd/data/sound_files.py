@@ -161,7 +161,7 @@ def to_mono(wave: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Scan:
     """What a file sounds like from its first sample to its last.
 
     Attributes:
@@ -214,7 +214,7 @@ def sounding(steps: np.ndarray, step_s: float) -> np.ndarray:
     return keep
 
 
-def hear(path: Path) -> Heard:
+def scan(path: Path) -> Scan:
     """Read a file to its end, block by block."""
     with open_sound(path) as sound:
         rate = sound.samplerate
@@ -225,7 +225,7 @@ def hear(path: Path) -> Heard:
             loud = np.abs(block).max(axis=1)
             steps.append(np.pad(loud, (0, -len(loud) % step)).reshape(-1, step).max(axis=1))
         levels = np.concatenate(steps)
-        return Heard(n_samples, rate, float(levels.max(initial=0)), step / rate, levels)
+        return Scan(n_samples, rate, float(levels.max(initial=0)), step / rate, levels)
 
 
 def truncation(path: Path) -> str | None:
