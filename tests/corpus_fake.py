@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 
 RATE, HOP = 22_050, 1024
 

@@ -10,8 +10,8 @@ import pytest
 from latents_fake import write_latents
 
 from lmd.__main__ import main
+from lmd.corpus.manifest import Corpus
 from lmd.data.build import BuildSettings, build_corpus
-from lmd.data.corpus import Corpus
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

@@ -26,7 +26,7 @@ from lmd.codec.base import Codec
 from lmd.codec.oobleck import OobleckCodec, build_reference
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import DiTConfig, OobleckConfig, preset
-from lmd.data.codec_identity import encoder_sha256
+from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
 from lmd.model.weights import tensors_sha256
 from lmd.pretrained import SHIPPED

@@ -1,20 +1,24 @@
 """A built corpus: the same bytes every time, resumable, split by piece, stems played again."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from audio_files import tone, write
+from corpus_fake import make_corpus
 
 from lmd.__main__ import main
 from lmd.corpus.analysis import find_key
+from lmd.corpus.build import BuildSettings, build_corpus, plan
 from lmd.corpus.levels import limit
+from lmd.corpus.manifest import COLUMNS, Corpus, play_again, read_manifest, write_wav
 from lmd.corpus.render import sum_stems
 from lmd.corpus.scores import Shelf
-from lmd.data.build import BuildSettings, build_corpus, plan
-from lmd.data.corpus import COLUMNS, Corpus, play_again, read_manifest, write_wav
 from lmd.errors import LmdError
 
 SETTINGS = BuildSettings(collections=("corelli", "ciconia", "luca"), max_seconds=6.0)
@@ -54,7 +58,7 @@ def test_what_was_built_before_a_piece_was_known_as_a_version_is_trained_on(
     folder = shutil.copytree(built, tmp_path / "corpus")
     log, piece = folder / "rows.jsonl", Corpus(built).rows[0].piece_id
     log.write_text(log.read_text().replace('"split": "train"', '"split": "test"'))
-    monkeypatch.setattr("lmd.data.build.TRAINED_ON", {piece})
+    monkeypatch.setattr("lmd.corpus.build.TRAINED_ON", {piece})
     build_corpus(folder, HOURS, SETTINGS, cache=cache)
     splits = {row.piece_id: row.split for row in Corpus(folder).rows}
     assert splits.pop(piece) == "train"
@@ -72,7 +76,7 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(
     untouched = tmp_path / rows[1].path
     before = untouched.stat().st_mtime_ns
     with (tmp_path / "rows.jsonl").open("a") as log:
-        log.write('{"name": "cut of')  # the kill came in the middle of a line
+        log.write('5\n{"name": "x"}\n{"name": "cut of')  # the kill came in the middle of a line
     build_corpus(tmp_path, HOURS, SETTINGS, cache=cache)
     assert untouched.stat().st_mtime_ns == before
     new, old = contents(tmp_path), contents(built)
@@ -120,7 +124,7 @@ def test_no_piece_is_in_two_splits(cache: Path, tmp_path: Path) -> None:
         # 9 pieces, one of them for validation, one for tests
         settings = BuildSettings(seed=seed, max_seconds=2.0, collections=("haydn",))
         build_corpus(tmp_path / str(seed), 1 / 60, settings, cache=cache)
-        for row in read_manifest(tmp_path / str(seed)).itertuples():
+        for row in read_manifest(tmp_path / str(seed)):
             found.setdefault(row.piece_id, set()).add(row.split)
             n_rows += 1
     assert n_rows > 2 * len(found)
@@ -208,6 +212,78 @@ def test_missing_things_are_said(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     with pytest.raises(LmdError, match="hours"):
         build_corpus(tmp_path / "x", 0, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: "", r"manifest\.csv, line 1: it ends"),
+        (lambda text: text[:-1], r"line 4: it ends in the middle"),
+        (lambda text: text[:-9], r"line 4: 25 of 26 values"),
+        (lambda text: text[: text.rindex(",")], r"line 4: "),
+        (lambda text: text + "\n", r"line 5: "),
+        (lambda text: text.replace("22050", "many", 1), r"line 2: invalid literal .*'many'"),
+        (lambda text: text.replace("r1", '"r1', 1), r"line \d+: "),
+        (lambda text: text[:400] + "\0\udcff" + text[400:], r"manifest\.csv, line 1: .*0xff"),
+    ],
+)
+def test_a_torn_manifest_is_refused_with_its_line(tmp_path: Path, damage, told: str) -> None:
+    path = make_corpus(tmp_path, n_rows=3).folder / "manifest.csv"
+    path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))
+    with pytest.raises(LmdError, match=told):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, "\x80"])
+def test_torn_settings_are_refused(tmp_path: Path, text: str) -> None:
+    corpus = make_corpus(tmp_path, n_rows=3)
+    (tmp_path / "corpus.json").write_text(text, "latin-1")
+    with pytest.raises(LmdError, match=r"corpus\.json"):
+        corpus.settings()
+    with pytest.raises(LmdError, match=r"corpus\.json"):
+        build_corpus(tmp_path, HOURS, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["/etc", "../corpus", ".", "bach/..", "bach/chorales", ""])
+def test_a_path_is_no_collection(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["data", "build", "--out", str(tmp_path / "x"), "--collections", name]) == 2
+    assert f"found collection {name!r}" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_full_disk_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
+    write(tmp_path / "in/a.wav", tone(2))
+    words = ["data", "build", "--out", str(tmp_path / "out"), "--hours", "0.001"]
+    words += ["--audio", str(tmp_path / "in")] if own else ["--cache", str(tmp_path / "cache")]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a.wav")
+
+    module = "lmd.data.own_audio" if own else "lmd.corpus.build"
+    monkeypatch.setattr(f"{module}.write_wav", refuse)
+    assert main(words) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("lmd data build")]
+    assert "No space left on device (a.wav)" in line
+
+
+def test_a_disk_that_is_too_small_or_closed_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    write(tmp_path / "in/a.wav", tone(2))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    assert main(["data", "build", "--out", str(out), "--hours", "10"]) == 2
+    assert "1.00 GB free" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for words in (["--hours", "0.001"], ["--audio", str(tmp_path / "in")]):
+        assert main(["data", "build", "--out", str(out), *words]) == 2
+        assert "may not be written" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_16_bit_files_hold_what_was_given(tmp_path: Path) -> None:

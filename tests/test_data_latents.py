@@ -1,12 +1,16 @@
 """Latents: encoded, checked and repaired; windows that are arithmetic."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from corpus_fake import HOP, RATE, make_corpus
@@ -18,13 +22,21 @@ from lmd.codec.identity import DECODER_SIZES
 from lmd.codec.oobleck import build_reference, random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
-from lmd.data.build import further_captions
-from lmd.data.codec_identity import encoder_sha256
-from lmd.data.corpus import Corpus, write_manifest
-from lmd.data.encode import QUIET, Encoder, EncodeSettings, encode_corpus, encode_wave
-from lmd.data.latents import LatentDataModule, LatentWindows
+from lmd.corpus.build import further_captions
+from lmd.corpus.manifest import Corpus, write_manifest
+from lmd.data.codec_fit import codec_error_db, expectation
+from lmd.data.encode import (
+    QUIET,
+    Encoder,
+    EncodeSettings,
+    encode_corpus,
+    encode_wave,
+    encoder_sha256,
+)
+from lmd.data.latents import LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
+from lmd.training.codec.metrics import log_mel_db
 
 DIM = 64
 
@@ -150,12 +162,140 @@ def test_a_torn_shard_is_named_and_made_again(corpus: Corpus, tmp_path: Path, da
         shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     else:
         shard.with_suffix(".json").write_text('{"sha')
-    assert set(LatentShards(tmp_path).faults()) == {shard.name}
+    with pytest.raises(LmdError, match=shard.name):
+        LatentShards(tmp_path)
     messages = encode(corpus, tmp_path)
     assert len(messages) == 1
     assert shard.name in messages[0]
     assert shard.read_bytes() == whole
     assert shard_fault(shard) is None
+
+
+def changed(folder: Path, column: str, value: object) -> None:
+    """Give the second entry of an index another value."""
+    table = pd.read_csv(folder / "index.csv", keep_default_na=False, dtype=str)
+    table.loc[1, column] = str(value)
+    table.to_csv(folder / "index.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("start_frame", -1), ("start_frame", 10**9), ("n_frames", 0), ("n_frames", 10**6),
+        ("n_frames", -3), ("duration_s", "nan"), ("duration_s", -1.0), ("n_frames", "x"),
+    ],
+)  # fmt: skip
+def test_an_entry_outside_its_shard_is_refused_with_its_line(
+    latents: Path, tmp_path: Path, column: str, value: object
+) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    changed(folder, column, value)
+    with pytest.raises(LmdError, match=r"index\.csv, line 3: "):
+        LatentShards(folder)
+
+
+def test_an_index_of_before_there_were_further_captions_is_read(
+    latents: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    table = pd.read_csv(folder / "index.csv", keep_default_na=False, dtype=str)
+    table.drop(columns="also").to_csv(folder / "index.csv", index=False)
+    assert LatentShards(folder).entries == [
+        replace(entry, also="") for entry in LatentShards(latents).entries
+    ]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "no side", "torn side", "other"])
+def test_damaged_latents_are_refused_before_anything_is_trained(
+    latents: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    shard, other = folder / "shard-00001.safetensors", folder / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    changes = {
+        "gone": shard.unlink,
+        "cut": lambda: shard.write_bytes(whole[:-100]),
+        "flipped": lambda: shard.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]),
+        "no side": shard.with_suffix(".json").unlink,
+        "torn side": lambda: shard.with_suffix(".json").write_text("{"),
+        "other": lambda: shard.write_bytes(other.read_bytes()),
+    }
+    LatentWindows(folder, window_frames=8)
+    changes[damage]()
+    with pytest.raises(LmdError, match="shard-00001"):
+        LatentWindows(folder, window_frames=8)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"latent_dim": 64, "silence": [0, 1]}'])
+def test_torn_settings_of_latents_are_refused(latents: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    (folder / "latents.json").write_text(text)
+    with pytest.raises(LmdError, match=r"latents\.json"):
+        LatentShards(folder)
+    index = folder / "index.csv"
+    index.write_text(index.read_text()[:-20])
+    with pytest.raises(LmdError, match=r"index\.csv, line \d+: "):
+        LatentShards(folder)
+
+
+def test_the_encoding_says_what_to_expect_of_the_codec(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Perfect(MeanCodec):
+        def encode(self, wave: torch.Tensor) -> torch.Tensor:
+            self.wave = wave
+            return super().encode(wave)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return self.wave * self.gain
+
+    codec = Perfect()
+    for gain_db in (0.0, -3.0):
+        codec.gain = 10 ** (gain_db / 20)
+        error_db = codec_error_db(codec, corpus)
+        assert error_db == pytest.approx(abs(gain_db), abs=0.05)
+        assert log_mel_db(codec.decode(codec.wave)[0, 0], codec.wave[0, 0], RATE) == pytest.approx(
+            error_db, abs=0.05
+        )
+        told = expectation(error_db, corpus.folder)
+        assert ("lmd train codec --data" in told) == (gain_db != 0)
+    path = tmp_path / "codec.safetensors"
+    config, tensors = codec_parts("spectral")
+    save_checkpoint(path, tensors, kind="codec", config=config)
+    words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(tmp_path / "out")]
+    assert main(["data", "encode", *words, "--accelerator", "cpu", "--devices", "1"]) == 0
+    assert "dB of log-mel error" in capsys.readouterr().out
+
+
+def test_latents_are_not_written_into_their_corpus_nor_on_a_full_disk(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LmdError, match="two places"):
+        encode(corpus, corpus.folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(LmdError, match="GB free"):
+        encode(corpus, tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fills_while_latents_are_written_is_said_in_one_line(
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: int,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    config, tensors = codec_parts("spectral")
+    path = tmp_path / "codec.safetensors"
+    save_checkpoint(path, tensors, kind="codec", config=config)
+    monkeypatch.setattr("lmd.data.shards.save_file", refuse)
+    words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(tmp_path / "out")]
+    assert main(["data", "encode", *words, "--accelerator", "cpu", "--devices", "1"]) == 2
+    assert f"found {os.strerror(error)}" in capsys.readouterr().err
 
 
 def test_an_interrupted_encoding_goes_on(corpus: Corpus, latents: Path, tmp_path: Path) -> None:
@@ -168,7 +308,7 @@ def test_an_interrupted_encoding_goes_on(corpus: Corpus, latents: Path, tmp_path
 
 
 def test_other_settings_in_the_same_folder_are_refused(corpus: Corpus, latents: Path) -> None:
-    with pytest.raises(LmdError, match="another stems"):
+    with pytest.raises(LmdError, match="other stems"):
         encode(corpus, latents, stems=False)
 
 
@@ -246,7 +386,7 @@ def test_the_command_names_the_encoder_and_not_the_file(
     assert json.loads((out / "latents.json").read_text())["codec"] == encoder_sha256(path)
     assert encode_with("decoder.norm.bias") == 0
     assert encode_with("encoder.latent_mean") != 0
-    assert "another codec" in capsys.readouterr().err
+    assert "other codec" in capsys.readouterr().err
 
 
 class PlainCodec:
@@ -383,50 +523,6 @@ def test_short_sounds_and_leads_are_filled_with_silence(latents: Path) -> None:
     assert min(starts) == -6
 
 
-@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_workers_and_a_later_start_change_nothing(latents: Path, n_workers: int) -> None:
-    def stream(n_workers: int, first_step: int, n: int) -> list[list[str]]:
-        module = LatentDataModule(
-            latents, 12, global_batch=3, n_workers=n_workers, first_step=first_step
-        )
-        batches = iter(module.train_dataloader())
-        return [next(batches)["identity"] for _ in range(n)]
-
-    reference = stream(0, 0, 7)
-    assert len({name for batch in reference for name in batch}) > 15
-    assert stream(n_workers, 0, 7) == reference
-    assert stream(n_workers, 4, 3) == reference[4:]
-
-
-class _Ranked:
-    """What the module asks of a trainer."""
-
-    accumulate_grad_batches = 1
-
-    def __init__(self, rank: int, n_processes: int, global_step: int) -> None:
-        self.global_rank, self.world_size, self.global_step = rank, n_processes, global_step
-
-
-def test_two_processes_share_the_batch_of_one(latents: Path) -> None:
-    def batch(rank: int, n_processes: int, step: int) -> list[str]:
-        module = LatentDataModule(latents, 12, global_batch=4)
-        module.trainer = _Ranked(rank, n_processes, step)
-        return next(iter(module.train_dataloader()))["identity"]
-
-    for step in (0, 5):
-        assert batch(0, 2, step) + batch(1, 2, step) == batch(0, 1, step)
-    assert batch(0, 1, 0) != batch(0, 1, 5)
-    with pytest.raises(LmdError, match="3 processes"):
-        batch(0, 3, 0)
-
-
-def test_validation_batches_are_the_same_every_time(latents: Path) -> None:
-    module = LatentDataModule(latents, 12, global_batch=2, n_validation_batches=3)
-    runs = [[b["identity"] for b in module.val_dataloader()] for _ in range(2)]
-    assert runs[0] == runs[1]
-    assert len(runs[0]) == 3
-
-
 def test_latents_are_mapped_not_loaded(latents: Path) -> None:
     shards = LatentShards(latents)
     frames = shards.frames(shards.entries[0], 2, 5)
@@ -434,44 +530,3 @@ def test_latents_are_mapped_not_loaded(latents: Path) -> None:
     assert frames.dtype == np.float16
     assert isinstance(mapped.base, np.memmap) or isinstance(mapped, np.memmap)
     assert np.shares_memory(frames, mapped)
-
-
-class _TwoSteps(L.LightningModule):
-    """Trains nothing; remembers which windows it saw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.seen: list[str] = []
-
-    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        self.seen += batch["identity"]
-        return self.weight * batch["latents"].mean()
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_a_resumed_lightning_run_sees_the_windows_that_come_next(
-    latents: Path, tmp_path: Path
-) -> None:
-    def trainer(n_steps: int) -> L.Trainer:
-        return L.Trainer(
-            accelerator="cpu", devices=1, max_steps=n_steps, limit_val_batches=0, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-
-    def module() -> LatentDataModule:
-        return LatentDataModule(latents, 12, global_batch=2)
-
-    whole, first, second = _TwoSteps(), _TwoSteps(), _TwoSteps()
-    trainer(6).fit(whole, module())
-    half = trainer(3)
-    half.fit(first, module())
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    trainer(6).fit(second, module(), ckpt_path=tmp_path / "half.ckpt")
-    assert first.seen + second.seen == whole.seen
-    assert len(whole.seen) == 12

@@ -10,11 +10,11 @@ import yaml
 from audio_files import RATE, tone, write
 
 from lmd.__main__ import main
-from lmd.data.audio import AudioSettings, build_audio
-from lmd.data.build import row_stem_caption
-from lmd.data.corpus import Corpus
+from lmd.corpus.build import row_stem_caption
+from lmd.corpus.manifest import Corpus
 from lmd.data.layouts import caption_of, survey
-from lmd.errors import LmdError
+from lmd.data.own_audio import AudioSettings, build_audio
+from lmd.data.splits import songs_of
 
 
 def make_slakh(track: Path, suffix: str = ".flac", rate: int = 44_100) -> Path:
@@ -77,8 +77,9 @@ def test_a_slakh_track_that_lacks_an_announced_stem_is_rejected(tmp_path: Path) 
     track = make_slakh(tmp_path / "in/train/Track00001")
     (track / "stems/S01.flac").unlink()
     write(tmp_path / "in/other.wav", tone(5))
-    with pytest.raises(LmdError, match=r"S01\.flac"):
-        build_audio(tmp_path / "in", tmp_path / "out")
+    _, report = build_audio(tmp_path / "in", tmp_path / "out")
+    assert [item.path for item in report.rejected] == [track / "mix.flac"]
+    assert "S01.flac" in report.rejected[0].reason
 
 
 @pytest.mark.parametrize("torn", ["stems: {S00: [", "- a list", "stems: \xff"])
@@ -121,6 +122,102 @@ def test_captions_come_from_text_then_json_then_tags_then_the_folder(tmp_path: P
     assert caption_of(path) == "an air"
     path.with_suffix(".txt").write_text("an air\nfor strings\n", "utf-8-sig")
     assert caption_of(path) == "an air for strings"
+
+
+def tagged(path: Path, **tags: bytes) -> Path:
+    """A FLAC file with these bytes as its tags."""
+    with soundfile.SoundFile(path, "w", RATE, 1) as file:
+        for name, value in tags.items():
+            setattr(file, name, name.upper()[0] * len(value))
+        file.write(tone(2))
+    data = path.read_bytes()
+    for name, value in tags.items():
+        placeholder = name.upper().encode()[:1] * len(value)
+        assert data.count(b"=" + placeholder) == 1
+        data = data.replace(b"=" + placeholder, b"=" + value)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Übung für Flöte", "latin-1"),
+        ("Bézier – “été”", "cp1252"),
+        ("交響曲第九番", "cp932"),
+        ("ドラゴンの歌 Op. 3", "cp932"),
+        ("Übung für 交響曲", "utf-8"),
+    ],
+)
+def test_tags_and_sidecars_are_read_in_the_encoding_they_have(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    path = tagged(tmp_path / "x.flac", title=text.encode(encoding))
+    assert caption_of(path) == text
+    path.with_suffix(".txt").write_bytes(text.encode(encoding))
+    assert caption_of(path) == text
+
+
+def test_shift_jis_that_was_taken_for_latin_1_is_read(tmp_path: Path) -> None:
+    spoilt = "ドラゴンの歌".encode("cp932").decode("latin-1").encode()
+    assert caption_of(tagged(tmp_path / "x.flac", title=spoilt)) == "ドラゴンの歌"
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "Encoded with LAME 3.100", "Lavf58.76.100", "Exact Audio Copy   (Secure mode)",
+        "Visit https://band.bandcamp.com", "00001A2B 00001C3D 000076F1", "Processed by SoX",
+        "Ripped by me", "Downloaded from www.music.example", "(c) 2009 A Label", "320 kbps",
+        "0", "-", "Track 1",
+    ],
+)  # fmt: skip
+def test_what_programs_write_into_tags_is_no_caption(tmp_path: Path, comment: str) -> None:
+    path = tagged(tmp_path / "x.flac", comment=comment.encode())
+    assert caption_of(path) == caption_of(write(tmp_path / "plain.flac", tone(2)))
+    tagged(path, title=b"Track 07", genre=b"Other", comment=comment.encode())
+    assert caption_of(path) == caption_of(tmp_path / "plain.flac")
+    tagged(path, title=b"An air", genre=b"folk", comment=b"slow, played on a whistle")
+    assert caption_of(path) == "folk, An air, slow, played on a whistle"
+
+
+def test_captions_are_shown_after_a_build_with_their_windows_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        write(tmp_path / f"in/slow airs/{number}.wav", tone(2, hz=300 + 40 * number))
+    write(tmp_path / "in/jigs/x.wav", tone(2))
+    main(["data", "build", "--audio", str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    assert "captions (windows):\n     3 slow airs\n     1 jigs\n" in told
+    assert "song.txt beside song.wav" in told
+
+
+def test_a_song_and_its_stems_side_by_side_share_a_split(tmp_path: Path) -> None:
+    hz = iter(range(200, 2000, 20))
+    for number in range(12):
+        for name in ("song", "guitar", "02_drums"):
+            write(tmp_path / f"in/{number}/{name}.ogg", tone(2, hz=next(hz)))
+        write(tmp_path / f"in/Air {number}.ogg", tone(2, hz=next(hz)))
+        write(tmp_path / f"in/Air {number} (vocals).ogg", tone(2, hz=next(hz)))
+    rows, _ = build_audio(tmp_path / "in", tmp_path / "out")
+    splits: dict[str, set[str]] = {}
+    for row, song in ((row, songs_of([r.piece_id for r in rows])[row.piece_id]) for row in rows):
+        splits.setdefault(song, set()).add(row.split)
+    assert len(splits) == 24
+    assert all(len(found) == 1 for found in splits.values())
+    assert {row.split for row in rows} >= {"train", "validation"}
+
+
+def test_which_files_are_one_song() -> None:
+    def songs(*names: str) -> int:
+        return len(set(songs_of([f"album/{name}" for name in names]).values()))
+
+    assert songs("song.ogg", "guitar.ogg") == 1
+    assert songs("The Title.ogg", "guitar.ogg", "01 drums.ogg") == 1
+    assert songs("The Title.ogg", "The Title - bass.wav", "Other Title.ogg") == 2
+    assert songs("one.ogg", "two.ogg", "guitar.ogg") == 3
+    assert songs("song1.wav", "song2.wav", "mix 1.wav", "mix 2.wav", "Track 3.wav") == 5
 
 
 def test_the_folder_one_stands_in_has_a_name_too(

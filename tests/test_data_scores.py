@@ -5,9 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_statistics import (
+    BEGIN,
+    END,
+    FEWEST_FIGURES,
+    VERSION,
+    counts_table,
+    figures,
+    held_out_like,
+    nearest,
+    shared,
+)
 from music21 import note, stream, tie
 
-from lmd.corpus.about import BEGIN, END, counts_table, held_out_like
 from lmd.corpus.analysis import find_key, onset_density
 from lmd.corpus.scores import (
     COLLECTIONS,
@@ -16,10 +26,9 @@ from lmd.corpus.scores import (
     Shelf,
     cached_piece,
     corpus_files,
-    load_scores,
     parse_piece,
 )
-from lmd.corpus.tunes import FEWEST_FIGURES, TRAINED_ON, VERSION, figures, nearest, shared
+from lmd.corpus.tunes import TRAINED_ON
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 
@@ -130,7 +139,7 @@ def test_a_version_is_known_behind_an_upbeat_in_another_voice_key_and_rhythm() -
 
 
 def test_held_out_pieces_have_no_version_that_is_trained_on(cache: Path) -> None:
-    """Some that the draw would hold out; `python -m lmd.corpus.about` compares all pieces."""
+    """Some that the draw would hold out; `tools/corpus_statistics.py` compares all pieces."""
     versions = {"69.6-a": "12.7", "248.35-3": "248.35-3c", "288": "289", "11.6": "43.11"}
     names = [f"bach/bwv{number}" for pair in versions.items() for number in pair]
     pieces = {piece.piece_id: piece for piece in Shelf(("bach",), cache).pieces(names)}
@@ -201,7 +210,8 @@ def test_the_readme_counts_every_score_there_is() -> None:
 def test_the_readme_table_is_what_the_scores_give(cache: Path) -> None:
     """For the small collections: all scores together take minutes to parse."""
     small = ("ciconia", "corelli", "cpebach", "luca", "lusitano", "monteverdi", "schumann_robert")
-    table = counts_table(*load_scores(small, cache, 2), small)
+    shelf = Shelf(small, cache, 2)
+    table = counts_table(shelf.pieces(shelf.ids), list(shelf.rejected.values()), small)
     found, stated = counts_of(table), readme_counts()
     assert found.pop("all")[0] == sum(found[name][0] for name in small)
     assert found == {name: stated[name] for name in small}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from lmd.corpus.build import BuildSettings, build_corpus
+from lmd.corpus.manifest import Corpus
 from lmd.corpus.soundfont import Soundfont
 from lmd.corpus.tones import ToneBank, file_sha256
-from lmd.data.build import BuildSettings, build_corpus
-from lmd.data.corpus import Corpus
 from lmd.errors import LmdError
 
 RATE, PERIOD = 22_050, 50  # samples per second and per wave: 441 Hz
@@ -95,6 +95,14 @@ def test_samples_that_cannot_be_unpacked_are_named(tmp_path: Path) -> None:
     bank = ToneBank(write_soundfont(tmp_path / "a.sf3", torn=True))
     with pytest.raises(LmdError, match=r"sample 'sine' of a\.sf3.*Ogg Vorbis"):
         bank.tone(0, 69, 100)
+
+
+@pytest.mark.parametrize("name", ["padded", "unpadded"])
+def test_an_odd_chunk_is_read_with_its_pad_byte_and_without(name: str) -> None:
+    """Debian's FluidR3Mono is made without; these two have all chunks and no program."""
+    path = Path(__file__).parent / f"fixtures/soundfonts/{name}.sf3"
+    with pytest.raises(LmdError, match=rf"no program 0 in {name}\.sf3"):
+        Soundfont(path).zones(0, 60)
 
 
 def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:

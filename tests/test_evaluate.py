@@ -15,8 +15,8 @@ from lmd.__main__ import main as command_line
 from lmd.checkpoint import save_checkpoint
 from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
+from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 from lmd.corpus.scores import cached_piece
-from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
 from lmd.errors import LmdError
 from lmd.evaluation.clip_metrics import ClipMetrics, Measures
 from lmd.evaluation.clips import (

@@ -15,7 +15,7 @@ from lmd.checkpoint import load_codec, read_header
 from lmd.codec import phase
 from lmd.codec.spectral import SpectralCodec, stft
 from lmd.config import preset
-from lmd.data.corpus import Corpus, Row, write_manifest, write_wav
+from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 from lmd.errors import LmdError
 from lmd.rng import normal
 from lmd.training.codec import metrics as codec_metrics

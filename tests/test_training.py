@@ -22,7 +22,7 @@ from lmd.__main__ import main
 from lmd.checkpoint import build_model, load_model, read_header, save_checkpoint
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import WindowConfig, preset
-from lmd.data.codec_identity import encoder_sha256
+from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
 from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder

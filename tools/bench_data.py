@@ -21,8 +21,8 @@ import tyro
 from tqdm import tqdm
 
 from lmd.checkpoint import write_atomic
+from lmd.corpus.manifest import Corpus, play_again
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.corpus import Corpus, play_again
 from lmd.data.latents import LatentWindows
 from lmd.machine import machine_dict
 

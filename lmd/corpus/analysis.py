@@ -1,4 +1,4 @@
-"""What can be said about a rendition: key and mode, density, brightness."""
+"""What is measured of a rendition: key and mode, density, brightness."""
 
 import numpy as np
 
@@ -10,15 +10,7 @@ _MINOR = np.array([6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3
 
 
 def find_key(pitches: np.ndarray, durations: np.ndarray) -> tuple[str, str]:
-    """Tonic and mode whose probe-tone profile correlates best with the pitch-class durations.
-
-    Args:
-        pitches: MIDI pitches `[note]`.
-        durations: how long each sounds, any unit `[note]`.
-
-    Returns:
-        A name of `PITCH_NAMES` and "major" or "minor".
-    """
+    """Tonic and mode whose profile fits MIDI `pitches` and `durations` best, both `[note]`."""
     weights = np.bincount(pitches.astype(int) % 12, weights=durations, minlength=12)
     strengths = key_strengths(weights)
     best = max(

@@ -2,113 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lmd.corpus.draw import Draw
 
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "church organ": ("church organ", "organ", "pipe organ", "cathedral organ"),
-    "harpsichord": ("harpsichord", "cembalo", "clavecin"),
-    "piano": ("piano", "grand piano", "acoustic piano"),
-    "bright piano": ("bright piano", "piano", "upright piano"),
-    "electric piano": ("electric piano", "Rhodes piano", "e-piano"),
-    "string ensemble": ("string ensemble", "strings", "string orchestra", "string section"),
-    "violin": ("violin", "fiddle", "solo violin"),
-    "viola": ("viola",),
-    "cello": ("cello", "violoncello"),
-    "choir": ("choir", "chorus", "singing choir", "choir singing aah"),
-    "voices": ("voices", "human voices", "vocal ensemble", "choir singing ooh"),
-    "trumpet": ("trumpet",),
-    "trombone": ("trombone",),
-    "tuba": ("tuba", "bass tuba"),
-    "French horn": ("French horn", "horn"),
-    "flute": ("flute", "transverse flute"),
-    "recorder": ("recorder", "recorder flute", "block flute"),
-    "oboe": ("oboe",),
-    "clarinet": ("clarinet",),
-    "bassoon": ("bassoon",),
-    "guitar": ("guitar", "classical guitar", "nylon guitar", "acoustic guitar"),
-    "harp": ("harp", "concert harp"),
-    "lute": ("lute", "steel guitar", "plucked lute"),
-    "music box": ("music box", "musical box", "toy music box"),
-    "warm pad": ("warm pad", "synth pad", "warm synthesizer pad", "synthesizer"),
-    "synth strings": ("synth strings", "string synthesizer", "synthesizer", "synth pad"),
-    "halo pad": ("halo pad", "synth pad", "shimmering synthesizer pad", "ambient pad"),
-}
-FAMILY_WORDS: dict[str, tuple[str, ...]] = {
-    "strings": ("strings", "string quartet", "bowed strings", "string ensemble"),
-    "brass": ("brass", "brass ensemble", "brass quartet", "brass section"),
-    "woodwinds": ("woodwinds", "wind ensemble", "woodwind quartet", "wind instruments"),
-    "choir": ("choir", "chorus", "vocal ensemble"),
-    "plucked": ("plucked strings",),
-    "synth pad": ("synth pad", "synthesizer pad", "ambient synthesizer"),
-}
-STYLES: dict[str, tuple[str, ...]] = {
-    "bach": ("chorale", "Bach chorale", "baroque chorale", "hymn", "baroque", "church music"),
-    "beethoven": ("Beethoven string quartet", "classical chamber music", "Beethoven"),
-    "haydn": ("Haydn string quartet", "classical chamber music", "Haydn"),
-    "mozart": ("Mozart", "classical chamber music", "classical"),
-    "monteverdi": ("madrigal", "Monteverdi madrigal", "Renaissance polyphony"),
-    "corelli": ("baroque trio sonata", "Corelli", "baroque"),
-    "cpebach": ("keyboard music", "early classical"),
-    "ciconia": ("medieval polyphony", "early music"),
-    "luca": ("medieval polyphony", "early music"),
-    "lusitano": ("Renaissance polyphony", "motet"),
-    "schumann_robert": ("romantic", "Schumann song", "romantic music"),
-    "weber": ("romantic", "Weber"),
-}
-TEMPO_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (60, ("very slow", "largo", "solemn and slow")),
-    (76, ("slow", "adagio", "unhurried")),
-    (100, ("moderate tempo", "andante", "walking pace", "medium tempo")),
-    (120, ("moderately fast", "allegretto", "flowing tempo")),
-    (1e9, ("fast", "allegro", "lively", "quick")),
-)
-DENSITY_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (1.2, ("sparse", "long notes", "few notes", "sustained")),
-    (2.2, ("steady", "calm movement", "even notes")),
-    (3.2, ("flowing", "moving voices", "active")),
-    (1e9, ("busy", "dense", "many notes", "running notes")),
-)
-BRIGHTNESS_WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (900, ("dark", "muffled", "deep and dark")),
-    (1300, ("mellow", "soft tone", "warm tone")),
-    (1850, ("warm", "round tone", "natural tone")),
-    (1e9, ("bright", "brilliant", "clear and bright")),
-)
+_WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yml").read_text("utf-8"))
+SYNONYMS, FAMILY_WORDS, STYLES = _WORDS["synonyms"], _WORDS["families"], _WORDS["styles"]
+TEMPO_WORDS: list[tuple[float, list[str]]] = _WORDS["tempo"]  # bounds, and words below them
 COUNT_WORDS = ("", "solo", "two", "three", "four", "five", "six", "seven", "eight")
-ARTICULATION_WORDS: dict[str, tuple[str, ...]] = {
-    "legato": ("legato", "smooth", "connected"),
-    "tenuto": ("tenuto", "gently separated"),
-    "detached": ("detached", "articulated", "non legato"),
-    "staccato": ("staccato", "short notes", "crisp"),
-}
-DYNAMICS_WORDS: dict[str, tuple[str, ...]] = {
-    "very soft": ("very soft", "pianissimo", "hushed"),
-    "soft": ("soft", "gentle", "quiet"),
-    "moderate": ("moderate dynamics", "mezzo forte"),
-    "loud": ("loud", "forte", "strong"),
-    "very loud": ("very loud", "fortissimo", "powerful"),
-}
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a caption may speak of.
-
-    Attributes:
-        composer, family, instruments: as in the manifest; one instrument per voice.
-        tempo_bpm: quarter notes a minute.
-        tonic, mode, metre: e.g. "G", "minor", "3/4".
-        density_hz: onsets a second.
-        brightness_hz: spectral centroid.
-        articulation, dynamics: keys of `render.ARTICULATIONS` and `render.DYNAMICS`.
-    """
+    """What a caption may speak of; see `lmd.corpus.manifest.Row`. One instrument per voice."""
 
     composer: str
     family: str
     instruments: tuple[str, ...]
     tempo_bpm: float
-    tonic: str
+    key: str
     mode: str
     metre: str
     density_hz: float
@@ -118,7 +33,7 @@ class Described:
 
 
 def word_for(
-    value: float, scale: Sequence[tuple[float, tuple[str, ...]]], draw: Draw, key: str
+    value: float, scale: Sequence[tuple[float, Sequence[str]]], draw: Draw, key: str
 ) -> str:
     """A synonym from the first row of the scale whose bound lies above the value."""
     words = next(words for bound, words in scale if value < bound)
@@ -143,7 +58,7 @@ def _tempo(about: Described, draw: Draw) -> str:
 
 
 def _key(about: Described, draw: Draw) -> str:
-    plain = about.tonic.replace("♭", "-flat").replace("♯", "-sharp")
+    plain = about.key.replace("♭", "-flat").replace("♯", "-sharp")
     forms = (f"in {plain} {about.mode}", f"{about.mode} key", f"in a {about.mode} key", about.mode)
     return draw.choice("key form", forms)
 
@@ -169,14 +84,17 @@ ATTRIBUTES: dict[str, tuple[float, Callable[[Described, Draw], str]]] = {
     "key": (0.4, _key),
     "metre": (0.15, _metre),
     "style": (0.4, lambda about, draw: draw.choice("style word", STYLES[about.composer])),
-    "density": (0.35, lambda a, d: word_for(a.density_hz, DENSITY_WORDS, d, "density word")),
+    "density": (0.35, lambda a, d: word_for(a.density_hz, _WORDS["density"], d, "density word")),
     "brightness": (
         0.35,
-        lambda a, d: word_for(a.brightness_hz, BRIGHTNESS_WORDS, d, "brightness word"),
+        lambda a, d: word_for(a.brightness_hz, _WORDS["brightness"], d, "brightness word"),
     ),
     "voices": (0.2, _voices),
-    "articulation": (0.3, lambda a, d: d.choice("touch word", ARTICULATION_WORDS[a.articulation])),
-    "dynamics": (0.25, lambda a, d: d.choice("dynamics word", DYNAMICS_WORDS[a.dynamics])),
+    "articulation": (
+        0.3,
+        lambda a, d: d.choice("touch word", _WORDS["articulation"][a.articulation]),
+    ),
+    "dynamics": (0.25, lambda a, d: d.choice("dynamics word", _WORDS["dynamics"][a.dynamics])),
 }
 TEMPLATES: tuple[str, ...] = (
     "{who}, {what}",
@@ -192,12 +110,12 @@ TEMPLATES: tuple[str, ...] = (
 def caption(about: Described, draw: Draw) -> str:
     """One caption. Each attribute is mentioned with its own probability, in a drawn order."""
     who = instrument_words(about, draw)
-    said = [
+    mentioned = [
         (draw.uniform(f"order {name}", 0, 1), say(about, draw))
         for name, (probability, say) in ATTRIBUTES.items()
         if draw.uniform(f"mention {name}", 0, 1) < probability
     ]
-    what = [text for _, text in sorted(said)]
+    what = [text for _, text in sorted(mentioned)]
     if not what:
         return who
     template = draw.choice("template", TEMPLATES)

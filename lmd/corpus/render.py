@@ -11,12 +11,7 @@ from lmd.corpus.levels import limit, loudness_gain
 from lmd.corpus.scores import Piece
 from lmd.corpus.tones import ToneBank, played_note
 
-ARTICULATIONS: dict[str, float] = {
-    "legato": 1.02,
-    "tenuto": 0.94,
-    "detached": 0.78,
-    "staccato": 0.5,
-}
+ARTICULATIONS = {"legato": 1.02, "tenuto": 0.94, "detached": 0.78, "staccato": 0.5}  # of a note
 DYNAMICS: dict[str, int] = {"very soft": 4, "soft": 3, "moderate": 2, "loud": 1, "very loud": 0}
 MAX_SECONDS = 60.0
 LEAD_S = 0.1  # silence before the first note, so that an early note is not cut
@@ -63,11 +58,7 @@ def draw_rendition(
 ) -> Rendition:
     """The rendition of that number: a pure function of (seed, piece, rendition).
 
-    Args:
-        piece: the score.
-        rendition: 0, 1, 2 …
-        seed: of the whole corpus.
-        max_seconds: longer pieces are cut to an excerpt that begins with a bar.
+    Pieces longer than `max_seconds` are cut to an excerpt that begins with a bar.
     """
     draw = Draw(seed, piece.piece_id, rendition)
     family = draw.choice("family", list(FAMILIES), list(FAMILY_WEIGHTS.values()))
@@ -176,17 +167,9 @@ class Rendered:
 
 
 def render(piece: Piece, how: Rendition, bank: ToneBank, channels: int = 1) -> Rendered:
-    """Play a rendition.
+    """Play a rendition, in one channel or two (voices spread from left to right).
 
-    Args:
-        piece: the score that the rendition was drawn for.
-        how: the rendition.
-        bank: tones at the wanted sample rate.
-        channels: 1, or 2 (voices spread from left to right).
-
-    Returns:
-        Stems that sum exactly to the mix, the mix at `lmd.corpus.levels.TARGET_LUFS`, and the
-        limited wave.
+    The mix is at `lmd.corpus.levels.TARGET_LUFS`.
     """
     notes = note_times(piece, how)
     stems = [_stem(notes[notes[:, 3] == v], how, v, bank) for v in range(len(piece.voices))]
@@ -229,5 +212,5 @@ def _stem(notes: np.ndarray, how: Rendition, voice: int, bank: ToneBank) -> np.n
 
 
 def with_instruments(how: Rendition, instruments: Sequence[str]) -> Rendition:
-    """The same rendition with other instruments, one name per voice (a listener's choice)."""
+    """The same rendition with other instruments, one name per voice."""
     return replace(how, family="mixed", instruments=tuple(instruments))

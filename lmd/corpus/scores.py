@@ -4,23 +4,25 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from lmd.corpus.tunes import TRAINED_ON, intervals
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 
+R = TypeVar("R")
 Split = Literal["train", "validation", "test"]
 TABLE_FORMAT = 1
 DEFAULT_CACHE = Path("data/cache")
@@ -116,8 +118,9 @@ def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Pa
 
     root = Path(common.getCorpusFilePath())
     found: dict[str, Path] = {}
+    known = {path.name for path in root.iterdir() if path.is_dir()}
     for name in collections:
-        if not (root / name).is_dir():
+        if name not in known:
             raise LmdError(f"collection {name!r}", f"a folder of {root}", "Check the spelling.")
         for path in sorted((root / name).rglob("*")):
             if path.suffix in _SUFFIXES and "_old" not in path.stem:
@@ -288,18 +291,9 @@ class Shelf:
         """Parse what is not in the cache yet."""
         jobs = [(i, self.files[i], _table_path(i, self._cache)) for i in missing]
         if jobs:
-            with tqdm(total=len(jobs), desc="parsing scores", mininterval=1) as bar:
-                for _ in _mapped(_parse_to_cache, jobs, self._workers):
-                    bar.update()
-
-
-def load_scores(
-    collections: Sequence[str] = COLLECTIONS, cache: Path = DEFAULT_CACHE, workers: int = 1
-) -> tuple[list[Piece], list[Rejected]]:
-    """Every usable piece of some collections, sorted by identifier, and what was left out."""
-    shelf = Shelf(collections, cache, workers)
-    pieces = shelf.pieces(shelf.ids)
-    return pieces, list(shelf.rejected.values())
+            workers = self._workers if len(jobs) > 3 else 1
+            parsed = mapped(_parse_to_cache, jobs, workers)
+            list(tqdm(parsed, "parsing scores", len(jobs), mininterval=1))
 
 
 def _table_path(piece_id: str, cache: Path) -> Path:
@@ -321,18 +315,21 @@ def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
     if not target.is_file():
         files = dict(corpus_files((piece_id.split("/")[0],)))
         if piece_id not in files:
-            raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "See load_scores.")
+            raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "Check its name.")
         _parse_to_cache((piece_id, files[piece_id], target))
     found = _read_table(target, piece_id)
     if isinstance(found, Rejected):
-        raise LmdError(f"piece {piece_id!r}: {found.reason}", "a usable score", "See load_scores.")
+        raise LmdError(f"piece {piece_id!r}: {found.reason}", "a usable score", "Take another.")
     return found
 
 
-def _mapped(function: Any, jobs: Sequence[Any], workers: int) -> Iterable[Any]:
-    """`map`, in other processes when more than one worker is asked for."""
-    if workers <= 1 or len(jobs) < 4:
+def mapped(
+    function: Callable[[Any], R], jobs: Sequence[Any], workers: int, threads: int = 0
+) -> Iterator[R]:
+    """`map`, in `workers` processes if there are several, with `threads` of PyTorch each."""
+    if workers <= 1 or len(jobs) < 2:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(function, jobs, chunksize=4)
+    start = (torch.set_num_threads, (threads,)) if threads else (None, ())
+    with ProcessPoolExecutor(workers, get_context("spawn"), *start) as pool:
+        yield from pool.map(function, jobs, chunksize=4 if len(jobs) > 16 * workers else 1)

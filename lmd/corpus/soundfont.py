@@ -12,6 +12,7 @@ import io
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,7 @@ class Zone:
 
 
 class Soundfont:
-    """A soundfont file in memory.
-
-    Args:
-        path: an `.sf2` or `.sf3` file.
+    """An `.sf2` or `.sf3` file in memory.
 
     Raises:
         LmdError: no such file, or not a soundfont.
@@ -97,7 +95,11 @@ class Soundfont:
             LmdError: the soundfont has no such program.
         """
         presets = self._lists[b"phdr"]
-        numbers = [i for i, p in enumerate(presets[:-1]) if p[1] == program and p[2] == 0]
+        numbers = [
+            i
+            for i, (this, after) in enumerate(pairwise(presets))
+            if this[1:3] == (program, 0) and this[3] < after[3]  # with zones
+        ]
         if not numbers:
             raise LmdError(f"no program {program} in {self.path.name}", "a General MIDI set", "")
         first, last = presets[numbers[0]][3], presets[numbers[0] + 1][3]
@@ -228,7 +230,8 @@ def _chunks(data: bytes) -> dict[bytes, bytes]:
             at += 12  # go into it
             continue
         found[name] = data[at + 8 : at + 8 + size]
-        at += 8 + size + size % 2
+        at += 8 + size
+        at += size % 2 and not data[at : at + 4].isalnum()  # FluidR3Mono has no pad bytes
     return found
 
 

@@ -99,17 +99,9 @@ def _decay(n_samples: int, fall_samples: float) -> np.ndarray:
 def played_note(
     bank: ToneBank, instrument: Instrument, pitch: int, gate_s: float, darkness: int
 ) -> np.ndarray:
-    """One note: attack, hold (fading if the instrument does), release to exact silence.
+    """One note: attack, hold (fading if the instrument does), release; float32 `[sample]`.
 
-    Args:
-        bank: where tones come from.
-        instrument: its program and envelope.
-        pitch: MIDI pitch; moved by octaves into the instrument's range.
-        gate_s: how long the key is held, seconds.
-        darkness: see `ToneBank.tone`.
-
-    Returns:
-        float32 `[sample]` of gate plus release.
+    The key is held for `gate_s` seconds; the pitch is moved by octaves into the instrument's range.
     """
     pitch = fold(pitch, instrument.low, instrument.high)
     rate = bank.sample_rate

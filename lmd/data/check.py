@@ -2,26 +2,36 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
-from lmd.data.silence import hear
-from lmd.data.truncation import truncation
+from lmd.data.sound_files import open_sound, scan, truncation
 from lmd.errors import LmdError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff")
-UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".ape", ".wv", ".mpc", ".dsf", ".dff", ".mka", ".caf")
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc",
+)  # fmt: skip
+UNREAD_AUDIO = (
+    ".m4a", ".aac", ".wma", ".ape", ".wv", ".mpc", ".dsf", ".dff", ".mka", ".caf", ".w64", ".au",
+    ".snd", ".amr", ".ac3", ".tta", ".tak", ".m4b",
+)  # fmt: skip
+COMPANIONS = (
+    ".txt", ".json", ".yaml", ".yml", ".csv", ".md", ".jpg", ".jpeg", ".png", ".gif", ".webp",
+    ".bmp", ".pdf", ".log", ".cue", ".m3u", ".m3u8", ".pls", ".nfo", ".ini", ".db", ".html", ".lrc",
+)  # fmt: skip  # what lies beside music and holds none
 STEM_MP4 = ".stem.mp4"  # MUSDB18's packed form, which soundfile cannot open
 MIN_SECONDS = 1.0  # of a file, and of what sounds in it
 MIN_SAMPLE_RATE = 16_000  # Hz; below, there is nothing over 8 kHz to learn from
 MAX_CHANNELS = 2
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's word for a header that does not tell the length
-MAX_REJECTED = 0.05  # of all files; more stop a build
+TOLERANCE_S = 0.01  # encoders of Opus announce up to some milliseconds more than there is
+MAX_REJECTED = 0.05  # of all files; more stop a build …
+FEWEST_FILES = 20  # … of so many files or more
 SILENT_PEAK = 1e-4  # -80 dB under full scale
 MUSDB_STEMS = ("drums", "bass", "other", "vocals")
 
@@ -45,29 +55,40 @@ class Report:
     Attributes:
         accepted: files that can be used, sorted.
         rejected: files, links and folders that cannot, each with its reason.
+        not_read: how many files of kinds that are passed over, by their ending (`.mid`, `.mp4`).
     """
 
     accepted: list[Path] = field(default_factory=list)
     rejected: list[Reject] = field(default_factory=list)
+    not_read: Counter[str] = field(default_factory=Counter)
 
     @property
-    def share_rejected(self) -> float:
-        """Rejects among all audio files."""
-        return len(self.rejected) / max(1, len(self.accepted) + len(self.rejected))
+    def too_many_rejected(self) -> bool:
+        """Whether more than 5 % of 20 files or more are rejected."""
+        n_files = len(self.accepted) + len(self.rejected)
+        return n_files >= FEWEST_FILES and len(self.rejected) > MAX_REJECTED * n_files
 
     def reject(self, path: Path, reason: str) -> None:
         """Move a file from the accepted ones to the rejected."""
         self.accepted.remove(path)
         self.rejected.append(Reject(path, reason))
 
+    def lines(self) -> Iterator[str]:
+        """A line for every reject, and one about the kinds that are not read."""
+        yield from (f"rejected  {item}" for item in self.rejected)
+        if self.not_read:
+            kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self.not_read.items()))
+            yield f"{self.not_read.total()} files of kinds not read ({kinds})"
+
     def as_json(self) -> str:
-        """`{"accepted": [path…], "rejected": [{"path", "reason"}…]}`."""
+        """`{"accepted": [path…], "rejected": [{"path", "reason"}…], "not_read": {".mid": 2}}`."""
         rejected = [{"path": str(item.path), "reason": item.reason} for item in self.rejected]
-        return json.dumps({"accepted": [str(p) for p in self.accepted], "rejected": rejected})
+        accepted = [str(path) for path in self.accepted]
+        return json.dumps({"accepted": accepted, "rejected": rejected, "not_read": self.not_read})
 
 
 def find_audio(folder: Path) -> Iterator[Path | Reject]:
-    """Every file that is named like audio, sorted, links followed; loops come as rejects.
+    """Every file that may hold music, sorted, links followed; loops and closed folders as rejects.
 
     Raises:
         LmdError: not a folder.
@@ -78,7 +99,7 @@ def find_audio(folder: Path) -> Iterator[Path | Reject]:
 
 
 def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path | Reject]:
-    """The audio below one folder. `above`: the real folders that led here; `seen`: all so far."""
+    """The files below one folder. `above`: the real folders that led here; `seen`: all so far."""
     try:
         children = sorted(folder.iterdir())
     except OSError as error:
@@ -89,6 +110,7 @@ def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path
             is_folder = child.is_dir()
         except OSError:
             is_folder = False
+        name = child.name.lower()
         if is_folder and child.suffix.lower() not in AUDIO_SUFFIXES:
             real = os.path.realpath(child)
             if real in above:
@@ -96,10 +118,10 @@ def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path
             elif real not in seen:
                 seen.add(real)
                 yield from _walk(child, (*above, real), seen)
-        elif child.name.lower().endswith((*AUDIO_SUFFIXES, STEM_MP4)):
-            yield child
-        elif child.name.lower().endswith(UNREAD_SUFFIXES):
+        elif name.endswith(UNREAD_AUDIO):
             yield Reject(child, f"{child.suffix} cannot be read: convert it to WAV or FLAC")
+        elif child.suffix and not name.endswith(COMPANIONS):
+            yield child
 
 
 def fault(path: Path) -> str | None:
@@ -109,7 +131,7 @@ def fault(path: Path) -> str | None:
     (without its silences, too), under 16 kHz, more than two channels, values that are not finite,
     silence, a name in another encoding than UTF-8. Long files and names in any script are welcome.
 
-    One thing cannot be known: an MP3 without a Xing or LAME header does not say how long it is.
+    One thing cannot be known: an MP3 without a Xing or LAME header does not say how long it was.
     """
     try:
         str(path).encode()
@@ -124,39 +146,40 @@ def fault(path: Path) -> str | None:
             return "not a file"
         if path.stat().st_size == 0:
             return "empty file (0 bytes)"
-        return truncation(path) or _header_fault(path) or _sample_fault(path)
-    except (soundfile.LibsndfileError, OSError) as error:
-        said = getattr(error, "error_string", None) or error.strerror or str(error)
-        return f"unreadable as audio: {str(said).strip().rstrip('.')}"
+        return truncation(path) or _sound_fault(path)
+    except Exception as error:  # of whatever kind: it is this file's, and the others go on
+        return unreadable(error)
 
 
-def _header_fault(path: Path) -> str | None:
-    """What is wrong with a file's rate, channels or length."""
-    about = soundfile.info(path)
-    if about.frames == UNKNOWN_FRAMES:
+def unreadable(error: Exception) -> str:
+    """The reason for a file that raised something."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return f"unreadable as audio: {str(text or type(error).__name__).strip().rstrip('.')}"
+
+
+def _sound_fault(path: Path) -> str | None:
+    """What is wrong with a file's rate, channels, length or samples; it is read to its end."""
+    with open_sound(path) as sound:
+        announced, rate, channels = sound.frames, sound.samplerate, sound.channels
+    if announced == UNKNOWN_FRAMES:
         return "its header does not tell how long it is: encode it again (flac, ffmpeg)"
-    if about.samplerate < MIN_SAMPLE_RATE:
-        return f"sample rate {about.samplerate} Hz, under {MIN_SAMPLE_RATE} Hz"
-    if about.channels > MAX_CHANNELS:
-        return f"{about.channels} channels, more than {MAX_CHANNELS}"
-    if about.duration < MIN_SECONDS:
-        return f"{about.duration:.2f} s, shorter than {MIN_SECONDS:g} s"
-    return None
-
-
-def _sample_fault(path: Path) -> str | None:
-    """What is wrong with a file's samples; it is read to its end."""
-    heard, announced = hear(path), soundfile.info(path).frames
-    if not np.isfinite(heard.peak):
+    if rate < MIN_SAMPLE_RATE:
+        return f"sample rate {rate} Hz, under {MIN_SAMPLE_RATE} Hz"
+    if channels > MAX_CHANNELS:
+        return f"{channels} channels, more than {MAX_CHANNELS}"
+    if announced < MIN_SECONDS * rate:
+        return f"{announced / rate:.2f} s, shorter than {MIN_SECONDS:g} s"
+    scanned = scan(path)
+    if not np.isfinite(scanned.peak):
         return "values that are not finite (NaN or infinite)"
-    if heard.n_samples < announced:
-        return f"truncated: {heard.n_samples} of {announced} samples can be read"
+    if scanned.n_samples < announced - TOLERANCE_S * rate:
+        return f"truncated: {scanned.n_samples} of {announced} samples can be read"
     if is_stem(path):
         return None
-    if heard.peak < SILENT_PEAK:
+    if scanned.peak < SILENT_PEAK:
         return "silent"
-    if heard.sounding_s < MIN_SECONDS:
-        return f"{heard.sounding_s:.2f} s of sound without its silences, under {MIN_SECONDS:g} s"
+    if scanned.sounding_s < MIN_SECONDS:
+        return f"{scanned.sounding_s:.2f} s of sound without its silences, under {MIN_SECONDS:g} s"
     return None
 
 
@@ -171,21 +194,25 @@ def is_stem(path: Path) -> bool:
 def check_folder(folder: Path, progress: bool = True) -> Report:
     """Look at every audio file of a folder.
 
-    Args:
-        folder: where to look, with everything below it.
-        progress: show a bar.
-
     Raises:
-        LmdError: not a folder.
+        LmdError: not a folder, or nothing in it that could be used or refused.
     """
     report = Report()
     found = list(find_audio(folder))
     for item in tqdm(found, desc="checking", mininterval=1, disable=not progress):
-        reason = item.reason if isinstance(item, Reject) else fault(item)
         if isinstance(item, Reject):
             report.rejected.append(item)
-        elif reason:
+        elif not item.name.lower().endswith((*AUDIO_SUFFIXES, STEM_MP4)):
+            report.not_read[item.suffix.lower()] += 1
+        elif reason := fault(item):
             report.rejected.append(Reject(item, reason))
         else:
             report.accepted.append(item)
+    if not report.accepted and not report.rejected:
+        others = " ".join(report.lines())
+        raise LmdError(
+            f"no music in {folder}" + f": {others}" * bool(others),
+            f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}",
+            "Check the path, or convert them.",
+        )
     return report

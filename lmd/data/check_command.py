@@ -1,27 +1,37 @@
-"""`python -m lmd data check FOLDER`: which files of a folder can be used, and why others cannot."""
+"""`lmd data check FOLDER`: which files of a folder can be used, and why others cannot."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from lmd.data.layouts import survey
-from lmd.data.places import check_file_free
+from lmd.data.places import check_json_free, named_folder
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    parser.add_argument("folder", type=Path, help="folder of audio")
-    parser.add_argument("--json", type=Path, help="write the report here as JSON")
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command.
+
+    Attributes:
+        folder: folder of audio.
+        json: write the report here as JSON.
+    """
+
+    folder: tyro.conf.Positional[str]
+    json: Path | None = None
 
 
-def main(args: argparse.Namespace) -> int:
+def main(options: Options) -> int:
     """Report on a folder; status 1 if anything was rejected."""
-    if args.json is not None:
-        check_file_free(args.json)
-    _, report = survey(args.folder)
-    for item in report.rejected:
-        print(f"rejected  {item}")
-    print(f"{len(report.accepted)} accepted, {len(report.rejected)} rejected in {args.folder}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(report.as_json() + "\n")
+    if options.json is not None:
+        check_json_free(options.json, key="accepted")
+    _, report = survey(named_folder(options.folder))
+    for line in report.lines():
+        print(line)
+    n_accepted, n_rejected = len(report.accepted), len(report.rejected)
+    print(f"{n_accepted} accepted, {n_rejected} rejected in {options.folder}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(report.as_json() + "\n")
     return 1 if report.rejected else 0

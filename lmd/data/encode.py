@@ -1,32 +1,27 @@
-"""`python -m lmd data encode`: a corpus through a codec into latent shards."""
+"""A corpus through a codec into latent shards."""
 
-import argparse
 import hashlib
-import json
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import pandas as pd
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lmd.checkpoint import load_codec, write_atomic
+from lmd.checkpoint import encoder_digest, load_tensors
 from lmd.codec.base import Codec
+from lmd.corpus.build import further_captions, row_stem_caption
+from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.build import further_captions, row_stem_caption
-from lmd.data.codec_identity import encoder_sha256
-from lmd.data.corpus import Corpus, Row
-from lmd.data.places import check_folder_free
+from lmd.corpus.tables import hold_settings, write_rows
+from lmd.data.codec_fit import check_fit
+from lmd.data.places import check_apart, check_folder_free
 from lmd.data.shards import (
-    ENTRY_COLUMNS,
     INDEX,
     SETTINGS,
     SHARD_FORMAT,
@@ -41,6 +36,11 @@ from lmd.shapes import Latents, Wave
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
 MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
 FURTHER_CAPTIONS = 7  # of every rendition, so that training hears it asked for in many ways
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,7 @@ def encode_wave(codec: Codec, wave: Wave) -> Latents:
 
     Args:
         codec: any codec.
-        wave: `[batch, channel, sample]` at the codec's sample rate and channels.
-
-    Returns:
-        `[batch, latent, frame]` with `ceil(samples / samples_per_frame)` frames.
+        wave: `[batch, channel, sample]` in the codec's format.
     """
     hop = codec.samples_per_frame
     n_frames = -(-wave.shape[-1] // hop)
@@ -85,6 +82,12 @@ def encode_wave(codec: Codec, wave: Wave) -> Latents:
         latents = codec.encode(wave[..., first * hop : last * hop])
         parts.append(latents[..., start - first : end - first])
     return torch.cat(parts, dim=-1)
+
+
+def encoder_sha256(path: str | Path) -> str:
+    """Which latents a codec's file makes: the name under which latents know their encoder."""
+    tensors, header = load_tensors(path, "codec")
+    return encoder_digest(header.config, tensors)
 
 
 def silence_frame(codec: Codec) -> list[float]:
@@ -118,11 +121,6 @@ class _ShardJobs(Dataset):
                 yield row, voice, stem
 
 
-def _as_is(item: Any) -> Any:
-    """No collation: waves of one shard differ in length."""
-    return item
-
-
 class Encoder(L.LightningModule):
     """Writes one shard per predicted batch; holds no state but the codec.
 
@@ -150,9 +148,7 @@ class Encoder(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> int:
         """Encode the sounds of one shard and write it; returns the shard's number."""
         number, sounds = batch
-        latents: list[Tensor] = []
-        entries: list[Entry] = []
-        at = 0
+        latents, entries, at = [], [], 0
         for row, voice, wave in sounds:
             encoded = encode_wave(self.codec, torch.from_numpy(wave)[None].to(self.device))
             frames = encoded[0].T.cpu()
@@ -166,24 +162,11 @@ class Encoder(L.LightningModule):
 
 def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry:
     """The index line of one encoded sound."""
-    names = row.instruments.split("|")
-    return Entry(
-        name=row.name,
-        voice=voice,
-        shard=shard,
-        start_frame=start,
-        n_frames=n_frames,
-        caption=row.caption if voice < 0 else row_stem_caption(row, voice),
-        split=row.split,
-        piece_id=row.piece_id,
-        composer=row.composer,
-        family=row.family,
-        instruments=row.instruments if voice < 0 else names[voice],
-        tempo_bpm=row.tempo_bpm,
-        key=row.key,
-        mode=row.mode,
-        duration_s=row.duration_s,
-    )
+    shared = {f.name: getattr(row, f.name) for f in fields(Entry) if hasattr(row, f.name)}
+    if voice >= 0:
+        shared["caption"] = row_stem_caption(row, voice)
+        shared["instruments"] = row.instruments.split("|")[voice]
+    return Entry(**shared, voice=voice, shard=shard, start_frame=start, n_frames=n_frames)
 
 
 def shard_name(number: int) -> str:
@@ -217,7 +200,10 @@ def encode_corpus(
             folder cannot be written or was encoded from something else.
     """
     how = how or EncodeSettings()
-    check_folder_free(out)
+    check_apart(out=out, data=corpus.folder)
+    n_voices = 5 if how.stems else 1
+    n_frames = sum(row.n_samples for row in corpus.rows) // codec.samples_per_frame
+    check_folder_free(out, 2 * codec.latent_dim * n_frames * n_voices)
     check_fit(codec, corpus)
     alone = corpus.without_stems() if how.stems else []
     if len(alone) == len(corpus):
@@ -229,50 +215,27 @@ def encode_corpus(
     if alone:
         print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone", flush=True)
     settings = _settings(corpus, codec, how, codec_id)
-    _check_settings(out, settings)
-    numbers = range(-(-len(corpus) // how.rows_per_shard))
-    faults = {n: shard_fault(out / shard_name(n)) for n in numbers}
-    torn = [
-        f"{shard_name(n)}: {f}; encoded again"
-        for n, f in faults.items()
-        if f not in (None, "missing")
-    ]
-    for message in torn:
-        print(message, flush=True)
+    hold_settings(out / SETTINGS, settings, free=("silence",))
     step = how.rows_per_shard
-    jobs = [(n, range(n * step, min((n + 1) * step, len(corpus)))) for n in numbers if faults[n]]
+    jobs, torn = [], []
+    for number, first in enumerate(range(0, len(corpus), step)):
+        fault = shard_fault(out / shard_name(number))
+        if fault:
+            jobs.append((number, range(first, min(first + step, len(corpus)))))
+        if fault not in (None, "missing"):
+            torn.append(f"{shard_name(number)}: {fault}; encoded again")
+            print(torn[-1], flush=True)
     trainer = trainer or L.Trainer(**QUIET, devices=1)
     if jobs:
-        data = DataLoader(_ShardJobs(corpus, jobs, how), batch_size=None, collate_fn=_as_is)
+        sounds = _ShardJobs(corpus, jobs, how)
+        data = DataLoader(sounds, batch_size=None, collate_fn=lambda item: item)  # as they are
         trainer.predict(Encoder(codec, corpus, out), data, return_predictions=False)
         trainer.strategy.barrier()
     if trainer.is_global_zero:
-        _write_index(out, [shard_name(n) for n in numbers], corpus)
+        names = [shard_name(n) for n in range(-(-len(corpus) // step))]
+        _write_index(out, names, corpus)
     trainer.strategy.barrier()  # nobody goes on before there is an index
     return torn
-
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-}
-
-
-def check_fit(codec: Codec, corpus: Corpus) -> None:
-    """Refuse a codec for another sample rate or another number of channels.
-
-    Raises:
-        LmdError: they differ.
-    """
-    found = (corpus.sample_rate, corpus.channels)
-    wanted = (codec.sample_rate, codec.channels)
-    if found != wanted:
-        raise LmdError(
-            f"a corpus at {found[0]} Hz with {found[1]} channels",
-            f"{wanted[0]} Hz with {wanted[1]} channels, as the codec takes",
-            f"Build it with --sample-rate {wanted[0]} --channels {wanted[1]}.",
-        )
 
 
 def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) -> dict[str, Any]:
@@ -292,21 +255,6 @@ def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) 
     }
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or hold them against those of an earlier run."""
-    path = out / SETTINGS
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differing = sorted(k for k in settings if before.get(k) != settings[k] and k != "silence")
-        if differing:
-            raise LmdError(
-                f"{out} encoded with another {', '.join(differing)}",
-                "the same, to go on with it",
-                "Choose another --out, or remove that folder.",
-            )
-    write_atomic(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
-
-
 def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
     """One line per sound over all shards: where it lies, and what the corpus says of it now.
 
@@ -322,60 +270,4 @@ def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
             also = further_captions(corpus.rows[row], FURTHER_CAPTIONS)
             entry = replace(entry, also="|".join(also))
         entries.append(entry)
-    values = [[getattr(entry, column) for column in ENTRY_COLUMNS] for entry in entries]
-    table = pd.DataFrame(values, columns=list(ENTRY_COLUMNS))
-    write_atomic(out / INDEX, table.to_csv(index=False, lineterminator="\n").encode())
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    add = parser.add_argument
-    add("--data", type=Path, default=Path("data/corpus"), help="a built corpus")
-    add("--codec", type=Path, default=Path("data/pretrained/codec.safetensors"))
-    add("--out", type=Path, default=Path("data/latents"), help="folder to fill")
-    add("--stems", action="store_true", help="encode every voice too")
-    add("--rows-per-shard", type=int, default=32)
-    add("--cache", type=Path, default=DEFAULT_CACHE, help="where parsed scores are kept")
-    add("--accelerator", default="auto", help="as in training: auto, cpu, gpu …")
-    add("--devices", default="auto", help="processes on this machine")
-    add("--num-nodes", type=int, default=1, help="machines")
-    add("--strategy", default="auto", help="auto, ddp …")
-
-
-def _trainer(args: argparse.Namespace) -> L.Trainer:
-    """Lightning's trainer on the machines that were asked for.
-
-    Raises:
-        LmdError: there are none such.
-    """
-    devices = int(args.devices) if str(args.devices).isdigit() else args.devices
-    try:
-        return L.Trainer(
-            accelerator=args.accelerator,
-            devices=devices,
-            num_nodes=args.num_nodes,
-            strategy=args.strategy,
-            **QUIET,
-        )
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-        raise LmdError(
-            f"--accelerator {args.accelerator} --devices {args.devices} "
-            f"--num-nodes {args.num_nodes} --strategy {args.strategy}",
-            "what this machine has",
-            f"Lightning says: {' '.join(str(error).split())}",
-        ) from error
-
-
-def main(args: argparse.Namespace) -> int:
-    """Encode a corpus and say what came out."""
-    how = EncodeSettings(args.stems, args.rows_per_shard, args.cache)
-    corpus = Corpus(args.data)
-    codec = load_codec(args.codec)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    trainer = _trainer(args)
-    encode_corpus(corpus, codec, args.out, how, trainer, encoder_sha256(args.codec))
-    if trainer.is_global_zero:
-        table = pd.read_csv(args.out / INDEX)
-        hours = table["duration_s"].sum() / 3600
-        print(f"{len(table)} sounds, {hours:.2f} h, {table['n_frames'].sum()} frames in {args.out}")
-    return 0
+    write_rows(out / INDEX, Entry, entries)

@@ -3,19 +3,32 @@
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import yaml
 
 from lmd.data.check import AUDIO_SUFFIXES, MUSDB_STEMS, Reject, Report, check_folder, is_stem
+from lmd.data.sound_files import decoded, tags
 from lmd.errors import LmdError
 
 _CAPTION_KEYS = ("caption", "prompt", "description", "text", "title")
-_SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}
+_SPLIT_FOLDERS = ("train", "validation", "test")
+_EMPTY_TAG = re.compile(  # says nothing of the music
+    r"(track|title|audio|untitled|unknown|other|default|none|n/?a|misc|genre|new recording)?"
+    r"[\W\d_]*|[0-9a-f \-]{8,}",
+    re.IGNORECASE,
+)
+_ENCODER_WORDS = re.compile(  # of programs, shops and rippers: not of the music
+    r"encod|\blame\b|\blav[fc]|ffmpeg|\bsox\b|libvorbis|libopus|libflac|xiph|\bitun|audacity|"
+    r"audio ?copy|\beac\b|\bripp?|convert|download|created|generated|made with|processed|"
+    r"mastered|recorded (with|by)|https?:|www\.|\.(com|net|org)\b|copyright|©|\(c\)|rights|"
+    r"\bk?bps\b|\bvbr\b|\bv?\d+\.\d+\.\d+",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +65,7 @@ def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
 
 
 def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
-    """Gather accepted files into tracks.
-
-    A track that lacks an announced stem, or whose sidecar cannot be read, is rejected.
-
-    Args:
-        folder: the root that was walked.
-        accepted: usable audio files below it.
-    """
+    """Gather accepted files into tracks; one without a stem or with a torn sidecar is rejected."""
     usable = set(accepted)
     for path in accepted:
         if is_stem(path):
@@ -70,9 +76,9 @@ def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reje
         except json.JSONDecodeError as error:
             yield Reject(path, f"{path.with_suffix('.json').name} is not JSON: {error}")
             continue
-        except (yaml.YAMLError, OSError, UnicodeDecodeError, LmdError) as error:
-            told = " ".join(str(error).split())
-            yield Reject(path, f"a file that describes it cannot be read: {told}")
+        except Exception as error:  # of whatever kind: the other tracks go on
+            reason = " ".join(str(error).split())
+            yield Reject(path, f"a file that describes it cannot be read: {reason}")
             continue
         lost = [stem.name for _, stem in track.stems if stem not in usable]
         yield Reject(path, f"stems missing or unusable: {', '.join(lost)}") if lost else track
@@ -111,29 +117,22 @@ def _musdb(folder: Path, mix: Path) -> Track | None:
 def _own_split(folder: Path, path: Path) -> str:
     """The split that a data set's own folders name; empty if they name none."""
     parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
-    return next((_SPLIT_FOLDERS[part] for part in parts if part in _SPLIT_FOLDERS), "")
+    return next((part for part in parts if part in _SPLIT_FOLDERS), "")
 
 
 def caption_of(path: Path, otherwise: str = "") -> str:
-    """A file's caption: from its `.txt`, its `.json`, its tags, else the folder's name.
-
-    Args:
-        path: the audio file; sidecars have its name with another ending.
-        otherwise: to be preferred to the folder's name.
-
-    Returns:
-        Words with single spaces between, which UTF-8 can hold.
+    """A file's caption: its `.txt`, its `.json`, its tags, `otherwise`, or its folder's name.
 
     Raises:
         json.JSONDecodeError: there is a JSON sidecar, and it is none.
         LmdError: a sidecar is no text.
     """
-    said = (
+    found = (
         _text_caption(path.with_suffix(".txt"))
         or _json_caption(path.with_suffix(".json"))
         or _words(_tag_caption(path))
     )
-    return said or _words(otherwise) or _plain(path)
+    return found or _words(otherwise) or _plain(path)
 
 
 def _words(text: str) -> str:
@@ -142,14 +141,14 @@ def _words(text: str) -> str:
 
 
 def _read_text(path: Path) -> str:
-    """A sidecar's text: UTF-8, or UTF-16 where its first bytes say so.
+    """A sidecar's text: UTF-16 where its first bytes say so, else see `decoded`.
 
     Raises:
         LmdError: it holds NUL, so it is neither.
     """
     data = path.read_bytes()
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16", errors="replace") if is_wide else decoded(data)
     if "\0" in text:
         raise LmdError(f"NUL in {path.name}", "a text in UTF-8", "Save it as UTF-8.")
     return text
@@ -170,11 +169,12 @@ def _json_caption(path: Path) -> str:
 
 
 def _tag_caption(path: Path) -> str:
-    """Genre, title and comment from a file's tags."""
-    with soundfile.SoundFile(path) as sound:
-        tags = sound.copy_metadata()
-    said = [tags.get(key, "").strip() for key in ("genre", "title", "comment")]
-    return ", ".join(text for text in said if text)
+    """Genre, title and comment from a file's tags, without what programs write there."""
+    found = tags(path)
+    comment = found["comment"]
+    words = [found["genre"], found["title"], "" if _ENCODER_WORDS.search(comment) else comment]
+    kept = [text for text in words if not _EMPTY_TAG.fullmatch(text)]
+    return ", ".join(dict.fromkeys(kept))
 
 
 def _plain(path: Path) -> str:

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmd.corpus.tables import read_rows, read_settings
 from lmd.errors import LmdError
 
 SHARD_FORMAT = 1
@@ -54,21 +56,12 @@ class Entry:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All that may be said of it."""
+        """All of its captions."""
         return (self.caption, *(self.also.split("|") if self.also else ()))
 
 
-ENTRY_COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Entry))
-TEXT_COLUMNS: dict[str, type] = {field.name: str for field in fields(Entry) if field.type is str}
-
-
 def write_shard(path: Path, latents: list[Tensor], entries: list[Entry]) -> None:
-    """Write a shard and, after it, the side file with its entries and checksum.
-
-    Args:
-        path: `….safetensors`; the side file is `….json`.
-        latents: one `[frame, latent]` per entry.
-        entries: where each lies and what it is.
+    """Write latents `[frame, latent]`, one per entry, and a side file with entries and checksum.
 
     Raises:
         LmdError: latents that are not finite, or too large for float16.
@@ -97,7 +90,7 @@ def shard_fault(path: Path, checksum: bool = True) -> str | None:
 
     Args:
         path: the `.safetensors` file.
-        checksum: also read every byte; otherwise only the length is compared.
+        checksum: also read every byte, once in a process; otherwise only the length is compared.
     """
     side_path = path.with_suffix(".json")
     if not path.is_file() or not side_path.is_file():
@@ -105,13 +98,21 @@ def shard_fault(path: Path, checksum: bool = True) -> str | None:
     try:
         side = json.loads(side_path.read_text())
         n_bytes, digest = side["n_bytes"], side["sha256"]
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "its side file is torn"
-    if path.stat().st_size != n_bytes:
-        return f"{path.stat().st_size} bytes instead of {n_bytes}"
-    if checksum and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    state = path.stat()
+    if state.st_size != n_bytes:
+        return f"{state.st_size} bytes instead of {n_bytes}"
+    if checksum and _sha256(path.absolute(), state.st_size, state.st_mtime_ns) != digest:
         return "its checksum differs"
     return None
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    """The SHA-256 of a file that has this size and was changed then."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_entries(path: Path) -> list[Entry]:
@@ -119,13 +120,13 @@ def shard_entries(path: Path) -> list[Entry]:
     return [Entry(**e) for e in json.loads(path.with_suffix(".json").read_text())["entries"]]
 
 
-def map_shard(path: Path) -> Float[np.ndarray, "frame latent"]:
+def map_shard(path: Path, checksum: bool = False) -> Float[np.ndarray, "frame latent"]:
     """A shard's latents as a memory-mapped float16 array `[frame, latent]`.
 
     Raises:
-        LmdError: the file is missing, shorter than it says, or no such shard.
+        LmdError: the file is missing, shorter than it says, or (`checksum`) has other bytes.
     """
-    fault = shard_fault(path, checksum=False)
+    fault = shard_fault(path, checksum)
     if fault:
         raise LmdError(
             f"shard {path.name}: {fault}",
@@ -140,26 +141,39 @@ def map_shard(path: Path) -> Float[np.ndarray, "frame latent"]:
 
 
 class LatentShards:
-    """A folder of encoded latents.
+    """A folder of encoded latents, every shard of it whole.
 
     Args:
         folder: what `python -m lmd data encode --out` wrote.
 
     Raises:
-        LmdError: no index there.
+        LmdError: no index there, a torn one, a shard that is missing or damaged, or an entry
+            that lies outside its shard.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        path = self.folder / INDEX
-        if not path.is_file():
-            raise LmdError(f"no {path}", "encoded latents", "Run: python -m lmd data encode.")
-        self.table = pd.read_csv(path, keep_default_na=False, dtype=TEXT_COLUMNS)
-        self.entries = [Entry(*row) for row in self.table.itertuples(index=False, name=None)]
-        self.settings: dict[str, Any] = json.loads((self.folder / SETTINGS).read_text())
-        self.latent_dim: int = self.settings["latent_dim"]
-        self.silence = np.array(self.settings["silence"], dtype=np.float16)  # [latent]
-        self._maps: dict[str, np.ndarray] = {}
+        self.entries = read_rows(self.folder / INDEX, Entry, "python -m lmd data encode")
+        self.settings = read_settings(self.folder / SETTINGS)
+        try:
+            self.latent_dim = int(self.settings["latent_dim"])
+            self.silence = np.array(self.settings["silence"], np.float16).reshape(self.latent_dim)
+        except (KeyError, TypeError, ValueError) as error:
+            found = f"{self.folder / SETTINGS} without sizes: {error!r}"
+            raise LmdError(found, "latent_dim and silence", "Encode into a new folder.") from error
+        names = {entry.shard for entry in self.entries}
+        self._maps = {name: map_shard(self.folder / name, checksum=True) for name in names}
+        for line, entry in enumerate(self.entries, 2):
+            n_frames, width = self._maps[entry.shard].shape
+            last = entry.start_frame + entry.n_frames
+            is_inside = 0 <= entry.start_frame < last <= n_frames and width == self.latent_dim
+            if not (is_inside and 0 < entry.duration_s < math.inf):
+                raise LmdError(
+                    f"{self.folder / INDEX}, line {line}: frames {entry.start_frame} to {last}, "
+                    f"{entry.duration_s:g} s",
+                    f"some of the {n_frames} frames of {entry.shard}, {self.latent_dim} wide",
+                    "Run python -m lmd data encode again.",
+                )
 
     def frames(self, entry: Entry, start: int = 0, n_frames: int | None = None) -> np.ndarray:
         """Frames of one entry, float16 `[frame, latent]`, not copied if they all exist.
@@ -169,11 +183,9 @@ class LatentShards:
             start: first frame; negative = silence before it.
             n_frames: how many; None = to its end. Beyond the end there is silence.
         """
-        if entry.shard not in self._maps:
-            self._maps[entry.shard] = map_shard(self.folder / entry.shard)
         n_frames = entry.n_frames - start if n_frames is None else n_frames
         first, last = max(start, 0), min(start + n_frames, entry.n_frames)
-        shard = self._maps[entry.shard]
+        shard = self._shard(entry.shard)
         known = shard[entry.start_frame + first : entry.start_frame + max(first, last)]
         if len(known) == n_frames:
             return known
@@ -181,11 +193,11 @@ class LatentShards:
         padded[first - start : first - start + len(known)] = known
         return padded
 
-    def faults(self) -> dict[str, str]:
-        """Every shard that is not whole, by name, with what is wrong (reads every byte)."""
-        names = sorted({entry.shard for entry in self.entries})
-        found = {name: shard_fault(self.folder / name) for name in names}
-        return {name: fault for name, fault in found.items() if fault}
+    def _shard(self, name: str) -> np.ndarray:
+        """A shard, mapped once in every process."""
+        if name not in self._maps:
+            self._maps[name] = map_shard(self.folder / name)
+        return self._maps[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # workers map the files themselves

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lmd.codec.base import Codec
 from lmd.corpus.captions import TEMPO_WORDS
-from lmd.data.corpus import Corpus, Row
+from lmd.corpus.manifest import Corpus, Row
 from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.text import Prompt, mix

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lmd.corpus.build import BuildSettings, build_row
+from lmd.corpus.manifest import MANIFEST, Corpus, write_manifest
 from lmd.corpus.render import draw_rendition
 from lmd.corpus.scores import DEFAULT_CACHE, Shelf
-from lmd.data.build import BuildSettings, build_row
-from lmd.data.corpus import MANIFEST, Corpus, write_manifest
 from lmd.errors import LmdError
 
 # Pieces that the split keeps out of training, whatever is built; checked when they are read.

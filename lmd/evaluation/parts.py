@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from lmd.checkpoint import load_codec, read_header
+from lmd.corpus.manifest import MANIFEST, Corpus
 from lmd.corpus.scores import Split
-from lmd.data.corpus import MANIFEST, Corpus
 from lmd.errors import LmdError
 from lmd.evaluation.clip_metrics import ClipMetrics, Measures
 from lmd.evaluation.clips import (

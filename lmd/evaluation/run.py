@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lmd.data.corpus import Corpus
+from lmd.corpus.manifest import Corpus
 from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
 from lmd.evaluation.metrics import gaussian

@@ -23,8 +23,8 @@ from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomi
 from lmd.codec.base import Codec
 from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
+from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.corpus import Corpus, Row
 from lmd.data.places import check_file_free
 from lmd.errors import LmdError
 from lmd.evaluation.clips import NEAR

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lmd.checkpoint import read_header, write_atomic
 from lmd.config import preset, to_dict
-from lmd.data.codec_identity import encoder_sha256
+from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
 from lmd.training.options import RunOptions
 

@@ -16,7 +16,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 from tqdm import tqdm
 
 from lmd.codec.base import Codec, DecodeState, decode_block
-from lmd.data.corpus import Corpus
+from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.shapes import Latents
 from lmd.training.codec.losses import mel_matrix

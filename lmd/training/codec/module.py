@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lmd.codec import phase
 from lmd.codec.spectral import DB_SCALE, SpectralCodec, stft
 from lmd.config import SpectralCodecConfig
-from lmd.data.corpus import Corpus
+from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.rng import generator, normal
 from lmd.training.codec.losses import (

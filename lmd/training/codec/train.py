@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lmd.checkpoint import load_codec, read_header, write_atomic
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import SpectralCodecConfig, preset
-from lmd.data.corpus import Corpus
+from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, tune_allocator
 from lmd.rng import derive_seed

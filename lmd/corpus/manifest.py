@@ -1,6 +1,5 @@
-"""A built corpus on disk: a manifest, one WAV per rendition, stems stored or played again."""
+"""A corpus on disk: a manifest, one WAV per sound, stems stored or played again."""
 
-import json
 import math
 import wave as riff
 from collections.abc import Sequence
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
 from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
+from lmd.corpus.tables import read_rows, read_settings, write_rows
 from lmd.corpus.tones import file_sha256, shared_bank
 from lmd.errors import LmdError
 
@@ -25,7 +24,7 @@ _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
 
 @dataclass(frozen=True)
 class Row:
-    """One rendition (or one file of a person's own music): a line of the manifest.
+    """One rendition (or one window of a person's own music): a line of the manifest.
 
     Attributes:
         name: unique; the WAV's stem.
@@ -73,7 +72,6 @@ class Row:
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
-TEXT_COLUMNS: dict[str, type] = {field.name: str for field in fields(Row) if field.type is str}
 
 
 def check_format(sample_rate: int, channels: int, max_seconds: float) -> None:
@@ -99,9 +97,7 @@ def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
     data = np.round(np.clip(wave, -1, 1) * 32767).astype("<i2").T
     partial = path.with_suffix(".tmp")
     with riff.open(str(partial), "wb") as file:
-        file.setnchannels(wave.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
+        file.setparams((wave.shape[0], 2, sample_rate, 0, "NONE", ""))
         file.writeframes(np.ascontiguousarray(data).tobytes())
     partial.replace(path)
 
@@ -114,21 +110,18 @@ class Corpus:
         split: only this split; None = everything.
 
     Raises:
-        LmdError: no manifest there, or no row of that split.
+        LmdError: no manifest there, a torn one, or no row of that split.
     """
 
     def __init__(self, folder: Path | str, split: Split | None = None) -> None:
         self.folder = Path(folder)
-        self.table = read_manifest(self.folder)
-        if split is not None:
-            self.table = self.table[self.table["split"] == split].reset_index(drop=True)
-        if self.table.empty:
+        self.rows = [row for row in read_manifest(self.folder) if split in (None, row.split)]
+        if not self.rows:
             raise LmdError(
                 f"no {split or ''} rendition in {self.folder}",
                 "at least one",
                 "Build more hours: python -m lmd data build --hours H.",
             )
-        self.rows = [Row(*values) for values in self.table.itertuples(index=False, name=None)]
         self.sample_rate, self.channels = self.rows[0].sample_rate, self.rows[0].channels
         self._maps: dict[str, np.memmap] = {}
 
@@ -138,7 +131,7 @@ class Corpus:
     @property
     def duration_s(self) -> float:
         """All of it, in seconds."""
-        return float(self.table["duration_s"].sum())
+        return sum(row.duration_s for row in self.rows)
 
     def pcm(self, index: int) -> np.ndarray:
         """The mix as a memory-mapped int16 array `[sample, channel]`."""
@@ -181,10 +174,7 @@ class Corpus:
         return [index for index, row in enumerate(self.rows) if not row.stem_paths]
 
     def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
-        """The notes of a rendition as they were played, float64 `[note, 5]`.
-
-        Rows (onset_s, gate_s, pitch, voice, level_db) of `note_times`, drawn again
-        from the score; voices are numbered as the stems are.
+        """The notes of a rendition as they were played, float64 `[note, 5]`: see `note_times`.
 
         Raises:
             LmdError: own music, of which there is no score.
@@ -199,13 +189,13 @@ class Corpus:
     def settings(self) -> dict[str, Any]:
         """What the corpus was built with; empty where nothing says so."""
         path = self.folder / SETTINGS
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_settings(path) if path.is_file() else {}
 
     def _map(self, path: str, row: Row) -> np.ndarray:
         """A WAV's samples, mapped once; the file's length is checked against the manifest."""
         if path not in self._maps:
             file = self.folder / path
-            wanted = _HEADER_BYTES + 2 * row.n_samples * row.channels
+            wanted = _n_bytes(row)
             size = file.stat().st_size if file.is_file() else 0
             if size != wanted:
                 raise LmdError(
@@ -218,46 +208,33 @@ class Corpus:
         return self._maps[path]
 
 
+def _n_bytes(row: Row) -> int:
+    """Length of each of a row's WAV files."""
+    return _HEADER_BYTES + 2 * row.n_samples * row.channels
+
+
 def is_whole(folder: Path, row: Row) -> bool:
     """Whether the files of a row, stems among them, are there at full length."""
-    wanted = _HEADER_BYTES + 2 * row.n_samples * row.channels
     paths = [folder / path for path in (row.path, *row.stem_paths.split("|")) if path]
-    return all(path.is_file() and path.stat().st_size == wanted for path in paths)
+    return all(path.is_file() and path.stat().st_size == _n_bytes(row) for path in paths)
 
 
-def read_manifest(folder: Path) -> pd.DataFrame:
-    """The manifest of a corpus, one row a rendition, in the order of the plan.
+def read_manifest(folder: Path) -> list[Row]:
+    """The rows of a corpus, in the order of the plan.
 
     Raises:
-        LmdError: there is none, or its columns are not these.
+        LmdError: there is no manifest, or it is not whole.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise LmdError(f"no {path}", "a built corpus", "Run: python -m lmd data build.")
-    table = pd.read_csv(path, keep_default_na=False, dtype=TEXT_COLUMNS)
-    if tuple(table.columns) != COLUMNS:
-        odd = sorted(set(table.columns) ^ set(COLUMNS))
-        raise LmdError(f"columns {odd} in {path}", "the manifest of this version", "Build again.")
-    return table
+    return read_rows(folder / MANIFEST, Row, "python -m lmd data build")
 
 
 def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
     """Write the manifest in one stroke; a reader sees the old one or the new one."""
-    table = pd.DataFrame(
-        [[getattr(row, name) for name in COLUMNS] for row in rows], columns=COLUMNS
-    )
-    partial = folder / (MANIFEST + ".tmp")
-    table.to_csv(partial, index=False, lineterminator="\n")
-    partial.replace(folder / MANIFEST)
+    write_rows(folder / MANIFEST, Row, rows)
 
 
 def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
     """Render a row of a manifest once more; the samples are those of the first time.
-
-    Args:
-        row: the rendition.
-        settings: the corpus's `corpus.json`.
-        cache: where parsed scores are kept.
 
     Raises:
         LmdError: the soundfont differs from the one the corpus was built with.

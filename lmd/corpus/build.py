@@ -1,0 +1,234 @@
+"""Scores rendered into a corpus: the same settings give the same bytes."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lmd.corpus.analysis import brightness_hz, find_key, onset_density
+from lmd.corpus.captions import Described, caption, stem_caption
+from lmd.corpus.draw import Draw, QuickDraw
+from lmd.corpus.manifest import (
+    COLUMNS,
+    SETTINGS,
+    Row,
+    check_format,
+    is_whole,
+    write_manifest,
+    write_wav,
+)
+from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
+from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf, mapped
+from lmd.corpus.tables import hold_settings, read_log, read_settings
+from lmd.corpus.tones import ToneBank, default_soundfont, file_sha256, shared_bank
+from lmd.corpus.tunes import TRAINED_ON
+from lmd.errors import LmdError
+from lmd.rng import generator
+
+CORPUS_FORMAT = 1
+FEWEST_SCORES, MOST_SCORES = 3, 32  # parsed at once; so few need no further process
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a rendered corpus depends on; the same settings give the same bytes.
+
+    Raises:
+        LmdError: a value out of range.
+    """
+
+    seed: int = 0
+    sample_rate: int = 22_050
+    channels: int = 1
+    max_seconds: float = MAX_SECONDS
+    soundfont: str = ""  # path; empty = the one inside pretty_midi
+    stems: bool = False  # write the stems too (they can be played again at any time)
+    collections: tuple[str, ...] = COLLECTIONS
+
+    def __post_init__(self) -> None:
+        check_format(self.sample_rate, self.channels, self.max_seconds)
+
+
+Job = tuple[Piece, int, BuildSettings, Path]  # a rendition, by its number, and where it goes
+
+
+def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piece, int]]:
+    """Which renditions make up so many hours: every piece once, shuffled, then every piece again.
+
+    More hours extend the plan; they change nothing of its beginning. Scores are parsed as far as
+    they are likely to be needed.
+
+    Args:
+        shelf: the scores.
+        hours: at least this much at the written tempo (fermatas make it a little longer).
+        settings: for the seed and the longest excerpt.
+
+    Raises:
+        LmdError: none of the scores can be used.
+    """
+    chosen: list[tuple[Piece, int]] = []
+    seconds, wanted_s, rendition = 0.0, hours * 3600, 0
+    while seconds < wanted_s:
+        source = generator(settings.seed, "plan", rendition)
+        order = [shelf.ids[i] for i in torch.randperm(len(shelf.ids), generator=source).tolist()]
+        while order and seconds < wanted_s:
+            guess = math.ceil(2 * (wanted_s - seconds) / settings.max_seconds)
+            n = min(max(guess, FEWEST_SCORES), MOST_SCORES)
+            batch, order = order[:n], order[n:]
+            for piece in shelf.pieces(batch):
+                how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+                seconds += (how.end_quarter - how.start_quarter) * 60 / how.tempo_bpm
+                chosen.append((piece, rendition))
+                if seconds >= wanted_s:
+                    break
+        rendition += 1
+        if not chosen:
+            reasons = [item.reason for item in shelf.rejected.values()]
+            raise LmdError(f"no usable score: {reasons[:3]}", "at least one", "See --collections.")
+    return chosen
+
+
+def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rendered) -> Described:
+    """The facts of a rendition: what was drawn, and what is found in its notes and sound."""
+    how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+    key, mode = find_key(sound.notes[:, 2], sound.notes[:, 1])
+    duration_s = sound.wave.shape[-1] / settings.sample_rate
+    return Described(
+        composer=piece.composer,
+        family=how.family,
+        instruments=how.instruments,
+        tempo_bpm=how.tempo_bpm,
+        key=key,
+        mode=mode,
+        metre=piece.metre,
+        density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
+        brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
+        articulation=how.articulation,
+        dynamics=how.dynamics,
+    )
+
+
+def row_name(piece: Piece, rendition: int) -> str:
+    """The unique name of a rendition, and of its file."""
+    return f"{piece.piece_id.replace('/', '__')}__r{rendition}"
+
+
+def build_row(job: Job) -> Row:
+    """Render, write and describe one rendition."""
+    piece, rendition, settings, out = job
+    how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
+    bank = shared_bank(settings.soundfont, settings.sample_rate)
+    sound = render(piece, how, bank, settings.channels)
+    about = describe(piece, rendition, settings, sound)
+    name = row_name(piece, rendition)
+    path = f"audio/{name}.wav"
+    write_wav(out / path, sound.wave, settings.sample_rate)
+    stems = sound.stems if settings.stems else ()
+    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
+    for stem_path, stem in zip(stem_paths, stems, strict=True):
+        write_wav(out / stem_path, stem, settings.sample_rate)
+    return Row(
+        **{**vars(about), "instruments": "|".join(about.instruments)},
+        name=name,
+        piece_id=piece.piece_id,
+        title=piece.title,
+        split=piece.split,
+        rendition=rendition,
+        seed=settings.seed,
+        transposition=how.transposition,
+        duration_s=round(sound.wave.shape[-1] / settings.sample_rate, 4),
+        n_samples=sound.wave.shape[-1],
+        sample_rate=settings.sample_rate,
+        channels=settings.channels,
+        caption=caption(about, Draw(settings.seed, "caption", piece.piece_id, rendition)),
+        path=path,
+        stem_paths="|".join(stem_paths),
+        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
+    )
+
+
+def described(row: Row) -> Described:
+    """The facts of a rendition, from its row."""
+    facts = {field.name: getattr(row, field.name) for field in fields(Described)}
+    return Described(**{**facts, "instruments": tuple(row.instruments.split("|"))})
+
+
+def row_stem_caption(row: Row, voice: int) -> str:
+    """The caption of one voice of a rendition."""
+    draw = Draw(row.seed, "caption", row.piece_id, row.rendition)
+    return stem_caption(described(row), voice, draw)
+
+
+def further_captions(row: Row, n: int) -> list[str]:
+    """Up to `n` other captions of a rendition; none of someone's own music, which says its own."""
+    if not row.articulation:
+        return []
+    about = described(row)
+    draws = (QuickDraw(row.seed, "caption", row.piece_id, row.rendition, k) for k in range(n))
+    texts = [caption(about, draw) for draw in draws]
+    return [text for text in dict.fromkeys(texts) if text != row.caption]
+
+
+def build_corpus(
+    out: Path,
+    hours: float,
+    settings: BuildSettings | None = None,
+    workers: int = 1,
+    cache: Path = DEFAULT_CACHE,
+) -> list[Row]:
+    """Render a corpus of so many hours into `out`; what is already there and whole is kept.
+
+    Raises:
+        LmdError: the folder holds a corpus built with other settings.
+    """
+    settings = settings or BuildSettings()
+    if not 0 < hours < 10_000:
+        raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
+    shelf = Shelf(settings.collections, cache, workers)
+    _hold_settings(out, settings, hours)
+    jobs = [(piece, rendition, settings, out) for piece, rendition in plan(shelf, hours, settings)]
+    rejected = [asdict(item) for item in sorted(shelf.rejected.values(), key=lambda r: r.piece_id)]
+    (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
+    rows: dict[str, Row] = {}
+    for entry in read_log(out / "rows.jsonl"):
+        if entry.keys() == set(COLUMNS) and is_whole(out, row := Row(**entry)):
+            # Of a build, perhaps, that knew fewer versions.
+            rows[row.name] = replace(row, split="train") if row.piece_id in TRAINED_ON else row
+    missing = [job for job in jobs if row_name(*job[:2]) not in rows]
+    progress = {"total": len(jobs), "initial": len(jobs) - len(missing), "mininterval": 1}
+    with (out / "rows.jsonl").open("a") as log:
+        done = tqdm(mapped(build_row, missing, workers), desc="rendering", **progress)
+        for count, row in enumerate(done, 1):
+            rows[row.name] = row
+            log.write(json.dumps(asdict(row), sort_keys=True) + "\n")
+            log.flush()
+            if count % 100 == 0:
+                write_manifest(out, _in_order(jobs, rows))
+    ordered = _in_order(jobs, rows)
+    write_manifest(out, ordered)
+    return ordered
+
+
+def _in_order(jobs: Sequence[Job], rows: Mapping[str, Row]) -> list[Row]:
+    """The finished rows in the order of the plan, then those of an earlier, longer build."""
+    names = dict.fromkeys([*(row_name(*job[:2]) for job in jobs), *rows])
+    return [rows[name] for name in names if name in rows]
+
+
+def _hold_settings(out: Path, settings: BuildSettings, hours: float) -> None:
+    """Write the corpus's settings, or hold them against those of an earlier run.
+
+    How many hours were asked for is noted too; more may be asked for later.
+    """
+    soundfont = Path(settings.soundfont) if settings.soundfont else default_soundfont()
+    ToneBank(soundfont, settings.sample_rate)  # a wrong file is refused before anything is written
+    path = out / SETTINGS
+    if path.is_file():
+        hours = max(hours, read_settings(path).get("hours", 0.0))
+    values = {"format": CORPUS_FORMAT, **asdict(settings), "hours": hours}
+    hold_settings(path, {**values, "soundfont_sha256": file_sha256(soundfont)}, free=("hours",))

@@ -1,0 +1,282 @@
+"""A person's own music: a folder of audio becomes a corpus like the rendered one."""
+
+import errno
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lmd.corpus.analysis import brightness_hz
+from lmd.corpus.levels import block_powers, gain_of, gated_lufs, limit
+from lmd.corpus.manifest import (
+    MANIFEST,
+    SETTINGS,
+    Row,
+    check_format,
+    is_whole,
+    read_manifest,
+    write_manifest,
+    write_wav,
+)
+from lmd.corpus.render import MAX_SECONDS
+from lmd.corpus.scores import mapped
+from lmd.corpus.tables import hold_settings, read_log
+from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
+from lmd.data.layouts import Track, survey
+from lmd.data.places import check_folder_free
+from lmd.data.sound_files import Scan, load_segment, open_sound, scan
+from lmd.data.splits import with_splits
+from lmd.errors import LmdError
+
+AUDIO_FORMAT = 2
+SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
+MAX_GAIN = 10 ** (30 / 20)  # what is softer stays soft: more would lift noise, not music
+MOST_CAPTIONS = 20  # shown after a build
+
+
+@dataclass(frozen=True)
+class AudioSettings:
+    """What a corpus of own music depends on, beside the files.
+
+    Attributes:
+        sample_rate: Hz.
+        channels: 1 or 2; stereo is averaged to mono, mono is doubled to stereo.
+        window_s: longest stretch in one file of the corpus.
+        stems: keep stems where a data set brings them.
+
+    Raises:
+        LmdError: a value out of range.
+    """
+
+    sample_rate: int = 22_050
+    channels: int = 1
+    window_s: float = MAX_SECONDS
+    stems: bool = False
+
+    def __post_init__(self) -> None:
+        check_format(self.sample_rate, self.channels, self.window_s)
+
+
+def windows_of(n_samples: int, settings: AudioSettings) -> list[tuple[int, int]]:
+    """Equal stretches, none longer than the window."""
+    n_windows = math.ceil(n_samples / (settings.window_s * settings.sample_rate))
+    edges = [round(i * n_samples / max(1, n_windows)) for i in range(n_windows + 1)]
+    return list(pairwise(edges))
+
+
+def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
+    """Read, trim, level, cut and write one track; whatever its file raises is its own reject."""
+    track, folder, out, settings = job
+    try:
+        scanned = scan(track.mix)
+        load = lru_cache(maxsize=1)(  # the only stretch of a short file is read once
+            partial(load_segment, sample_rate=settings.sample_rate, channels=settings.channels)
+        )
+        gain = _gain(_segments([track.mix], scanned, settings, load), settings)
+        paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
+        rows: list[Row] = []
+        for segment in _joined(_segments(paths, scanned, settings, load), settings):
+            mix, *stems = gain * segment
+            mix = limit(mix, settings.sample_rate)
+            for start, end in windows_of(mix.shape[-1], settings):
+                window, parts = mix[:, start:end], [stem[:, start:end] for stem in stems]
+                rows.append(_write(track, folder, len(rows), window, parts, out, settings))
+        return rows
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # that is not this file's fault
+        return Reject(track.mix, unreadable(error))
+
+
+def _segments(
+    paths: Sequence[Path],
+    scanned: Scan,
+    settings: AudioSettings,
+    load: Callable[..., np.ndarray],
+) -> Iterator[np.ndarray]:
+    """A track's equal stretches without the silences of its mix, float32 `[file, channel, sample]`.
+
+    `paths` are its mix and its stems, `load` is `load_segment` in the corpus's format.
+    """
+    duration_s = scanned.n_samples / scanned.sample_rate
+    n_segments = math.ceil(duration_s / SEGMENT_S)
+    length_s = duration_s / n_segments
+    for number in range(n_segments):
+        start_s = number * length_s
+        waves = [load(path, start_s=start_s, seconds=length_s) for path in paths]
+        keep = scanned.kept(waves[0].shape[-1], settings.sample_rate, start_s)
+        yield np.stack([_of_length(wave, len(keep))[:, keep] for wave in waves])
+
+
+def _of_length(wave: np.ndarray, n_samples: int) -> np.ndarray:
+    """`[channel, sample]`, cut or followed by silence."""
+    return np.pad(wave[:, :n_samples], ((0, 0), (0, max(0, n_samples - wave.shape[-1]))))
+
+
+def _gain(segments: Iterator[np.ndarray], settings: AudioSettings) -> np.float32:
+    """The one factor that brings a whole mix, however long, to the corpus's loudness."""
+    blocks = [block_powers(segment[0], settings.sample_rate) for segment in segments]
+    return np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
+
+
+def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator[np.ndarray]:
+    """The same sound; of what is under a second, nothing stands alone."""
+    shortest = MIN_SECONDS * settings.sample_rate
+    held = next(segments)
+    for segment in segments:
+        if min(held.shape[-1], segment.shape[-1]) < shortest:
+            held = np.concatenate([held, segment], axis=-1)
+        else:
+            yield held
+            held = segment
+    yield held
+
+
+def _write(
+    track: Track,
+    folder: Path,
+    number: int,
+    wave: np.ndarray,
+    stems: list[np.ndarray],
+    out: Path,
+    settings: AudioSettings,
+) -> Row:
+    """Write one window and say what it is."""
+    piece_id = track.mix.relative_to(folder).as_posix()
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
+    digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
+    name = f"{slug}-{digest[:10]}__w{number}"
+    path = f"audio/{name}.wav"
+    write_wav(out / path, wave, settings.sample_rate)
+    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
+    for stem_path, stem in zip(stem_paths, stems, strict=True):
+        write_wav(out / stem_path, stem, settings.sample_rate)
+    instruments = [stem_name for stem_name, _ in track.stems] if stems else []
+    return Row(
+        name=name, piece_id=piece_id, composer="", title=track.mix.stem, split=track.split,
+        rendition=0, seed=0, family="own music", instruments="|".join(instruments), tempo_bpm=0.0,
+        key="", mode="", metre="", transposition=0, articulation="", dynamics="",
+        density_hz=0.0, brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
+        duration_s=round(wave.shape[-1] / settings.sample_rate, 4), n_samples=wave.shape[-1],
+        sample_rate=settings.sample_rate, channels=settings.channels, caption=track.caption,
+        path=path, stem_paths="|".join(stem_paths),
+        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
+    )  # fmt: skip
+
+
+def build_audio(
+    folder: Path,
+    out: Path,
+    settings: AudioSettings | None = None,
+    keep_going: bool = False,
+    workers: int = 1,
+) -> tuple[list[Row], Report]:
+    """Take in a folder of audio; tracks that are there already are kept.
+
+    Args:
+        folder: where to look.
+        out: the corpus to fill.
+        settings: format of the corpus.
+        keep_going: go on when more than 5 % of 20 files or more are rejected.
+        workers: processes.
+
+    Raises:
+        LmdError: too many rejects, nothing usable, a corpus made with other settings, or one
+            inside the folder that is taken in.
+    """
+    settings = settings or AudioSettings()
+    for written in (out, out / "audio", out / "stems"):
+        if written.resolve().is_relative_to(folder.resolve()):
+            raise LmdError(
+                f"the corpus's {written} inside {folder}, which is taken in",
+                "a folder outside: the next run would take in its own output",
+                "Choose another --out.",
+            )
+    tracks, report = survey(folder)
+    if (report.too_many_rejected and not keep_going) or not tracks:
+        listed = "".join(f"\n  {item}" for item in report.rejected)
+        n_rejected, n_accepted = len(report.rejected), len(report.accepted)
+        raise LmdError(
+            f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n",
+            f"at most {MAX_REJECTED:.0%}" if tracks else "music",
+            "Repair or remove them, or use --keep-going." if tracks else "Repair them.",
+        )
+    check_folder_free(out, sum(_n_bytes(track, settings) for track in tracks))
+    hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
+    before = read_manifest(out) if (out / MANIFEST).is_file() else []
+    rows = []
+    for track, taken in zip(tracks, _taken_in(tracks, folder, out, settings, workers), strict=True):
+        if isinstance(taken, Reject):
+            report.reject(track.mix, taken.reason)
+        else:
+            rows += taken
+    (out / "rejected.json").write_text(report.as_json() + "\n")
+    if not rows:
+        raise LmdError(f"nothing usable in {folder}", "music", f"See {out / 'rejected.json'}.")
+    rows = with_splits(rows, before)
+    write_manifest(out, rows)
+    return rows, report
+
+
+def _n_bytes(track: Track, settings: AudioSettings) -> int:
+    """About how much room a track will take."""
+    with open_sound(track.mix) as sound:
+        n_samples = sound.frames * settings.sample_rate // sound.samplerate
+    return 2 * n_samples * settings.channels * (1 + settings.stems * len(track.stems))
+
+
+def _taken_in(
+    tracks: Sequence[Track], folder: Path, out: Path, settings: AudioSettings, workers: int
+) -> list[list[Row] | Reject]:
+    """The rows of every track, those of an earlier run first read from its log.
+
+    A piece's files have the same names whatever it was, so the last entry of each alone counts.
+    """
+    last: dict[str, tuple[str, list[Row]]] = {}
+    for entry in read_log(out / "tracks.jsonl"):
+        rows = [Row(**row) for row in entry["rows"]]
+        last[rows[0].piece_id if rows else entry["key"]] = (entry["key"], rows)
+    done: dict[str, list[Row] | Reject] = {
+        key: rows for key, rows in last.values() if all(is_whole(out, row) for row in rows)
+    }
+    keys = [_key(track, folder) for track in tracks]
+    missing = {key: track for key, track in zip(keys, tracks, strict=True) if key not in done}
+    jobs = [(track, folder, out, settings) for track in missing.values()]
+    # One thread each, as in the command: copies must give the same bytes.
+    results = tqdm(mapped(take_in, jobs, workers, 1), "taking in", len(jobs), mininterval=1)
+    with (out / "tracks.jsonl").open("a") as log:
+        for key, taken in zip(missing, results, strict=True):
+            done[key] = taken
+            if not isinstance(taken, Reject):
+                entry = {"key": key, "rows": [asdict(row) for row in taken]}
+                log.write(json.dumps(entry, sort_keys=True) + "\n")
+                log.flush()
+    return [done[key] for key in keys]
+
+
+def _key(track: Track, folder: Path) -> str:
+    """What a track was when it was taken in: its place, words, and files as they were."""
+    about = [track.mix.relative_to(folder).as_posix(), track.caption, track.split]
+    for name, path in (("", track.mix), *track.stems):
+        state = path.stat()
+        about.append(f"{name}:{path.name}:{state.st_size}:{state.st_mtime_ns}")
+    return "|".join(about)
+
+
+def caption_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """What the windows are called, most frequent first, and how to call them better."""
+    counts = Counter(row.caption for row in rows)
+    yield "captions (windows):"
+    yield from (f"{n:6} {text}" for text, n in counts.most_common(MOST_CAPTIONS))
+    if len(counts) > MOST_CAPTIONS:
+        yield f"       and {len(counts) - MOST_CAPTIONS} others"
+    yield "Better ones: write song.txt beside song.wav (genre, instruments, mood) and build again."
