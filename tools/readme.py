@@ -101,7 +101,7 @@ def notebooks(root: Path, profile: str) -> str:
         lines = [line.strip() for cell in cells[:2] for line in "".join(cell["source"]).split("\n")]
         idea = next(line for line in lines if line[:1].isalnum())
         typed = next(line for line in lines if line.startswith("**Typed out:**"))
-        minutes = run["notebooks"][path.stem]["seconds"] / 60 if run else None
+        minutes = f"{run['notebooks'][path.stem]['seconds'] / 60:.1f}" if run else ""
         link = f"[`{path.stem}`](notebooks/{path.name})"
         rows.append([link, idea, typed.removeprefix("**Typed out:** ").rstrip("."), minutes])
     table = _table(pd.DataFrame(rows, columns=["notebook", "idea", "typed out", "minutes"]))
