@@ -1,25 +1,41 @@
-"""The command lines of the README, as a reader would type them."""
+"""The pages of the project and their command lines, as a reader would type them."""
 
 import re
 import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from lmd.pipeline.plan import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {  # not the log, which says what once was
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if path.name != "log.md"
+}
+README = PAGES[ROOT / "README.md"]
+BIN = Path(sys.executable).parent
 
 
-def shell_lines() -> list[str]:
-    """Every command line of the README's `sh` blocks, continuation lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    text = "\n".join(blocks).replace("\\\n", " ")
-    return [line for line in text.splitlines() if line.strip()]
+def shell_lines(text: str = "\n".join(PAGES.values())) -> list[str]:
+    """Every command line of a text's `sh` blocks, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
 
 
 def lmd_commands() -> list[list[str]]:
-    """What stands after `-m lmd` in these lines."""
-    words = [shlex.split(line, comments=True) for line in shell_lines() if "-m lmd " in line]
-    return [line[line.index("lmd") + 1 :] for line in words]
+    """What follows `lmd` in these lines, however it is started."""
+    words = [shlex.split(line, comments=True) for line in shell_lines()]
+    return [line[line.index("lmd") + 1 :] for line in words if "lmd" in line]
+
+
+def typed(line: str) -> list[str]:
+    """The words of a command line, with the programs of this environment."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "lmd":
+        return [sys.executable, "-m", *words]
+    return [str(BIN / words[0]), *words[1:]] if words[0] == "torchrun" else words
 
 
 def command_with(start: str, places: Mapping[str, str]) -> list[str]:
@@ -32,4 +48,4 @@ def command_with(start: str, places: Mapping[str, str]) -> list[str]:
     for place, what in places.items():
         assert place in line, f"no {place!r} in {line!r}"
         line = line.replace(place, what)
-    return shlex.split(line, comments=True)
+    return typed(line)
