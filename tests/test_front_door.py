@@ -20,9 +20,9 @@ import yaml
 from matplotlib.image import imread
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from readme import PAGES, README, command_with, lmd_commands, shell_lines, typed
+from pages import PAGES, README, command_with, lmd_commands, shell_lines, typed
 
-import tools.readme as filler
+import readme as filler  # tools/readme.py
 from lmd.__main__ import COMMANDS
 from lmd.checkpoint import read_header
 from lmd.config import PRESETS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from latents_fake import write_latents
 from nodes import ADDRESSES, finish_nodes, free_port, run_pair, start
-from readme import command_with
+from pages import command_with
 
 from lmd.__main__ import main
 from lmd.training.card import run_log
