@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import readme as filler  # tools/readme.py
 import soundfile
 import tyro
 import yaml
@@ -22,7 +23,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pages import PAGES, README, command_with, lmd_commands, shell_lines, typed
 
-import readme as filler  # tools/readme.py
 from lmd.__main__ import COMMANDS
 from lmd.checkpoint import read_header
 from lmd.config import PRESETS
@@ -33,6 +33,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCKED = dict(line.split("==") for line in LOCK if not line.startswith("#"))
+FOLDERS = ("data", "outputs")  # that have a page of their own
 NO_GIT = shutil.which("git") is None or not (ROOT / ".git").exists()
 
 
@@ -326,8 +327,25 @@ def test_the_pages_show_pictures_and_play_sounds() -> None:
     assert all(np.abs(soundfile.read(path)[0]).max() > 0.05 for path in sounds)
 
 
+PRIVATE = "judge|desk|doors?|crowd|law|belief|listener|recogniser|seam|panels|begun|in its ears"
+PRIVATE += "|is told|if it is silent|who sees whom|chord|twins?"
+
+
+def test_pages_and_notebooks_use_the_fields_terms() -> None:
+    """None of the project's former private words, outside of names of files and of the code."""
+    texts = {path.name: text for path, text in PAGES.items()}
+    texts |= {f"{page}/README.md": (ROOT / page / "README.md").read_text() for page in FOLDERS}
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        texts[path.name] = "\n".join(prose)
+    for name, text in texts.items():
+        found = re.findall(rf"\b(?:{PRIVATE})s?\b", re.sub(r"`[^`\n]*`", "", text), re.IGNORECASE)
+        assert not found, f"{found} in {name}"
+
+
 def test_links_of_the_pages_lead_somewhere() -> None:
-    pages = [*PAGES, ROOT / "data" / "README.md", ROOT / "outputs" / "README.md"]
+    pages = [*PAGES, *(ROOT / folder / "README.md" for folder in FOLDERS)]
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if not link.startswith("http"):
