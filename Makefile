@@ -1,5 +1,5 @@
 # Two commands: `make run` makes music and a report, `make test` checks everything.
-# Needs Python 3.11 or newer with pip, and make. On Windows see README.md.
+# Needs Python 3.11 or newer with pip, and make. On Windows see docs/platforms.md.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: run test lint lab install lock clean
 
-run: install ## the whole line: scores to a streamed wave and outputs/quick/report.html
+run: install ## everything: scores to a streamed wave and outputs/quick/report.html
 	$(BIN)/python -m lmd run --profile $(PROFILE)
 
 test: lint ## everything: lint, formatting, import contract, tests in JOBS processes, notebooks

@@ -93,7 +93,7 @@ class Instrument:
             return f"{self.source} ({self.preset.name})"
         return (
             f"{self.preset.name} with random weights: noise, not music ({self.source}). "
-            'Weights come from "The whole line by hand" in the README.'
+            'Weights come from "All stages by hand" in docs/training.md.'
         )
 
 

@@ -1,11 +1,10 @@
-"""What a newcomer meets first: environment files, make targets, README, notebooks as committed."""
+"""What a newcomer meets first: environment files, make targets, pages, notebooks as committed."""
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,25 +14,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import readme as filler  # tools/readme.py
 import soundfile
 import tyro
 import yaml
 from matplotlib.image import imread
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from readme import README, command_with, lmd_commands, shell_lines
+from pages import PAGES, README, command_with, lmd_commands, shell_lines, typed
 
 from lmd.__main__ import COMMANDS
 from lmd.checkpoint import read_header
 from lmd.config import PRESETS
 from lmd.pipeline.notebook import parameters_of
-from lmd.pipeline.plan import ROOT, Options, plan
-from lmd.pipeline.readme import BLOCK, BLOCKS, fill, publish
+from lmd.pipeline.plan import ROOT, RunOptions, plan
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCKED = dict(line.split("==") for line in LOCK if not line.startswith("#"))
+FOLDERS = ("data", "outputs")  # that have a page of their own
 NO_GIT = shutil.which("git") is None or not (ROOT / ".git").exists()
 
 
@@ -130,23 +130,65 @@ def test_the_ci_script_is_executable_and_parses() -> None:
 
 
 @pytest.mark.parametrize("command", lmd_commands(), ids=" ".join)
-def test_a_readme_command_is_accepted_as_written(command: list[str]) -> None:
+def test_a_command_of_the_pages_is_accepted_as_written(command: list[str]) -> None:
     if command == ["--help"]:
         return  # run for real below
     name = next(tuple(command[:n]) for n in (2, 1) if tuple(command[:n]) in COMMANDS)
-    module = importlib.import_module(COMMANDS[name][0])
+    module, words = importlib.import_module(COMMANDS[name][0]), command[len(name) :]
     if hasattr(module, "Options"):
-        config = (tyro.conf.FlagCreatePairsOff,)
-        tyro.cli(module.Options, args=command[len(name) :], config=config)
+        tyro.cli(module.Options, args=words, config=(tyro.conf.FlagCreatePairsOff,))
         return
     parser = argparse.ArgumentParser()
     module.configure(parser)
-    parser.parse_args(command[len(name) :])
+    parser.parse_args(words)
+
+
+def test_commands_named_in_sentences_exist() -> None:
+    """`lmd bench arc`, `python -m lmd.x`, `python tools/x.py`, `tests/test_x.py`."""
+    for path, text in PAGES.items():
+        for words in re.findall(r"`(?:python -m )?lmd ([a-z ]+)", text):
+            first = tuple(words.split())
+            assert any(first[:n] in COMMANDS for n in (1, 2)), f"lmd {words} in {path.name}"
+        for module in re.findall(r"python -m (lmd\.[\w.]+)", text):
+            assert importlib.util.find_spec(module), f"{module} in {path.name}"
+        for file in re.findall(r"\b(tools/\w+\.py|tests/\w+\.py|lmd/[\w/]+\.\w+)", text):
+            assert (ROOT / file).is_file(), f"{file} in {path.name}"
+
+
+def test_lmd_is_a_command() -> None:
+    assert PROJECT["scripts"] == {"lmd": "lmd.__main__:main"}
+    assert importlib.import_module("lmd.__main__").main(["--help"]) == 0
+
+
+def code_has(name: str) -> bool:
+    """Whether a dotted name of the package can be imported or looked up."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[n:]:
+            if part in getattr(found, "__dataclass_fields__", {}):
+                return True  # a field without a default is no attribute of the class
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_names_of_the_code_in_the_pages_exist() -> None:
+    named = {n for text in PAGES.values() for n in re.findall(r"`(lmd\.[\w.]+)`", text)}
+    assert len(named) > 80
+    missing = sorted(name for name in named if not code_has(name))
+    assert not missing
+    assert not code_has("lmd.model.masks.no_such_mask")
 
 
 def test_the_readme_names_make_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
+    named = {line.split()[1] for line in shell_lines(README) if line.startswith("make ")}
     assert {"run", "test", "lab"} <= named <= targets
 
 
@@ -182,9 +224,8 @@ def test_data_check_reads_a_folder_of_ones_own_as_the_readme_says(tmp_path: Path
 
 def test_a_stream_is_written_as_the_readme_says(tmp_path: Path) -> None:
     """Three seconds instead of a minute."""
-    places = {".venv/bin/python": sys.executable, "-o organ.wav": f"-o {tmp_path}/organ.wav"}
-    places["--seconds 60"] = "--seconds 3"
-    command = command_with('.venv/bin/python -m lmd stream "church organ', places)
+    places = {"-o organ.wav": f"-o {tmp_path}/organ.wav", "--seconds 60": "--seconds 3"}
+    command = command_with('lmd stream "church organ', places)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     wave, rate = soundfile.read(tmp_path / "organ.wav")
@@ -195,15 +236,16 @@ def test_a_stream_is_written_as_the_readme_says(tmp_path: Path) -> None:
 def carry_out(text: str, cwd: Path) -> None:
     """Every line of a block of shell commands, one after the other."""
     for line in text.replace("\\\n", "").splitlines():
-        words = shlex.split(line, comments=True)
-        words[0] = words[0].replace(".venv/bin/python", sys.executable)
-        result = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            typed(line), cwd=cwd, capture_output=True, text=True, check=False, env=environment
+        )
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
 
 
-def block_of(title: str) -> str:
-    """The first block of shell commands in a section of the README."""
-    section = README[README.index(f"## {title}") :]
+def block_of(title: str, page: str = README) -> str:
+    """The first block of shell commands in a section of a page."""
+    section = page[page.index(f"## {title}") :]
     return section.partition("```sh\n")[2].partition("```")[0]
 
 
@@ -230,11 +272,12 @@ def test_ones_own_music_is_learned_and_played_as_the_readme_says(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
+def test_all_stages_go_by_hand_as_the_docs_say(tmp_path: Path) -> None:
     """The commands of that section in their order, on a minute of music and two steps each."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/pretrained").symlink_to(ROOT / "data/pretrained")
-    text, few = block_of("The whole line by hand"), "--batch 2 --no-progress"
+    text = block_of("All stages by hand", PAGES[ROOT / "docs" / "training.md"])
+    few = "--batch 2 --no-progress"
     places = {"--hours 24": "--hours 0.02 --collections bach"}  # quick to parse
     places["train base"] = f"train base --steps 2 {few}"
     places["train codec"] = "train codec --steps 3 --encoder-steps 1 --batch 2 --frames 16"
@@ -252,18 +295,30 @@ def test_the_whole_line_goes_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     assert len(soundfile.read(tmp_path / "harp.wav")[0]) > 0
 
 
-def test_the_readme_is_filled_in_from_the_files() -> None:
-    assert fill(README, ROOT) == README, "run `python -m lmd.pipeline.readme`"
-    used = set(re.findall(r"<!-- begin (\w+)", README))
-    assert {"bench", "notebooks", "durations"} <= used <= set(BLOCKS)
+def test_the_pages_are_filled_in_from_the_files() -> None:
+    used = set()
+    for name in filler.PAGES:
+        text = PAGES[ROOT / name]
+        up = "../" * name.count("/")
+        assert filler.fill(text, ROOT, up) == text, "run `python tools/readme.py`"
+        used |= set(re.findall(r"<!-- begin (\w+)", text))
+    assert used == set(filler.BLOCKS)
+    assert filler.main(check=True) == 0
 
 
-def test_the_readme_shows_pictures_and_plays_sounds() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 8192
+
+
+def test_the_pages_show_pictures_and_play_sounds() -> None:
     """Every block for one has its link, to a picture that is not blank or a sound one hears."""
-    blocks = [match for match in BLOCK.finditer(README) if match[2] == "media"]
-    links = [re.search(r"\]\(([^)]+)\)", match[4]) for match in blocks]
-    assert all(links), "run `python -m lmd.pipeline.readme --publish outputs/quick`"
-    paths = [ROOT / link[1] for link in links if link]
+    paths = []
+    for page in map(ROOT.joinpath, filler.PAGES):
+        for match in filler.BLOCK.finditer(PAGES[page]):
+            if match[2] == "media":
+                link = re.search(r"\]\(([^)]+)\)", match[4])
+                assert link, "run `python tools/readme.py --publish outputs/quick`"
+                paths.append(page.parent / link[1])
     pictures = [path for path in paths if path.suffix == ".png"]
     sounds = [path for path in paths if path.suffix == ".ogg"]
     assert pictures
@@ -272,10 +327,29 @@ def test_the_readme_shows_pictures_and_plays_sounds() -> None:
     assert all(np.abs(soundfile.read(path)[0]).max() > 0.05 for path in sounds)
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+PRIVATE = "judge|desk|doors?|crowd|law|belief|listener|recogniser|seam|panels|begun|in its ears"
+PRIVATE += "|is told|if it is silent|who sees whom"
+
+
+def test_pages_and_notebooks_use_the_fields_terms() -> None:
+    """None of the project's former private words, outside of names of files and of the code."""
+    texts = {path.name: text for path, text in PAGES.items()}
+    texts |= {f"{page}/README.md": (ROOT / page / "README.md").read_text() for page in FOLDERS}
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        texts[path.name] = "\n".join(prose)
+    for name, text in texts.items():
+        found = re.findall(rf"\b(?:{PRIVATE})s?\b", re.sub(r"`[^`\n]*`", "", text), re.IGNORECASE)
+        assert not found, f"{found} in {name}"
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    pages = [*PAGES, *(ROOT / folder / "README.md" for folder in FOLDERS)]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{link} in {page.name}"
 
 
 def test_block_lengths_that_the_readme_names_are_those_of_the_presets() -> None:
@@ -311,7 +385,7 @@ def test_nbstripout_would_change_nothing() -> None:
 @pytest.mark.parametrize("profile", ["smoke", "quick", "full", "paper"])
 @pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
 def test_every_profile_fits_the_notebooks(profile: str) -> None:
-    assert len(plan(Options(profile=profile))) == len(NOTEBOOKS)
+    assert len(plan(RunOptions(profile=profile))) == len(NOTEBOOKS)
 
 
 @pytest.mark.skipif(NO_GIT, reason="not a git checkout")
@@ -326,24 +400,27 @@ def _bytes(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() and path.stat().st_size < 1_000_000 else b""
 
 
-def test_publishing_copies_what_the_readme_names_and_fills_it_in(tmp_path: Path) -> None:
+def test_publishing_copies_what_the_pages_name_and_fills_it_in(tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "quick"
     (run / "04_play").mkdir(parents=True)
     soundfile.write(run / "04_play" / "stream.wav", np.zeros(44_100), 22_050)
-    entry = {"status": "done", "seconds": 3.5, "metrics": {"rtf": 12.25}}
+    (tmp_path / "notebooks").mkdir()
+    first = ["# 04 · Play\n", "\n", "One block by hand.\n", "\n", "**Typed out:** a block."]
+    notebook = {"cells": [{"cell_type": "markdown", "source": first}]}
+    (tmp_path / "notebooks" / "04_play.ipynb").write_text(json.dumps(notebook))
+    entry = {"status": "done", "seconds": 93, "metrics": {"rtf": 12.25}}
     machine = {"cpu": "a CPU", "n_cores": 2, "memory_gib": 8.0, "amx": True, "gpu": ""}
     summary = {"profile": "quick", "machine": machine, "notebooks": {"04_play": entry}}
     (run / "metrics.json").write_text(json.dumps(summary))
     text = (
-        "<!-- begin durations quick -->\n<!-- end -->\n"
-        "<!-- begin figures quick 04_play rtf -->\n<!-- end -->\n"
+        "<!-- begin notebooks quick -->\n<!-- end -->\n"
         "<!-- begin media 04_play/stream.wav | Hear it -->\nold\n<!-- end -->\n"
     )
-    publish(run, text, tmp_path)
-    filled = fill(text, tmp_path)
-    assert "| 04_play | 3.5 |" in filled
-    assert "Measured on a CPU with AMX, 2 cores, 8 GiB." in filled
-    assert "| `rtf` | 12.2 |" in filled
-    assert "[Hear it](outputs/published/04_play_stream.ogg) (2 s)" in filled
+    filler.copy_run(run, [text], tmp_path)
+    filled = filler.fill(text, tmp_path, "../")
+    row = "| [`04_play`](../notebooks/04_play.ipynb) | One block by hand. | a block | 1.6 |"
+    assert row in filled
+    assert "on a CPU with AMX, 2 cores, 8 GiB" in filled
+    assert "[Hear it](../outputs/published/04_play_stream.ogg) (2 s)" in filled
     assert "old" not in filled
-    assert fill(filled, tmp_path) == filled
+    assert filler.fill(filled, tmp_path, "../") == filled

@@ -175,7 +175,7 @@ def test_a_take_of_an_exported_folder_replays_the_same_samples(tiny, tmp_path):
 
 @pytest.mark.parametrize("boundary", ["exact", "fade"])
 def test_a_stream_decoded_by_graphs_is_the_whole_decode(tiny, boundary):
-    codec = open_instrument(str(tiny)).streamer.codec.model
+    codec = load_graphs(tiny, "float32").codec
     plain = open_instrument("random:tiny:0").streamer.codec.model
     latents, state, waves = normal((1, 8, 96), 0, "latents"), DecodeState(), []
     for part in latents.split(12, dim=-1):
@@ -183,10 +183,10 @@ def test_a_stream_decoded_by_graphs_is_the_whole_decode(tiny, boundary):
         waves.append(wave)
     streamed = torch.cat(waves, dim=-1)
     whole = plain.decode(latents)[..., : streamed.shape[-1]]
-    # measured: 2e-5 where boundaries are exact; faded ones differ where they are guessed
-    tolerance = 1e-3 if boundary == "exact" else float("inf")
-    assert (streamed - whole).abs().max() < tolerance
+    inside = slice(None) if boundary == "exact" else slice(0, 11 * 1024)  # up to the first fade
+    apart = (streamed - whole)[..., inside].abs().max() / whole.abs().max()
     assert codec.decoder.graph is not None
+    assert apart < 1e-3  # measured: 5e-4, of random weights' deafening waves
 
 
 def test_an_export_says_what_it_is(graphs, capsys):

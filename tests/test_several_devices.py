@@ -1,6 +1,5 @@
-"""The README's lines for several devices and machines: the losses of one process, but rounding."""
+"""The commands for several devices and machines: the losses of one process, but rounding."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import numpy as np
 import pytest
 from latents_fake import write_latents
 from nodes import ADDRESSES, finish_nodes, free_port, run_pair, start
-from readme import command_with
+from pages import command_with
 
 from lmd.__main__ import main
 from lmd.training.card import run_log
 
 WORDS = ["--steps", "4", "--batch", "8", "--precision", "32", "--accelerator", "cpu"]
 WORDS += ["--no-progress", "--warmup", "1", "--lr", "3e-3"]
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +39,10 @@ def distance(one: Path, several: Path) -> float:
     return float(np.abs(first - second).max())
 
 
-def test_several_devices_as_the_readme_says(one, tmp_path):
+def test_several_devices_as_the_docs_say(one, tmp_path):
     """Two processes instead of four, which Lightning starts itself."""
-    places = {".venv/bin": str(BIN), "small": "tiny", "data/latents": str(one / "latents")}
-    words = command_with(".venv/bin/python -m lmd train base --preset", places)
+    places = {"small": "tiny", "data/latents": str(one / "latents")}
+    words = command_with("lmd train base --preset", places)
     words[words.index("--devices") + 1] = "2"
     run_pair(*words, *WORDS, "--out", tmp_path)
     assert distance(one, tmp_path) < 1e-5  # measured 2e-7: sums in another order
@@ -53,21 +51,21 @@ def test_several_devices_as_the_readme_says(one, tmp_path):
 def test_several_devices_teach_blocks_as_one_does(tmp_path):
     """The same line for the fine-tune, whose steps take turns between regimes and lengths."""
     one = alone("finetune", tmp_path / "one")
-    places = {".venv/bin": str(BIN), "small": "tiny", "data/latents": str(one / "latents")}
+    places = {"small": "tiny", "data/latents": str(one / "latents")}
     places["train base"] = "train finetune"
-    words = command_with(".venv/bin/python -m lmd train base --preset", places)
+    words = command_with("lmd train base --preset", places)
     words[words.index("--devices") + 1] = "2"
     run_pair(*words, *WORDS, "--out", tmp_path / "two")
     assert distance(one, tmp_path / "two") < 1e-5
 
 
-def test_two_machines_as_the_readme_says(one, tmp_path):
+def test_two_machines_as_the_docs_say(one, tmp_path):
     """torchrun twice, one process each, at two addresses."""
-    places = {".venv/bin": str(BIN), "small": "tiny", "data/latents": str(one / "latents")}
+    places = {"small": "tiny", "data/latents": str(one / "latents")}
     places |= {"HOST": ADDRESSES[0], "29500": str(free_port())}
     places |= {"--nproc-per-node 4": "--nproc-per-node 1", "--devices 4": "--devices 1"}
     commands = [
-        command_with(".venv/bin/torchrun", {**places, "--node-rank 0": f"--node-rank {node}"})
+        command_with("torchrun", {**places, "--node-rank 0": f"--node-rank {node}"})
         for node in range(len(ADDRESSES))
     ]
     more = [*WORDS, "--out", tmp_path]
