@@ -90,7 +90,7 @@ class Instrument:
     def description(self) -> str:
         """One line for a person."""
         if self.is_trained:
-            return f"{self.source} ({self.preset.name})"
+            return f"{self.source} ({self.preset.name}, {self.engine})"
         return (
             f"{self.preset.name} with random weights: noise, not music ({self.source}). "
             'Weights come from "All stages by hand" in docs/training.md.'

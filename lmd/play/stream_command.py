@@ -1,6 +1,6 @@
-"""`python -m lmd stream`: music into a file, or paced by a clock to measure how it keeps up.
+"""`lmd stream`: music into a file, or paced by a clock to measure how it keeps up.
 
-python -m lmd stream "church organ, slow, minor" --seconds 60 -o out.wav --take out.jsonl
+lmd stream "church organ, slow, minor" --seconds 60 -o out.wav --take out.jsonl
 """
 
 import dataclasses
@@ -38,10 +38,11 @@ class Options:
     paced: bool = False  # Keep real time, heard by nobody.
     play: bool = False  # Keep real time on the sound card.
     queue: float | None = None  # Seconds to make ahead (two blocks by default).
-    source: str = "best"  # Weights: best, arc, finetuned, base, FOLDER:KIND, random:PRESET:SEED.
+    source: str = "best"  # best, arc, finetuned, base, FOLDER:KIND, random:PRESET:SEED, graphs.
     preset: str = "small"  # tiny, small or paper (for --source best).
     device: str = "auto"  # cpu, cuda, mps or auto.
-    dtype: Literal["float32", "bfloat16"] | None = None  # Of the model (float32 by default).
+    engine: Literal["auto", "torch", "graph"] = "auto"  # What computes (graphs on a CPU).
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None  # Of products (default float32).
     cfg_scale: float | None = None  # Guidance, 1 = off.
     n_steps: Annotated[int | None, tyro.conf.arg(name="steps")] = None  # Per block and branch.
     sampler: SamplerName | None = None  # How noise becomes music.
@@ -55,7 +56,11 @@ def main(options: Options) -> int:
     """Stream; status 1 if a paced stream ran dry, a block could not be played or a take ended."""
     _check(options)
     instrument = open_instrument(
-        options.source, preset_name=options.preset, device=options.device, dtype=options.dtype
+        options.source,
+        preset_name=options.preset,
+        device=options.device,
+        dtype=options.dtype,
+        engine=options.engine,
     )
     print(f"playing on {instrument.description}")
     engine, was_interrupted = _engine(options, instrument), False
