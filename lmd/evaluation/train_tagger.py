@@ -318,6 +318,6 @@ def card(path: Path) -> str:
         path=path,
         size_mb=path.stat().st_size / 1e6,
         header=header,
-        notice="\n".join(NOTICE),
+        notice=NOTICE,
         **header.notes | {"scores": scores.to_markdown(floatfmt=".4g")},
     )
