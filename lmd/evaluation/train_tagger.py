@@ -39,7 +39,6 @@ from lmd.evaluation.tagger import (
 )
 from lmd.machine import machine_dict, tune_allocator
 from lmd.rng import derive_seed, generator, normal
-from lmd.training.card import NOTICE
 
 STEP_DB, BOTTOM_DB = 0.5, -110.0  # levels are kept in bytes
 SOUNDING = 0.05  # a pitch class is there if it sounds for this share of a window
@@ -318,6 +317,5 @@ def card(path: Path) -> str:
         path=path,
         size_mb=path.stat().st_size / 1e6,
         header=header,
-        notice=NOTICE,
         **header.notes | {"scores": scores.to_markdown(floatfmt=".4g")},
     )

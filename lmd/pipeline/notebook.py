@@ -200,9 +200,9 @@ class _Client(PapermillNotebookClient):
     training may take hours.
     """
 
-    def __init__(self, nb_man: Any, *, name: str, output: Log, interval_s: float, **options: Any):
-        super().__init__(nb_man, stdout_file=output, stderr_file=output, **options)
-        self.name, self.output, self.interval_s = name, output, interval_s
+    def __init__(self, nb_man: Any, *, name: str, said: Log, interval_s: float, **options: Any):
+        super().__init__(nb_man, stdout_file=said, stderr_file=said, **options)
+        self.label, self.said, self.interval_s = name, said, interval_s
         self.n_done, self.began_s, self.drawn_s = 0, time.monotonic(), -math.inf
         self.silence_s, self.news_s = max_silence_s(), 0.0
 
@@ -211,8 +211,8 @@ class _Client(PapermillNotebookClient):
         now_s, is_terminal = time.monotonic(), sys.stderr.isatty()
         if is_last or now_s - self.drawn_s >= self.interval_s:
             self.drawn_s, spent_s = now_s, now_s - self.began_s
-            said = re.sub(r"\|[^|]*\||\s+", " ", self.output.last)  # a progress bar without the bar
-            line = f"{self.name}: cell {self.n_done}/{len(self.nb.cells)} "
+            said = re.sub(r"\|[^|]*\||\s+", " ", self.said.last)  # a progress bar without the bar
+            line = f"{self.label}: cell {self.n_done}/{len(self.nb.cells)} "
             line += f"[{spent_s // 60:.0f}:{spent_s % 60:02.0f}], {re.sub(' +', ' ', said)[:60]}"
             n_columns = shutil.get_terminal_size((120, 24)).columns - 1
             start, end = ("\r", "\n" * is_last) if is_terminal else ("", "\n")
@@ -283,7 +283,7 @@ class _LmdEngine(Engine):
         client = _Client(
             nb_man,
             name=name,
-            output=log,
+            said=log,
             interval_s=interval_s,
             kernel_name=kernel_name,
             startup_timeout=60,

@@ -181,6 +181,7 @@ def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
     described = [sources, dict(task.parameters), versions()]
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
     package = [path for path in _files(PACKAGE) if path.suffix in SOURCES]
+    package += sorted(task.source.parent.glob("*.py"))  # what lies beside the notebooks
     left = [path for folder in earlier for path in _files(folder)]
     for path in (*package, *sorted(weights.glob("*.safetensors")), *sorted(left)):
         with path.open("rb") as file:
