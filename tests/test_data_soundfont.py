@@ -98,11 +98,14 @@ def test_samples_that_cannot_be_unpacked_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["padded", "unpadded"])
-def test_an_odd_chunk_is_read_with_its_pad_byte_and_without(name: str) -> None:
+def test_an_odd_chunk_is_read_with_its_pad_byte_and_without(tmp_path: Path, name: str) -> None:
     """Debian's FluidR3Mono is made without; these two have all chunks and no program."""
     path = Path(__file__).parent / f"fixtures/soundfonts/{name}.sf3"
     with pytest.raises(LmdError, match=rf"no program 0 in {name}\.sf3"):
         Soundfont(path).zones(0, 60)
+    with pytest.raises(LmdError, match=rf"no programs \[0, .*\] in {name}\.sf3"):
+        build_corpus(tmp_path / "out", 1, BuildSettings(soundfont=str(path)), cache=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_a_corpus_is_played_with_a_soundfont_given_by_its_path(tmp_path: Path, s
     corpus = Corpus(tmp_path / "out")
     assert np.abs(corpus.wave(0)).max() > 0.05
     assert corpus.stems(0, tmp_path / "cache").any()
-    write_soundfont(path)  # other contents under the same name …
+    write_soundfont(path, n_programs=129)  # other contents under the same name …
     file_sha256.cache_clear()  # … as the next process finds them
     with pytest.raises(LmdError, match="other soundfont_sha256"):
         build_corpus(tmp_path / "out", 1 / 3600, how, cache=tmp_path / "cache")

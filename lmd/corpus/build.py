@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lmd.corpus.analysis import brightness_hz, find_key, onset_density
 from lmd.corpus.captions import Described, caption, stem_caption
 from lmd.corpus.draw import Draw, QuickDraw
+from lmd.corpus.instruments import INSTRUMENTS
 from lmd.corpus.manifest import (
     COLUMNS,
     SETTINGS,
@@ -24,8 +25,9 @@ from lmd.corpus.manifest import (
 )
 from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf, mapped
+from lmd.corpus.soundfont import Soundfont
 from lmd.corpus.tables import hold_settings, read_log, read_settings
-from lmd.corpus.tones import ToneBank, default_soundfont, file_sha256, shared_bank
+from lmd.corpus.tones import default_soundfont, file_sha256, shared_bank
 from lmd.corpus.tunes import TRAINED_ON
 from lmd.errors import LmdError
 from lmd.rng import generator
@@ -226,7 +228,10 @@ def _hold_settings(out: Path, settings: BuildSettings, hours: float) -> None:
     How many hours were asked for is noted too; more may be asked for later.
     """
     soundfont = Path(settings.soundfont) if settings.soundfont else default_soundfont()
-    ToneBank(soundfont, settings.sample_rate)  # a wrong file is refused before anything is written
+    missing = {item.program for item in INSTRUMENTS.values()} - set(Soundfont(soundfont).programs)
+    if missing:
+        found = f"no programs {sorted(missing)} in {soundfont.name}"
+        raise LmdError(found, "a General MIDI set", "Give another --soundfont.")
     path = out / SETTINGS
     if path.is_file():
         hours = max(hours, read_settings(path).get("hours", 0.0))

@@ -11,7 +11,7 @@ Source: SoundFont Technical Specification 2.04, sections 5 to 8; `.sf3` keeps sa
 import io
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -88,21 +88,22 @@ class Soundfont:
                        for name, form in _RECORDS.items()}  # fmt: skip
         self._samples: dict[int, np.ndarray] = {}
 
+    @cached_property
+    def programs(self) -> dict[int, tuple[int, int]]:
+        """The programs of bank 0 that have zones: where those begin and end."""
+        presets = reversed(list(pairwise(self._lists[b"phdr"])))
+        return {p[1]: (p[3], after[3]) for p, after in presets if p[2] == 0 and p[3] < after[3]}
+
     def zones(self, program: int, key: int, velocity: int = VELOCITY) -> list[Zone]:
         """What sounds when a key of a program (bank 0) is pressed.
 
         Raises:
             LmdError: the soundfont has no such program.
         """
-        presets = self._lists[b"phdr"]
-        numbers = [
-            i
-            for i, (this, after) in enumerate(pairwise(presets))
-            if this[1:3] == (program, 0) and this[3] < after[3]  # with zones
-        ]
-        if not numbers:
-            raise LmdError(f"no program {program} in {self.path.name}", "a General MIDI set", "")
-        first, last = presets[numbers[0]][3], presets[numbers[0] + 1][3]
+        if program not in self.programs:
+            fault = f"no program {program} in {self.path.name}"
+            raise LmdError(fault, "a General MIDI set", "Give another soundfont.")
+        first, last = self.programs[program]
         found: list[Zone] = []
         for above in self._bags(b"pbag", b"pgen", first, last, _INSTRUMENT):
             if not _inside(above, key, velocity):
