@@ -27,7 +27,7 @@ from lmd.__main__ import COMMANDS
 from lmd.checkpoint import read_header
 from lmd.config import PRESETS
 from lmd.pipeline.notebook import parameters_of
-from lmd.pipeline.plan import ROOT, RunOptions, plan
+from lmd.pipeline.plan import ROOT, Options, plan
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
@@ -385,7 +385,7 @@ def test_nbstripout_would_change_nothing() -> None:
 @pytest.mark.parametrize("profile", ["smoke", "quick", "full", "paper"])
 @pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
 def test_every_profile_fits_the_notebooks(profile: str) -> None:
-    assert len(plan(RunOptions(profile=profile))) == len(NOTEBOOKS)
+    assert len(plan(Options(profile=profile))) == len(NOTEBOOKS)
 
 
 @pytest.mark.skipif(NO_GIT, reason="not a git checkout")
