@@ -183,7 +183,8 @@ def test_a_stream_decoded_by_graphs_is_the_whole_decode(tiny, boundary):
         waves.append(wave)
     streamed = torch.cat(waves, dim=-1)
     whole = plain.decode(latents)[..., : streamed.shape[-1]]
-    inside = slice(None) if boundary == "exact" else slice(0, 11 * 1024)  # up to the first fade
+    # a faded block is guessed where it depends on the next one: over its last frames
+    inside = slice(None) if boundary == "exact" else slice(0, (12 - codec.lookahead_frames) * 1024)
     apart = (streamed - whole)[..., inside].abs().max() / whole.abs().max()
     assert codec.decoder.graph is not None
     assert apart < 1e-3  # measured: 5e-4, of random weights' deafening waves

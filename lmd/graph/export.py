@@ -15,9 +15,9 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,81 +42,17 @@ TOLERANCE = 1e-4  # of an exported graph, as a share of the largest output; meas
 BATCH, FRAMES, PAST = 2, 40, 24  # while tracing: unlike one another, and no special case
 
 
-class TransformerGraph(nn.Module):
-    """`LiveModel.run`, with keys and values as plain tensors in and out."""
+class Traced(nn.Module):
+    """A function of tensors that computes with the weights of `owner`."""
 
-    def __init__(self, model: LiveModel) -> None:
+    def __init__(self, owner: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.model = model
+        self.owner, self.function = owner, function
 
-    def forward(
-        self,
-        noisy: Tensor,
-        known: Tensor,
-        keep_mask: Tensor,
-        t: Tensor,
-        global_cond: Tensor,
-        text_keys: Tensor,
-        text_values: Tensor,
-        past_keys: Tensor,
-        past_values: Tensor,
-        positions: Tensor,
-        attn_mask: Tensor,
-        controls: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Velocity, fresh keys, fresh values."""
-        text, past = KeyValues(text_keys, text_values), KeyValues(past_keys, past_values)
-        given = (t, global_cond, text, past, positions, attn_mask, controls)
-        velocity, fresh = self.model.run(noisy, known, keep_mask, *given)
-        return velocity, *KeyValues.stack(fresh)
-
-
-class TextGraph(nn.Module):
-    """`LiveModel.text_keys`."""
-
-    def __init__(self, model: LiveModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a condition's tokens."""
-        return tuple(self.model.text_keys(tokens))
-
-
-class SecondsGraph(nn.Module):
-    """`LiveModel.seconds`."""
-
-    def __init__(self, model: LiveModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, seconds: Tensor) -> Tensor:
-        """`[batch, global_dim]`."""
-        return self.model.seconds(seconds)
-
-
-class DecoderGraph(nn.Module):
-    """`SpectralDecoder.network`: levels, raw phase advances, what every convolution saw."""
-
-    def __init__(self, codec: SpectralCodec) -> None:
-        super().__init__()
-        self.codec = codec
-
-    def forward(self, latents: Tensor, end: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """See `SpectralDecoder.network`."""
-        return self.codec.decoder.network(latents, end, *past)
-
-
-class EncoderGraph(nn.Module):
-    """`SpectralEncoder` from band features on, which an STFT gives."""
-
-    def __init__(self, codec: SpectralCodec) -> None:
-        super().__init__()
-        self.codec = codec
-
-    def forward(self, features: Tensor) -> Tensor:
-        """`[batch, frame, feature]` decibels to `[batch, latent, frame]`."""
-        return self.codec.encoder.from_features(features)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns, as a tuple."""
+        found = self.function(*inputs)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 @dataclass(frozen=True)
@@ -125,15 +61,17 @@ class Graph:
 
     Attributes:
         module: what is traced.
-        inputs: examples by name, in the order of the module's arguments.
+        inputs: examples by name, in the order of the function's arguments.
         dynamic: by input, the dimensions that may differ at run time.
         outputs: names.
+        weights: whose weights it has: `model` or `codec`.
     """
 
-    module: nn.Module
+    module: Traced
     inputs: dict[str, Tensor]
     dynamic: dict[str, tuple[int, ...]]
     outputs: tuple[str, ...]
+    weights: str = "model"
 
 
 def transformer_graph(
@@ -164,18 +102,26 @@ def transformer_graph(
     if c.n_controls:
         inputs["controls"] = normal((batch, c.n_controls, n_frames), 0, "export controls")
         dynamic["controls"] = (0, 2)
-    return Graph(TransformerGraph(model), inputs, dynamic, ("velocity", "keys", "values"))
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        *frames, text_k, text_v, past_k, past_v, positions, mask = given[:11]
+        text, past = KeyValues(text_k, text_v), KeyValues(past_k, past_v)
+        velocity, fresh = model.run(*frames, text, past, positions, mask, *given[11:])
+        return velocity, *KeyValues.stack(fresh)
+
+    return Graph(Traced(model, run), inputs, dynamic, ("velocity", "keys", "values"))
 
 
 def model_graphs(model: LiveModel, chosen: Preset) -> dict[str, Graph]:
     """The model's graphs by name, with dimensions left open."""
     n_text = chosen.text.n_tokens + 1
-    tokens = normal((BATCH, n_text, chosen.dit.text_dim), 0, "export tokens")
-    seconds = torch.tensor([1.0, 9.0])
+    tokens = {"tokens": normal((BATCH, n_text, chosen.dit.text_dim), 0, "export tokens")}
+    seconds = {"seconds": torch.tensor([1.0, 9.0])}
+    text, length = Traced(model, model.text_keys), Traced(model, model.seconds)
     return {
         "transformer": transformer_graph(model, n_text, BATCH, FRAMES, PAST),
-        "text": Graph(TextGraph(model), {"tokens": tokens}, {"tokens": (0,)}, ("keys", "values")),
-        "seconds": Graph(SecondsGraph(model), {"seconds": seconds}, {"seconds": (0,)}, ("embed",)),
+        "text": Graph(text, tokens, {"tokens": (0,)}, ("keys", "values")),
+        "seconds": Graph(length, seconds, {"seconds": (0,)}, ("embed",)),
     }
 
 
@@ -186,9 +132,7 @@ def static_graphs(model: LiveModel, chosen: Preset, block_frames: int) -> dict[s
     made = {}
     for name, (n_frames, n_past) in sizes.items():
         graph = transformer_graph(model, n_text, 1, n_frames, n_past)
-        made[name if name == "context" else f"{name}_{o}"] = Graph(
-            graph.module, graph.inputs, {}, graph.outputs
-        )
+        made[name if name == "context" else f"{name}_{o}"] = replace(graph, dynamic={})
     return made
 
 
@@ -204,11 +148,13 @@ def codec_graphs(codec: SpectralCodec) -> dict[str, Graph]:
         inputs[name] = normal((BATCH, reach, width), 0, f"export {name}")
     dynamic = {"latents": (0, 2), "end": (0, 1)} | dict.fromkeys(names, (0,))
     outputs = ("level", "advance", *(f"seen_{i}" for i in range(len(widths))))
-    levels = normal((BATCH, 12, c.n_bands * c.hops_per_frame), 0, "export levels") * 20 - 40
-    encoder = Graph(EncoderGraph(codec), {"features": levels}, {"features": (0, 1)}, ("latents",))
+    bands = (BATCH, 12, c.n_bands * c.hops_per_frame)
+    levels = {"features": normal(bands, 0, "export levels") * 20 - 40}
+    encode = Traced(codec, codec.encoder.from_features)
+    decode = Traced(codec, decoder.network)
     return {
-        "decoder": Graph(DecoderGraph(codec), inputs, dynamic, outputs),
-        "encoder": encoder,
+        "decoder": Graph(decode, inputs, dynamic, outputs, "codec"),
+        "encoder": Graph(encode, levels, {"features": (0, 1)}, ("latents",), "codec"),
     }
 
 
@@ -299,10 +245,10 @@ def write_graph(graph: Graph, path: Path, offsets: dict[str, tuple[int, int]]) -
     import onnx_ir as ir
 
     free = torch.export.Dim.DYNAMIC
-    shapes = [dict.fromkeys(graph.dynamic.get(name, ()), free) for name in graph.inputs]
+    shapes = tuple(dict.fromkeys(graph.dynamic.get(name, ()), free) for name in graph.inputs)
     with torch.no_grad(), quiet():
         traced = torch.export.export(
-            graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=nested(graph, shapes)
+            graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=(shapes,)
         )
         program = torch.onnx.export(
             traced,
@@ -314,8 +260,9 @@ def write_graph(graph: Graph, path: Path, offsets: dict[str, tuple[int, int]]) -
             verbose=False,
         )
         for name, value in program.model.graph.initializers.items():
-            if name in offsets:
-                begin, length = offsets[name]
+            stored = name.replace("owner.", f"{graph.weights}.", 1)
+            if stored in offsets:
+                begin, length = offsets[stored]
                 value.const_value = ir.ExternalTensor(
                     WEIGHTS, begin, length, value.dtype, shape=value.shape, name=name,
                     base_dir=path.parent,
@@ -323,13 +270,6 @@ def write_graph(graph: Graph, path: Path, offsets: dict[str, tuple[int, int]]) -
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # where in the source each node comes from
         ir.save(program.model, path)
-
-
-def nested(graph: Graph, shapes: list[dict]) -> tuple:
-    """The dynamic shapes as `torch.export` wants them: further arguments as one tuple."""
-    if isinstance(graph.module, DecoderGraph):
-        return (*shapes[:2], tuple(shapes[2:]))
-    return tuple(shapes)
 
 
 def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
@@ -350,7 +290,6 @@ def largest_difference(graph: Graph, path: Path) -> float:
     """
     with torch.no_grad():
         expected = graph.module(*graph.inputs.values())
-    expected = (expected,) if isinstance(expected, Tensor) else expected
     found = CompiledGraph(path)(**graph.inputs)
     difference = max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)

@@ -24,8 +24,9 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import DiTConfig, Preset, from_dict
 from lmd.errors import LmdError
 from lmd.graph import FORMAT, MANIFEST, OPSET, WEIGHTS
-from lmd.model.dit import KeyValues, RotaryEmbedding
+from lmd.model.dit import KeyValues
 from lmd.model.live_model import Passes
+from lmd.model.rotary import RotaryEmbedding
 
 AGAIN = "Export it again: lmd export --source SOURCE --out FOLDER."
 MIN_WEIGHTS = 1 << 14  # matrices smaller than this stay in float32 with `int8`

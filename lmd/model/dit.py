@@ -10,7 +10,7 @@ Taught in notebook 02_outpaint.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmd.config import DiTConfig
+from lmd.model.rotary import RotaryEmbedding, Rotation, rotate
 from lmd.shapes import (
     AttentionMask,
     FrameControls,
@@ -35,13 +36,6 @@ from lmd.shapes import (
 )
 
 ALL, NONE = slice(None), slice(0, 0)  # of a pass's tokens
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding at some positions, `[token, rope_dim / 2]`."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class KeyValue(NamedTuple):
@@ -88,38 +82,6 @@ class Condition:
     def repeat(self, n: int) -> "Condition":
         """The same condition for a batch `n` times as large."""
         return Condition(self.tokens.repeat(n, 1, 1), self.global_cond.repeat(n, 1))
-
-
-class RotaryEmbedding(nn.Module):
-    """Rotary position embedding of the first `rope_dim` dimensions of every head."""
-
-    def __init__(self, dim: int, base: float) -> None:
-        super().__init__()
-        self.register_buffer("inv_freq", base ** (-torch.arange(0, dim, 2).float() / dim))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        """Move with the model but stay float32: bfloat16 turns far positions 0.1 rad off."""
-        exact = self.inv_freq
-        super()._apply(fn, recurse)
-        if not (exact.is_meta or self.inv_freq.is_meta):
-            self.inv_freq = exact.to(self.inv_freq.device)
-        return self
-
-    def forward(self, positions: Positions) -> Rotation:
-        """Cosines and sines in float32, whatever the precision of the model."""
-        angle = positions.to(self.inv_freq.device).float()[:, None] * self.inv_freq.float()
-        return Rotation(angle.cos(), angle.sin())
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn dimension pairs (i, i + rope_dim / 2) of `[..., token, dim]` by their position's angle.
-
-    Computed in float32.
-    """
-    half = rotation.cos.shape[-1]
-    left, right, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = left * rotation.cos - right * rotation.sin, right * rotation.cos + left * rotation.sin
-    return torch.cat([part.to(x.dtype) for part in (*turned, rest)], dim=-1)
 
 
 def attend(q: Heads, k: SeenHeads, v: SeenHeads, attn_mask: AttentionMask | None = None) -> Heads:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmd.model.dit import KeyValues, RotaryEmbedding, rotate
+from lmd.model.dit import KeyValues
+from lmd.model.rotary import RotaryEmbedding, rotate
 from lmd.shapes import LayerHeads
 
 
