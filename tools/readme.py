@@ -30,6 +30,8 @@ SOUND_LIMIT, PICTURE_LIMIT = 200_000, 400_000  # bytes of a published file
 Found = dict[str, Any]  # a published JSON file
 
 PLAY = {
+    "engine": "engine",
+    "dtype": "precision",
     "regime": "regime",
     "n_steps": "steps",
     "dit_ms_p50": "transformer ms p50",
@@ -37,10 +39,8 @@ PLAY = {
     "decode_ms_p50": "decode ms p50",
     "ttff_ms": "first sound ms",
     "rtf": "real-time factor",
-    "peak_mb": "memory MiB",
+    "speedup_vs_full": "against full",
     "speedup_vs_naive": "against naive",
-    "bound_speedup": "possible",
-    "of_bound": "reached of the bound",
     "rebuild_ms_p50": "after a change ms",
 }
 TRAIN = {
