@@ -201,7 +201,7 @@ class NotStreaming:
 
 
 def test_a_streaming_state_gives_what_decoding_the_look_back_again_gives(codec):
-    """Over both seams, changing places, and beginning in the middle of a stream."""
+    """Over both boundaries, changing places, and beginning in the middle of a stream."""
     latents = normal((1, 8, 96), 3, "test latents")
     begun = DecodeState(latents[..., : codec.lookback_frames])
     for state in (DecodeState(), begun):

@@ -68,7 +68,7 @@ def test_one_call_of_eight_blocks_is_eight_calls_of_one():
 
 
 def test_a_block_says_where_its_own_frames_begin():
-    """Whatever the seams and block lengths before it; an exact seam holds some frames back."""
+    """Whatever the boundaries and block lengths before it; an exact boundary holds some frames back."""
     stream = streamer()
     blocks, _ = play(stream, LIVELY)
     n_frames = 0
@@ -241,7 +241,7 @@ def test_given_audio_becomes_the_context_and_the_stream_joins_it():
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 99))
-def test_exact_seams_equal_one_decode_of_everything_and_come_late_by_the_lookahead(lengths, seed):
+def test_exact_boundaries_equal_one_decode_of_everything_and_come_late_by_the_lookahead(lengths, seed):
     codec, state = HoldCodec(), DecodeState()
     latents = normal((2, 4, sum(lengths)), seed, "latents")
     waves, n_given = [], 0
@@ -256,7 +256,7 @@ def test_exact_seams_equal_one_decode_of_everything_and_come_late_by_the_lookahe
     torch.testing.assert_close(streamed, codec.decode(latents)[..., : streamed.shape[-1]])
 
 
-def test_fading_seams_are_handed_out_at_once_and_equal_the_whole_decode_inside():
+def test_fading_boundaries_are_handed_out_at_once_and_equal_the_whole_decode_inside():
     codec, state = HoldCodec(), DecodeState()
     latents = normal((1, 4, 40), 0, "latents")
     waves = []
@@ -337,17 +337,17 @@ def test_a_codec_with_its_own_streaming_state_gives_the_same_samples():
         torch.testing.assert_close(streamed, whole[..., : streamed.shape[-1]], atol=1e-5, rtol=0)
 
 
-def test_seams_may_change_at_any_block_and_nothing_is_lost_or_repeated():
+def test_boundaries_may_change_at_any_block_and_nothing_is_lost_or_repeated():
     codec = convolutional()
-    seams = ["exact", "fade", "exact", "exact", "fade", "fade", "exact"]
-    latents = normal((1, 4, 40 * len(seams)), 0, "latents")
+    boundaries = ["exact", "fade", "exact", "exact", "fade", "fade", "exact"]
+    latents = normal((1, 4, 40 * len(boundaries)), 0, "latents")
     state, n_heard, whole = DecodeState(), 0, codec.decode(latents)
-    for boundary, block in zip(seams, latents.split(40, dim=-1), strict=True):
+    for boundary, block in zip(boundaries, latents.split(40, dim=-1), strict=True):
         wave, state = decode_block(codec, state, block, boundary)
         clear = slice(n_heard + 16, n_heard + 32)  # behind a fade
         torch.testing.assert_close(wave[..., 16:32], whole[..., clear], atol=1e-5, rtol=0)
         n_heard += wave.shape[-1]
-    assert n_heard == (40 * len(seams) - codec.lookahead_frames) * 8
+    assert n_heard == (40 * len(boundaries) - codec.lookahead_frames) * 8
 
 
 def test_a_saved_state_holds_the_codecs_streaming_state(tmp_path):
@@ -381,7 +381,7 @@ BAD = {
     "cfg++ above one": ({"sampler": "euler++", "cfg_scale": 3.0}, "(0, 1]"),
     "unknown sampler": ({"sampler": "heun"}, "one of"),
     "unknown regime": ({"regime": "causal"}, "one of"),
-    "unknown seam": ({"boundary": "hard"}, "one of"),
+    "unknown boundary": ({"boundary": "hard"}, "one of"),
     "forgetting more than there is": ({"drop_context_frames": 25}, "0 to 24"),
     "negative seed": ({"seed": -1}, "0 to"),
     "prompt that is a number": ({"prompt": 5}, "a text, or a tuple"),

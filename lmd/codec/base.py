@@ -70,8 +70,8 @@ class DecodeState:
 
     Attributes:
         latents: the most recent latents, those still to be heard last.
-        n_waiting: how many of them have not been emitted yet (the look-ahead of an exact seam).
-        overhang: samples guessed past the last block's end, to be faded out (fading seam).
+        n_waiting: how many of them have not been emitted yet (the look-ahead of an exact boundary).
+        overhang: samples guessed past the last block's end, to be faded out (fading boundary).
         running: the codec's own streaming state, where it has one.
     """
 
@@ -102,7 +102,7 @@ def decode_block(
         The samples that can be heard now and the state for the next block.
 
     Raises:
-        LmdError: an unknown seam.
+        LmdError: an unknown boundary.
     """
     if boundary not in ("exact", "fade"):
         raise LmdError(f"boundary {boundary!r}", "'exact' or 'fade'", "Pick one of these.")

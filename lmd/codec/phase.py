@@ -1,4 +1,4 @@
-"""Phase from local advances: how a decoder that was never told the phase makes one.
+"""Phase from local advances: how a decoder that is not given the phase makes one.
 
 A magnitude spectrogram of a held tone does not change from frame to frame, but its phase turns, by
 an angle that follows from the tone's frequency. So a decoder predicts not angles but *advances*:

@@ -74,7 +74,7 @@ class ConvBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), 0.3))
 
     def forward(self, past: Past, x: Steps, end: Past) -> tuple[Steps, Past]:
-        """The frames that can be told now, and all that the convolution saw.
+        """The frames that are certain now, and all that the convolution saw.
 
         Args:
             past: the frames before `x` that it sees again.
@@ -140,7 +140,7 @@ class SpectralDecoder(nn.Module):
     def step(
         self, latents: Latents, past: tuple[Past, ...], last: bool, n_guessed: int = 0
     ) -> tuple[Advances, tuple[Past, ...], int]:
-        """The next steps of a stream of latents, as far as they can be told.
+        """The next steps of a stream of latents, as far as they are certain.
 
         Args:
             latents: the next ones.
@@ -149,7 +149,7 @@ class SpectralDecoder(nn.Module):
             n_guessed: so many of the latents, at their end, will be others when they come.
 
         Returns:
-            What `forward` returns, for the steps that can be told now; the next `past`, which knows
+            What `forward` returns, for the steps that are certain now; the next `past`, which knows
             nothing of guesses; and how many of the steps no guess has touched.
         """
         past = past or self._silence(latents)

@@ -13,7 +13,7 @@ from lmd.stream.samplers import SAMPLERS, SamplerName
 
 MAX_STEPS = 1000
 MAX_CFG_SCALE = 100.0
-SEAMS = ("exact", "fade")
+BOUNDARIES = ("exact", "fade")
 NUMBERS = {int: numbers.Integral, float: numbers.Real}
 
 
@@ -64,7 +64,7 @@ class Controls:
         texts = as_mix(self.prompt)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("regime", self.regime, REGIMES)
-        _check_choice("boundary", self.boundary, SEAMS)
+        _check_choice("boundary", self.boundary, BOUNDARIES)
         _check_range("n_steps", self.n_steps, 1, MAX_STEPS)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         _check_range("drop_context_frames", self.drop_context_frames, 0, window.context_frames)

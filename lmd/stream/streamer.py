@@ -40,14 +40,14 @@ class Block:
     Attributes:
         index: 0, 1, 2 …
         latents: `[batch, latent, block frame]`.
-        wave: the samples that can be heard now (with an exact seam: late by the look-ahead).
+        wave: the samples that can be heard now (with an exact boundary: late by the look-ahead).
         start_sample: where `wave` begins in the stream.
         controls: what it was made with.
         n_evaluations: model calls, each over one or two guidance branches.
         rebuilt: whether the context's keys were computed from the latent window.
         dit_ms, decode_ms: wall-clock time of the two halves.
         own_from: the sample of `wave` at which this block's own frames begin; before it lies what
-            an exact seam held back of the block before.
+            an exact boundary held back of the block before.
     """
 
     index: int
