@@ -362,7 +362,7 @@ def test_a_saved_state_holds_the_codecs_streaming_state(tmp_path):
     assert torch.equal(wave_of(rest), wave_of(whole[3:]))
 
 
-def test_an_unknown_seam_is_refused():
+def test_an_unknown_boundary_is_refused():
     with pytest.raises(LmdError, match="boundary 'hard'"):
         decode_block(HoldCodec(), DecodeState(), torch.zeros(1, 4, 2), "hard")
 
