@@ -2,7 +2,6 @@
 
 import math
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from lmd.checkpoint import (
     codec_hash_of,
     load_tensors,
     read_header,
-    write_atomic,
 )
 from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
 from lmd.data.shards import LatentShards
@@ -43,7 +41,7 @@ from lmd.training.options import (
 )
 from lmd.training.record import RunRecord, matching_codec, recorded
 from lmd.training.samples import Samples
-from lmd.training.trainer import Export, choose_precision, fit
+from lmd.training.trainer import Export, choose_precision, fit_and_export
 from lmd.training.windows import LatentSource
 
 SAMPLE_EVERY = 500  # steps
@@ -53,14 +51,9 @@ ROPE_TOLERANCE = 1e-3  # relative; a base that was worked out from float32 frequ
 def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:
     """Train, export, describe.
 
-    Args:
-        options: the command's.
-        callbacks: what else happens on the way.
-
     Raises:
         LmdError: bad options, data or weights; a loss that is not finite.
     """
-    tune_allocator()
     options, source = open_run(options)
     sizes, latents = preset(options.preset), source.shards.settings
     if options.compile:
@@ -77,16 +70,15 @@ def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:
     if options.compile:
         compile_all(model)
 
-    weights = options.out / ("base" if options.stage == "base" else "finetuned")
+    name = "base" if options.stage == "base" else "finetuned"
     notes = notes_of(options.stage, options, source.shards)
-    export = Export(weights.with_suffix(".safetensors"), sizes, notes)
-    start = time.time()
-    trainer = fit(module, [record, export, *samples, *callbacks])
-    export.export(trainer, module)  # a run that was complete before has not done it now
-    if trainer.is_global_zero:
-        card = training_card(options.out, export.path, options)
-        write_atomic(weights.with_suffix(".md"), card.encode())
-        print(f"{export.path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
+    export = Export(options.out / f"{name}.safetensors", sizes, notes)
+    fit_and_export(
+        module,
+        export,
+        [record, *samples, *callbacks],
+        card=lambda path: training_card(options.out, path, options),
+    )
     return 0
 
 
@@ -97,6 +89,7 @@ def open_run(options: Any) -> tuple[Any, LatentSource]:
         LmdError: numbers that mean nothing, latents of another width, weights that learned the
             latents of another codec.
     """
+    tune_allocator()
     check_options(options)
     check_parts(options.batch, options.n_processes * options.accumulate)
     sizes = preset(options.preset)
@@ -119,11 +112,7 @@ def open_run(options: Any) -> tuple[Any, LatentSource]:
 
 
 def check_encoder(options: RunOptions, ours: str | None) -> None:
-    """Refuse weights that learned latents of another encoder than these, where both are known.
-
-    Raises:
-        LmdError: names both encoders.
-    """
+    """Refuse weights that learned latents of another encoder than these, where both are known."""
     for name, path in options.starts().items():
         theirs = codec_hash_of(read_header(path).notes) if path and path.is_file() else None
         if ours and theirs and ours != theirs:
@@ -135,9 +124,14 @@ def check_encoder(options: RunOptions, ours: str | None) -> None:
             )
 
 
+def settings_of(data: LatentShards) -> dict[str, Any]:
+    """How latents were made, without their silence, which is long."""
+    return {name: value for name, value in data.settings.items() if name != "silence"}
+
+
 def known_of(options: RunOptions, data: LatentShards) -> dict[str, Any]:
     """What a run begins with and learns from: SHA-256 of weights, settings of the latents."""
-    known: dict[str, Any] = {"latents": {k: v for k, v in data.settings.items() if k != "silence"}}
+    known: dict[str, Any] = {"latents": settings_of(data)}
     for name, path in options.starts().items():
         named = str(path) if path else None
         known[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else named
@@ -145,7 +139,7 @@ def known_of(options: RunOptions, data: LatentShards) -> dict[str, Any]:
 
 
 def sample_every(options: TrainOptions, codec: Path | None) -> int:
-    """How often a run plays something: as asked, else now and then if it can be; 0: never.
+    """Steps from sound to sound of a run; 0: none.
 
     Raises:
         LmdError: sounds are asked for, and `--codec` is not the codec of the latents.
@@ -157,8 +151,9 @@ def sample_every(options: TrainOptions, codec: Path | None) -> int:
             "the codec that they were encoded with",
             "Name it with --codec, or leave sounds out: --sample-every 0.",
         )
-    default = SAMPLE_EVERY if codec else 0
-    return default if options.sample_every is None else options.sample_every
+    if options.sample_every is None:
+        return SAMPLE_EVERY if codec else 0
+    return options.sample_every
 
 
 def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> LiveModel:
@@ -203,10 +198,6 @@ def check_sizes(dit: DiTConfig, text: TextConfig, sizes: Preset, path: Path) -> 
     """Refuse weights that a run would read in another sense than they were trained in.
 
     Shapes do not show that: the longest length, the text encoder and the rotary base have none.
-    Controls and widths do show, and are listed one by one when the weights are loaded.
-
-    Raises:
-        LmdError: names what differs.
     """
     found, wanted = to_dict(text), to_dict(sizes.text)
     differing = [
@@ -240,17 +231,13 @@ def notes_of(name: str, options: RunOptions, data: LatentShards) -> dict[str, An
         "data": {
             "hours": round(sum(mixes) / 3600, 2),
             "renditions": len(mixes),
-            "latent_settings": {k: v for k, v in data.settings.items() if k != "silence"},
+            "latent_settings": settings_of(data),
         },
         "hardware": machine_dict(),
     }
     for start, path in options.starts().items():
         if path is not None and path.is_file():
-            notes[start] = origin_of(path)
+            header = read_header(path)
+            origin = {"file": path.name, "sha256": header.sha256}
+            notes[start] = origin | {"command": header.notes.get("command")}
     return notes
-
-
-def origin_of(path: Path) -> dict[str, Any]:
-    """What a weights file says of the file that it was started with."""
-    header = read_header(path)
-    return {"file": path.name, "sha256": header.sha256, "command": header.notes.get("command")}
