@@ -20,9 +20,9 @@ from lmd.training.draws import (
     NoiseOptions,
     StepPlan,
     base_plan,
+    distill_plan,
     draw_noise,
     finetune_plan,
-    one_block_plan,
 )
 
 Stage = Literal["base", "finetune", "distill"]
@@ -90,11 +90,9 @@ class TrainOptions(RunOptions):
     arXiv 2207.12598. The moving average is what is shipped.
 
     Attributes:
-        stage: what is taught.
         n_steps: optimizer steps; a run may be made longer.
         lr: learning rate.
         warmup_steps: steps of rising learning rate.
-        cooldown_share: of the steps, at the end.
         ema: decay of the averaged weights that are shipped.
         text_dropout: share of rows taught without their prompt.
         sample_every: steps between sounds of the run and pictures of them; 0: none; by default
@@ -127,8 +125,7 @@ class TrainOptions(RunOptions):
         if self.stage == "base":
             return base_plan(self.base, self.seed, step)
         if self.stage == "distill":
-            regimes, n_timesteps = self.distill.regimes, self.distill.n_timesteps
-            return one_block_plan(self.finetune, regimes, n_timesteps, self.seed, step)
+            return distill_plan(self.distill, self.finetune, self.seed, step)
         return finetune_plan(self.finetune, self.seed, step)
 
     def n_rows(self, plan: StepPlan) -> int:
@@ -203,7 +200,7 @@ def check_options(options: Any) -> None:
     """Refuse numbers that mean nothing, or more than a machine can hold; and a bad `--out`.
 
     Raises:
-        LmdError: names the flag and what it may be; see `check_folder_free`.
+        LmdError: names the flag and what it may be.
     """
     for flag, value, _ in flags_of(options):
         low, high = LIMITS.get(flag, (-math.inf, math.inf))
@@ -237,11 +234,7 @@ def command_words(name: str, options: Any) -> list[str]:
 
 
 def check_parts(batch: int, n_parts: int) -> None:
-    """Refuse a global batch that does not divide among the parts of a step.
-
-    Raises:
-        LmdError: it does not.
-    """
+    """Refuse a global batch that does not divide among the parts of a step."""
     if batch % n_parts:
         raise LmdError(
             f"a global batch of {batch} rows for {n_parts} parts",
@@ -255,9 +248,6 @@ def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> B
 
     Where a step has fewer rows than parts, a part that gets none computes the first one with
     weight 0, so that all processes do the same work.
-
-    Raises:
-        LmdError: see `check_parts`.
     """
     check_parts(options.batch, n_shards)
     n = options.n_rows(options.plan(step))
