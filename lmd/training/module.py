@@ -92,7 +92,7 @@ class LiveTraining(L.LightningModule):
         o = self.options
         trained = [p for p in self.model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(trained, o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
-        rate = torch.optim.lr_scheduler.LambdaLR(adam, o.lr_factor)
+        rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: o.lr_factor(step))
         return {"optimizer": adam, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_train_start(self) -> None:
