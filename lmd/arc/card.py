@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lmd.arc.options import ArcOptions
+from lmd.arc.options import ArcOptions, ArcRun
 from lmd.training.card import among, card, curve_table, run_facts, run_log
 
 WHO = {0: "discriminator", 1: "generator"}
@@ -47,11 +47,11 @@ def about(options: ArcOptions) -> str:
     )
 
 
-def arc_card(out: Path, weights: Path, options: ArcOptions) -> str:
+def arc_card(out: Path, weights: Path, options: ArcRun) -> str:
     """Markdown about the weights that the run in `out` made."""
     log, facts = arc_log(out), run_facts(weights)
     log["minutes"] = log["update_s"].cumsum() / 60
     facts["updates"] = f"{facts.pop('steps')}, both networks together"
     columns = ["discriminator/pair", "discriminator/contrastive", "generator/pair", "accuracy"]
     curves = curve_table(log, *[name for name in columns if name in log])
-    return card(weights, about(options), facts, curves, cost_table(out))
+    return card(weights, about(options.arc), facts, curves, cost_table(out))

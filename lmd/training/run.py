@@ -2,12 +2,14 @@
 
 import math
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 
 from lmd.checkpoint import (
@@ -54,40 +56,57 @@ def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:
     Raises:
         LmdError: bad options, data or weights; a loss that is not finite.
     """
-    options, source = open_run(options)
-    sizes, latents = preset(options.preset), source.shards.settings
+    run = open_run(options)
+    options, sizes = run.options, run.sizes
     if options.compile:
         check_compiler()
-    codec = matching_codec(options, latents.get("codec"))
-    record = RunRecord(options, known_of(options, source.shards), codec)
-    every = sample_every(options, codec)
-    samples = [Samples(every, codec)] if every else []
+    every = sample_every(options, run.codec)
+    samples = [Samples(every, run.codec)] if every else []
 
     model = start_model(options.stage, sizes, options.init, options.seed)
     if options.lora:
         model = add_lora(model, options.lora)
-    module = LiveTraining(model, build_text_encoder(sizes.text), source, sizes, options)
+    module = LiveTraining(model, build_text_encoder(sizes.text), run.source, sizes, options)
     if options.compile:
         compile_all(model)
 
-    name = "base" if options.stage == "base" else "finetuned"
-    notes = notes_of(options.stage, options, source.shards)
-    export = Export(options.out / f"{name}.safetensors", sizes, notes)
-    fit_and_export(
-        module,
-        export,
-        [record, *samples, *callbacks],
-        card=lambda path: training_card(options.out, path, options),
-    )
+    kind = "base" if options.stage == "base" else "finetuned"
+    run.fit(module, kind, options.stage, training_card, [*samples, *callbacks])
     return 0
 
 
-def open_run(options: Any) -> tuple[Any, LatentSource]:
-    """Checked options, with the precision that the run has; and its latents.
+@dataclass(frozen=True)
+class Run:
+    """A checked command: its options, its latents, their codec where it is at hand."""
+
+    options: Any
+    sizes: Preset
+    source: LatentSource
+    codec: Path | None
+    record: RunRecord
+
+    def fit(
+        self,
+        module: LightningModule,
+        kind: str,
+        command: str,
+        card: Callable[[Path, Path, Any], str],
+        callbacks: Sequence[Callback],
+    ) -> None:
+        """Train a module to weights of that kind; the card is made of folder, file and options."""
+        out = self.options.out
+        notes = notes_of(command, self.options, self.source.shards)
+        export = Export(out / f"{kind}.safetensors", self.sizes, notes)
+        describe = partial(card, out, export.path, self.options)
+        fit_and_export(module, export, [self.record, *callbacks], describe)
+
+
+def open_run(options: Any) -> Run:
+    """Check options and latents; the precision that was left open is now the run's.
 
     Raises:
         LmdError: numbers that mean nothing, latents of another width, weights that learned the
-            latents of another codec.
+            latents of another codec, a folder with a run that was started with other options.
     """
     tune_allocator()
     check_options(options)
@@ -104,11 +123,14 @@ def open_run(options: Any) -> tuple[Any, LatentSource]:
             f"{sizes.dit.latent_dim}, as preset {sizes.name} has",
             "Encode with that preset's codec, or choose the other preset.",
         )
-    check_encoder(options, source.shards.settings.get("codec"))
-    precision = options.precision
-    if precision == "auto":
+    encoder = source.shards.settings.get("codec")
+    check_encoder(options, encoder)
+    if options.precision == "auto":
         precision = choose_precision(recorded(options.out).get("precision", "auto"))
-    return replace(options, precision=precision), source
+        options = replace(options, precision=precision)
+    codec = matching_codec(options, encoder)
+    record = RunRecord(options, known_of(options, source.shards), codec)
+    return Run(options, sizes, source, codec, record)
 
 
 def check_encoder(options: RunOptions, ours: str | None) -> None:
@@ -165,24 +187,24 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
         LmdError: weights of another size; a base that is to be distilled.
     """
     torch.manual_seed(derive_seed(seed, "weights"))
-    model = build_model(sizes)
     if init is None:
-        return model
+        return build_model(sizes)
     if init.is_dir():
-        loaded = load_stable_audio(init)
+        loaded, model = load_stable_audio(init), build_model(sizes)
         check_sizes(loaded.config.dit, loaded.config.text, sizes, init)
         load_strict(model, loaded.model.state_dict(), str(init))
         is_base = bool(loaded.fresh)
     else:
-        is_base = load_into(model, init, sizes, *MODEL_KINDS).kind == "base"
+        model, header = load_start(init, sizes, *MODEL_KINDS)
+        is_base = header.kind == "base"
     if is_base and stage == "distill":
         expected = "a live model, which continues context"
         raise LmdError(f"a base in {init}", expected, "Fine-tune it first: train finetune.")
     return init_context_projection(model) if is_base and stage == "finetune" else model
 
 
-def load_into(model: LiveModel, path: Path, sizes: Preset, *kinds: str) -> Header:
-    """Weights of one of these kinds and of these sizes; what the file says about itself.
+def load_start(path: Path, sizes: Preset, *kinds: str) -> tuple[LiveModel, Header]:
+    """A model of one of these kinds and of exactly these sizes; what its file says about it.
 
     Raises:
         LmdError: no such file, or one of another kind, or of other sizes.
@@ -190,8 +212,9 @@ def load_into(model: LiveModel, path: Path, sizes: Preset, *kinds: str) -> Heade
     tensors, header = load_tensors(path, *kinds)
     if isinstance(header.config, Preset):
         check_sizes(header.config.dit, header.config.text, sizes, path)
+    model = build_model(sizes)
     load_strict(model, tensors, str(path))
-    return header
+    return model, header
 
 
 def check_sizes(dit: DiTConfig, text: TextConfig, sizes: Preset, path: Path) -> None:

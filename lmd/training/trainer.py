@@ -60,7 +60,7 @@ def fit_and_export(
     module: Any,
     export: "Export",
     callbacks: Sequence[Callback],
-    card: Callable[[Path], str] | None = None,
+    card: Callable[[], str] | None = None,
 ) -> None:
     """`fit`, write the weights, and beside them the card that is made of their file."""
     start = time.time()
@@ -68,7 +68,7 @@ def fit_and_export(
     export.export(trainer, module)  # a run that was complete before has not done it now
     if trainer.is_global_zero:
         if card:
-            write_atomic(export.path.with_suffix(".md"), card(export.path).encode())
+            write_atomic(export.path.with_suffix(".md"), card().encode())
         print(f"{export.path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
 
 
