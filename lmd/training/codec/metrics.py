@@ -2,9 +2,8 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,23 +27,14 @@ ONSET_HOP = 256  # samples
 PEAK_DB = 60.0  # what lies further under the peak is not compared
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One piece, or the mean of several.
-
-    Attributes:
-        log_mel_db: mean absolute error of 80 mel bands, decibels, floor 60 dB under the peak.
-        stft_distance: spectral convergence + L1 of log magnitudes, mean over three window sizes.
-        chroma: mean cosine of pitch-class profiles over frames with sound, 0 ... 1.
-        onset_f1: onsets found in the output against those found in the input, ±50 ms.
-        si_sdr_db: scale-invariant signal-to-distortion ratio; low where the phase is invented.
-    """
+class Scores(NamedTuple):
+    """One piece against the original; see the functions of these names."""
 
     log_mel_db: float
     stft_distance: float
     chroma: float
     onset_f1: float
-    si_sdr_db: float
+    si_sdr_db: float  # scale-invariant; low where the phase is invented
 
 
 def compare(output: Mono, target: Mono, sample_rate: int) -> Scores:
@@ -54,7 +44,7 @@ def compare(output: Mono, target: Mono, sample_rate: int) -> Scores:
         stft_distance(output, target),
         chroma_agreement(output, target, sample_rate),
         onset_f1(output, target, sample_rate),
-        si_sdr_db(output, target),
+        float(scale_invariant_signal_distortion_ratio(output.double(), target.double())),
     )
 
 
@@ -129,8 +119,7 @@ def onsets_s(wave: Mono, sample_rate: int) -> Float[Tensor, " onset"]:
     """Times at which the spectrum rises: peaks of `onset_curve`.
 
     A peak is the highest within ±93 ms and stands over the mean within ±139 ms by 15 % of the 99th
-    percentile of all rises. These settings were chosen for agreement with the score on originals
-    of validation pieces (docs/log.md), not on any codec's output.
+    percentile of all rises: chosen for agreement with the score on originals (docs/log.md).
     """
     rise = onset_curve(wave, sample_rate)
     peak = F.max_pool1d(rise[None], 17, 1, 8)[0]
@@ -149,19 +138,12 @@ def onset_f1(output: Mono, target: Mono, sample_rate: int) -> float:
     return float(f_measure(true, found, TOLERANCE_S)[0]) if len(found) and len(true) else 0.0
 
 
-def si_sdr_db(output: Mono, target: Mono) -> float:
-    """10·log10 of the power along the target over that of the rest (torchmetrics)."""
-    return float(scale_invariant_signal_distortion_ratio(output.double(), target.double()))
-
-
 def stream_difference(codec: Codec, latents: Latents, block_frames: int = 12) -> float:
     """Largest absolute difference between a decode in blocks (exact boundaries) and a whole one."""
     whole = codec.decode(latents)
     state, parts = DecodeState(), []
-    for start in range(0, latents.shape[-1], block_frames):
-        wave, state = decode_block(
-            codec, state, latents[..., start : start + block_frames], "exact"
-        )
+    for block in latents.split(block_frames, dim=-1):
+        wave, state = decode_block(codec, state, block, "exact")
         parts.append(wave)
     streamed = torch.cat(parts, -1)
     return float((streamed - whole[..., : streamed.shape[-1]]).abs().max())
@@ -170,11 +152,8 @@ def stream_difference(codec: Codec, latents: Latents, block_frames: int = 12) ->
 def evaluate(codec: Codec, corpus: Corpus, hours: float) -> dict[str, Any]:
     """Scores per instrument family and overall, speed, streaming.
 
-    Args:
-        codec: any mono codec of the corpus's sample rate.
-        corpus: held-out music; excerpts from the middle of its pieces, as large a share of every
-            instrument family.
-        hours: about how much of it.
+    Looks at excerpts from the middle of about so many hours of held-out pieces, as large a share of
+    every instrument family.
 
     Raises:
         LmdError: no sound.
@@ -184,25 +163,24 @@ def evaluate(codec: Codec, corpus: Corpus, hours: float) -> dict[str, Any]:
     n = int(min(len(corpus), max(2, hours * 3600 / EXCERPT_S)))
     by_family = np.argsort([row.family for row in corpus.rows], kind="stable")
     chosen = by_family[np.unique(np.linspace(0, len(corpus) - 1, n).round().astype(int))].tolist()
-    rows, heard_s, spent = [], 0.0, np.zeros(2)
+    rows, heard_s, encode_s, decode_s = [], 0.0, 0.0, 0.0
     for index in tqdm(chosen, desc="codec on held-out pieces"):
         wave = _excerpt(corpus, index, codec.samples_per_frame)
-        clocks = [time.perf_counter()]
+        began = time.perf_counter()
         latents = codec.encode(wave)
-        clocks.append(time.perf_counter())
+        encoded = time.perf_counter()
         output = codec.decode(latents)
-        clocks.append(time.perf_counter())
-        spent += np.diff(clocks)
+        decode_s += time.perf_counter() - encoded
+        encode_s += encoded - began
         heard_s += wave.shape[-1] / codec.sample_rate
         scores = compare(output.mean(1)[0], wave.mean(1)[0], codec.sample_rate)
-        rows.append({"family": corpus.rows[index].family, **asdict(scores)})
+        rows.append({"family": corpus.rows[index].family, **scores._asdict()})
     table = pd.DataFrame(rows)
-    families = {name: _mean(part) for name, part in table.groupby("family")}
     return {
-        "families": families,
+        "families": {name: _mean(part) for name, part in table.groupby("family")},
         "all": _mean(table),
-        "encode_times_real_time": float(heard_s / spent[0]),
-        "decode_times_real_time": float(heard_s / spent[1]),
+        "encode_times_real_time": heard_s / encode_s,
+        "decode_times_real_time": heard_s / decode_s,
         "stream_difference": stream_difference(codec, latents),
         "lookahead_frames": codec.lookahead_frames,
         "lookback_frames": codec.lookback_frames,

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -24,7 +24,7 @@ from lmd.training.codec.metrics import evaluate, markdown_table
 from lmd.training.codec.module import CodecRun, CodecTraining, CodecWindows, start_from_components
 from lmd.training.options import check_options, command_words
 from lmd.training.record import RunRecord, recorded
-from lmd.training.trainer import Export, checkpoints, choose_precision, fit
+from lmd.training.trainer import Export, checkpoints, choose_precision, fit_and_export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ def main(options: Options, callbacks: Sequence[Callback] = ()) -> int:
     """Train, or measure.
 
     Raises:
-        LmdError: numbers out of their limits, options or a corpus that do not fit, a run that was
-            started with other options.
+        LmdError: options or a corpus that do not fit, a run that was started with other options.
     """
     check_options(options)
     tune_allocator()
@@ -64,11 +63,9 @@ def main(options: Options, callbacks: Sequence[Callback] = ()) -> int:
     sounds = "\n".join(row.sha256 for row in corpus.rows)
     known["corpus"] = hashlib.sha256(sounds.encode()).hexdigest()
     record = RunRecord(module.options, known)
-    path = options.out / "codec.safetensors"
-    export = Export(path, module.codec.config, notes_of(module.options, corpus))
-    trainer = fit(module, [record, export, *callbacks])
-    export.export(trainer, module)
-    print(f"{int(module.step)} steps; weights in {path}")
+    notes = notes_of(module.options, corpus)
+    export = Export(options.out / "codec.safetensors", module.codec.config, notes)
+    fit_and_export(module, export, [record, *callbacks])
     return 0
 
 
@@ -76,9 +73,6 @@ def build(options: CodecRun) -> CodecTraining:
     """The module of a run, ready to start or to go on.
 
     One that goes on keeps the step from which its discriminator joins in, unless a flag names it.
-
-    Raises:
-        LmdError: a preset without a spectral codec; steps that do not add up.
     """
     config = preset(options.preset).codec
     if not isinstance(config, SpectralCodecConfig):
@@ -91,11 +85,10 @@ def build(options: CodecRun) -> CodecTraining:
         if not checkpoints(options.out):
             start_from_components(codec, windows)
         return CodecTraining(codec, options, windows)
-    codec = cast(SpectralCodec, load_codec(options.encoder))
+    codec = load_codec(options.encoder)
     if codec.config != config:
-        raise LmdError(
-            f"{options.encoder} of other sizes", f"those of preset {options.preset}", "Use another."
-        )
+        expected = f"those of preset {options.preset}"
+        raise LmdError(f"{options.encoder} of other sizes", expected, "Use another.")
     return CodecTraining(codec, options, windows)
 
 
