@@ -18,7 +18,7 @@ KEPT = ("checkpoints/*.ckpt", "*.safetensors")  # what makes a folder a run's
 # Options that may change when a run goes on: how long, where, on what, what is kept on the way.
 FREE = {"n_steps", "n_updates", "out", "data", "codec", "init", "discriminator"}
 FREE |= {"devices", "num_nodes", "strategy", "accelerator", "checkpoint_every", "no_progress"}
-FREE |= {"sample_every", "encoder", "evaluate", "json", "card", "hours", "threads"}
+FREE |= {"sample_every", "encoder", "threads"}
 
 
 class RunRecord(Callback):

@@ -18,6 +18,7 @@ from lmd.codec.phase import Magnitude, Spectrum
 LN10_OVER_10 = math.log(10) / 10
 WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and scored
 Scalar = Float[Tensor, ""]
+Mono = Float[Tensor, " sample"]
 
 
 def mel_matrix(
@@ -45,6 +46,13 @@ def bin_weights(n_bins: int, sample_rate: int) -> Float[Tensor, " bin"]:
     hz = torch.linspace(0, sample_rate / 2, n_bins)
     weights = 1 / (24.7 * (4.37 * hz / 1000 + 1))
     return weights / weights.mean()
+
+
+def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
+    """Power spectrogram with a Hann window, a full-scale sine at 1."""
+    window = torch.hann_window(n_fft, dtype=wave.dtype)
+    spectrum = torch.stft(wave, n_fft, hop, window=window, return_complex=True)
+    return spectrum.abs().square() * (2 / window.sum()) ** 2
 
 
 def mel_levels(power: Float[Tensor, "batch bin step"], mel: Tensor, floor_db: float) -> Tensor:

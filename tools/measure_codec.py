@@ -1,30 +1,68 @@
-"""How much of held-out music a codec keeps, per instrument family."""
+"""How much of held-out music a codec keeps, per instrument family.
 
+python tools/measure_codec.py runs/my-codec/codec.safetensors --data data/mine --card codec.md
+"""
+
+import json
 import math
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import tyro
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from tqdm import tqdm
 
+from lmd.checkpoint import load_codec, read_header, write_atomic
 from lmd.codec.base import Codec, DecodeState, decode_block
+from lmd.config import PRESETS
 from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
+from lmd.machine import machine_dict, tune_allocator
 from lmd.shapes import Latents
-from lmd.training.codec.losses import mel_matrix
+from lmd.training.card import card, machine_text
+from lmd.training.codec.losses import Mono, mel_matrix, power
 
-Mono = Float[Tensor, " sample"]
 EXCERPT_S = 20.0
 TOLERANCE_S = 0.05  # of an onset
 ONSET_HOP = 256  # samples
 PEAK_DB = 60.0  # what lies further under the peak is not compared
+NOTICE = (
+    "The codec is at its best on music like that which it was trained on. Who may use the weights "
+    "depends on who may use that music. The measures above are `python tools/measure_codec.py FILE "
+    "--card FILE`; SI-SDR is low by design: the phase is made up, not sent."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command.
+
+    Attributes:
+        codec: the weights.
+        data: a built corpus.
+        json: where the measures go.
+        card: where a model card with them goes.
+        hours: held-out music to measure on.
+        threads: that torch uses.
+    """
+
+    codec: Annotated[Path, tyro.conf.Positional]
+    data: Path = Path("data/corpus")
+    json: Path | None = None
+    card: Path | None = None
+    hours: float = 0.5
+    threads: int = torch.get_num_threads()
 
 
 class Scores(NamedTuple):
@@ -46,13 +84,6 @@ def compare(output: Mono, target: Mono, sample_rate: int) -> Scores:
         onset_f1(output, target, sample_rate),
         float(scale_invariant_signal_distortion_ratio(output.double(), target.double())),
     )
-
-
-def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
-    """Power spectrogram with a Hann window, a full-scale sine at 1."""
-    window = torch.hann_window(n_fft, dtype=wave.dtype)
-    spectrum = torch.stft(wave, n_fft, hop, window=window, return_complex=True)
-    return spectrum.abs().square() * (2 / window.sum()) ** 2
 
 
 def log_mel_db(output: Mono, target: Mono, sample_rate: int) -> float:
@@ -206,3 +237,81 @@ def markdown_table(result: dict[str, Any]) -> str:
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.columns = ["pieces", "log-mel dB", "STFT distance", "chroma", "onset F1", "SI-SDR dB"]
     return table.rename_axis("family").to_markdown(floatfmt=("", "g", *[".3f"] * 5))
+
+
+def codec_card(weights: Path, scores: dict[str, Any]) -> str:
+    """Markdown about a spectral codec, and what `evaluate` measured of it.
+
+    Raises:
+        LmdError: the scores are of other weights.
+    """
+    header = read_header(weights)
+    notes, config = header.notes, header.config
+    if scores["sha256"] != header.sha256:
+        raise LmdError(
+            f"scores of weights {scores['sha256'][:12]}",
+            f"those of {weights.name}, {header.sha256[:12]}",
+            "Measure again: python tools/measure_codec.py FILE --json FILE.",
+        )
+    plan, data, used = notes["plan"], notes["data"], scores["machine"]
+    kind = "recordings" if data["settings"].get("kind") == "audio" else "rendered scores"
+    encoder = "trained before, then fixed"
+    if plan["encoder_steps"]:
+        encoder = f"trained in the first {plan['encoder_steps']} of these steps"
+    facts = {
+        "format": f"{config.sample_rate} Hz, {config.channels} channel, {config.latent_dim} "
+        f"latents at {config.sample_rate / config.samples_per_frame:.2f} frames/s",
+        "decoder's training": f"{notes['steps']} steps of {plan['batch']} windows of "
+        f"{plan['frames']} frames, discriminator from step {plan['adversarial_from']}, "
+        f"seed {plan['seed']}",
+        "encoder": encoder,
+        "data": f"{data['renditions']} {kind} of `{data['name']}`, {data['hours']} h (training "
+        "split)",
+        "hardware": machine_text(notes["machine"]),
+        "speed": f"{used['cpu']}, {used['n_threads']} threads: encode "
+        f"{scores['encode_times_real_time']:.0f}, decode {scores['decode_times_real_time']:.0f} "
+        "times real time",
+        "streaming": f"looks {scores['lookahead_frames']} frames ahead, "
+        f"{scores['lookback_frames']} back; largest difference from a whole decode "
+        f"{scores['stream_difference']:.1e}",
+        "command": f"`{notes.get('command', 'unknown')}` (the last start)",
+    }
+    name = next(name for name, sizes in PRESETS.items() if sizes.codec == config)
+    about = (
+        f"The codec of `{name}`: magnitudes in, {config.latent_dim} learnable latent "
+        "channels, an inverse STFT that invents the phase. Code: `lmd/codec/spectral.py`, "
+        "`lmd/codec/phase.py`."
+    )
+    measured = (
+        f"Held-out pieces of `{scores['data']}` (split by piece), {scores['minutes']:.1f} minutes, "
+        "against the input:"
+    )
+    return card(weights, about, facts, measured, markdown_table(scores), notice=NOTICE)
+
+
+def measure(options: Options) -> None:
+    """Measure a codec on held-out pieces: print a table, write figures and model card."""
+    tune_allocator()
+    torch.set_num_threads(options.threads)
+    header, codec = read_header(options.codec), load_codec(options.codec)
+    scores = evaluate(codec, Corpus(options.data, "test"), options.hours)
+    scores |= {"sha256": header.sha256, "data": options.data.name, "machine": machine_dict()}
+    print(markdown_table(scores))
+    if options.json:
+        write_atomic(options.json, (json.dumps(scores, indent=1) + "\n").encode())
+    if options.card:
+        write_atomic(options.card, codec_card(options.codec, scores).encode())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure; what is refused is printed."""
+    try:
+        measure(tyro.cli(Options, args=words, description=__doc__))
+    except LmdError as error:
+        print(f"measure_codec: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
