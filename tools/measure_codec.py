@@ -1,6 +1,8 @@
 """How much of held-out music a codec keeps, per instrument family.
 
-python tools/measure_codec.py runs/my-codec/codec.safetensors --data data/mine --card codec.md
+    python tools/measure_codec.py runs/my-codec/codec.safetensors --data data/mine --card codec.md
+
+It looks at excerpts from the middle of the corpus's test pieces.
 """
 
 import json

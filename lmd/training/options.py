@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from torch import Tensor
@@ -28,6 +28,8 @@ from lmd.training.draws import (
 Stage = Literal["base", "finetune", "distill"]
 Strategy = Literal["ddp", "fsdp"]
 Steps = Annotated[int, tyro.conf.arg(name="steps")]
+T = TypeVar("T")
+Flags = Annotated[T, tyro.conf.arg(name="")]  # its fields are flags of the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class TrainOptions(RunOptions):
     sample_every: int | None = None
     compile: bool = False
     lora: Hidden[int] = 0
-    noise: Annotated[NoiseOptions, tyro.conf.arg(name="")] = field(default_factory=NoiseOptions)
+    noise: Flags[NoiseOptions] = field(default_factory=NoiseOptions)
     base: Hidden[BaseOptions] = field(default_factory=BaseOptions)
     finetune: Hidden[FinetuneOptions] = field(default_factory=FinetuneOptions)
     distill: Hidden[DistillOptions] = field(default_factory=DistillOptions)
@@ -148,7 +150,7 @@ class BaseRun(TrainOptions):
     stage: Hidden[Stage] = "base"
     n_steps: Steps = 4000
     out: Path = field(default=Path("runs/base"), kw_only=True)
-    base: Annotated[BaseOptions, tyro.conf.arg(name="")] = field(default_factory=BaseOptions)
+    base: Flags[BaseOptions] = field(default_factory=BaseOptions)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,7 @@ class FinetuneRun(TrainOptions):
     lr: float = 2e-4
     lora: int = 0
     out: Path = field(default=Path("runs/finetune"), kw_only=True)
-    finetune: Annotated[FinetuneOptions, tyro.conf.arg(name="")] = field(
-        default_factory=FinetuneOptions
-    )
+    finetune: Flags[FinetuneOptions] = field(default_factory=FinetuneOptions)
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,7 @@ class DistillRun(TrainOptions):
     out: Path = field(default=Path("runs/distill"), kw_only=True)
     init: Path | None = field(default=Path("data/pretrained/finetuned.safetensors"), kw_only=True)
     noise: Hidden[NoiseOptions] = field(default_factory=NoiseOptions)
-    distill: Annotated[DistillOptions, tyro.conf.arg(name="")] = field(
-        default_factory=DistillOptions
-    )
+    distill: Flags[DistillOptions] = field(default_factory=DistillOptions)
 
 
 MANY = 65_536  # no run of this project needs as many rows, parts, processes or frames
@@ -257,10 +255,8 @@ def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> B
 
 
 def step_noise(options: TrainOptions, rows: BatchIndices, n_channels: int) -> Tensor:
-    """The noise of a step's rows, in the shape that its plan calls for; drawn on the CPU.
-
-    Returns:
-        `[row, latent, frame]`, or `[row, target, latent, frame]` where blocks are taught in packs.
+    """The noise of a step's rows, drawn on the CPU: `[row, latent, frame]`, of a window or a block,
+    or `[row, target, latent, frame]` where blocks are taught in packs.
     """
     plan = options.plan(rows.step)
     if options.stage == "distill":

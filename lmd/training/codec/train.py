@@ -41,7 +41,7 @@ def main(options: CodecRun, callbacks: Sequence[Callback] = ()) -> int:
         known["encoder_from"] = read_header(options.encoder).sha256
     sounds = "\n".join(row.sha256 for row in corpus.rows)
     known["corpus"] = hashlib.sha256(sounds.encode()).hexdigest()
-    record = RunRecord(module.options, known)
+    record = RunRecord(module.options, known, codec=None)
     notes = notes_of(module.options, corpus)
     export = Export(options.out / "codec.safetensors", module.codec.config, notes)
     fit_and_export(module, export, [record, *callbacks])
