@@ -1,9 +1,9 @@
 """ARC-Forcing: train a live model on its own continuations, scored by a discriminator.
 
-The model continues real context for several blocks, exactly as it plays. A discriminator, grown
-from the bidirectional base, compares the whole continuation with real music (relativistic pair
-loss) and real music under the right prompt with the same under a wrong one (contrastive loss).
-Each block carries gradient through one network call.
+The model continues real context for several blocks, exactly as it plays; each block carries
+gradient through one network call. A discriminator, grown from the bidirectional base, compares the
+whole continuation with real music (relativistic pair loss), and real music under the right prompt
+with the same under a wrong one (contrastive loss).
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; Self Forcing
 (arXiv 2506.08009); ARC (arXiv 2505.08175); approximate R1/R2 (arXiv 2501.08316);
@@ -145,8 +145,7 @@ def text_memory(model: LiveModel, condition: Condition) -> Memory:
 def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
     """`mean softplus(loser - winner)`, pair by pair; log 2 where the two are equal.
 
-    The discriminator wants (real, fake), the generator (fake, real); pairs share item, place, noise
-    and noise level.
+    The discriminator wants (real, fake), the generator (fake, real).
     """
     return F.softplus(loser - winner).mean()
 
@@ -154,8 +153,7 @@ def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
 def contrastive_loss(right: Scores, wrong: Scores, different: Tensor) -> Tensor:
     """`mean softplus(wrong - right)`: music must score higher under its own prompt than another's.
 
-    An item whose two conditions are equal (not `different`, `[batch]` bool) counts as 0, so that
-    the mean does not depend on how a batch is split.
+    An item whose two conditions are equal (not `different`, `[batch]` bool) counts as 0.
     """
     per_item = F.softplus(wrong - right).mean(dim=1)
     return (per_item * different).mean()

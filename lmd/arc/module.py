@@ -1,8 +1,7 @@
 """ARC-Forcing under Lightning: two networks, two optimizers, alternating updates.
 
 Update k is a function of (options, k): its rollout, batch, noise and dropout. A checkpoint holds
-both networks, the generator's moving average, both optimizers and k, and a run that was killed goes
-on with the numbers it would have had.
+both networks, the generator's moving average, both optimizers and k.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; ARC (arXiv 2505.08175).
 Taught in notebook 03_arc_forcing.
@@ -113,7 +112,7 @@ def make_pair(
     """Roll out and set beside real music; with graph if it is the generator's turn.
 
     The model is conditioned on the length of its window, as when it streams; the discriminator on
-    that of the whole sequence, as when it was the base. Dropped context is zero on both sides.
+    that of the whole sequence, as when it was the base.
     """
     s, rows, clean = options.context_frames, batch.rows, batch.clean
     real = context_dropout(clean, options, rows, plan.block.block_frames)

@@ -25,9 +25,8 @@ class ArcOptions(ContextOptions):
     """What updates draw. Shares need not sum to one.
 
     Sources: context dropout, noise levels of the discriminator, contrastive weight and head are
-    those of arXiv 2605.22717's configs. Ours: several step counts, since one model is to play with
-    8, 4 and 2 steps (their noise levels are nested); both regimes; shorter rollouts for small
-    machines (the paper has 12 blocks).
+    those of arXiv 2605.22717's configs. Ours: several step counts (their noise levels are nested),
+    both regimes, shorter rollouts.
     """
 
     context_dropout_all: float = 0.25

@@ -23,6 +23,7 @@ from lmd.shapes import Latents
 PerItem = Float[Tensor, " batch"]  # one number per row
 PerBlock = Float[Tensor, "batch block"]  # one number per row and noised block
 Shares = tuple[tuple[Regime, float], ...]
+Lengths = tuple[tuple[int, float], ...]  # in frames, and their shares
 LevelDistribution = Literal["uniform", "logit-normal", "trunc-logit-normal", "log-snr"]
 States = Literal["trajectory", "straight"]  # what a distilled student sees
 LossOn = Literal["block", "velocity"]  # what it is compared on
@@ -36,19 +37,14 @@ class NoiseOptions:
 
     Attributes:
         distribution: of the noise levels.
-        shift: more noise for longer windows, by the exponents `shift_low` to `shift_high` at
-            `shift_frames`.
-        truncate: trunc-logit-normal: the lowest value kept.
-        log_snr_mean: of the distribution log-snr.
-        log_snr_std: of the distribution log-snr.
     """
 
     distribution: Annotated[LevelDistribution, tyro.conf.arg(name="noise")] = "uniform"
-    shift: Hidden[bool] = True
+    shift: Hidden[bool] = True  # more noise for longer windows, by these exponents
     shift_low: Hidden[float] = 0.5
     shift_high: Hidden[float] = 1.15
     shift_frames: Hidden[tuple[int, int]] = (256, 4096)
-    truncate: Hidden[float] = 0.075
+    truncate: Hidden[float] = 0.075  # trunc-logit-normal: the lowest value kept
     log_snr_mean: Hidden[float] = -1.2
     log_snr_std: Hidden[float] = 2.0
 
@@ -79,24 +75,16 @@ class ContextOptions:
 class FinetuneOptions(ContextOptions):
     """What a fine-tuning step draws.
 
-    A short context makes the window shorter, as a stream with a shorter memory has it
-    (`WindowConfig`). Context dropout is something else: it keeps the window and zeroes its oldest
-    frames, as a stream that began a moment ago has them.
-
-    Ours: the shares of regimes, block lengths and shorter memories, since one checkpoint is to play
-    them all; several targets per pass, since most of a pass is context.
+    A short context is that of a stream with a shorter memory (`WindowConfig`). Context dropout
+    keeps the window and zeroes its oldest frames, as a stream that began a moment ago has them.
+    Ours: the shares, since one checkpoint is to play all; several targets per pass.
 
     Attributes:
         short_context: share of steps whose context is 1 … n − 1 blocks, all alike.
     """
 
     regimes: Hidden[Shares] = (("block-causal", 0.6), ("enc-dec", 0.3), ("full", 0.1))
-    block_lengths: Hidden[tuple[tuple[int, float], ...]] = (
-        (48, 0.4),
-        (24, 0.3),
-        (16, 0.15),
-        (12, 0.15),
-    )
+    block_lengths: Hidden[Lengths] = ((48, 0.4), (24, 0.3), (16, 0.15), (12, 0.15))
     short_context: float = 0.25
     target_frames: Hidden[int] = 240  # block-causal: taught in one pass
     enc_dec_frames: Hidden[int] = 192  # enc-dec: the same, as noised copies of one block
@@ -140,16 +128,13 @@ class DistillOptions:
 
 
 class BatchIndices(NamedTuple):
-    """Which rows of which global batch: randomness depends on these and on nothing else.
-
-    `weight` is that of their mean loss in the mean over all parts of the batch: 1 in equal parts.
-    """
+    """Which rows of which global batch: randomness depends on these and on nothing else."""
 
     seed: int
     step: int
     positions: tuple[int, ...]  # in the global batch
     n_global: int  # rows of the global batch
-    weight: float = 1.0
+    weight: float = 1.0  # of their mean loss in the mean over all parts of the batch
 
 
 @dataclass(frozen=True)

@@ -218,10 +218,7 @@ def load_start(path: Path, sizes: Preset, *kinds: str) -> tuple[LiveModel, Heade
 
 
 def check_sizes(dit: DiTConfig, text: TextConfig, sizes: Preset, path: Path) -> None:
-    """Refuse weights that a run would read in another sense than they were trained in.
-
-    Shapes do not show that: the longest length, the text encoder and the rotary base have none.
-    """
+    """Refuse weights that mean something else here, though their shapes do not show it."""
     found, wanted = to_dict(text), to_dict(sizes.text)
     differing = [
         f"text.{name} {found[name]}, not {wanted[name]}"

@@ -74,7 +74,7 @@ class StandInSource:
 
 
 class Items(IterableDataset):
-    """What a generator function gives, `n` items if asked for all, as a `DataLoader` takes it."""
+    """What a generator function gives, as a `DataLoader` takes it; `n` items of a whole run."""
 
     def __init__(self, make: Callable[[], Iterator[Any]], n: int) -> None:
         self.make, self.n = make, n

@@ -1,8 +1,7 @@
 """Training of the spectral codec: three stages, which follow from the step alone.
 
 First the encoder with its decoder's levels; then, encoder frozen and its statistics measured, the
-whole decoder; then the same with a discriminator. Step k depends on (options, k) alone, so a run
-that was stopped goes on with the losses it would have had.
+whole decoder; then the same with a discriminator. Step k depends on (options, k) alone.
 """
 
 import math
