@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from corpus_fake import HOP, RATE, make_corpus
+from measure_codec import log_mel_db
 from torch import nn
 
 from lmd.__main__ import main
@@ -36,7 +37,6 @@ from lmd.data.encode import (
 from lmd.data.latents import LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
-from lmd.training.codec.metrics import log_mel_db
 
 DIM = 64
 

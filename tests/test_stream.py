@@ -241,7 +241,9 @@ def test_given_audio_becomes_the_context_and_the_stream_joins_it():
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 99))
-def test_exact_boundaries_equal_one_decode_of_everything_and_come_late_by_the_lookahead(lengths, seed):
+def test_exact_boundaries_equal_one_decode_of_everything_and_come_late_by_the_lookahead(
+    lengths, seed
+):
     codec, state = HoldCodec(), DecodeState()
     latents = normal((2, 4, sum(lengths)), seed, "latents")
     waves, n_given = [], 0

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import measure_codec
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,6 @@ from lmd.config import preset
 from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 from lmd.errors import LmdError
 from lmd.rng import normal
-from lmd.training.codec import metrics as codec_metrics
-from lmd.training.codec.card import codec_card
 from lmd.training.codec.losses import (
     Discriminator,
     advance_loss,
@@ -282,7 +281,7 @@ def test_every_trained_part_gets_a_gradient(corpus_folder, tmp_path):
 
 def test_scores_of_a_wave_against_itself_are_perfect():
     wave = torch.from_numpy(notes(0))[0]
-    scores = codec_metrics.compare(wave, wave, RATE)
+    scores = measure_codec.compare(wave, wave, RATE)
     assert scores.log_mel_db == 0
     assert scores.stft_distance == 0
     assert scores.chroma == pytest.approx(1, abs=1e-5)
@@ -292,18 +291,18 @@ def test_scores_of_a_wave_against_itself_are_perfect():
 
 def test_scores_tell_what_is_wrong():
     wave = torch.from_numpy(notes(0))[0]
-    louder = codec_metrics.compare(2 * wave, wave, RATE)
+    louder = measure_codec.compare(2 * wave, wave, RATE)
     assert 0.5 < louder.log_mel_db <= 6.1  # 6.02 dB except where both lie under the floor
     assert louder.si_sdr_db > 60  # scale-invariant
     time = torch.arange(wave.shape[0]) / RATE
-    other = codec_metrics.compare(0.2 * torch.sin(2 * math.pi * 233.08 * time), wave, RATE)
+    other = measure_codec.compare(0.2 * torch.sin(2 * math.pi * 233.08 * time), wave, RATE)
     assert other.chroma < 0.6
     assert other.onset_f1 < 0.5  # a held tone against eight notes; measured 0.36
     assert other.si_sdr_db < 0
 
 
 def test_onsets_are_found_where_notes_begin():
-    found = codec_metrics.onsets_s(torch.from_numpy(notes(0))[0], RATE)
+    found = measure_codec.onsets_s(torch.from_numpy(notes(0))[0], RATE)
     expected = torch.arange(1, 8) / 3
     nearest = (found[None] - expected[:, None]).abs().amin(1)
     assert nearest.max() < 0.04  # a window of 93 ms sees a hard attack before its middle does
@@ -315,12 +314,12 @@ def test_evaluate_reports_every_family_and_what_streaming_changes(corpus_folder)
     codec = SpectralCodec(preset("tiny").codec).eval()
     with torch.no_grad():
         codec.decoder.level.bias.fill_(-2.5)
-    result = codec_metrics.evaluate(codec, Corpus(corpus_folder, "test"), hours=1.0)
+    result = measure_codec.evaluate(codec, Corpus(corpus_folder, "test"), hours=1.0)
     assert set(result["families"]) == {"piano", "strings"}
     assert result["all"]["n"] == 3
     assert result["stream_difference"] < 1e-3
     assert result["lookahead_frames"] <= 4
-    table = codec_metrics.markdown_table(result)
+    table = measure_codec.markdown_table(result)
     assert table.count("\n") == 4
     assert "| piano | 1 |" in " ".join(table.split())
 
@@ -332,8 +331,8 @@ def measured(corpus_folder, tmp_path_factory):
     (corpus_folder / "corpus.json").write_text('{"kind": "audio"}')
     assert main(options(corpus_folder, out, n_steps=1, encoder_steps=0)) == 0
     weights, figures, card = (out / n for n in ("codec.safetensors", "s.json", "codec.md"))
-    wanted = {"evaluate": weights, "json": figures, "card": card}
-    assert main(options(corpus_folder, out, **wanted)) == 0
+    words = [weights, "--data", corpus_folder, "--json", figures, "--card", card, "--threads", 1]
+    assert measure_codec.main([str(word) for word in words]) == 0
     return weights, json.loads(figures.read_text()), card.read_text()
 
 
@@ -347,4 +346,4 @@ def test_measuring_writes_figures_and_a_card_made_of_them(measured):
     assert "python -m lmd train codec" in text
     assert f"{scores['all']['log_mel_db']:.3f}" in text
     with pytest.raises(LmdError, match="scores of weights 0000"):
-        codec_card(weights, {**scores, "sha256": "0" * 64})
+        measure_codec.codec_card(weights, {**scores, "sha256": "0" * 64})

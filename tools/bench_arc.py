@@ -25,8 +25,7 @@ from tqdm import tqdm
 from lmd.arc.card import WHO, arc_log
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.module import ArcTraining
-from lmd.arc.options import ArcOptions
-from lmd.arc.options import Options as ArcTrain
+from lmd.arc.options import ArcOptions, ArcRun
 from lmd.checkpoint import build_model, write_atomic
 from lmd.config import preset
 from lmd.machine import machine_dict, peak_mb, tune_allocator
@@ -72,9 +71,9 @@ class Options:
     json: Path | None = None
 
 
-def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) -> ArcTrain:
+def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) -> ArcRun:
     """The options of `lmd train arc` for a line of the table."""
-    return ArcTrain(
+    return ArcRun(
         preset=options.preset,
         batch=options.batch,
         blocks=str(n_blocks),
@@ -91,7 +90,7 @@ def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) 
     ).resolved()
 
 
-def measure(run: ArcTrain, threads: int) -> dict[str, float]:
+def measure(run: ArcRun, threads: int) -> dict[str, float]:
     """Train in this process: median seconds and calls of an update, and peak memory in GB."""
     torch.set_num_threads(threads)
     tune_allocator()
@@ -113,7 +112,7 @@ def measure(run: ArcTrain, threads: int) -> dict[str, float]:
     return found
 
 
-def in_fresh_process(run: ArcTrain, threads: int) -> dict[str, float]:
+def in_fresh_process(run: ArcRun, threads: int) -> dict[str, float]:
     """`measure` in a process that has done nothing before; empty if it died, e.g. of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lmd.arc.options import ArcOptions
-from lmd.checkpoint import read_header
-from lmd.training.card import among, card, run_facts, run_log
+from lmd.arc.options import ArcOptions, ArcRun
+from lmd.training.card import among, card, curve_table, run_facts, run_log
 
 WHO = {0: "discriminator", 1: "generator"}
 
@@ -37,18 +36,6 @@ def cost_table(out: Path) -> str:
     return costs(out).to_markdown(index=False, floatfmt=("g", "g", "g", ".1f", ".2f", ".2f"))
 
 
-def curve_table(out: Path, n_parts: int = 8) -> str:
-    """Mean losses and accuracy over equal parts of the run, as Markdown."""
-    log = arc_log(out)
-    log["minutes"] = log["update_s"].cumsum() / 60
-    columns = ["discriminator/pair", "discriminator/contrastive", "generator/pair", "accuracy"]
-    means = {name: (name, "mean") for name in columns if name in log}
-    ends = {"first": ("step", "min"), "last": ("step", "max"), "minutes": ("minutes", "max")}
-    table = log.groupby(log.index * n_parts // max(1, len(log))).agg(**ends, **means)
-    shown = ("g", "g", ".1f", *[".3f"] * len(means))
-    return table.to_markdown(index=False, floatfmt=shown, missingval="–")
-
-
 def about(options: ArcOptions) -> str:
     """One sentence: what a run's weights are."""
     *most, last = [str(n) for n, _ in options.n_steps]
@@ -60,8 +47,11 @@ def about(options: ArcOptions) -> str:
     )
 
 
-def arc_card(out: Path, weights: Path, options: ArcOptions) -> str:
+def arc_card(out: Path, weights: Path, options: ArcRun) -> str:
     """Markdown about the weights that the run in `out` made."""
-    updates = f"{read_header(weights).notes['steps']}, both networks together"
-    facts = {**run_facts(weights), "updates": updates}
-    return card(weights, about(options), facts, curve_table(out), cost_table(out))
+    log, facts = arc_log(out), run_facts(weights)
+    log["minutes"] = log["update_s"].cumsum() / 60
+    facts["updates"] = f"{facts.pop('steps')}, both networks together"
+    columns = ["discriminator/pair", "discriminator/contrastive", "generator/pair", "accuracy"]
+    curves = curve_table(log, *[name for name in columns if name in log])
+    return card(weights, about(options.arc), facts, curves, cost_table(out))

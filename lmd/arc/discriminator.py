@@ -83,12 +83,7 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, base: LiveModel, last_block: str, head: HeadConfig | None = None) -> None:
-        """Copy what is needed of `base`.
-
-        Args:
-            base: the bidirectional model, trained at the rollout's length; it is not changed.
-            last_block: the last block that is kept, by name: `blocks.3` keeps four.
-            head: sizes of the head.
+        """Copy what is needed of `base`, trained at the rollout's length: `blocks.3` keeps four.
 
         Raises:
             LmdError: the base has no such block.
@@ -105,13 +100,7 @@ class Discriminator(nn.Module):
     def forward(
         self, noisy: Latents, t: NoiseLevel, condition: Condition, first_frame: int
     ) -> Scores:
-        """Score the frames from `first_frame` on.
-
-        Args:
-            noisy: `[batch, latent, frame]`, context and rollout, noised to level `t`.
-            t: `[batch]`.
-            condition: made by `self.base.condition`.
-            first_frame: first frame of the rollout; what lies before is seen, not scored.
+        """Score the frames from `first_frame` on; what lies before is seen, not scored.
 
         Returns:
             `[batch, (frame - first_frame) / 4]`.
@@ -128,12 +117,8 @@ class Discriminator(nn.Module):
             )
         dit = self.base.dit
         tokens = [dit.embed_target(noisy), dit.global_token(t, condition.global_cond)]
-        x, _ = dit.trunk(
-            torch.cat(tokens, dim=1),
-            frame_positions(n_frames),
-            dit.text_key_values(condition.tokens),
-            output_slice=slice(
-                first_frame, n_frames
-            ),  # the global token is last: frames keep theirs
+        text, scored = dit.text_key_values(condition.tokens), slice(first_frame, n_frames)
+        x, _ = dit.trunk(  # the global token is last: frames keep their places
+            torch.cat(tokens, dim=1), frame_positions(n_frames), text, output_slice=scored
         )
         return self.head(x)

@@ -1,9 +1,9 @@
 """ARC-Forcing: train a live model on its own continuations, scored by a discriminator.
 
-The model continues real context for several blocks, exactly as it plays. A discriminator, grown
-from the bidirectional base, compares the whole continuation with real music (relativistic pair
-loss) and real music under the right prompt with the same under a wrong one (contrastive loss).
-Each block carries gradient through one network call.
+The model continues real context for several blocks, exactly as it plays; each block carries
+gradient through one network call. A discriminator, grown from the bidirectional base, compares the
+whole continuation with real music (relativistic pair loss), and real music under the right prompt
+with the same under a wrong one (contrastive loss).
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; Self Forcing
 (arXiv 2506.08009); ARC (arXiv 2505.08175); approximate R1/R2 (arXiv 2501.08316);
@@ -30,6 +30,7 @@ from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, NoiseLevel, Tokens
 from lmd.stream.block import BlockPlan, BlockSession, Denoiser
 from lmd.stream.samplers import Guidance, SamplerName, add_noise, predict_clean, sample, schedule
+from lmd.training.losses import drop_text
 
 Rolled = Float[Tensor, "batch latent context_and_rollout"]
 
@@ -39,21 +40,16 @@ class RolloutPlan:
     """How a model continues its own output.
 
     Attributes:
-        block: regime and block length.
-        n_steps: length of the noise schedule.
-        n_calls: per block, which call learns, 1 ... n_steps.
-        seeds: one per item: its noise is that of a stream with this seed.
-        sampler: how a block is sampled; without guidance.
         plays_out: whether blocks are sampled to their end. If not, the call that learns is a
             block's last and jumps to clean, as in arXiv 2605.22717; many blocks then end after
             fewer calls than anybody plays with.
     """
 
     block: BlockPlan
-    n_steps: int
-    n_calls: tuple[int, ...]
-    seeds: tuple[int, ...]
-    sampler: SamplerName = "pingpong"
+    n_steps: int  # length of the noise schedule
+    n_calls: tuple[int, ...]  # per block, which call learns, 1 ... n_steps
+    seeds: tuple[int, ...]  # one per item: its noise is that of a stream with this seed
+    sampler: SamplerName = "pingpong"  # without guidance
     plays_out: bool = False
 
     def __post_init__(self) -> None:
@@ -84,21 +80,14 @@ def rollout(
     with_grad: bool,
     memory: Memory | None = None,
 ) -> Rolled:
-    """Continue `context` for several blocks as the streamer plays them.
+    """Continue `context` (clean latents) for several blocks as the streamer plays them.
 
     Blocks of all steps are what `Streamer.step` gives, bit for bit; a block that ends after call k
     has the schedule `(tau_0 ... tau_{k-1}, 0)`. Between blocks, latents and cached keys are
-    detached; within a block only the call that learns builds a graph. Where blocks are played out
-    and that call is not the last, the block's gradient is taken to be that of the clean block which
-    that call names (straight through): after distillation, all calls name nearly the same one.
-
-    Args:
-        denoiser: what plays.
-        context: clean latents, `[batch, latent, context frame]`.
-        condition: one for the whole rollout.
-        plan: blocks, calls, noise.
-        with_grad: whether the call of every block that learns builds a graph.
-        memory: text keys to share (they may carry gradient), or None.
+    detached; within a block only the call that learns builds a graph, if `with_grad`. Where blocks
+    are played out and that call is not the last, the block's gradient is taken to be that of the
+    clean block which that call names (straight through). The text keys in `memory` may carry
+    gradient.
 
     Returns:
         `[batch, latent, context + rollout]`; the context in front is the given one.
@@ -130,13 +119,9 @@ def rollout(
 
 
 class OneLearns:
-    """A session as the sampler calls it, with gradient in call number `learns` (from 1) alone.
+    """A session as the sampler calls it, with gradient in call number `learns` (from 1) alone."""
 
-    Attributes:
-        clean: the clean block that this call named.
-    """
-
-    clean: BlockLatents
+    clean: BlockLatents  # what that call named
 
     def __init__(self, session: BlockSession, learns: int, with_grad: bool) -> None:
         self.session, self.learns, self.with_grad, self.n_made = session, learns, with_grad, 0
@@ -160,8 +145,7 @@ def text_memory(model: LiveModel, condition: Condition) -> Memory:
 def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
     """`mean softplus(loser - winner)`, pair by pair; log 2 where the two are equal.
 
-    The discriminator wants (real, fake), the generator (fake, real); pairs share item, place, noise
-    and noise level.
+    The discriminator wants (real, fake), the generator (fake, real).
     """
     return F.softplus(loser - winner).mean()
 
@@ -169,29 +153,23 @@ def relativistic_loss(winner: Scores, loser: Scores) -> Tensor:
 def contrastive_loss(right: Scores, wrong: Scores, different: Tensor) -> Tensor:
     """`mean softplus(wrong - right)`: music must score higher under its own prompt than another's.
 
-    An item whose two conditions are equal (not `different`, `[batch]` bool) counts as 0, so that
-    the mean does not depend on how a batch is split.
+    An item whose two conditions are equal (not `different`, `[batch]` bool) counts as 0.
     """
     per_item = F.softplus(wrong - right).mean(dim=1)
     return (per_item * different).mean()
 
 
 def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
-    """A uniformly drawn permutation of n items that leaves none in its place.
-
-    Raises:
-        LmdError: fewer than two items, of which there is no derangement.
-    """
+    """A uniformly drawn permutation of n items (two or more) that leaves none in its place."""
     if n < 2:
         raise LmdError(
             f"a contrastive loss over a batch of {n}",
             "at least 2 items",
             "Use a larger batch, or a contrastive weight of 0.",
         )
-    stays = torch.arange(n)
     while True:  # about e = 2.7 draws
         order = torch.randperm(n, generator=generator)
-        if not (order == stays).any():
+        if not (order == torch.arange(n)).any():
             return order
 
 
@@ -203,9 +181,7 @@ class Prompts(NamedTuple):
 
     def for_model(self, model: LiveModel, seconds: float) -> Condition:
         """As a condition of `model`; items that were dropped get zeroed tokens."""
-        condition = model.condition(self.prompt, seconds)
-        keep = (~self.dropped).to(condition.tokens)[:, None, None]
-        return Condition(condition.tokens * keep, condition.global_cond)
+        return drop_text(model.condition(self.prompt, seconds), ~self.dropped)
 
     def differs(self, other: "Prompts") -> Bool[Tensor, " batch"]:
         """Which items' conditions are not those of `other`."""
@@ -215,29 +191,17 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class RealFakePair:
-    """Real music and a rollout that continues the same context, noised alike.
+    """Real music and a rollout that continues the same context, noised alike."""
 
-    Attributes:
-        real: `[batch, latent, context + rollout]`.
-        fake: the same shape; its context is the real one's.
-        asked: prompts of both.
-        wrong: prompts of other items, see `derangement`.
-        t: noise level of both, `[batch]`.
-        noise: noise of both.
-        nudge: standard normal; where R1 and R2 look for smoothness.
-        first_frame: where the rollout starts.
-        seconds: length of the whole.
-    """
-
-    real: Latents
-    fake: Latents
-    asked: Prompts
-    wrong: Prompts
-    t: NoiseLevel
-    noise: Latents
-    nudge: Latents
-    first_frame: int
-    seconds: float
+    real: Rolled
+    fake: Rolled  # its context is the real one's
+    asked: Prompts  # of both
+    wrong: Prompts  # of other items, see `derangement`
+    t: NoiseLevel  # of both
+    noise: Rolled  # of both
+    nudge: Rolled  # standard normal: where R1 and R2 look for smoothness
+    first_frame: int  # of the rollout
+    seconds: float  # of the whole
 
     def scores(self, discriminator: Discriminator, *pairs: tuple[Latents, Prompts]) -> list[Scores]:
         """Scores of latents under prompts, all at this pair's noise, in one pass."""
@@ -286,10 +250,7 @@ def generator_loss(discriminator: Discriminator, pair: RealFakePair) -> GanLoss:
 def discriminator_loss(
     discriminator: Discriminator, pair: RealFakePair, weights: LossWeights
 ) -> GanLoss:
-    """Pair loss, contrastive loss and smoothness; `pair.fake` is taken as it is (detached).
-
-    A term of weight 0 is not computed.
-    """
+    """Pair loss, contrastive loss and smoothness; a term of weight 0 is not computed."""
     asked, fake_latents = pair.asked, pair.fake.detach()
     step = weights.perturbation * pair.nudge
     inputs = {"real": (pair.real, asked), "fake": (fake_latents, asked)}

@@ -1,15 +1,13 @@
 """ARC-Forcing under Lightning: two networks, two optimizers, alternating updates.
 
 Update k is a function of (options, k): its rollout, batch, noise and dropout. A checkpoint holds
-both networks, the generator's moving average, both optimizers and k, and a run that was killed goes
-on with the numbers it would have had.
+both networks, the generator's moving average, both optimizers and k.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; ARC (arXiv 2505.08175).
 Taught in notebook 03_arc_forcing.
 """
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.losses import (
@@ -38,7 +36,6 @@ from lmd.arc.losses import (
     text_memory,
 )
 from lmd.arc.options import ArcOptions, ArcRun
-from lmd.errors import LmdError
 from lmd.machine import memory_gb
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
@@ -49,28 +46,21 @@ from lmd.stream.block import BlockPlan, LiveDenoiser
 from lmd.training.draws import BatchIndices, context_dropout, draw_kept, draw_noise, pick
 from lmd.training.module import clip_gradient, move_average
 from lmd.training.options import check_parts
-from lmd.training.windows import WindowSource
+from lmd.training.trainer import check_finite
+from lmd.training.windows import Items, WindowSource
 
 Network = Literal["discriminator", "generator"]
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """One update.
-
-    Attributes:
-        trains: whose turn it is.
-        block: regime and block length of the rollout.
-        n_steps: length of the noise schedule.
-        n_calls: per block, which call learns.
-        n_frames: context and rollout.
-    """
+    """One update: whose turn it is, and how the rollout goes (see `RolloutPlan`)."""
 
     trains: Network
     block: BlockPlan
     n_steps: int
     n_calls: tuple[int, ...]
-    n_frames: int
+    n_frames: int  # context and rollout
 
 
 def plan_update(options: ArcOptions, seed: int, update: int) -> UpdatePlan:
@@ -122,7 +112,7 @@ def make_pair(
     """Roll out and set beside real music; with graph if it is the generator's turn.
 
     The model is conditioned on the length of its window, as when it streams; the discriminator on
-    that of the whole sequence, as when it was the base. Dropped context is zero on both sides.
+    that of the whole sequence, as when it was the base.
     """
     s, rows, clean = options.context_frames, batch.rows, batch.clean
     real = context_dropout(clean, options, rows, plan.block.block_frames)
@@ -161,11 +151,7 @@ class Part(NamedTuple):
 
 
 def make_part(run: ArcRun, source: WindowSource, update: int, shard: int, n_shards: int) -> Part:
-    """The rows of one shard, with the prompts that the derangement of the whole batch deals them.
-
-    Raises:
-        LmdError: see `check_parts`.
-    """
+    """One shard's rows, with the prompts that the derangement of the whole batch deals them."""
     check_parts(run.batch, n_shards)
     each, n_frames = run.batch // n_shards, plan_update(run.arc, run.seed, update).n_frames
     positions = tuple(range(shard * each, (shard + 1) * each))
@@ -176,25 +162,6 @@ def make_part(run: ArcRun, source: WindowSource, update: int, shard: int, n_shar
         wrong = source.windows(update, [order[p] for p in positions], n_frames).prompts
     rows = BatchIndices(run.seed, update, positions, run.batch)
     return Part(rows, windows.latents, windows.prompts, wrong, windows.names)
-
-
-class UpdateBatches(IterableDataset):
-    """One item per update, from the run's current one on: the parts of this process."""
-
-    def __init__(self, module: "ArcTraining") -> None:
-        self.module = module
-
-    def __len__(self) -> int:
-        """All updates of the run, also those before a restart."""
-        return self.module.options.n_updates
-
-    def __iter__(self) -> Iterator[list[Part]]:
-        module, run = self.module, self.module.options
-        size, rank = module.trainer.world_size, module.trainer.global_rank
-        for update in range(module.trainer.global_step, run.n_updates):
-            shards = [part * size + rank for part in range(run.accumulate)]
-            n_shards = size * run.accumulate
-            yield [make_part(run, module.source, update, shard, n_shards) for shard in shards]
 
 
 class ArcTraining(L.LightningModule):
@@ -221,9 +188,8 @@ class ArcTraining(L.LightningModule):
         """One update of one network."""
         began, update, run = time.perf_counter(), parts[0].rows.step, self.options
         plan = plan_update(run.arc, run.seed, update)
-        losses = []
+        parallel, losses = isinstance(self.trainer.strategy, ParallelStrategy), []
         for i, part in enumerate(parts):
-            parallel = isinstance(self.trainer.strategy, ParallelStrategy)
             is_last = i == len(parts) - 1 or not parallel
             with nullcontext() if is_last else self.trainer.strategy.block_backward_sync():
                 losses.append(self.backward_part(part, plan))
@@ -250,14 +216,13 @@ class ArcTraining(L.LightningModule):
                 loss = generator_loss(self.discriminator, pair)
             else:
                 loss = discriminator_loss(self.discriminator, pair, run.arc.weights)
-            if not math.isfinite(loss.loss.item()):
-                raise LmdError(
-                    f"a {plan.trains} loss of {loss.loss.item()} at update {part.rows.step} "
-                    f"on {part.names}",
-                    "a finite loss",
-                    f"Last good checkpoint: {self.last_checkpoint}. Lower --lr-generator and "
-                    "--lr-discriminator, or raise --r1 and --r2.",
-                )
+            check_finite(
+                f"a {plan.trains} loss of",
+                loss.loss.item(),
+                f"update {part.rows.step} on {part.names}",
+                f"Last good checkpoint: {self.last_checkpoint}. Lower --lr-generator and "
+                "--lr-discriminator, or raise --r1 and --r2.",
+            )
             self.manual_backward(loss.loss / run.accumulate)
         return loss
 
@@ -265,16 +230,21 @@ class ArcTraining(L.LightningModule):
         """AdamW for each network; constant rates."""
         run = self.options
         pairs = (self.generator, run.lr_generator), (self.discriminator, run.lr_discriminator)
-        return [
-            torch.optim.AdamW(
-                net.parameters(), lr, run.betas, weight_decay=run.weight_decay, fused=True
-            )
-            for net, lr in pairs
-        ]
+        how = {"betas": run.betas, "weight_decay": run.weight_decay, "fused": True}
+        return [torch.optim.AdamW(network.parameters(), lr, **how) for network, lr in pairs]
 
     def train_dataloader(self) -> DataLoader:
         """Updates addressed by number; made after a checkpoint was restored."""
-        return DataLoader(UpdateBatches(self), batch_size=None)
+        n = self.options.n_updates  # also those before a restart
+        return DataLoader(Items(self.batches, n), batch_size=None)
+
+    def batches(self) -> Iterator[list[Part]]:
+        """From the run's current update on, the parts of this process."""
+        run, size = self.options, self.trainer.world_size
+        shards = [part * size + self.trainer.global_rank for part in range(run.accumulate)]
+        n_shards = size * run.accumulate
+        for update in range(self.trainer.global_step, run.n_updates):
+            yield [make_part(run, self.source, update, shard, n_shards) for shard in shards]
 
     def exported(self) -> dict[str, Tensor]:
         """The generator's averaged weights."""
@@ -293,7 +263,13 @@ class ArcTraining(L.LightningModule):
             won = mean["accuracy"].item() > run.winning_accuracy
             self.n_winning.copy_((self.n_winning + 1) * won)
             if self.n_winning.item() == run.winning_updates:
-                warn_of_winning(run)
+                warnings.warn(
+                    "the discriminator has scored real above generated in more than "
+                    f"{run.winning_accuracy:.0%} of the pairs for {run.winning_updates} of its "
+                    "updates: it has won and teaches little. Lower --lr-discriminator, raise --r1 "
+                    "and --r2, or raise --lr-generator.",
+                    stacklevel=2,
+                )
         self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
         full = plan.n_steps * len(plan.n_calls)
         costs = {
@@ -306,14 +282,3 @@ class ArcTraining(L.LightningModule):
             "memory_gb": memory_gb(self.device),
         }
         self.log_dict(costs, batch_size=1)
-
-
-def warn_of_winning(run: ArcRun) -> None:
-    """Say that the discriminator has won, and what to do about it."""
-    warnings.warn(
-        f"the discriminator has scored real above generated in more than "
-        f"{run.winning_accuracy:.0%} of the pairs for {run.winning_updates} of its updates: it has "
-        "won and teaches little. Lower --lr-discriminator, raise --r1 and --r2, or raise "
-        "--lr-generator.",
-        stacklevel=2,
-    )

@@ -11,7 +11,7 @@ import tyro
 
 from lmd.arc.discriminator import PATCH_FRAMES, HeadConfig
 from lmd.arc.losses import LossWeights
-from lmd.config import REGIMES, Preset, Regime, check_block, preset
+from lmd.config import REGIMES, Regime, check_block, preset
 from lmd.errors import LmdError
 from lmd.stream.samplers import LOG_SNR_END, LOG_SNR_START, SamplerName
 from lmd.training.draws import ContextOptions, Hidden
@@ -25,9 +25,8 @@ class ArcOptions(ContextOptions):
     """What updates draw. Shares need not sum to one.
 
     Sources: context dropout, noise levels of the discriminator, contrastive weight and head are
-    those of arXiv 2605.22717's configs. Ours: several step counts, since one model is to play with
-    8, 4 and 2 steps (their noise levels are nested); both regimes; shorter rollouts for small
-    machines (the paper has 12 blocks).
+    those of arXiv 2605.22717's configs. Ours: several step counts (their noise levels are nested),
+    both regimes, shorter rollouts.
     """
 
     context_dropout_all: float = 0.25
@@ -61,7 +60,7 @@ class ArcOptions(ContextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ArcRun(RunOptions):
-    """A run of ARC-Forcing.
+    """A run of ARC-Forcing. Several values with commas are drawn alike: `--blocks 2,4,8`.
 
     Sources: weight decay, clipping and the moving average are those of arXiv 2605.22717's ARC
     configs. Ours: no momentum (they have 0.9), since in `notebooks/toy_world.py` the two then
@@ -77,41 +76,6 @@ class ArcRun(RunOptions):
         lr_discriminator: learning rate.
         ema: decay of the averaged weights.
         checkpoint_every: updates from one checkpoint to the next.
-        winning_accuracy: above this for `winning_updates`, the discriminator has won.
-    """
-
-    out: Path = Path("runs/arc")
-    init: Path = Path("data/pretrained/finetuned.safetensors")
-    discriminator: Annotated[Path, tyro.conf.arg(name="base")] = Path(
-        "data/pretrained/base.safetensors"
-    )
-    n_updates: Annotated[int, tyro.conf.arg(name="updates")] = 1000
-    lr_generator: float = 2e-5
-    lr_discriminator: float = 1e-4
-    betas: Hidden[tuple[float, float]] = (0.0, 0.95)
-    weight_decay: Hidden[float] = 0.01
-    clip_norm: Hidden[float] = 1.0
-    ema: float = 0.99
-    checkpoint_every: int = 50
-    winning_accuracy: Hidden[float] = 0.98
-    winning_updates: Hidden[int] = 30
-    arc: Hidden[ArcOptions] = field(default_factory=ArcOptions)
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps of the run: one in each update."""
-        return self.n_updates
-
-    def starts(self) -> dict[str, Path | None]:
-        """The weights that a run begins with, by option."""
-        return {"init": self.init, "base": self.discriminator}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(ArcRun):
-    """`lmd train arc`. Several values with commas are drawn alike: `--blocks 2,4,8`.
-
-    Attributes:
         warmup: first updates, of the discriminator alone.
         blocks: blocks of a rollout.
         block_frames: block length.
@@ -127,6 +91,21 @@ class Options(ArcRun):
         last_block: of the base, in the discriminator.
     """
 
+    out: Path = Path("runs/arc")
+    init: Path = Path("data/pretrained/finetuned.safetensors")
+    discriminator: Annotated[Path, tyro.conf.arg(name="base")] = Path(
+        "data/pretrained/base.safetensors"
+    )
+    n_updates: Annotated[int, tyro.conf.arg(name="updates")] = 1000
+    lr_generator: float = 2e-5
+    lr_discriminator: float = 1e-4
+    betas: Hidden[tuple[float, float]] = (0.0, 0.95)
+    weight_decay: Hidden[float] = 0.01
+    clip_norm: Hidden[float] = 1.0
+    ema: float = 0.99
+    checkpoint_every: int = 50
+    winning_accuracy: Hidden[float] = 0.98  # above this for so many updates, it has won
+    winning_updates: Hidden[int] = 30
     warmup: int = 100
     blocks: str = "8"
     block_frames: str = "48"
@@ -140,8 +119,18 @@ class Options(ArcRun):
     text_dropout: float = ArcOptions.text_dropout
     from_silence: float = ArcOptions.context_dropout_all
     last_block: str = ArcOptions.last_block
+    arc: Hidden[ArcOptions] = field(default_factory=ArcOptions)
 
-    def resolved(self) -> "Options":
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the run: one in each update."""
+        return self.n_updates
+
+    def starts(self) -> dict[str, Path | None]:
+        """The weights that a run begins with, by option."""
+        return {"init": self.init, "base": self.discriminator}
+
+    def resolved(self) -> "ArcRun":
         """The same with `arc` as the flags say.
 
         Raises:
@@ -157,22 +146,15 @@ class Options(ArcRun):
             )
         names = tuple(word.strip() for word in self.regimes.split(","))
         if not set(names) <= set(REGIMES):
-            raise LmdError(
-                f"--regimes {self.regimes!r}", f"some of {REGIMES}", "Correct the names."
-            )
+            found = f"--regimes {self.regimes!r}"
+            raise LmdError(found, f"some of {REGIMES}", "Correct the names.")
         sizes = preset(self.preset)
-        lengths = numbers(self.block_frames, "--block-frames")
-        for block_frames, _ in lengths:
-            check_block(sizes.window.context_frames, block_frames)
-        return replace(self, arc=self._arc(sizes, names, lengths))
-
-    def _arc(self, sizes: Preset, names: tuple, lengths: tuple) -> ArcOptions:
-        return ArcOptions(
+        arc = ArcOptions(
             context_frames=sizes.window.context_frames,
             window_frames=sizes.window.window_frames,
             frame_rate_hz=sizes.frame_rate_hz,
             regimes=tuple((name, 1.0) for name in names),
-            block_lengths=lengths,
+            block_lengths=numbers(self.block_frames, "--block-frames"),
             n_blocks=numbers(self.blocks, "--blocks"),
             n_steps=numbers(self.steps, "--steps"),
             sampler=self.sampler,
@@ -184,6 +166,7 @@ class Options(ArcRun):
             last_block=self.last_block,
             head=HeadConfig.of(sizes.dit.width),
         )
+        return replace(self, arc=arc)
 
 
 def numbers(text: str, name: str) -> tuple[tuple[int, float], ...]:

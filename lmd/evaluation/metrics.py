@@ -15,8 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from lmd.errors import LmdError
-from lmd.training.codec.losses import mel_matrix
-from lmd.training.codec.metrics import Mono, power
+from lmd.training.codec.losses import Mono, mel_matrix, power
 
 Embeddings = Float[np.ndarray, "sample size"]
 Probabilities = Float[np.ndarray, "clip label"]

@@ -43,14 +43,7 @@ TEMPLATE = Template(
 def card(
     weights: Path, about: str, facts: Mapping[str, Any], *texts: str, notice: str = NOTICE
 ) -> str:
-    """Markdown about a file of weights.
-
-    Args:
-        weights: the file.
-        about: one sentence: what they are.
-        facts: rows of the table, behind size and hash.
-        texts: what stands below it.
-        notice: about their use.
+    """Markdown about a file of weights: a sentence, a table of facts, more texts, a notice.
 
     Raises:
         LmdError: `weights` is not a checkpoint of this project.
@@ -62,54 +55,53 @@ def card(
 
 def training_card(out: Path, weights: Path, options: TrainOptions) -> str:
     """The card of the weights that the run in `out` made."""
-    log, notes = run_log(out), read_header(weights).notes
+    log = run_log(out)
+    log["minutes"] = log["seconds"] / 60
     starts = [path.name.removeprefix("from-") for path in sorted((out / "logs").glob("from-*"))]
     starts_at = ", ".join(str(int(step)) for step in starts)
-    minutes = f"{log['seconds'].max() / 60:.1f} min, started or resumed at steps {starts_at}"
-    facts = {**run_facts(weights), "steps": notes["steps"], "wall time": minutes}
+    minutes = f"{log['minutes'].max():.1f} min, started or resumed at steps {starts_at}"
+    facts = {**run_facts(weights), "wall time": minutes}
     losses = f"Mean training loss ({loss_of(options)}) along the run:"
-    table = log.assign(minutes=log["seconds"] / 60).groupby(log.index * 8 // max(1, len(log)))
-    table = table.agg(
-        first=("step", "min"),
-        last=("step", "max"),
-        minutes=("minutes", "max"),
-        loss=("loss", "mean"),
-    )
-    shown = table.to_markdown(index=False, floatfmt=("g", "g", ".1f", ".4f"))
-    return card(weights, about(options), facts, losses, shown)
+    return card(weights, about(options), facts, losses, curve_table(log, "loss"))
+
+
+def curve_table(log: pd.DataFrame, *columns: str) -> str:
+    """Means of columns over eight parts of a run, as Markdown; `minutes` have gone by at a row."""
+    ends = {"first": ("step", "min"), "last": ("step", "max"), "minutes": ("minutes", "max")}
+    means = {name: (name, "mean") for name in columns}
+    table = log.groupby(log.index * 8 // max(1, len(log))).agg(**ends, **means)
+    shown = ("g", "g", ".1f", *[".4f"] * len(means))
+    return table.to_markdown(index=False, floatfmt=shown, missingval="–")
 
 
 def run_facts(weights: Path) -> dict[str, str]:
     """What weights say of their making, as rows of a card."""
     header = read_header(weights)
     notes, sizes = header.notes, header.config
-    dit = sizes.dit
-    names = {"init": "started from", "base": "discriminator from"}
-    facts = {text: origin_text(notes[name]) for name, text in names.items() if name in notes}
-    machine = notes["hardware"]
-    return {
+    dit, data = sizes.dit, notes["data"]
+    facts = {
         "sizes": f"preset `{sizes.name}`: width {dit.width}, depth {dit.depth}, "
         f"{dit.n_heads} heads, {dit.latent_dim} latent channels",
+    }
+    for name, text in {"init": "started from", "base": "discriminator from"}.items():
+        if origin := notes.get(name):
+            made = f", made by `{origin['command']}`" if origin.get("command") else ""
+            facts[text] = f"`{origin['file']}` ({origin['sha256'][:12]}…){made}"
+    corpus = str(data["latent_settings"].get("corpus", "unknown"))[:12]
+    return {
         **facts,
         "seed": notes["seed"],
-        "hardware": f"{machine['cpu']}, {machine['n_cores']} cores, {machine['gpu'] or 'no GPU'}, "
-        f"torch {machine['torch']}",
-        "data": data_text(notes),
+        "hardware": machine_text(notes["hardware"]),
+        "data": f"{data['renditions']} renditions, {data['hours']} h, corpus `{corpus}`",
         "command": f"`{notes['command']}`",
+        "steps": notes["steps"],
     }
 
 
-def origin_text(origin: Mapping[str, Any]) -> str:
-    """Another file of weights; see `lmd.training.run.origin_of`."""
-    made = f", made by `{origin['command']}`" if origin.get("command") else ""
-    return f"`{origin['file']}` ({origin['sha256'][:12]}…){made}"
-
-
-def data_text(notes: Mapping[str, Any]) -> str:
-    """What weights learned from."""
-    data = notes["data"]
-    corpus = str(data["latent_settings"].get("corpus", "unknown"))[:12]
-    return f"{data['renditions']} renditions, {data['hours']} h, corpus `{corpus}`"
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """A machine, as weights remember it."""
+    gpu = machine["gpu"] or "no GPU"
+    return f"{machine['cpu']}, {machine['n_cores']} cores, {gpu}, torch {machine['torch']}"
 
 
 def about(options: TrainOptions) -> str:
@@ -144,8 +136,7 @@ def loss_of(options: TrainOptions) -> str:
 
 def run_log(out: Path) -> pd.DataFrame:
     """Losses and timings of all of a run's steps; a step that was run twice counts once."""
-    files = sorted((out / "logs").glob("from-*/metrics.csv"))
-    parts = [pd.read_csv(path) for path in files]
+    parts = [pd.read_csv(path) for path in sorted((out / "logs").glob("from-*/metrics.csv"))]
     seconds = 0.0
     for part in parts:
         if "seconds" in part:

@@ -2,9 +2,8 @@
 
 The teacher is the fine-tuned model, guided, sampling with many steps. The student looks at some
 states of that way, without guidance, and has to name its end at once: a few steps of the student
-then go where many steps of the teacher went, for a sixteenth of the calls. ARC-Forcing starts from
-it. The states lie on the teacher's trajectory itself, or on the straight path between its two ends:
-that is where a student who takes few steps really comes along.
+then go where many of the teacher went. The states lie on the teacher's trajectory itself, or on
+the straight path between its two ends, where a student of few steps really comes along.
 
 Sources: the warm-up on trajectories in the code of Live Music Diffusion Models (arXiv 2605.22717);
 straight paths between noise and what it became as in rectified flow (arXiv 2209.03003); guidance
@@ -50,15 +49,9 @@ def distill_loss(
 ) -> PerItem:
     """The loss of every row of a step, with everything else that the step draws.
 
-    Args:
-        model: learns.
-        teacher: what it started from.
-        clean: windows of the step's length; the block at their end is not looked at.
-        noise: see `lmd.training.options.step_noise`.
-        prompt: prompt embeddings, before dropout.
-        seconds: the length that both are conditioned on.
-        options: of the run.
-        rows: which rows these are.
+    `clean` are windows of the step's length, whose last block is not looked at; `noise` is that of
+    `lmd.training.options.step_noise`; `prompt` is that before dropout, `seconds` the length that
+    both models are conditioned on.
     """
     plan, distill = options.plan(rows.step), options.distill
     kept = draw_kept(rows, "text dropout", options.text_dropout)
@@ -75,14 +68,9 @@ def distill_loss(
 
 
 class Trajectory(NamedTuple):
-    """A guided sampler's way from noise to a block.
+    """A guided sampler's way from noise to a block."""
 
-    Attributes:
-        states: what it held before each call, `[batch, step, latent, frame]`; noise first.
-        end: the block, `[batch, latent, frame]`.
-    """
-
-    states: Float[Tensor, "batch step latent length"]
+    states: Float[Tensor, "batch step latent length"]  # before each call; noise first
     end: BlockLatents
 
     def straight(self) -> "Trajectory":
@@ -138,19 +126,8 @@ def trajectory_loss(
     """`|state - t v(state, t) - end|²`: the clean block that the student names, against the end.
 
     On the velocity it is that over t², `|v(state, t) - (state - end) / t|²`: what is wrong late on
-    the way, where a block gets its edges, then counts as much as what is wrong at its start.
-
-    Args:
-        student: learns; no guidance.
-        context: clean latents in front of the block.
-        trajectory: the teacher's way from that context.
-        timesteps: which of its states are looked at.
-        condition: prompt and length, as the teacher had them.
-        plan: regime and block length.
-        loss_on: what is compared.
-
-    Returns:
-        One mean squared error per row.
+    the way then counts as much as what is wrong at its start. The context is clean latents, and
+    `timesteps` says which states of the trajectory are looked at.
     """
     states = trajectory.states[:, timesteps]
     times = torch.tensor(schedule(trajectory.states.shape[1]))[timesteps].to(states)

@@ -23,6 +23,7 @@ from lmd.shapes import Latents
 PerItem = Float[Tensor, " batch"]  # one number per row
 PerBlock = Float[Tensor, "batch block"]  # one number per row and noised block
 Shares = tuple[tuple[Regime, float], ...]
+Lengths = tuple[tuple[int, float], ...]  # in frames, and their shares
 LevelDistribution = Literal["uniform", "logit-normal", "trunc-logit-normal", "log-snr"]
 States = Literal["trajectory", "straight"]  # what a distilled student sees
 LossOn = Literal["block", "velocity"]  # what it is compared on
@@ -36,36 +37,28 @@ class NoiseOptions:
 
     Attributes:
         distribution: of the noise levels.
-        shift: more noise for longer windows, by the exponents `shift_low` to `shift_high` at
-            `shift_frames`.
-        truncate: trunc-logit-normal: the lowest value kept.
-        log_snr_mean: of the distribution log-snr.
-        log_snr_std: of the distribution log-snr.
     """
 
     distribution: Annotated[LevelDistribution, tyro.conf.arg(name="noise")] = "uniform"
-    shift: Hidden[bool] = True
+    shift: Hidden[bool] = True  # more noise for longer windows, by these exponents
     shift_low: Hidden[float] = 0.5
     shift_high: Hidden[float] = 1.15
     shift_frames: Hidden[tuple[int, int]] = (256, 4096)
-    truncate: Hidden[float] = 0.075
+    truncate: Hidden[float] = 0.075  # trunc-logit-normal: the lowest value kept
     log_snr_mean: Hidden[float] = -1.2
     log_snr_std: Hidden[float] = 2.0
 
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """What a base step draws: a usual window, or the length that the discriminator of ARC-Forcing
-    looks at, 192 + 12 · 48 frames (arXiv 2605.22717).
+    """What a base step draws: a usual window, or a long one.
 
     Attributes:
-        window_frames: of a usual window.
-        long_frames: of a long one.
         long_share: share of steps on 768 frames; ours, keeps three quarters of the compute short.
     """
 
     window_frames: Hidden[int] = 240
-    long_frames: Hidden[int] = 768
+    long_frames: Hidden[int] = 768  # 192 + 12 · 48: what the discriminator of ARC-Forcing sees
     long_share: float = 0.1
 
 
@@ -82,40 +75,24 @@ class ContextOptions:
 class FinetuneOptions(ContextOptions):
     """What a fine-tuning step draws.
 
-    The split point is where known music ends and the first target block begins: at
-    `context_frames`, or earlier. An earlier one makes the window shorter, as a stream with a
-    shorter memory has it (`WindowConfig`). That is another computation than context dropout, which
-    keeps the window and zeroes its oldest frames, as a stream that began a moment ago has them. In
-    the block-causal regime the window goes on behind the split, so one pass teaches every later
-    split as well, with that memory before each.
-
-    Ours: the shares of regimes, block lengths and shorter memories, since one checkpoint is to play
-    them all; several targets per pass, since most of a pass is context.
+    A short context is that of a stream with a shorter memory (`WindowConfig`). Context dropout
+    keeps the window and zeroes its oldest frames, as a stream that began a moment ago has them.
+    Ours: the shares, since one checkpoint is to play all; several targets per pass.
 
     Attributes:
-        regimes: and their shares.
-        block_lengths: in frames, and their shares.
         short_context: share of steps whose context is 1 … n − 1 blocks, all alike.
-        target_frames: block-causal: frames taught in one pass, a multiple of each block length.
-        enc_dec_frames: enc-dec: the same, as noised copies of the one target block.
     """
 
     regimes: Hidden[Shares] = (("block-causal", 0.6), ("enc-dec", 0.3), ("full", 0.1))
-    block_lengths: Hidden[tuple[tuple[int, float], ...]] = (
-        (48, 0.4),
-        (24, 0.3),
-        (16, 0.15),
-        (12, 0.15),
-    )
+    block_lengths: Hidden[Lengths] = ((48, 0.4), (24, 0.3), (16, 0.15), (12, 0.15))
     short_context: float = 0.25
-    target_frames: Hidden[int] = 240
-    enc_dec_frames: Hidden[int] = 192
+    target_frames: Hidden[int] = 240  # block-causal: taught in one pass
+    enc_dec_frames: Hidden[int] = 192  # enc-dec: the same, as noised copies of one block
 
     def __post_init__(self) -> None:
         for block_frames, _ in self.block_lengths:
-            check_block(self.context_frames, block_frames)
-            check_block(self.target_frames, block_frames)
-            check_block(self.enc_dec_frames, block_frames)
+            for n_frames in (self.context_frames, self.target_frames, self.enc_dec_frames):
+                check_block(n_frames, block_frames)
 
 
 @dataclass(frozen=True)
@@ -123,15 +100,12 @@ class DistillOptions:
     """What a distillation step draws, besides blocks and dropout, which are the fine-tune's.
 
     Sources: trajectories of DPM++ and the plain squared error are those of arXiv 2605.22717's code
-    (50 steps there, guidance 7, states of the trajectory). Ours: the steps and the guidance that
-    this size plays best with, and several timesteps in one pass, since most of a pass is context.
-    Straight paths: arXiv 2209.03003; what they change is in docs/log.md.
+    (50 steps there, guidance 7); straight paths: arXiv 2209.03003.
 
     Attributes:
         n_steps: sampler steps of the teacher.
         cfg_scale: its guidance.
         n_timesteps: how many of its steps the student looks at in one pass.
-        regimes: and their shares.
         states: what the student sees: the teacher's own states, or the straight path between the
             noise and the block that it became.
         loss_on: clean blocks or velocities are compared.
@@ -154,35 +128,24 @@ class DistillOptions:
 
 
 class BatchIndices(NamedTuple):
-    """Which rows of which global batch: randomness depends on these and on nothing else.
-
-    `weight` is that of their mean loss in the mean over all parts of the batch: 1 in equal parts.
-    """
+    """Which rows of which global batch: randomness depends on these and on nothing else."""
 
     seed: int
     step: int
     positions: tuple[int, ...]  # in the global batch
     n_global: int  # rows of the global batch
-    weight: float = 1.0
+    weight: float = 1.0  # of their mean loss in the mean over all parts of the batch
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the whole global batch of a step does.
+    """What the whole global batch of a step does."""
 
-    Attributes:
-        regime: who sees whom; None: base training, no context.
-        n_frames: window length.
-        block_frames: of each target block.
-        n_targets: noised blocks per window.
-        context_frames: known frames before the first target block: the split point.
-    """
-
-    regime: Regime | None
-    n_frames: int
-    block_frames: int = 0
-    n_targets: int = 1
-    context_frames: int = 0
+    regime: Regime | None  # None: base training, no context
+    n_frames: int  # of the window
+    block_frames: int = 0  # of each target block
+    n_targets: int = 1  # noised blocks per window
+    context_frames: int = 0  # before the first target block
 
     @property
     def taught_frames(self) -> int:
@@ -212,13 +175,29 @@ def base_plan(options: BaseOptions, seed: int, step: int) -> StepPlan:
 
 def finetune_plan(options: FinetuneOptions, seed: int, step: int) -> StepPlan:
     """Regime, block length and split point of this step."""
-    regime = pick(options.regimes, _uniform(seed, "regime", step))
-    o = pick(options.block_lengths, _uniform(seed, "block length", step))
+    regime, o = draw_regime(options.regimes, options, seed, step)
     s = draw_split(options, o, seed, step)
     if regime == "block-causal":
         return StepPlan(regime, s + options.target_frames, o, options.target_frames // o, s)
     n_targets = options.enc_dec_frames // o if regime == "enc-dec" else 1
     return StepPlan(regime, s + o, o, n_targets, s)
+
+
+def distill_plan(
+    options: DistillOptions, blocks: FinetuneOptions, seed: int, step: int
+) -> StepPlan:
+    """A step that looks at one block after a whole context, once for every timestep."""
+    regime, o = draw_regime(options.regimes, blocks, seed, step)
+    s = blocks.context_frames
+    return StepPlan(regime, s + o, o, options.n_timesteps, s)
+
+
+def draw_regime(
+    regimes: Shares, options: FinetuneOptions, seed: int, step: int
+) -> tuple[Regime, int]:
+    """Regime and block length of this step."""
+    regime = pick(regimes, _uniform(seed, "regime", step))
+    return regime, pick(options.block_lengths, _uniform(seed, "block length", step))
 
 
 def draw_split(options: FinetuneOptions, block_frames: int, seed: int, step: int) -> int:
@@ -227,15 +206,6 @@ def draw_split(options: FinetuneOptions, block_frames: int, seed: int, step: int
     if n == 1 or _uniform(seed, "short context", step) >= options.short_context:
         return options.context_frames
     return block_frames * (1 + int((n - 1) * _uniform(seed, "split point", step)))
-
-
-def one_block_plan(
-    options: FinetuneOptions, regimes: Shares, n_targets: int, seed: int, step: int
-) -> StepPlan:
-    """A step that looks at one block after a whole context, `n_targets` times."""
-    regime = pick(regimes, _uniform(seed, "regime", step))
-    o = pick(options.block_lengths, _uniform(seed, "block length", step))
-    return StepPlan(regime, options.context_frames + o, o, n_targets, options.context_frames)
 
 
 def draw_timesteps(options: DistillOptions, seed: int, step: int) -> list[int]:
@@ -247,10 +217,7 @@ def draw_timesteps(options: DistillOptions, seed: int, step: int) -> list[int]:
 def noise_levels(options: NoiseOptions, u: Tensor, n_frames: int) -> Tensor:
     """Noise levels at the quantiles `u` (0 … 1, any shape) of the chosen distribution.
 
-    Args:
-        options: the distribution and its numbers.
-        u: uniform numbers.
-        n_frames: window length, for the shift `t' = e^m t / (1 + (e^m - 1) t)`.
+    The window's length shifts them: `t' = e^m t / (1 + (e^m - 1) t)`.
 
     Raises:
         LmdError: no such distribution.
@@ -320,13 +287,7 @@ def context_dropout(
     """Forget all of the context, or its oldest blocks, in some rows: zero latents, mask still 1.
 
     That is also what a stream from silence starts with, and has until its memory is full.
-
-    Args:
-        clean: windows, context in front.
-        options: the rates.
-        rows: which rows these are.
-        block_frames: what is forgotten is so many whole blocks.
-        context_frames: of these windows; None: those of the options.
+    `context_frames` of these windows are those of the options by default.
     """
     n = (context_frames or options.context_frames) // block_frames
     forgotten = []

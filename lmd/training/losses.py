@@ -1,10 +1,10 @@
 """Stage 1: what the model is taught, as pure functions.
 
-The base learns the velocity of every frame (`flow_loss`). The fine-tune turns it into a live model:
-it learns the velocity of a block after clean context, in all regimes and block lengths. Where a
-regime allows it, one pass teaches several blocks (`packed_loss`): the context is encoded once, and
-each noised block has its own noise level and global token. `stage_loss` is a whole training step;
-what it draws stands in `lmd.training.draws`.
+The base learns the velocity of every frame (`flow_loss`). The fine-tune learns that of a block
+after clean context, in all regimes and block lengths (`outpaint_loss`). Where a regime allows it,
+one pass teaches several blocks (`packed_loss`): the context is encoded once, and each noised block
+has its own noise level and global token. `stage_loss` is a whole training step; what it draws
+stands in `lmd.training.draws`.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), fine-tuning; Block Diffusion
 (arXiv 2503.09573) for all blocks in one pass. Taught in notebook 02_outpaint.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lmd.config import check_block
@@ -47,13 +47,8 @@ def stage_loss(
 ) -> PerItem:
     """The loss of every row of a step of the base or the fine-tune, with all that the step draws.
 
-    Args:
-        model: the transformer.
-        clean: windows of the step's length.
-        noise: see `lmd.training.options.step_noise`.
-        condition: their prompts and length, before dropout.
-        options: of the run.
-        rows: which rows these are.
+    `clean` are windows of the step's length, `noise` is that of `lmd.training.options.step_noise`,
+    `condition` that before dropout.
     """
     plan = options.plan(rows.step)
     condition = drop_text(condition, draw_kept(rows, "text dropout", options.text_dropout))
@@ -69,21 +64,16 @@ def stage_loss(
     return packed_loss(model, clean, noise, t, condition, pack(plan.n_targets, o, s)).mean(dim=1)
 
 
-def drop_text(condition: Condition, kept: PerItem) -> Condition:
+def drop_text(condition: Condition, kept: PerItem | Bool[Tensor, " batch"]) -> Condition:
     """Zero the text and seconds tokens of rows that are not kept; the global part stays."""
-    return Condition(
-        condition.tokens * kept.to(condition.tokens)[:, None, None], condition.global_cond
-    )
+    kept = kept.to(condition.tokens)
+    return Condition(condition.tokens * kept[:, None, None], condition.global_cond)
 
 
 def flow_loss(
     model: LiveModel, clean: Latents, noise: Latents, t: NoiseLevel, condition: Condition
 ) -> PerItem:
-    """The base's loss, on every frame: `|model((1-t) clean + t noise, t) - (noise - clean)|²`.
-
-    Returns:
-        One mean squared error per item.
-    """
+    """The base's loss, on every frame: `|model((1-t) clean + t noise, t) - (noise - clean)|²`."""
     velocity = model(add_noise(clean, noise, t), t, condition)
     return (velocity - velocity_of(clean, noise)).square().mean(dim=(1, 2))
 
@@ -98,16 +88,8 @@ def outpaint_loss(
 ) -> PerItem:
     """The loss of one block after clean context, on the block's frames only.
 
-    Args:
-        model: the transformer.
-        clean: context and block, `[batch, latent, frame]`.
-        noise: of the same shape; what falls on the context reaches the naive baseline only.
-        t: one level per item.
-        condition: prompt and length.
-        plan: regime and block length.
-
-    Returns:
-        One mean squared error per item.
+    `clean` holds both, `[batch, latent, frame]`, and `noise` has that shape; what falls on the
+    context reaches the naive baseline only. Of `plan`, regime and block length count.
     """
     s = clean.shape[-1] - plan.block_frames
     keep_mask = torch.zeros_like(clean[:, :1])
@@ -126,19 +108,12 @@ def outpaint_loss(
 
 @dataclass(frozen=True)
 class Packing:
-    """How clean context and several noised blocks share one pass.
+    """How clean context and several noised blocks share one pass."""
 
-    Attributes:
-        n_clean: clean frames, in front.
-        starts: where each noised block begins in the window.
-        context_frames: how far a block lies behind its global token, as in streaming.
-        attn_mask: over clean frames, noised blocks, one global token per block.
-    """
-
-    n_clean: int
-    starts: tuple[int, ...]
-    context_frames: int
-    attn_mask: AttentionMask
+    n_clean: int  # clean frames, in front
+    starts: tuple[int, ...]  # where each noised block begins in the window
+    context_frames: int  # how far a block lies behind its global token, as in streaming
+    attn_mask: AttentionMask  # over clean frames, noised blocks, one global token per block
 
     def positions(self, block_frames: int) -> Positions:
         """Rotary positions: frame i at i + 1, a block's global token `context_frames` before it.
@@ -153,9 +128,8 @@ class Packing:
 def pack_blocks(n_targets: int, block_frames: int, context_frames: int) -> Packing:
     """Block-causal: `n_targets` blocks after a context, each seeing its own blocks before it.
 
-    The first block has a whole context before it, so nothing is taught with less than what a
-    stream has; a stream that starts from silence has zeros there, and so do rows whose context was
-    dropped. The last block's clean copy is seen by nobody and left out.
+    The first block has a whole context before it, as in a stream. The last block's clean copy is
+    seen by nobody and left out.
     """
     n, o = check_block(context_frames, block_frames), block_frames
     n_blocks = n + n_targets
@@ -226,8 +200,8 @@ def packed_loss(
 def init_context_projection(model: LiveModel) -> LiveModel:
     """Let the context projection B begin with the noisy-latent projection A: `B [mask, x] = A x`.
 
-    A base has never used B. With A's weights it understands clean frames from the first step, and
-    only has to learn that they are clean. Ours; the paper starts B at random.
+    A base has never used B; with A's weights it understands clean frames from the first step.
+    Ours; the paper starts B at random.
     """
     dit, channels = model.dit, model.config.latent_dim
     with torch.no_grad():

@@ -8,7 +8,6 @@ Taught in notebook 02_outpaint.
 """
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +17,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lmd.config import Preset
-from lmd.errors import LmdError
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
 from lmd.training.distill import distill_loss
@@ -30,8 +28,8 @@ from lmd.training.lora import merged_state
 from lmd.training.losses import stage_loss
 from lmd.training.options import TrainOptions, shard_rows, step_noise
 from lmd.training.sharding import shard
-from lmd.training.trainer import Throughput
-from lmd.training.windows import WindowSource, read_ahead
+from lmd.training.trainer import Throughput, check_finite
+from lmd.training.windows import Items, WindowSource, read_ahead
 
 
 class LiveTraining(L.LightningModule):
@@ -70,12 +68,8 @@ class LiveTraining(L.LightningModule):
             condition = self.model.condition(prompt, seconds)
             losses = stage_loss(self.model, clean, noise, condition, options, rows)
         loss = losses.mean() * rows.weight
-        if not math.isfinite(loss.item()):
-            raise LmdError(
-                f"a loss of {loss.item()} at step {rows.step} on {batch['names']}",
-                "a finite loss",
-                f"Last good checkpoint: {self.last_checkpoint}. Lower --lr, or look at these rows.",
-            )
+        advice = f"Last good checkpoint: {self.last_checkpoint}. Lower --lr, or look at these rows."
+        check_finite("a loss of", loss.item(), f"step {rows.step} on {batch['names']}", advice)
         self.parts.append(loss.detach())
         if len(self.parts) == options.accumulate:
             mean = torch.stack(self.parts).mean()
@@ -132,44 +126,34 @@ class LiveTraining(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches addressed by step; made after a checkpoint was restored."""
-        return DataLoader(StepBatches(self), batch_size=None)
+        n = self.options.n_steps * self.options.accumulate  # also those before a restart
+        return DataLoader(Items(self.batches, n), batch_size=None)
 
-    def transfer_batch_to_device(
-        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Any]:
-        """Move the tensors; Lightning's own way looks into every name and row for more of them."""
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-class StepBatches(IterableDataset):
-    """Micro-batches of one process, from the run's current step on."""
-
-    def __init__(self, module: LiveTraining) -> None:
-        self.module = module
-
-    def __len__(self) -> int:
-        """All micro-batches of the run, also those before a restart."""
-        return self.module.options.n_steps * self.module.options.accumulate
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Read ahead, each with `waited_s`: for how long it was not there when it was asked for."""
-        batches = read_ahead(self.read(self.module.trainer.global_step))
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """From the run's step on, read ahead; `waited_s`: for how long one was not there yet."""
+        batches = read_ahead(self.read(self.trainer.global_step))
         asked = time.perf_counter()
         for batch in batches:
             yield {**batch, "waited_s": time.perf_counter() - asked}
             asked = time.perf_counter()
 
     def read(self, first_step: int) -> Iterator[dict[str, Any]]:
-        """One by one, functions of their number."""
-        options, trainer, source = self.module.options, self.module.trainer, self.module.source
+        """Micro-batches of this process, each a function of its number."""
+        options, trainer = self.options, self.trainer
         n_shards = trainer.world_size * options.accumulate
         for step in range(first_step, options.n_steps):
             for part in range(options.accumulate):
-                shard = part * trainer.world_size + trainer.global_rank
-                rows = shard_rows(options, step, shard, n_shards)
-                windows = source.windows(step, rows.positions, options.plan(step).n_frames)
+                own = part * trainer.world_size + trainer.global_rank
+                rows = shard_rows(options, step, own, n_shards)
+                windows = self.source.windows(step, rows.positions, options.plan(step).n_frames)
                 noise = step_noise(options, rows, windows.latents.shape[1])
                 yield {"rows": rows, "noise": noise, **windows._asdict()}
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move the tensors; Lightning's own way looks into every name and row for more of them."""
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @torch.no_grad()
@@ -191,10 +175,6 @@ def clip_gradient(model: nn.Module, limit: float, step: int, last_checkpoint: st
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not math.isfinite(norm.item()):
-        raise LmdError(
-            f"a gradient of norm {norm.item()} at step {step}",
-            "a finite gradient",
-            f"Last good checkpoint: {last_checkpoint}. Lower the learning rate, or use "
-            "--precision 32.",
-        )
+    advice = "Lower the learning rate, or use --precision 32."
+    advice = f"Last good checkpoint: {last_checkpoint}. {advice}"
+    check_finite("a gradient of norm", norm.item(), f"step {step}", advice)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from torch import Tensor
@@ -20,14 +20,16 @@ from lmd.training.draws import (
     NoiseOptions,
     StepPlan,
     base_plan,
+    distill_plan,
     draw_noise,
     finetune_plan,
-    one_block_plan,
 )
 
 Stage = Literal["base", "finetune", "distill"]
 Strategy = Literal["ddp", "fsdp"]
 Steps = Annotated[int, tyro.conf.arg(name="steps")]
+T = TypeVar("T")
+Flags = Annotated[T, tyro.conf.arg(name="")]  # its fields are flags of the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +92,9 @@ class TrainOptions(RunOptions):
     arXiv 2207.12598. The moving average is what is shipped.
 
     Attributes:
-        stage: what is taught.
         n_steps: optimizer steps; a run may be made longer.
         lr: learning rate.
         warmup_steps: steps of rising learning rate.
-        cooldown_share: of the steps, at the end.
         ema: decay of the averaged weights that are shipped.
         text_dropout: share of rows taught without their prompt.
         sample_every: steps between sounds of the run and pictures of them; 0: none; by default
@@ -117,7 +117,7 @@ class TrainOptions(RunOptions):
     sample_every: int | None = None
     compile: bool = False
     lora: Hidden[int] = 0
-    noise: Annotated[NoiseOptions, tyro.conf.arg(name="")] = field(default_factory=NoiseOptions)
+    noise: Flags[NoiseOptions] = field(default_factory=NoiseOptions)
     base: Hidden[BaseOptions] = field(default_factory=BaseOptions)
     finetune: Hidden[FinetuneOptions] = field(default_factory=FinetuneOptions)
     distill: Hidden[DistillOptions] = field(default_factory=DistillOptions)
@@ -127,8 +127,7 @@ class TrainOptions(RunOptions):
         if self.stage == "base":
             return base_plan(self.base, self.seed, step)
         if self.stage == "distill":
-            regimes, n_timesteps = self.distill.regimes, self.distill.n_timesteps
-            return one_block_plan(self.finetune, regimes, n_timesteps, self.seed, step)
+            return distill_plan(self.distill, self.finetune, self.seed, step)
         return finetune_plan(self.finetune, self.seed, step)
 
     def n_rows(self, plan: StepPlan) -> int:
@@ -151,7 +150,7 @@ class BaseRun(TrainOptions):
     stage: Hidden[Stage] = "base"
     n_steps: Steps = 4000
     out: Path = field(default=Path("runs/base"), kw_only=True)
-    base: Annotated[BaseOptions, tyro.conf.arg(name="")] = field(default_factory=BaseOptions)
+    base: Flags[BaseOptions] = field(default_factory=BaseOptions)
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,7 @@ class FinetuneRun(TrainOptions):
     lr: float = 2e-4
     lora: int = 0
     out: Path = field(default=Path("runs/finetune"), kw_only=True)
-    finetune: Annotated[FinetuneOptions, tyro.conf.arg(name="")] = field(
-        default_factory=FinetuneOptions
-    )
+    finetune: Flags[FinetuneOptions] = field(default_factory=FinetuneOptions)
 
 
 @dataclass(frozen=True)
@@ -178,9 +175,7 @@ class DistillRun(TrainOptions):
     out: Path = field(default=Path("runs/distill"), kw_only=True)
     init: Path | None = field(default=Path("data/pretrained/finetuned.safetensors"), kw_only=True)
     noise: Hidden[NoiseOptions] = field(default_factory=NoiseOptions)
-    distill: Annotated[DistillOptions, tyro.conf.arg(name="")] = field(
-        default_factory=DistillOptions
-    )
+    distill: Flags[DistillOptions] = field(default_factory=DistillOptions)
 
 
 MANY = 65_536  # no run of this project needs as many rows, parts, processes or frames
@@ -203,7 +198,7 @@ def check_options(options: Any) -> None:
     """Refuse numbers that mean nothing, or more than a machine can hold; and a bad `--out`.
 
     Raises:
-        LmdError: names the flag and what it may be; see `check_folder_free`.
+        LmdError: names the flag and what it may be.
     """
     for flag, value, _ in flags_of(options):
         low, high = LIMITS.get(flag, (-math.inf, math.inf))
@@ -237,11 +232,7 @@ def command_words(name: str, options: Any) -> list[str]:
 
 
 def check_parts(batch: int, n_parts: int) -> None:
-    """Refuse a global batch that does not divide among the parts of a step.
-
-    Raises:
-        LmdError: it does not.
-    """
+    """Refuse a global batch that does not divide among the parts of a step."""
     if batch % n_parts:
         raise LmdError(
             f"a global batch of {batch} rows for {n_parts} parts",
@@ -255,9 +246,6 @@ def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> B
 
     Where a step has fewer rows than parts, a part that gets none computes the first one with
     weight 0, so that all processes do the same work.
-
-    Raises:
-        LmdError: see `check_parts`.
     """
     check_parts(options.batch, n_shards)
     n = options.n_rows(options.plan(step))
@@ -267,10 +255,8 @@ def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> B
 
 
 def step_noise(options: TrainOptions, rows: BatchIndices, n_channels: int) -> Tensor:
-    """The noise of a step's rows, in the shape that its plan calls for; drawn on the CPU.
-
-    Returns:
-        `[row, latent, frame]`, or `[row, target, latent, frame]` where blocks are taught in packs.
+    """The noise of a step's rows, drawn on the CPU: `[row, latent, frame]`, of a window or a block,
+    or `[row, target, latent, frame]` where blocks are taught in packs.
     """
     plan = options.plan(rows.step)
     if options.stage == "distill":

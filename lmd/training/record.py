@@ -18,26 +18,19 @@ KEPT = ("checkpoints/*.ckpt", "*.safetensors")  # what makes a folder a run's
 # Options that may change when a run goes on: how long, where, on what, what is kept on the way.
 FREE = {"n_steps", "n_updates", "out", "data", "codec", "init", "discriminator"}
 FREE |= {"devices", "num_nodes", "strategy", "accelerator", "checkpoint_every", "no_progress"}
-FREE |= {"sample_every", "encoder", "evaluate", "json", "card", "hours", "threads"}
+FREE |= {"sample_every", "encoder", "threads"}
 
 
 class RunRecord(Callback):
-    """`options.json` of a run, and the codec beside its weights.
+    """`options.json` of a run, and the codec beside its weights; written once it trains.
 
-    Both are written once it trains: a command that was refused leaves nothing.
-
-    Args:
-        options: of the run.
-        known: what else it is: hashes of what it begins with and learns from.
-        codec: the codec's file that goes beside the weights.
+    What is `known` besides the options: hashes of what the run begins with and learns from.
 
     Raises:
         LmdError: the folder holds a run with other options (a longer one is welcome).
     """
 
-    def __init__(
-        self, options: RunOptions, known: dict[str, Any], codec: Path | None = None
-    ) -> None:
+    def __init__(self, options: RunOptions, known: dict[str, Any], codec: Path | None) -> None:
         self.out, self.codec, before = options.out, codec, recorded(options.out)
         own = {name: value for name, value in to_dict(options).items() if name not in FREE}
         self.options = json.loads(json.dumps(own | known | {"n_steps": options.n_steps}))
@@ -92,9 +85,7 @@ def changes(before: dict[str, Any], present: dict[str, Any], prefix: str = "") -
 def matching_codec(options: RunOptions, encoder: str | None) -> Path | None:
     """`--codec`, or the one beside the weights that a run begins with, if it made the latents.
 
-    Args:
-        options: of the run.
-        encoder: the hash of the encoder that made the latents, where they say it.
+    `encoder` is the hash of the encoder that made them, where they say it.
     """
     sizes, starts = preset(options.preset).codec, options.starts().values()
     beside = [path.with_name("codec.safetensors") for path in starts if path is not None]

@@ -2,13 +2,14 @@
 
 import math
 import shlex
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 
 from lmd.checkpoint import (
@@ -18,7 +19,6 @@ from lmd.checkpoint import (
     codec_hash_of,
     load_tensors,
     read_header,
-    write_atomic,
 )
 from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
 from lmd.data.shards import LatentShards
@@ -43,7 +43,7 @@ from lmd.training.options import (
 )
 from lmd.training.record import RunRecord, matching_codec, recorded
 from lmd.training.samples import Samples
-from lmd.training.trainer import Export, choose_precision, fit
+from lmd.training.trainer import Export, choose_precision, fit_and_export
 from lmd.training.windows import LatentSource
 
 SAMPLE_EVERY = 500  # steps
@@ -53,50 +53,62 @@ ROPE_TOLERANCE = 1e-3  # relative; a base that was worked out from float32 frequ
 def train(options: TrainOptions, callbacks: Sequence[Callback] = ()) -> int:
     """Train, export, describe.
 
-    Args:
-        options: the command's.
-        callbacks: what else happens on the way.
-
     Raises:
         LmdError: bad options, data or weights; a loss that is not finite.
     """
-    tune_allocator()
-    options, source = open_run(options)
-    sizes, latents = preset(options.preset), source.shards.settings
+    run = open_run(options)
+    options, sizes = run.options, run.sizes
     if options.compile:
         check_compiler()
-    codec = matching_codec(options, latents.get("codec"))
-    record = RunRecord(options, known_of(options, source.shards), codec)
-    every = sample_every(options, codec)
-    samples = [Samples(every, codec)] if every else []
+    every = sample_every(options, run.codec)
+    samples = [Samples(every, run.codec)] if every else []
 
     model = start_model(options.stage, sizes, options.init, options.seed)
     if options.lora:
         model = add_lora(model, options.lora)
-    module = LiveTraining(model, build_text_encoder(sizes.text), source, sizes, options)
+    module = LiveTraining(model, build_text_encoder(sizes.text), run.source, sizes, options)
     if options.compile:
         compile_all(model)
 
-    weights = options.out / ("base" if options.stage == "base" else "finetuned")
-    notes = notes_of(options.stage, options, source.shards)
-    export = Export(weights.with_suffix(".safetensors"), sizes, notes)
-    start = time.time()
-    trainer = fit(module, [record, export, *samples, *callbacks])
-    export.export(trainer, module)  # a run that was complete before has not done it now
-    if trainer.is_global_zero:
-        card = training_card(options.out, export.path, options)
-        write_atomic(weights.with_suffix(".md"), card.encode())
-        print(f"{export.path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
+    kind = "base" if options.stage == "base" else "finetuned"
+    run.fit(module, kind, options.stage, training_card, [*samples, *callbacks])
     return 0
 
 
-def open_run(options: Any) -> tuple[Any, LatentSource]:
-    """Checked options, with the precision that the run has; and its latents.
+@dataclass(frozen=True)
+class Run:
+    """A checked command: its options, its latents, their codec where it is at hand."""
+
+    options: Any
+    sizes: Preset
+    source: LatentSource
+    codec: Path | None
+    record: RunRecord
+
+    def fit(
+        self,
+        module: LightningModule,
+        kind: str,
+        command: str,
+        card: Callable[[Path, Path, Any], str],
+        callbacks: Sequence[Callback],
+    ) -> None:
+        """Train a module to weights of that kind; the card is made of folder, file and options."""
+        out = self.options.out
+        notes = notes_of(command, self.options, self.source.shards)
+        export = Export(out / f"{kind}.safetensors", self.sizes, notes)
+        describe = partial(card, out, export.path, self.options)
+        fit_and_export(module, export, [self.record, *callbacks], describe)
+
+
+def open_run(options: Any) -> Run:
+    """Check options and latents; the precision that was left open is now the run's.
 
     Raises:
         LmdError: numbers that mean nothing, latents of another width, weights that learned the
-            latents of another codec.
+            latents of another codec, a folder with a run that was started with other options.
     """
+    tune_allocator()
     check_options(options)
     check_parts(options.batch, options.n_processes * options.accumulate)
     sizes = preset(options.preset)
@@ -111,19 +123,18 @@ def open_run(options: Any) -> tuple[Any, LatentSource]:
             f"{sizes.dit.latent_dim}, as preset {sizes.name} has",
             "Encode with that preset's codec, or choose the other preset.",
         )
-    check_encoder(options, source.shards.settings.get("codec"))
-    precision = options.precision
-    if precision == "auto":
+    encoder = source.shards.settings.get("codec")
+    check_encoder(options, encoder)
+    if options.precision == "auto":
         precision = choose_precision(recorded(options.out).get("precision", "auto"))
-    return replace(options, precision=precision), source
+        options = replace(options, precision=precision)
+    codec = matching_codec(options, encoder)
+    record = RunRecord(options, known_of(options, source.shards), codec)
+    return Run(options, sizes, source, codec, record)
 
 
 def check_encoder(options: RunOptions, ours: str | None) -> None:
-    """Refuse weights that learned latents of another encoder than these, where both are known.
-
-    Raises:
-        LmdError: names both encoders.
-    """
+    """Refuse weights that learned latents of another encoder than these, where both are known."""
     for name, path in options.starts().items():
         theirs = codec_hash_of(read_header(path).notes) if path and path.is_file() else None
         if ours and theirs and ours != theirs:
@@ -135,9 +146,14 @@ def check_encoder(options: RunOptions, ours: str | None) -> None:
             )
 
 
+def settings_of(data: LatentShards) -> dict[str, Any]:
+    """How latents were made, without their silence, which is long."""
+    return {name: value for name, value in data.settings.items() if name != "silence"}
+
+
 def known_of(options: RunOptions, data: LatentShards) -> dict[str, Any]:
     """What a run begins with and learns from: SHA-256 of weights, settings of the latents."""
-    known: dict[str, Any] = {"latents": {k: v for k, v in data.settings.items() if k != "silence"}}
+    known: dict[str, Any] = {"latents": settings_of(data)}
     for name, path in options.starts().items():
         named = str(path) if path else None
         known[f"{name}_from"] = read_header(path).sha256 if path and path.is_file() else named
@@ -145,7 +161,7 @@ def known_of(options: RunOptions, data: LatentShards) -> dict[str, Any]:
 
 
 def sample_every(options: TrainOptions, codec: Path | None) -> int:
-    """How often a run plays something: as asked, else now and then if it can be; 0: never.
+    """Steps from sound to sound of a run; 0: none.
 
     Raises:
         LmdError: sounds are asked for, and `--codec` is not the codec of the latents.
@@ -157,8 +173,9 @@ def sample_every(options: TrainOptions, codec: Path | None) -> int:
             "the codec that they were encoded with",
             "Name it with --codec, or leave sounds out: --sample-every 0.",
         )
-    default = SAMPLE_EVERY if codec else 0
-    return default if options.sample_every is None else options.sample_every
+    if options.sample_every is None:
+        return SAMPLE_EVERY if codec else 0
+    return options.sample_every
 
 
 def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> LiveModel:
@@ -170,24 +187,24 @@ def start_model(stage: Stage, sizes: Preset, init: Path | None, seed: int) -> Li
         LmdError: weights of another size; a base that is to be distilled.
     """
     torch.manual_seed(derive_seed(seed, "weights"))
-    model = build_model(sizes)
     if init is None:
-        return model
+        return build_model(sizes)
     if init.is_dir():
-        loaded = load_stable_audio(init)
+        loaded, model = load_stable_audio(init), build_model(sizes)
         check_sizes(loaded.config.dit, loaded.config.text, sizes, init)
         load_strict(model, loaded.model.state_dict(), str(init))
         is_base = bool(loaded.fresh)
     else:
-        is_base = load_into(model, init, sizes, *MODEL_KINDS).kind == "base"
+        model, header = load_start(init, sizes, *MODEL_KINDS)
+        is_base = header.kind == "base"
     if is_base and stage == "distill":
         expected = "a live model, which continues context"
         raise LmdError(f"a base in {init}", expected, "Fine-tune it first: train finetune.")
     return init_context_projection(model) if is_base and stage == "finetune" else model
 
 
-def load_into(model: LiveModel, path: Path, sizes: Preset, *kinds: str) -> Header:
-    """Weights of one of these kinds and of these sizes; what the file says about itself.
+def load_start(path: Path, sizes: Preset, *kinds: str) -> tuple[LiveModel, Header]:
+    """A model of one of these kinds and of exactly these sizes; what its file says about it.
 
     Raises:
         LmdError: no such file, or one of another kind, or of other sizes.
@@ -195,19 +212,13 @@ def load_into(model: LiveModel, path: Path, sizes: Preset, *kinds: str) -> Heade
     tensors, header = load_tensors(path, *kinds)
     if isinstance(header.config, Preset):
         check_sizes(header.config.dit, header.config.text, sizes, path)
+    model = build_model(sizes)
     load_strict(model, tensors, str(path))
-    return header
+    return model, header
 
 
 def check_sizes(dit: DiTConfig, text: TextConfig, sizes: Preset, path: Path) -> None:
-    """Refuse weights that a run would read in another sense than they were trained in.
-
-    Shapes do not show that: the longest length, the text encoder and the rotary base have none.
-    Controls and widths do show, and are listed one by one when the weights are loaded.
-
-    Raises:
-        LmdError: names what differs.
-    """
+    """Refuse weights that mean something else here, though their shapes do not show it."""
     found, wanted = to_dict(text), to_dict(sizes.text)
     differing = [
         f"text.{name} {found[name]}, not {wanted[name]}"
@@ -240,17 +251,13 @@ def notes_of(name: str, options: RunOptions, data: LatentShards) -> dict[str, An
         "data": {
             "hours": round(sum(mixes) / 3600, 2),
             "renditions": len(mixes),
-            "latent_settings": {k: v for k, v in data.settings.items() if k != "silence"},
+            "latent_settings": settings_of(data),
         },
         "hardware": machine_dict(),
     }
     for start, path in options.starts().items():
         if path is not None and path.is_file():
-            notes[start] = origin_of(path)
+            header = read_header(path)
+            origin = {"file": path.name, "sha256": header.sha256}
+            notes[start] = origin | {"command": header.notes.get("command")}
     return notes
-
-
-def origin_of(path: Path) -> dict[str, Any]:
-    """What a weights file says of the file that it was started with."""
-    header = read_header(path)
-    return {"file": path.name, "sha256": header.sha256, "command": header.notes.get("command")}

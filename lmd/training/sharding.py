@@ -1,7 +1,6 @@
 """Weights split among processes (FSDP2), so that a model may be larger than one device's memory.
 
-Each process keeps its part of every weight, of the weight's moving average and of the optimizer's
-state. A layer's weights are whole only while that layer computes.
+Each process keeps its part of every weight, of its moving average and of the optimizer's state.
 """
 
 from typing import Any
@@ -18,10 +17,9 @@ from lmd.model.live_model import LiveModel
 
 
 class Sharding(ModelParallelStrategy):
-    """Lightning's strategy for `shard`, with whole checkpoints.
+    """Lightning's strategy for `shard`, with checkpoints of one file.
 
-    The first process gathers a checkpoint and writes it as one file, since one file can be renamed
-    into place when it is complete, and any number of processes can go on from it.
+    That can be renamed into place, and any number of processes can go on from it.
     """
 
     def __init__(self, n_processes: int, backend: str) -> None:
@@ -42,12 +40,9 @@ class Sharding(ModelParallelStrategy):
 def shard(module: nn.Module, model: LiveModel, average: LiveModel, mesh: DeviceMesh) -> None:
     """Split a model and its average, in place, among the processes of a mesh.
 
-    Args:
-        module: holds both; its `training_step` is where weights are needed.
-        model: gathered block by block. Cross-attention is gathered on its own, because its text
-            keys are computed before the blocks run.
-        average: never computes, so it is one piece.
-        mesh: of one dimension.
+    The model is gathered block by block while `module.training_step` runs; cross-attention on its
+    own, because its text keys are computed before the blocks run. The average never computes, so it
+    is one piece.
     """
     for block in model.dit.blocks:
         register_fsdp_forward_method(fully_shard(block.cross_attn, mesh=mesh), "key_value")

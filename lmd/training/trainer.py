@@ -2,13 +2,14 @@
 
 import io
 import logging
+import math
 import pickle
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,7 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 def fit(module: Any, callbacks: Sequence[Callback] = ()) -> L.Trainer:
     """Train a module as its `options` say, from the newest checkpoint in their folder if any.
 
-    Args:
-        module: a LightningModule with `options` (a `RunOptions` with `n_steps`) and
-            `last_checkpoint`.
-        callbacks: what else happens on the way.
+    The module has `options`, a `RunOptions` with `n_steps`, and `last_checkpoint`.
 
     Raises:
         LmdError: devices that are not there; see `AtomicCheckpointIO`; what the module raises.
@@ -58,12 +56,24 @@ def fit(module: Any, callbacks: Sequence[Callback] = ()) -> L.Trainer:
     return trainer
 
 
-def build_trainer(module: Any, callbacks: Sequence[Callback]) -> L.Trainer:
-    """Lightning's Trainer for a run: logs, atomic checkpoints, precision, processes.
+def fit_and_export(
+    module: Any,
+    export: "Export",
+    callbacks: Sequence[Callback],
+    card: Callable[[], str] | None = None,
+) -> None:
+    """`fit`, write the weights, and beside them the card that is made of their file."""
+    start = time.time()
+    trainer = fit(module, [export, *callbacks])
+    export.export(trainer, module)  # a run that was complete before has not done it now
+    if trainer.is_global_zero:
+        if card:
+            write_atomic(export.path.with_suffix(".md"), card().encode())
+        print(f"{export.path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
 
-    Raises:
-        LmdError: devices that are not there.
-    """
+
+def build_trainer(module: Any, callbacks: Sequence[Callback]) -> L.Trainer:
+    """Lightning's Trainer for a run: logs, atomic checkpoints, precision, processes."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     options: RunOptions = module.options
     start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(options.out)) else 0
@@ -96,7 +106,7 @@ def build_trainer(module: Any, callbacks: Sequence[Callback]) -> L.Trainer:
 
 
 def choose_precision(wanted: str) -> str:
-    """`32` or `bf16`; `auto`: bf16 on CUDA, and on CPUs with instructions for its products."""
+    """`auto`: bf16 on CUDA, and on CPUs with instructions for its products; else 32."""
     if wanted != "auto":
         return wanted
     fast = torch.cuda.is_available() or bool(half_products(machine_dict()))
@@ -111,6 +121,16 @@ def choose_strategy(options: RunOptions) -> Any:
     if options.strategy == "fsdp":
         return Sharding(options.n_processes, backend)
     return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
+
+
+def check_finite(what: str, value: float, where: str, advice: str) -> None:
+    """Stop a run before a bad number reaches its weights.
+
+    Raises:
+        LmdError: NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise LmdError(f"{what} {value} at {where}", "a finite one", advice)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -153,9 +173,7 @@ class Checkpoints(ModelCheckpoint):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint is there whole or not at all, whenever the process dies."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
         """Write beside the target, flush to disk, then rename."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -248,10 +266,7 @@ class Throughput(Callback):
 class Export(Callback):
     """What a module has `exported`, as float16 safetensors, at every checkpoint and at the end.
 
-    Args:
-        path: of the file; its stem says what kind of weights they are.
-        config: their sizes.
-        notes: what the file says about its making.
+    The stem of the file's name is the kind of its weights.
     """
 
     def __init__(self, path: Path, config: Config, notes: dict[str, Any]) -> None:
@@ -273,7 +288,5 @@ class Export(Callback):
             return
         self.written_at, weights = step, module.exported()
         if trainer.is_global_zero:
-            notes, kind = {**self.notes, "steps": step}, self.path.stem
-            save_checkpoint(
-                self.path, weights, kind=kind, config=self.config, notes=notes, stored="float16"
-            )
+            about = {"kind": self.path.stem, "config": self.config, "stored": "float16"}
+            save_checkpoint(self.path, weights, notes={**self.notes, "steps": step}, **about)

@@ -1,13 +1,14 @@
 """Where training windows come from, read ahead; and what a short run begins with in a notebook."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import IterableDataset
 
 from lmd.checkpoint import build_model, load_model, read_header
 from lmd.config import Preset
@@ -72,13 +73,23 @@ class StandInSource:
         return Windows(curves, ["a smooth random curve"] * len(names), names)
 
 
+class Items(IterableDataset):
+    """What a generator function gives, as a `DataLoader` takes it; `n` items of a whole run."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]], n: int) -> None:
+        self.make, self.n = make, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
+
+
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items in the same order; a thread makes the next one while the caller has this one.
 
-    The thread ends with the iterator: when that is exhausted, closed or let go of.
-
-    Raises:
-        Exception: what making an item raised, when that item is asked for.
+    The thread ends with the iterator. What making an item raised comes when it is asked for.
     """
     end = object()
     with ThreadPoolExecutor(1, "read-ahead") as reader:
@@ -94,9 +105,6 @@ def open_windows(
     """Encoded music if the folder has some of the preset's width, else stand-ins; and which.
 
     A corpus too small to have that split gives what it has, and the line says so.
-
-    Returns:
-        The source, and one line that says what it is.
     """
     if (Path(folder) / INDEX).is_file():
         source = LatentSource(folder, seed, split)
@@ -112,11 +120,7 @@ def open_windows(
 
 
 def open_start(folder: Path | str, sizes: Preset, seed: int) -> tuple[LiveModel, str]:
-    """The shipped base of that preset, ready for context, else fresh weights; and which.
-
-    Returns:
-        The model, and one line that says what it is.
-    """
+    """The shipped base of that preset, ready for context, else fresh weights; and which."""
     path = Path(folder) / "base.safetensors"
     if path.is_file() and read_header(path).config == sizes:
         steps = read_header(path).notes.get("steps")  # converted or interpolated weights have none

@@ -18,6 +18,7 @@ from lmd.codec.phase import Magnitude, Spectrum
 LN10_OVER_10 = math.log(10) / 10
 WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and scored
 Scalar = Float[Tensor, ""]
+Mono = Float[Tensor, " sample"]
 
 
 def mel_matrix(
@@ -47,6 +48,13 @@ def bin_weights(n_bins: int, sample_rate: int) -> Float[Tensor, " bin"]:
     return weights / weights.mean()
 
 
+def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
+    """Power spectrogram with a Hann window, a full-scale sine at 1."""
+    window = torch.hann_window(n_fft, dtype=wave.dtype)
+    spectrum = torch.stft(wave, n_fft, hop, window=window, return_complex=True)
+    return spectrum.abs().square() * (2 / window.sum()) ** 2
+
+
 def mel_levels(power: Float[Tensor, "batch bin step"], mel: Tensor, floor_db: float) -> Tensor:
     """Band levels `[batch, mel, step]` in decibels with a soft floor."""
     return torch.log(mel.T @ power + 10 ** (floor_db / 10)) / LN10_OVER_10
@@ -55,14 +63,9 @@ def mel_levels(power: Float[Tensor, "batch bin step"], mel: Tensor, floor_db: fl
 def level_loss(
     level: Tensor, power: Tensor, mel: Tensor, weights: Tensor, floor_db: float
 ) -> tuple[Scalar, Scalar]:
-    """Mean absolute error in decibels: weighted over bins, and over mel bands.
+    """Mean absolute error in decibels: weighted by `bin_weights` over bins, and over mel bands.
 
-    Args:
-        level: predicted, decibels `[batch, bin, step]`, the floor's power included.
-        power: true `|STFT|²`.
-        mel: `mel_matrix`.
-        weights: `bin_weights`.
-        floor_db: the soft floor.
+    `level` is predicted, in decibels, the floor included; `power` is the true `|STFT|²`.
     """
     floored = power + 10 ** (floor_db / 10)
     with torch.autocast(level.device.type, enabled=False):  # powers span eight decades
@@ -84,18 +87,15 @@ def advance_loss(predicted: Spectrum, true: Spectrum, magnitude: Magnitude) -> S
 
 
 def multi_resolution_loss(
-    wave: Float[Tensor, "batch sample"],
-    target: Float[Tensor, "batch sample"],
-    sample_rate: int,
-    sizes: tuple[int, ...] = WINDOWS,
+    wave: Float[Tensor, "batch sample"], target: Float[Tensor, "batch sample"], sample_rate: int
 ) -> Scalar:
     """Mean over window sizes of the L1 distance of mel levels, in decibels."""
     total = wave.new_zeros(())
-    for n_fft in sizes:
+    for n_fft in WINDOWS:
         mel = mel_matrix(n_fft // 2 + 1, sample_rate, n_mels=n_fft // 16).to(wave.device)
         levels = [mel_levels(_power(w, n_fft), mel, -80.0) for w in (wave, target)]
         total = total + (levels[0] - levels[1]).abs().mean()
-    return total / len(sizes)
+    return total / len(WINDOWS)
 
 
 def _power(wave: Tensor, n_fft: int) -> Tensor:
@@ -106,22 +106,16 @@ def _power(wave: Tensor, n_fft: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Small 2-D convolutions over log magnitudes at several window sizes.
+    """Small 2-D convolutions over log magnitudes at several window sizes."""
 
-    Args:
-        width: channels.
-        sizes: window lengths in samples.
-    """
-
-    def __init__(self, width: int = 24, sizes: tuple[int, ...] = WINDOWS) -> None:
+    def __init__(self, width: int = 24) -> None:
         super().__init__()
-        self.sizes = sizes
-        self.stacks = nn.ModuleList(_stack(width) for _ in sizes)
+        self.stacks = nn.ModuleList(_stack(width) for _ in WINDOWS)
 
     def forward(self, wave: Float[Tensor, "batch sample"]) -> list[list[Tensor]]:
         """Per window size, every layer's output; the last is the score map."""
         outputs = []
-        for n_fft, stack in zip(self.sizes, self.stacks, strict=True):
+        for n_fft, stack in zip(WINDOWS, self.stacks, strict=True):
             level = torch.log(_power(wave, n_fft) + 1e-8) / LN10_OVER_10
             x, layers = (level[:, None] + 50) / 20, []
             for layer in stack:

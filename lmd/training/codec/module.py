@@ -1,13 +1,13 @@
 """Training of the spectral codec: three stages, which follow from the step alone.
 
 First the encoder with its decoder's levels; then, encoder frozen and its statistics measured, the
-whole decoder; then the same with a discriminator. Step k depends on (options, k) alone, so a run
-that was stopped goes on with the losses it would have had.
+whole decoder; then the same with a discriminator. Step k depends on (options, k) alone.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -131,12 +131,9 @@ class CodecTraining(L.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Two AdamW: codec, discriminator."""
-        return [
-            torch.optim.AdamW(
-                self.codec.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.01, fused=True
-            ),
-            torch.optim.AdamW(self.discriminator.parameters(), 1e-3, (0.8, 0.98), fused=True),
-        ]
+        pairs = (self.codec, (0.9, 0.98)), (self.discriminator, (0.8, 0.98))
+        adam = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, fused=True)
+        return [adam(network.parameters(), betas=betas) for network, betas in pairs]
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the step that comes next."""
@@ -236,11 +233,7 @@ def learning_rate(options: CodecRun, step: int) -> float:
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Stop before bad numbers reach the weights.
-
-    Raises:
-        LmdError: a loss that is NaN or infinite.
-    """
+    """Stop before bad numbers reach the weights."""
     bad = [name for name, value in losses.items() if not torch.isfinite(value)]
     if bad:
         raise LmdError(
@@ -254,24 +247,16 @@ def check_finite(losses: dict[str, Tensor], step: int) -> None:
 def measure_statistics(codec: SpectralCodec, windows: CodecWindows) -> None:
     """Set the encoder's mean and scale from the first batches; its weights are left alone."""
     encoder = codec.encoder
-    raw = [
-        encoder.raw_latents(
-            encoder.features(windows.batch(step, False).to(encoder.latent_mean.device))
-        ).flatten(0, 1)
-        for step in range(STATISTICS_BATCHES)
-    ]
-    stacked = torch.cat(raw)
-    encoder.latent_mean.copy_(stacked.mean(0))
-    encoder.latent_std.copy_(stacked.std(0).clamp_min(1e-3))
+    batches = (windows.batch(step, vary_gain=False) for step in range(STATISTICS_BATCHES))
+    features = (encoder.features(wave.to(encoder.latent_mean.device)) for wave in batches)
+    raw = torch.cat([encoder.raw_latents(each).flatten(0, 1) for each in features])
+    encoder.latent_mean.copy_(raw.mean(0))
+    encoder.latent_std.copy_(raw.std(0).clamp_min(1e-3))
 
 
 @torch.no_grad()
-def start_from_components(codec: SpectralCodec, windows: CodecWindows) -> float:
-    """Begin with principal components: the linear encoder's closed form, and mean levels.
-
-    Returns:
-        The share of the features' variance that the components hold.
-    """
+def start_from_components(codec: SpectralCodec, windows: CodecWindows) -> None:
+    """Begin with principal components: the linear encoder's closed form, and mean levels."""
     encoder, config = codec.encoder, codec.config
     batches = [windows.batch(step) for step in range(STATISTICS_BATCHES)]
     features = torch.cat([encoder.features(b).flatten(0, 1) for b in batches])
@@ -287,4 +272,3 @@ def start_from_components(codec: SpectralCodec, windows: CodecWindows) -> float:
     power = torch.cat([stft(b[:4, 0], config.n_fft, config.hop).abs().square() for b in batches])
     level = torch.log10(power + 10 ** (config.floor_db / 10)).mean((0, 2)) * 10
     codec.decoder.level.bias.copy_(level / DB_SCALE)
-    return float(values[-n:].sum() / values.sum())

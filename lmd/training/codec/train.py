@@ -1,74 +1,50 @@
-"""`lmd train codec`: train the spectral codec; with `--evaluate FILE`, measure one."""
+"""`lmd train codec`: train the spectral codec."""
 
 import hashlib
-import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import load_codec, read_header, write_atomic
+from lmd.checkpoint import load_codec, read_header
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import SpectralCodecConfig, preset
 from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, tune_allocator
 from lmd.rng import derive_seed
-from lmd.training.codec.card import codec_card
 from lmd.training.codec.losses import WINDOWS
-from lmd.training.codec.metrics import evaluate, markdown_table
 from lmd.training.codec.module import CodecRun, CodecTraining, CodecWindows, start_from_components
 from lmd.training.options import check_options, command_words
 from lmd.training.record import RunRecord, recorded
-from lmd.training.trainer import Export, checkpoints, choose_precision, fit
+from lmd.training.trainer import Export, checkpoints, choose_precision, fit_and_export
+
+Options = CodecRun  # the flags
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(CodecRun):
-    """`lmd train codec`.
-
-    Attributes:
-        evaluate: measure this codec instead of training.
-        json: where the measures go.
-        card: where a model card with them goes.
-        hours: held-out music to measure on.
-    """
-
-    evaluate: Path | None = None
-    json: Path | None = None
-    card: Path | None = None
-    hours: float = 0.5
-
-
-def main(options: Options, callbacks: Sequence[Callback] = ()) -> int:
-    """Train, or measure.
+def main(options: CodecRun, callbacks: Sequence[Callback] = ()) -> int:
+    """Train and export.
 
     Raises:
-        LmdError: numbers out of their limits, options or a corpus that do not fit, a run that was
-            started with other options.
+        LmdError: options or a corpus that do not fit, a run that was started with other options.
     """
     check_options(options)
     tune_allocator()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.evaluate:
-        return measure(options)
     module = build(options)
     corpus, known = module.windows.corpus, {"encoder_from": None}
     if options.encoder:
         known["encoder_from"] = read_header(options.encoder).sha256
     sounds = "\n".join(row.sha256 for row in corpus.rows)
     known["corpus"] = hashlib.sha256(sounds.encode()).hexdigest()
-    record = RunRecord(module.options, known)
-    path = options.out / "codec.safetensors"
-    export = Export(path, module.codec.config, notes_of(module.options, corpus))
-    trainer = fit(module, [record, export, *callbacks])
-    export.export(trainer, module)
-    print(f"{int(module.step)} steps; weights in {path}")
+    record = RunRecord(module.options, known, codec=None)
+    notes = notes_of(module.options, corpus)
+    export = Export(options.out / "codec.safetensors", module.codec.config, notes)
+    fit_and_export(module, export, [record, *callbacks])
     return 0
 
 
@@ -76,9 +52,6 @@ def build(options: CodecRun) -> CodecTraining:
     """The module of a run, ready to start or to go on.
 
     One that goes on keeps the step from which its discriminator joins in, unless a flag names it.
-
-    Raises:
-        LmdError: a preset without a spectral codec; steps that do not add up.
     """
     config = preset(options.preset).codec
     if not isinstance(config, SpectralCodecConfig):
@@ -91,11 +64,10 @@ def build(options: CodecRun) -> CodecTraining:
         if not checkpoints(options.out):
             start_from_components(codec, windows)
         return CodecTraining(codec, options, windows)
-    codec = cast(SpectralCodec, load_codec(options.encoder))
+    codec = load_codec(options.encoder)
     if codec.config != config:
-        raise LmdError(
-            f"{options.encoder} of other sizes", f"those of preset {options.preset}", "Use another."
-        )
+        expected = f"those of preset {options.preset}"
+        raise LmdError(f"{options.encoder} of other sizes", expected, "Use another.")
     return CodecTraining(codec, options, windows)
 
 
@@ -146,17 +118,3 @@ def notes_of(options: CodecRun, corpus: Corpus) -> dict[str, Any]:
         "encoder_from": options.encoder.name if options.encoder else "",
         "machine": machine_dict(),
     }
-
-
-def measure(options: Options) -> int:
-    """Measure a codec on held-out pieces: print a table, write figures and model card."""
-    header, corpus = read_header(options.evaluate), Corpus(options.data, "test")
-    codec = load_codec(options.evaluate)
-    result = evaluate(codec, corpus, options.hours)
-    result |= {"sha256": header.sha256, "data": options.data.name, "machine": machine_dict()}
-    print(markdown_table(result))
-    if options.json:
-        write_atomic(options.json, (json.dumps(result, indent=1) + "\n").encode())
-    if options.card:
-        write_atomic(options.card, codec_card(options.evaluate, result).encode())
-    return 0
