@@ -6,7 +6,6 @@ Renditions of the corpus are played again, without writing them; batches of both
 read, from the page cache after the first round. All take turns in one run.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +19,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from lmd.checkpoint import write_atomic
 from lmd.corpus.manifest import Corpus, play_again
 from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.data.latents import LatentWindows
 from lmd.machine import machine_dict
+from lmd.outputs import check_outputs, write_json
 
 WINDOWS_FRAMES = (240, 768)  # of a step, and of ARC-Forcing's discriminator
 BATCHES = 32  # read in a turn
@@ -98,12 +97,13 @@ def line(what: str, unit: str, amount: float, each_s: list[float]) -> dict[str, 
 
 def main(options: Options) -> None:
     """Measure, print the table, write the JSON."""
+    check_outputs(json=options.json, make_folders=True)
     torch.set_num_threads(1)
     rows = measure(options)
     print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".4g"))
     if options.json:
         report = {"threads": 1, "batch": options.batch, "machine": machine_dict(), "rows": rows}
-        write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from lmd.arc.card import arc_card, cost_table
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.module import ArcTraining
 from lmd.arc.options import ArcRun, Options
-from lmd.checkpoint import build_model, write_atomic
+from lmd.checkpoint import build_model
 from lmd.config import Preset, preset
 from lmd.machine import tune_allocator
 from lmd.model.live_model import LiveModel
 from lmd.model.text import build_text_encoder
+from lmd.outputs import write_atomic
 from lmd.rng import derive_seed
 from lmd.training.record import RunRecord, matching_codec
 from lmd.training.run import known_of, load_into, notes_of, open_run

@@ -30,6 +30,7 @@ from lmd.corpus.tables import hold_settings, read_log, read_settings
 from lmd.corpus.tones import default_soundfont, file_sha256, shared_bank
 from lmd.corpus.tunes import TRAINED_ON
 from lmd.errors import LmdError
+from lmd.outputs import write_json
 from lmd.rng import generator
 
 CORPUS_FORMAT = 1
@@ -195,7 +196,7 @@ def build_corpus(
     _hold_settings(out, settings, hours)
     jobs = [(piece, rendition, settings, out) for piece, rendition in plan(shelf, hours, settings)]
     rejected = [asdict(item) for item in sorted(shelf.rejected.values(), key=lambda r: r.piece_id)]
-    (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
+    write_json(out / "rejected_scores.json", rejected)
     rows: dict[str, Row] = {}
     for entry in read_log(out / "rows.jsonl"):
         if entry.keys() == set(COLUMNS) and is_whole(out, row := Row(**entry)):

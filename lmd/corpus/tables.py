@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from lmd.checkpoint import write_atomic
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from lmd.corpus.build import BuildSettings, build_corpus
 from lmd.corpus.manifest import Row
 from lmd.corpus.render import MAX_SECONDS
 from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE
-from lmd.data.places import check_apart, check_folder_free, named_folder, writing_to
+from lmd.data.check import named_folder
+from lmd.outputs import check_apart, check_folder
 
 STEMS_SHARE = 4  # a rendition's stems take about so many times the room of its mix
 
@@ -78,10 +79,9 @@ def _renditions(options: Options) -> Sequence[Row]:
     check_apart(out=options.out, cache=options.cache)
     seconds = 3600 * min(max(0.0, options.hours), 10_000)
     n_bytes = int(2 * seconds * options.sample_rate) * options.channels
-    check_folder_free(options.out, n_bytes * (1 + STEMS_SHARE * options.stems))
-    check_folder_free(options.cache)
-    with writing_to(options.out):
-        return build_corpus(options.out, options.hours, settings, options.workers, options.cache)
+    check_folder(options.out, n_bytes * (1 + STEMS_SHARE * options.stems))
+    check_folder(options.cache)
+    return build_corpus(options.out, options.hours, settings, options.workers, options.cache)
 
 
 def _own_music(options: Options, folder: Path) -> Sequence[Row]:
@@ -92,11 +92,8 @@ def _own_music(options: Options, folder: Path) -> Sequence[Row]:
     settings = AudioSettings(
         options.sample_rate, options.channels, options.max_seconds, options.stems
     )
-    check_folder_free(options.out)
-    with writing_to(options.out):
-        rows, report = build_audio(
-            folder, options.out, settings, options.keep_going, options.workers
-        )
+    check_folder(options.out)
+    rows, report = build_audio(folder, options.out, settings, options.keep_going, options.workers)
     for line in (*report.lines(), *(f"the same music  {line}" for line in copies(rows))):
         print(line)
     for line in caption_lines(rows):

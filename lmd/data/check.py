@@ -1,11 +1,11 @@
 """Which files of a folder can be used, and why others cannot."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -80,11 +80,11 @@ class Report:
             kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self.not_read.items()))
             yield f"{self.not_read.total()} files of kinds not read ({kinds})"
 
-    def as_json(self) -> str:
+    def as_dict(self) -> dict[str, Any]:
         """`{"accepted": [path…], "rejected": [{"path", "reason"}…], "not_read": {".mid": 2}}`."""
         rejected = [{"path": str(item.path), "reason": item.reason} for item in self.rejected]
         accepted = [str(path) for path in self.accepted]
-        return json.dumps({"accepted": accepted, "rejected": rejected, "not_read": self.not_read})
+        return {"accepted": accepted, "rejected": rejected, "not_read": self.not_read}
 
 
 def find_audio(folder: Path) -> Iterator[Path | Reject]:
@@ -93,9 +93,19 @@ def find_audio(folder: Path) -> Iterator[Path | Reject]:
     Raises:
         LmdError: not a folder.
     """
-    if not folder.is_dir():
-        raise LmdError(f"{str(folder)!r}", "a folder of audio", "Check the path.")
-    yield from _walk(folder, (os.path.realpath(folder),), {os.path.realpath(folder)})
+    real = os.path.realpath(named_folder(str(folder)))
+    yield from _walk(folder, (real,), {real})
+
+
+def named_folder(text: str) -> Path:
+    """A folder that is to be read.
+
+    Raises:
+        LmdError: there is no such folder, or no name.
+    """
+    if not text or not Path(text).is_dir():
+        raise LmdError(f"{text!r}", "a folder of audio", "Check the path.")
+    return Path(text)
 
 
 def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path | Reject]:

@@ -20,7 +20,6 @@ from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.corpus.tables import hold_settings, write_rows
 from lmd.data.codec_fit import check_fit
-from lmd.data.places import check_apart, check_folder_free
 from lmd.data.shards import (
     INDEX,
     SETTINGS,
@@ -31,6 +30,7 @@ from lmd.data.shards import (
     write_shard,
 )
 from lmd.errors import LmdError
+from lmd.outputs import check_apart, check_folder
 from lmd.shapes import Latents, Wave
 
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
@@ -203,7 +203,7 @@ def encode_corpus(
     check_apart(out=out, data=corpus.folder)
     n_voices = 5 if how.stems else 1
     n_frames = sum(row.n_samples for row in corpus.rows) // codec.samples_per_frame
-    check_folder_free(out, 2 * codec.latent_dim * n_frames * n_voices)
+    check_folder(out, 2 * codec.latent_dim * n_frames * n_voices)
     check_fit(codec, corpus)
     alone = corpus.without_stems() if how.stems else []
     if len(alone) == len(corpus):

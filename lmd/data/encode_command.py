@@ -13,7 +13,6 @@ from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.corpus.tables import read_rows
 from lmd.data.codec_fit import check_fit, codec_error_db, expectation
 from lmd.data.encode import QUIET, EncodeSettings, encode_corpus, encoder_sha256
-from lmd.data.places import writing_to
 from lmd.data.shards import INDEX, Entry
 from lmd.errors import LmdError
 
@@ -80,8 +79,7 @@ def main(options: Options) -> int:
     check_fit(codec, corpus)
     if trainer.is_global_zero:
         print(expectation(codec_error_db(codec, corpus), options.data), flush=True)
-    with writing_to(options.out):
-        encode_corpus(corpus, codec, options.out, how, trainer, encoder_sha256(options.codec))
+    encode_corpus(corpus, codec, options.out, how, trainer, encoder_sha256(options.codec))
     if trainer.is_global_zero:
         entries = read_rows(options.out / INDEX, Entry, "lmd data encode")
         hours = sum(entry.duration_s for entry in entries) / 3600

@@ -32,10 +32,10 @@ from lmd.corpus.scores import mapped
 from lmd.corpus.tables import hold_settings, read_log
 from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
 from lmd.data.layouts import Track, survey
-from lmd.data.places import check_folder_free
 from lmd.data.sound_files import Scan, load_segment, open_sound, scan
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
+from lmd.outputs import check_folder, write_json
 
 AUDIO_FORMAT = 2
 SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
@@ -210,7 +210,7 @@ def build_audio(
             f"at most {MAX_REJECTED:.0%}" if tracks else "music",
             "Repair or remove them, or use --keep-going." if tracks else "Repair them.",
         )
-    check_folder_free(out, sum(_n_bytes(track, settings) for track in tracks))
+    check_folder(out, sum(_n_bytes(track, settings) for track in tracks))
     hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
     before = read_manifest(out) if (out / MANIFEST).is_file() else []
     rows = []
@@ -219,7 +219,7 @@ def build_audio(
             report.reject(track.mix, taken.reason)
         else:
             rows += taken
-    (out / "rejected.json").write_text(report.as_json() + "\n")
+    write_json(out / "rejected.json", report.as_dict())
     if not rows:
         raise LmdError(f"nothing usable in {folder}", "music", f"See {out / 'rejected.json'}.")
     rows = with_splits(rows, before)

@@ -18,7 +18,6 @@ from lmd.checkpoint import (
     codec_hash_of,
     load_tensors,
     read_header,
-    write_atomic,
 )
 from lmd.config import DiTConfig, Preset, TextConfig, preset, to_dict
 from lmd.data.shards import LatentShards
@@ -27,6 +26,7 @@ from lmd.machine import check_compiler, machine_dict, tune_allocator
 from lmd.model.live_model import LiveModel
 from lmd.model.text import build_text_encoder
 from lmd.model.weights import load_strict
+from lmd.outputs import write_atomic
 from lmd.rng import derive_seed
 from lmd.stable_audio.weights import load_stable_audio
 from lmd.training.card import training_card

@@ -1,7 +1,6 @@
 """`lmd train codec`: train the spectral codec; with `--evaluate FILE`, measure one."""
 
 import hashlib
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +10,13 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import load_codec, read_header, write_atomic
+from lmd.checkpoint import load_codec, read_header
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import SpectralCodecConfig, preset
 from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, tune_allocator
+from lmd.outputs import check_outputs, write_atomic, write_json
 from lmd.rng import derive_seed
 from lmd.training.codec.card import codec_card
 from lmd.training.codec.losses import WINDOWS
@@ -150,13 +150,14 @@ def notes_of(options: CodecRun, corpus: Corpus) -> dict[str, Any]:
 
 def measure(options: Options) -> int:
     """Measure a codec on held-out pieces: print a table, write figures and model card."""
+    check_outputs(json=options.json, card=options.card, make_folders=True)
     header, corpus = read_header(options.evaluate), Corpus(options.data, "test")
     codec = load_codec(options.evaluate)
     result = evaluate(codec, corpus, options.hours)
     result |= {"sha256": header.sha256, "data": options.data.name, "machine": machine_dict()}
     print(markdown_table(result))
     if options.json:
-        write_atomic(options.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(options.json, result)
     if options.card:
         write_atomic(options.card, codec_card(options.evaluate, result).encode())
     return 0
