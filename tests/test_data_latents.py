@@ -22,7 +22,7 @@ from lmd.codec.identity import DECODER_SIZES
 from lmd.codec.oobleck import build_reference, random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
-from lmd.corpus.build import further_captions
+from lmd.corpus.captions import further_captions
 from lmd.corpus.manifest import Corpus, write_manifest
 from lmd.data.codec_fit import codec_error_db, expectation
 from lmd.data.encode import (

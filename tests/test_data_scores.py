@@ -21,6 +21,7 @@ from music21 import note, stream, tie
 from lmd.corpus.analysis import find_key, onset_density
 from lmd.corpus.scores import (
     COLLECTIONS,
+    TRAINED_ON,
     Piece,
     Rejected,
     Shelf,
@@ -28,7 +29,6 @@ from lmd.corpus.scores import (
     corpus_files,
     parse_piece,
 )
-from lmd.corpus.tunes import TRAINED_ON
 from lmd.errors import LmdError
 from lmd.rng import derive_seed
 

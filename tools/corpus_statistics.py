@@ -17,8 +17,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Rejected, Shelf
-from lmd.corpus.tunes import TRAINED_ON, intervals
+from lmd.corpus.scores import (
+    COLLECTIONS,
+    DEFAULT_CACHE,
+    TRAINED_ON,
+    Piece,
+    Rejected,
+    Shelf,
+    intervals,
+)
 from lmd.errors import LmdError
 
 BEGIN, END = "<!-- begin counts -->\n", "<!-- end counts -->"
@@ -97,7 +104,7 @@ def held_out_like(pieces: Sequence[Piece]) -> str:
         raise LmdError(
             f"held out, though a version is trained on: {', '.join(sorted(versions))}",
             f"less than {VERSION:.0%} of a voice's figures in common",
-            "Add them to TRAINED_ON in lmd/corpus/tunes.py.",
+            "Add them to TRAINED_ON in lmd/corpus/scores.py.",
         )
     (share, other), name = max((value, name) for name, value in near.items())
     n_moved = sum(piece.piece_id in TRAINED_ON for piece in pieces)

@@ -1,9 +1,10 @@
 """A corpus on disk: a manifest, one WAV per sound, stems stored or played again."""
 
+import hashlib
 import math
 import wave as riff
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
     partial.replace(path)
 
 
+def write_sounds(folder: Path, row: Row, wave: np.ndarray, stems: Sequence[np.ndarray]) -> Row:
+    """Write a mix and its stems, each `[channel, sample]`; the row with their places."""
+    path = f"audio/{row.name}.wav"
+    stem_paths = [f"stems/{row.name}__v{voice}.wav" for voice in range(len(stems))]
+    for place, sound in zip((path, *stem_paths), (wave, *stems), strict=True):
+        write_wav(folder / place, sound, row.sample_rate)
+    digest = hashlib.sha256((folder / path).read_bytes()).hexdigest()
+    return replace(row, path=path, stem_paths="|".join(stem_paths), sha256=digest)
+
+
 class Corpus:
     """A built corpus. Waves are memory-mapped: a window costs no more than its own samples.
 
@@ -117,11 +128,9 @@ class Corpus:
         self.folder = Path(folder)
         self.rows = [row for row in read_manifest(self.folder) if split in (None, row.split)]
         if not self.rows:
-            raise LmdError(
-                f"no {split or ''} rendition in {self.folder}",
-                "at least one",
-                "Build more hours: python -m lmd data build --hours H.",
-            )
+            found = f"no {split or ''} rendition in {self.folder}"
+            todo = "Build more hours: python -m lmd data build --hours H."
+            raise LmdError(found, "at least one", todo)
         self.sample_rate, self.channels = self.rows[0].sample_rate, self.rows[0].channels
         self._maps: dict[str, np.memmap] = {}
 
@@ -133,10 +142,6 @@ class Corpus:
         """All of it, in seconds."""
         return sum(row.duration_s for row in self.rows)
 
-    def pcm(self, index: int) -> np.ndarray:
-        """The mix as a memory-mapped int16 array `[sample, channel]`."""
-        return self._map(self.rows[index].path, self.rows[index])
-
     def wave(self, index: int, start: int = 0, n_samples: int | None = None) -> np.ndarray:
         """Samples of a mix, float32 `[channel, sample]`, -1 … 1.
 
@@ -145,7 +150,7 @@ class Corpus:
             start: first sample.
             n_samples: how many; None = to the end. Beyond the end there is silence.
         """
-        pcm = self.pcm(index)
+        pcm = self._map(self.rows[index].path, self.rows[index])
         n_samples = len(pcm) - start if n_samples is None else n_samples
         part = np.asarray(pcm[start : start + n_samples], dtype=np.float32).T / 32767
         return np.pad(part, ((0, 0), (0, n_samples - part.shape[1])))
@@ -158,20 +163,18 @@ class Corpus:
         Raises:
             LmdError: own music without stems; a score or soundfont that is not as it was.
         """
-        row = self.rows[index]
+        row, settings = self.rows[index], self.settings()
         if row.stem_paths:
             paths = row.stem_paths.split("|")
             return np.stack([self._map(p, row).T.astype(np.float32) / 32767 for p in paths])
-        settings = self.settings()
         if "soundfont" not in settings:
             raise LmdError(f"no stems of {row.name}", "stems stored by --stems", "Build with it.")
         return play_again(row, settings, cache).stems
 
     def without_stems(self) -> list[int]:
         """The rows of which there are no stems: own music that brought none."""
-        if "soundfont" in self.settings():
-            return []  # scores are played again
-        return [index for index, row in enumerate(self.rows) if not row.stem_paths]
+        is_rendered = "soundfont" in self.settings()  # then scores are played again
+        return [i for i, row in enumerate(self.rows) if not (is_rendered or row.stem_paths)]
 
     def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
         """The notes of a rendition as they were played, float64 `[note, 5]`: see `note_times`.
@@ -181,9 +184,7 @@ class Corpus:
         """
         row, settings = self.rows[index], self.settings()
         if "soundfont" not in settings:
-            raise LmdError(
-                f"{row.name}, which has no score", "renditions of scores", "Use a rendered corpus."
-            )
+            raise LmdError(f"{row.name} without a score", "a rendered corpus", "Use one.")
         return note_times(*_drawn_again(row, settings, cache))
 
     def settings(self) -> dict[str, Any]:
@@ -194,15 +195,11 @@ class Corpus:
     def _map(self, path: str, row: Row) -> np.ndarray:
         """A WAV's samples, mapped once; the file's length is checked against the manifest."""
         if path not in self._maps:
-            file = self.folder / path
-            wanted = _n_bytes(row)
+            file, wanted = self.folder / path, _n_bytes(row)
             size = file.stat().st_size if file.is_file() else 0
             if size != wanted:
-                raise LmdError(
-                    f"{path} with {size} bytes",
-                    f"{wanted} bytes, as the manifest says",
-                    "Run the build again: it makes what is missing or torn.",
-                )
+                todo = "Run the build again: it makes what is missing or torn."
+                raise LmdError(f"{path} with {size} bytes", f"{wanted}, as the manifest says", todo)
             shape = (row.n_samples, row.channels)
             self._maps[path] = np.memmap(file, "<i2", "r", offset=_HEADER_BYTES, shape=shape)
         return self._maps[path]
@@ -241,11 +238,8 @@ def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) 
     """
     bank = shared_bank(settings["soundfont"], settings["sample_rate"])
     if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
-        raise LmdError(
-            f"soundfont {bank.soundfont.name} with other contents",
-            "the one that the corpus was built with",
-            "Restore it, or build the corpus again.",
-        )
+        found = f"soundfont {bank.soundfont.name} with other contents"
+        raise LmdError(found, "the one of the build", "Restore it, or build the corpus again.")
     return render(*_drawn_again(row, settings, cache), bank, settings["channels"])
 
 

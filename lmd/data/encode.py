@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lmd.checkpoint import encoder_digest, load_tensors
 from lmd.codec.base import Codec
-from lmd.corpus.build import further_captions, row_stem_caption
+from lmd.corpus.captions import further_captions, stem_caption
 from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.corpus.tables import hold_settings, write_rows
@@ -164,7 +164,7 @@ def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry
     """The index line of one encoded sound."""
     shared = {f.name: getattr(row, f.name) for f in fields(Entry) if hasattr(row, f.name)}
     if voice >= 0:
-        shared["caption"] = row_stem_caption(row, voice)
+        shared["caption"] = stem_caption(row, voice)
         shared["instruments"] = row.instruments.split("|")[voice]
     return Entry(**shared, voice=voice, shard=shard, start_frame=start, n_frames=n_frames)
 

@@ -25,7 +25,7 @@ from lmd.corpus.manifest import (
     is_whole,
     read_manifest,
     write_manifest,
-    write_wav,
+    write_sounds,
 )
 from lmd.corpus.render import MAX_SECONDS
 from lmd.corpus.scores import mapped
@@ -154,23 +154,19 @@ def _write(
     piece_id = track.mix.relative_to(folder).as_posix()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
     digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
-    name = f"{slug}-{digest[:10]}__w{number}"
-    path = f"audio/{name}.wav"
-    write_wav(out / path, wave, settings.sample_rate)
-    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
-    for stem_path, stem in zip(stem_paths, stems, strict=True):
-        write_wav(out / stem_path, stem, settings.sample_rate)
-    instruments = [stem_name for stem_name, _ in track.stems] if stems else []
-    return Row(
-        name=name, piece_id=piece_id, composer="", title=track.mix.stem, split=track.split,
-        rendition=0, seed=0, family="own music", instruments="|".join(instruments), tempo_bpm=0.0,
-        key="", mode="", metre="", transposition=0, articulation="", dynamics="",
+    n_samples = wave.shape[-1]
+    row = Row(
+        name=f"{slug}-{digest[:10]}__w{number}",
+        piece_id=piece_id, composer="", title=track.mix.stem, split=track.split, rendition=0,
+        seed=0, family="own music",
+        instruments="|".join(name for name, _ in track.stems) if stems else "",
+        tempo_bpm=0.0, key="", mode="", metre="", transposition=0, articulation="", dynamics="",
         density_hz=0.0, brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
-        duration_s=round(wave.shape[-1] / settings.sample_rate, 4), n_samples=wave.shape[-1],
+        duration_s=round(n_samples / settings.sample_rate, 4), n_samples=n_samples,
         sample_rate=settings.sample_rate, channels=settings.channels, caption=track.caption,
-        path=path, stem_paths="|".join(stem_paths),
-        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
+        path="", stem_paths="", sha256="",
     )  # fmt: skip
+    return write_sounds(out, row, wave, stems)
 
 
 def build_audio(
