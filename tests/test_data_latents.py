@@ -292,7 +292,7 @@ def test_a_disk_that_fills_while_latents_are_written_is_said_in_one_line(
     config, tensors = codec_parts("spectral")
     path = tmp_path / "codec.safetensors"
     save_checkpoint(path, tensors, kind="codec", config=config)
-    monkeypatch.setattr("lmd.data.shards.save_file", refuse)
+    monkeypatch.setattr("lmd.data.shards.write_atomic", refuse)
     words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(tmp_path / "out")]
     assert main(["data", "encode", *words, "--accelerator", "cpu", "--devices", "1"]) == 2
     assert os.strerror(error) in capsys.readouterr().err.splitlines()[-1]

@@ -26,9 +26,9 @@ def check_fit(codec: Codec, corpus: Corpus) -> None:
     wanted = (codec.sample_rate, codec.channels)
     if found != wanted:
         raise LmdError(
-            f"a corpus at {found[0]} Hz with {found[1]} channels",
-            f"{wanted[0]} Hz with {wanted[1]} channels, as the codec takes",
-            f"Build it with --sample-rate {wanted[0]} --channels {wanted[1]}.",
+            "a corpus at {} Hz with {} channels".format(*found),
+            "{} Hz with {} channels, as the codec takes".format(*wanted),
+            "Build it with --sample-rate {} --channels {}.".format(*wanted),
         )
 
 

@@ -45,22 +45,12 @@ MOST_CAPTIONS = 20  # shown after a build
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """What a corpus of own music depends on, beside the files.
-
-    Attributes:
-        sample_rate: Hz.
-        channels: 1 or 2; stereo is averaged to mono, mono is doubled to stereo.
-        window_s: longest stretch in one file of the corpus.
-        stems: keep stems where a data set brings them.
-
-    Raises:
-        LmdError: a value out of range.
-    """
+    """What a corpus of own music depends on, beside the files; LmdError: a value out of range."""
 
     sample_rate: int = 22_050
-    channels: int = 1
-    window_s: float = MAX_SECONDS
-    stems: bool = False
+    channels: int = 1  # stereo is averaged to mono, mono is doubled to stereo
+    window_s: float = MAX_SECONDS  # longest stretch in one file of the corpus
+    stems: bool = False  # keep stems where a data set brings them
 
     def __post_init__(self) -> None:
         check_format(self.sample_rate, self.channels, self.window_s)
@@ -81,7 +71,10 @@ def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
         load = lru_cache(maxsize=1)(  # the only stretch of a short file is read once
             partial(load_segment, sample_rate=settings.sample_rate, channels=settings.channels)
         )
-        gain = _gain(_segments([track.mix], scanned, settings, load), settings)
+        whole = _segments([track.mix], scanned, settings, load)
+        blocks = [block_powers(segment[0], settings.sample_rate) for segment in whole]
+        # One factor brings a whole mix, however long, to the corpus's loudness.
+        gain = np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
         paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
         rows: list[Row] = []
         for segment in _joined(_segments(paths, scanned, settings, load), settings):
@@ -103,9 +96,9 @@ def _segments(
     settings: AudioSettings,
     load: Callable[..., np.ndarray],
 ) -> Iterator[np.ndarray]:
-    """A track's equal stretches without the silences of its mix, float32 `[file, channel, sample]`.
+    """A track's equal stretches without the silences of its mix `[mix and stems, channel, sample]`.
 
-    `paths` are its mix and its stems, `load` is `load_segment` in the corpus's format.
+    `load` is `load_segment` in the corpus's format.
     """
     duration_s = scanned.n_samples / scanned.sample_rate
     n_segments = math.ceil(duration_s / SEGMENT_S)
@@ -114,18 +107,9 @@ def _segments(
         start_s = number * length_s
         waves = [load(path, start_s=start_s, seconds=length_s) for path in paths]
         keep = scanned.kept(waves[0].shape[-1], settings.sample_rate, start_s)
-        yield np.stack([_of_length(wave, len(keep))[:, keep] for wave in waves])
-
-
-def _of_length(wave: np.ndarray, n_samples: int) -> np.ndarray:
-    """`[channel, sample]`, cut or followed by silence."""
-    return np.pad(wave[:, :n_samples], ((0, 0), (0, max(0, n_samples - wave.shape[-1]))))
-
-
-def _gain(segments: Iterator[np.ndarray], settings: AudioSettings) -> np.float32:
-    """The one factor that brings a whole mix, however long, to the corpus's loudness."""
-    blocks = [block_powers(segment[0], settings.sample_rate) for segment in segments]
-    return np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
+        n = len(keep)
+        padded = (np.pad(w[:, :n], ((0, 0), (0, max(0, n - w.shape[-1])))) for w in waves)
+        yield np.stack([wave[:, keep] for wave in padded])
 
 
 def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator[np.ndarray]:
@@ -192,20 +176,17 @@ def build_audio(
     settings = settings or AudioSettings()
     for written in (out, out / "audio", out / "stems"):
         if written.resolve().is_relative_to(folder.resolve()):
-            raise LmdError(
-                f"the corpus's {written} inside {folder}, which is taken in",
-                "a folder outside: the next run would take in its own output",
-                "Choose another --out.",
-            )
+            found = f"the corpus's {written} inside {folder}, which is taken in"
+            expected = "a folder outside: the next run would take in its own output"
+            raise LmdError(found, expected, "Choose another --out.")
     tracks, report = survey(folder)
     if (report.too_many_rejected and not keep_going) or not tracks:
         listed = "".join(f"\n  {item}" for item in report.rejected)
         n_rejected, n_accepted = len(report.rejected), len(report.accepted)
-        raise LmdError(
-            f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n",
-            f"at most {MAX_REJECTED:.0%}" if tracks else "music",
-            "Repair or remove them, or use --keep-going." if tracks else "Repair them.",
-        )
+        found = f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n"
+        expected = f"at most {MAX_REJECTED:.0%}" if tracks else "music"
+        todo = "Repair or remove them, or use --keep-going." if tracks else "Repair them."
+        raise LmdError(found, expected, todo)
     check_folder(out, sum(_n_bytes(track, settings) for track in tracks))
     hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
     before = read_manifest(out) if (out / MANIFEST).is_file() else []

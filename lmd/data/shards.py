@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lmd.corpus.tables import read_rows, read_settings
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 
 SHARD_FORMAT = 1
 INDEX = "index.csv"
@@ -68,21 +69,15 @@ def write_shard(path: Path, latents: list[Tensor], entries: list[Entry]) -> None
     """
     joined = torch.cat([part.to(torch.float16) for part in latents])
     if not torch.isfinite(joined).all():
-        raise LmdError(
-            f"latents that are not finite in float16 for {path.name}",
-            "finite values, at unit scale",
-            "Check the codec's normalisation and the audio of "
-            + ", ".join(sorted({entry.name for entry in entries})[:3]),
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"latents": joined.contiguous()}, partial, metadata={"format": str(SHARD_FORMAT)})
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    n_bytes = partial.stat().st_size
-    partial.replace(path)
-    side = {"sha256": digest, "n_bytes": n_bytes, "entries": [asdict(entry) for entry in entries]}
-    partial.write_text(json.dumps(side, sort_keys=True) + "\n")
-    partial.replace(path.with_suffix(".json"))
+        names = ", ".join(sorted({entry.name for entry in entries})[:3])
+        todo = f"Check the codec's normalisation and the audio of {names}."
+        found = f"latents that are not finite in float16 for {path.name}"
+        raise LmdError(found, "finite values, at unit scale", todo)
+    data = save({"latents": joined.contiguous()}, metadata={"format": str(SHARD_FORMAT)})
+    write_atomic(path, data)
+    side = {"sha256": hashlib.sha256(data).hexdigest(), "n_bytes": len(data)}
+    side |= {"entries": [asdict(entry) for entry in entries]}
+    write_atomic(path.with_suffix(".json"), (json.dumps(side, sort_keys=True) + "\n").encode())
 
 
 def shard_fault(path: Path, checksum: bool = True) -> str | None:
@@ -128,11 +123,8 @@ def map_shard(path: Path, checksum: bool = False) -> Float[np.ndarray, "frame la
     """
     fault = shard_fault(path, checksum)
     if fault:
-        raise LmdError(
-            f"shard {path.name}: {fault}",
-            "a whole shard",
-            "Run python -m lmd data encode again: it encodes torn shards anew.",
-        )
+        todo = "Run python -m lmd data encode again: it encodes torn shards anew."
+        raise LmdError(f"shard {path.name}: {fault}", "a whole shard", todo)
     with path.open("rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
         about = json.loads(file.read(n_header))["latents"]
@@ -185,19 +177,15 @@ class LatentShards:
         """
         n_frames = entry.n_frames - start if n_frames is None else n_frames
         first, last = max(start, 0), min(start + n_frames, entry.n_frames)
-        shard = self._shard(entry.shard)
+        if entry.shard not in self._maps:  # once in every process
+            self._maps[entry.shard] = map_shard(self.folder / entry.shard)
+        shard = self._maps[entry.shard]
         known = shard[entry.start_frame + first : entry.start_frame + max(first, last)]
         if len(known) == n_frames:
             return known
         padded = np.tile(self.silence, (n_frames, 1))
         padded[first - start : first - start + len(known)] = known
         return padded
-
-    def _shard(self, name: str) -> np.ndarray:
-        """A shard, mapped once in every process."""
-        if name not in self._maps:
-            self._maps[name] = map_shard(self.folder / name)
-        return self._maps[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # workers map the files themselves
