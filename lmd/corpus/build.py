@@ -17,6 +17,7 @@ from lmd.corpus.manifest import (
     Row,
     check_format,
     is_whole,
+    new_row,
     write_manifest,
     write_sounds,
 )
@@ -96,9 +97,8 @@ def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rende
     """A rendition's row, without its files: what was drawn, and what its notes and sound show."""
     how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
     key, mode = find_key(sound.notes[:, 2], sound.notes[:, 1])
-    n_samples = sound.wave.shape[-1]
-    duration_s = n_samples / settings.sample_rate
-    return Row(
+    duration_s = sound.wave.shape[-1] / settings.sample_rate
+    return new_row(
         name=_row_name(piece, rendition),
         piece_id=piece.piece_id,
         composer=piece.composer,
@@ -117,14 +117,7 @@ def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rende
         dynamics=how.dynamics,
         density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
         brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
-        duration_s=round(duration_s, 4),
-        n_samples=n_samples,
         sample_rate=settings.sample_rate,
-        channels=settings.channels,
-        caption="",
-        path="",
-        stem_paths="",
-        sha256="",
     )
 
 

@@ -25,54 +25,42 @@ _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
 
 @dataclass(frozen=True)
 class Row:
-    """One rendition (or one window of a person's own music): a line of the manifest.
+    """One rendition (or one window of a person's own music): a line of the manifest."""
 
-    Attributes:
-        name: unique; the WAV's stem.
-        piece_id, composer, title, split: the piece; pieces, not renditions, are split.
-        rendition, seed: what the rendition was drawn from (0 for own music).
-        family, instruments: how it is played; instruments per voice, joined by "|".
-        tempo_bpm: quarter notes a minute; 0 = not known.
-        key, mode, metre: found by analysis (key, mode) or stated by the score (metre).
-        transposition: semitones.
-        articulation, dynamics: words of `lmd.corpus.render`.
-        density_hz, brightness_hz: onsets a second, spectral centroid.
-        duration_s, n_samples, sample_rate, channels: of the WAV.
-        caption: one text.
-        path: of the mix, relative to the manifest.
-        stem_paths: of the stored stems joined by "|"; empty = played again when asked for.
-        sha256: of the WAV's bytes.
-    """
-
-    name: str
+    name: str  # unique
     piece_id: str
     composer: str
     title: str
-    split: str
-    rendition: int
+    split: str  # of the piece: pieces, not renditions, are split
+    rendition: int  # with the seed: what it was drawn from; 0 for own music
     seed: int
     family: str
-    instruments: str
-    tempo_bpm: float
-    key: str
+    instruments: str  # one per voice, joined by "|"
+    tempo_bpm: float  # quarter notes a minute; 0 = not known
+    key: str  # it and the mode were found by analysis
     mode: str
-    metre: str
-    transposition: int
-    articulation: str
+    metre: str  # as the score states it
+    transposition: int  # semitones
+    articulation: str  # it and dynamics: words of `lmd.corpus.render`
     dynamics: str
-    density_hz: float
-    brightness_hz: float
+    density_hz: float  # onsets a second
+    brightness_hz: float  # spectral centroid
     duration_s: float
     n_samples: int
     sample_rate: int
     channels: int
     caption: str
-    path: str
-    stem_paths: str
-    sha256: str
+    path: str  # of the mix's WAV, relative to the manifest
+    stem_paths: str  # of the stored stems, joined by "|"; empty = played again when asked for
+    sha256: str  # of the WAV's bytes
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
+
+
+def new_row(**known: Any) -> Row:
+    """A row of what is known; the rest is empty or zero."""
+    return Row(**{**{field.name: field.type() for field in fields(Row)}, **known})
 
 
 def check_format(sample_rate: int, channels: int, max_seconds: float) -> None:
@@ -104,13 +92,16 @@ def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
 
 
 def write_sounds(folder: Path, row: Row, wave: np.ndarray, stems: Sequence[np.ndarray]) -> Row:
-    """Write a mix and its stems, each `[channel, sample]`; the row with their places."""
+    """Write a mix and its stems, each `[channel, sample]`; the row with what is to say of them."""
+    n_samples = wave.shape[-1]
     path = f"audio/{row.name}.wav"
     stem_paths = [f"stems/{row.name}__v{voice}.wav" for voice in range(len(stems))]
     for place, sound in zip((path, *stem_paths), (wave, *stems), strict=True):
         write_wav(folder / place, sound, row.sample_rate)
     digest = hashlib.sha256((folder / path).read_bytes()).hexdigest()
-    return replace(row, path=path, stem_paths="|".join(stem_paths), sha256=digest)
+    row = replace(row, path=path, stem_paths="|".join(stem_paths), sha256=digest)
+    duration_s = round(n_samples / row.sample_rate, 4)
+    return replace(row, n_samples=n_samples, channels=wave.shape[0], duration_s=duration_s)
 
 
 class Corpus:
@@ -184,7 +175,7 @@ class Corpus:
         """
         row, settings = self.rows[index], self.settings()
         if "soundfont" not in settings:
-            raise LmdError(f"{row.name} without a score", "a rendered corpus", "Use one.")
+            raise LmdError(f"no score of {row.name}", "a rendered corpus", "Use one.")
         return note_times(*_drawn_again(row, settings, cache))
 
     def settings(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from lmd.corpus.draw import Draw
 from lmd.corpus.instruments import FAMILIES, FAMILY_WEIGHTS, INSTRUMENTS
-from lmd.corpus.levels import limit, loudness_gain
+from lmd.corpus.levels import gain_of, limit, loudness_lufs
 from lmd.corpus.scores import Piece
 from lmd.corpus.tones import ToneBank, played_note
 
@@ -160,7 +160,7 @@ def render(piece: Piece, how: Rendition, bank: ToneBank, channels: int = 1) -> R
         gains = (1.0,) if channels == 1 else (np.cos(angle), np.sin(angle))
         for channel, gain in enumerate(gains):
             spread[v, channel, : len(stem)] = np.float32(gain) * stem
-    spread *= np.float32(loudness_gain(sum_stems(spread), bank.sample_rate))
+    spread *= np.float32(gain_of(loudness_lufs(sum_stems(spread), bank.sample_rate)))
     mix = sum_stems(spread)
     return Rendered(spread, mix, limit(mix, bank.sample_rate), notes)
 

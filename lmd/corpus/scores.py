@@ -142,11 +142,6 @@ def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
     if any(word in rights for word in _RESERVED):
         return Rejected(piece_id, "its metadata reserve all rights")
     parts = [part for part in score.parts if part.flatten().notes]
-    return _assemble(piece_id, score, parts)
-
-
-def _assemble(piece_id: str, score: Any, parts: list[Any]) -> Piece | Rejected:
-    """The note table of a parsed score, or what is wrong with it."""
     notes = [note for voice, part in enumerate(parts) for note in _part_notes(part, voice)]
     reason = _fault(notes, len(parts))
     if reason:

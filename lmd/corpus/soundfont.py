@@ -140,19 +140,17 @@ class Soundfont:
         """A sample's values, float32, -1 … 1; its neighbours in the file are not part of it."""
         if number not in self._samples:
             name, start, end, *_, kind = self._lists[b"shdr"][number]
-            data = self._wave_bytes[start:end]
             try:
                 if kind & _VORBIS:
-                    wave, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+                    packed = io.BytesIO(self._wave_bytes[start:end])
+                    wave, _ = soundfile.read(packed, dtype="float32")
                 else:
                     raw = np.frombuffer(self._wave_bytes[2 * start : 2 * end], "<i2")
                     wave = raw.astype(np.float32) / 32768
             except soundfile.LibsndfileError as error:
                 label = name.rstrip(bytes(1)).decode("latin-1")
                 found = f"sample {label!r} of {self.path.name}: {error.error_string}"
-                raise LmdError(
-                    found, "Ogg Vorbis", "Give another file, or its .sf2 form."
-                ) from error
+                raise LmdError(found, "Ogg Vorbis", "Give its .sf2 form.") from error
             self._samples[number] = wave
         return self._samples[number]
 

@@ -83,11 +83,9 @@ def hold_settings(path: Path, values: dict[str, Any], free: Collection[str] = ()
         before = read_settings(path)
         differing = [k for k in sorted(values) if k not in free and before.get(k) != values[k]]
         if differing:
-            raise LmdError(
-                f"{path.parent} made with other {', '.join(differing)}",
-                "the same settings, to go on with it",
-                "Choose another --out, or remove that folder.",
-            )
+            found = f"{path.parent} made with other {', '.join(differing)}"
+            todo = "Choose another --out, or remove that folder."
+            raise LmdError(found, "the same settings, to go on with it", todo)
     write_atomic(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 
 

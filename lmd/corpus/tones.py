@@ -54,14 +54,10 @@ class ToneBank:
     def tone(
         self, program: int, pitch: int, n_samples: int, darkness: int = 0, cutoff_hz: float = 0
     ) -> np.ndarray:
-        """A held tone of at least `n_samples` samples, float32 `[sample]`.
+        """A held tone of a General MIDI program, at least `n_samples` long, float32 `[sample]`.
 
-        Args:
-            program: General MIDI program 0–127.
-            pitch: MIDI pitch.
-            n_samples: how many samples are needed.
-            darkness: 0 = as sampled … 4 = mostly its low-passed copy.
-            cutoff_hz: corner of a two-pole low-pass; 0 = none.
+        Darkness goes from 0 (as sampled) to 4 (mostly the low-passed copy); `cutoff_hz` is the
+        corner of a two-pole low-pass, 0 = none.
         """
         seconds = 1
         while seconds * self.sample_rate < n_samples:
@@ -110,7 +106,7 @@ def played_note(
     n_attack = max(1, min(round(instrument.attack_ms * rate / 1000), n_gate))
     n_samples = n_gate + n_release
     wave = bank.tone(instrument.program, pitch, n_samples, darkness, instrument.cutoff_hz)
-    wave = wave[: n_gate + n_release].copy()
+    wave = wave[:n_samples].copy()
     if instrument.fade_s:
         fall = instrument.fade_s * 2.0 ** ((_MIDDLE_C - pitch) / 24) * rate
         wave *= _decay(1 << (len(wave) - 1).bit_length(), fall)[: len(wave)]

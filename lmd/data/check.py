@@ -50,17 +50,11 @@ class Reject:
 
 @dataclass
 class Report:
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-        accepted: files that can be used, sorted.
-        rejected: files, links and folders that cannot, each with its reason.
-        not_read: how many files of kinds that are passed over, by their ending (`.mid`, `.mp4`).
-    """
-
-    accepted: list[Path] = field(default_factory=list)
+    accepted: list[Path] = field(default_factory=list)  # sorted
     rejected: list[Reject] = field(default_factory=list)
-    not_read: Counter[str] = field(default_factory=Counter)
+    not_read: Counter[str] = field(default_factory=Counter)  # passed over, by ending (`.mid`)
 
     @property
     def too_many_rejected(self) -> bool:
@@ -87,16 +81,6 @@ class Report:
         return {"accepted": accepted, "rejected": rejected, "not_read": self.not_read}
 
 
-def find_audio(folder: Path) -> Iterator[Path | Reject]:
-    """Every file that may hold music, sorted, links followed; loops and closed folders as rejects.
-
-    Raises:
-        LmdError: not a folder.
-    """
-    real = os.path.realpath(named_folder(str(folder)))
-    yield from _walk(folder, (real,), {real})
-
-
 def named_folder(text: str) -> Path:
     """A folder that is to be read.
 
@@ -109,7 +93,10 @@ def named_folder(text: str) -> Path:
 
 
 def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path | Reject]:
-    """The files below one folder. `above`: the real folders that led here; `seen`: all so far."""
+    """Every file that may hold music, sorted, links followed; loops and closed folders as rejects.
+
+    `above` are the real folders that led here, `seen` all so far.
+    """
     try:
         children = sorted(folder.iterdir())
     except OSError as error:
@@ -207,8 +194,8 @@ def check_folder(folder: Path, progress: bool = True) -> Report:
     Raises:
         LmdError: not a folder, or nothing in it that could be used or refused.
     """
-    report = Report()
-    found = list(find_audio(folder))
+    real = os.path.realpath(named_folder(str(folder)))
+    report, found = Report(), list(_walk(folder, (real,), {real}))
     for item in tqdm(found, desc="checking", mininterval=1, disable=not progress):
         if isinstance(item, Reject):
             report.rejected.append(item)
@@ -219,10 +206,7 @@ def check_folder(folder: Path, progress: bool = True) -> Report:
         else:
             report.accepted.append(item)
     if not report.accepted and not report.rejected:
-        others = " ".join(report.lines())
-        raise LmdError(
-            f"no music in {folder}" + f": {others}" * bool(others),
-            f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}",
-            "Check the path, or convert them.",
-        )
+        found = ": ".join([f"no music in {folder}", *report.lines()])
+        expected = f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}"
+        raise LmdError(found, expected, "Check the path, or convert them.")
     return report

@@ -97,11 +97,7 @@ def main(options: Options) -> int:
 
 
 def _trainer(options: Options) -> L.Trainer:
-    """Lightning's trainer on the machines that were asked for.
-
-    Raises:
-        LmdError: there are none such.
-    """
+    """Lightning's trainer on the machines that were asked for; `LmdError` where there are none."""
     asked = {n: getattr(options, n) for n in ("accelerator", "devices", "num_nodes", "strategy")}
     if options.devices.isdigit():
         asked["devices"] = int(options.devices)
@@ -114,12 +110,7 @@ def _trainer(options: Options) -> L.Trainer:
 
 
 def encode_wave(codec: Codec, wave: Wave) -> Latents:
-    """Latents of a wave of any length: padded with silence to whole frames, long ones in chunks.
-
-    Args:
-        codec: any codec.
-        wave: `[batch, channel, sample]` in the codec's format.
-    """
+    """Latents of a wave `[batch, channel, sample]` of any length, padded to whole frames."""
     hop = codec.samples_per_frame
     n_frames = -(-wave.shape[-1] // hop)
     wave = nn.functional.pad(wave, (0, n_frames * hop - wave.shape[-1]))

@@ -33,19 +33,12 @@ _ENCODER_WORDS = re.compile(  # of programs, shops and rippers: not of the music
 
 @dataclass(frozen=True)
 class Track:
-    """One piece of a person's music.
+    """One piece of a person's music."""
 
-    Attributes:
-        mix: the file with everything in it.
-        stems: names and files of its voices; empty = none are known.
-        split: as the data set's own folders say; empty = to be drawn.
-        caption: what it says about itself.
-    """
-
-    mix: Path
-    stems: tuple[tuple[str, Path], ...]
-    split: str
-    caption: str
+    mix: Path  # the file with everything in it
+    stems: tuple[tuple[str, Path], ...]  # names and files of its voices, if they are known
+    split: str  # as the data set's own folders say; empty = to be drawn
+    caption: str  # what it says about itself
 
 
 def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:

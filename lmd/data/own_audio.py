@@ -23,6 +23,7 @@ from lmd.corpus.manifest import (
     Row,
     check_format,
     is_whole,
+    new_row,
     read_manifest,
     write_manifest,
     write_sounds,
@@ -138,18 +139,17 @@ def _write(
     piece_id = track.mix.relative_to(folder).as_posix()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
     digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
-    n_samples = wave.shape[-1]
-    row = Row(
+    row = new_row(
         name=f"{slug}-{digest[:10]}__w{number}",
-        piece_id=piece_id, composer="", title=track.mix.stem, split=track.split, rendition=0,
-        seed=0, family="own music",
+        piece_id=piece_id,
+        title=track.mix.stem,
+        split=track.split,
+        family="own music",
         instruments="|".join(name for name, _ in track.stems) if stems else "",
-        tempo_bpm=0.0, key="", mode="", metre="", transposition=0, articulation="", dynamics="",
-        density_hz=0.0, brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
-        duration_s=round(n_samples / settings.sample_rate, 4), n_samples=n_samples,
-        sample_rate=settings.sample_rate, channels=settings.channels, caption=track.caption,
-        path="", stem_paths="", sha256="",
-    )  # fmt: skip
+        brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
+        sample_rate=settings.sample_rate,
+        caption=track.caption,
+    )
     return write_sounds(out, row, wave, stems)
 
 

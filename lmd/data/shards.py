@@ -25,23 +25,12 @@ SETTINGS = "latents.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One encoded sound: a line of the index.
-
-    Attributes:
-        name: the rendition's unique name.
-        voice: -1 = the mix, else the stem's number.
-        shard: file name.
-        start_frame, n_frames: where in the shard, latent frames.
-        caption: what it says.
-        split, piece_id, composer, family, instruments, tempo_bpm, key, mode: of the manifest.
-        duration_s: seconds of sound.
-        also: further captions of the same sound, with `|` between them.
-    """
+    """One encoded sound: a line of the index. What has no comment is as in the manifest's `Row`."""
 
     name: str
-    voice: int
-    shard: str
-    start_frame: int
+    voice: int  # -1 = the mix, else the stem's number
+    shard: str  # file name
+    start_frame: int  # in the shard
     n_frames: int
     caption: str
     split: str
@@ -53,7 +42,7 @@ class Entry:
     key: str
     mode: str
     duration_s: float
-    also: str = ""
+    also: str = ""  # further captions of the same sound, joined by "|"
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -160,9 +149,9 @@ class LatentShards:
             last = entry.start_frame + entry.n_frames
             is_inside = 0 <= entry.start_frame < last <= n_frames and width == self.latent_dim
             if not (is_inside and 0 < entry.duration_s < math.inf):
+                found = f"frames {entry.start_frame} to {last}, {entry.duration_s:g} s"
                 raise LmdError(
-                    f"{self.folder / INDEX}, line {line}: frames {entry.start_frame} to {last}, "
-                    f"{entry.duration_s:g} s",
+                    f"{self.folder / INDEX}, line {line}: {found}",
                     f"some of the {n_frames} frames of {entry.shard}, {self.latent_dim} wide",
                     "Run python -m lmd data encode again.",
                 )
