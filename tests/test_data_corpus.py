@@ -16,7 +16,7 @@ from lmd.__main__ import main
 from lmd.corpus.analysis import find_key
 from lmd.corpus.build import BuildSettings, build_corpus, plan
 from lmd.corpus.levels import limit
-from lmd.corpus.manifest import COLUMNS, Corpus, play_again, read_manifest, write_wav
+from lmd.corpus.manifest import COLUMNS, Corpus, read_manifest, write_wav
 from lmd.corpus.render import sum_stems
 from lmd.corpus.scores import Shelf
 from lmd.errors import LmdError
@@ -158,7 +158,7 @@ def test_the_notes_are_those_that_the_voices_play(built: Path, cache: Path) -> N
     corpus = Corpus(built)
     for index, row in enumerate(corpus.rows):
         notes, stems = corpus.notes(index, cache), corpus.stems(index, cache)
-        assert np.array_equal(notes, play_again(row, corpus.settings(), cache).notes)
+        assert np.array_equal(notes, corpus.play_again(index, cache).notes)
         assert set(notes[:, 3]) <= set(range(len(stems)))
         for voice, stem in enumerate(stems):
             own = notes[notes[:, 3] == voice]

@@ -24,8 +24,8 @@ from lmd.corpus.manifest import (
 from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, TRAINED_ON, Piece, Shelf, mapped
 from lmd.corpus.soundfont import Soundfont
-from lmd.corpus.tables import hold_settings, read_log, read_settings
-from lmd.corpus.tones import default_soundfont, file_sha256, shared_bank
+from lmd.corpus.tables import file_sha256, hold_settings, read_log, read_settings
+from lmd.corpus.tones import default_soundfont, shared_bank
 from lmd.errors import LmdError
 from lmd.outputs import write_json
 from lmd.rng import generator
@@ -88,8 +88,8 @@ def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piec
                     break
         rendition += 1
         if not chosen:
-            reasons = [item.reason for item in shelf.rejected.values()]
-            raise LmdError(f"no usable score: {reasons[:3]}", "at least one", "See --collections.")
+            reasons = list(shelf.rejected.values())[:3]
+            raise LmdError(f"no usable score: {reasons}", "at least one", "See --collections.")
     return chosen
 
 
@@ -158,7 +158,7 @@ def build_corpus(
         _row_name(piece, rendition): (piece, rendition, settings, out)
         for piece, rendition in plan(shelf, hours, settings)
     }
-    rejected = [asdict(item) for item in sorted(shelf.rejected.values(), key=lambda r: r.piece_id)]
+    rejected = [{"piece_id": i, "reason": text} for i, text in sorted(shelf.rejected.items())]
     write_json(out / "rejected_scores.json", rejected)
     rows: dict[str, Row] = {}
     for entry in read_log(out / "rows.jsonl"):

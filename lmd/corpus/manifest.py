@@ -1,6 +1,5 @@
 """A corpus on disk: a manifest, one WAV per sound, stems stored or played again."""
 
-import hashlib
 import math
 import wave as riff
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ import numpy as np
 
 from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
 from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
-from lmd.corpus.tables import read_rows, read_settings, write_rows
-from lmd.corpus.tones import file_sha256, shared_bank
+from lmd.corpus.tables import file_sha256, read_rows, read_settings, write_rows
+from lmd.corpus.tones import shared_bank
 from lmd.errors import LmdError
 
 MANIFEST = "manifest.csv"
@@ -93,15 +92,19 @@ def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
 
 def write_sounds(folder: Path, row: Row, wave: np.ndarray, stems: Sequence[np.ndarray]) -> Row:
     """Write a mix and its stems, each `[channel, sample]`; the row with what is to say of them."""
-    n_samples = wave.shape[-1]
     path = f"audio/{row.name}.wav"
     stem_paths = [f"stems/{row.name}__v{voice}.wav" for voice in range(len(stems))]
     for place, sound in zip((path, *stem_paths), (wave, *stems), strict=True):
         write_wav(folder / place, sound, row.sample_rate)
-    digest = hashlib.sha256((folder / path).read_bytes()).hexdigest()
-    row = replace(row, path=path, stem_paths="|".join(stem_paths), sha256=digest)
-    duration_s = round(n_samples / row.sample_rate, 4)
-    return replace(row, n_samples=n_samples, channels=wave.shape[0], duration_s=duration_s)
+    return replace(
+        row,
+        path=path,
+        stem_paths="|".join(stem_paths),
+        sha256=file_sha256(folder / path),
+        n_samples=wave.shape[-1],
+        channels=wave.shape[0],
+        duration_s=round(wave.shape[-1] / row.sample_rate, 4),
+    )
 
 
 class Corpus:
@@ -154,13 +157,13 @@ class Corpus:
         Raises:
             LmdError: own music without stems; a score or soundfont that is not as it was.
         """
-        row, settings = self.rows[index], self.settings()
+        row = self.rows[index]
         if row.stem_paths:
             paths = row.stem_paths.split("|")
             return np.stack([self._map(p, row).T.astype(np.float32) / 32767 for p in paths])
-        if "soundfont" not in settings:
+        if "soundfont" not in self.settings():
             raise LmdError(f"no stems of {row.name}", "stems stored by --stems", "Build with it.")
-        return play_again(row, settings, cache).stems
+        return self.play_again(index, cache).stems
 
     def without_stems(self) -> list[int]:
         """The rows of which there are no stems: own music that brought none."""
@@ -173,10 +176,28 @@ class Corpus:
         Raises:
             LmdError: own music, of which there is no score.
         """
+        return note_times(*self._drawn_again(index, cache))
+
+    def play_again(self, index: int, cache: Path = DEFAULT_CACHE) -> Rendered:
+        """Render a row once more; the samples are those of the first time.
+
+        Raises:
+            LmdError: see `notes`; a soundfont that differs from the one of the build.
+        """
+        played, settings = self._drawn_again(index, cache), self.settings()
+        bank = shared_bank(settings["soundfont"], settings["sample_rate"])
+        if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
+            found = f"soundfont {bank.soundfont.name} with other contents"
+            raise LmdError(found, "the one of the build", "Restore it, or build the corpus again.")
+        return render(*played, bank, settings["channels"])
+
+    def _drawn_again(self, index: int, cache: Path) -> tuple[Piece, Rendition]:
+        """The score of a row, and how it was played."""
         row, settings = self.rows[index], self.settings()
         if "soundfont" not in settings:
             raise LmdError(f"no score of {row.name}", "a rendered corpus", "Use one.")
-        return note_times(*_drawn_again(row, settings, cache))
+        piece = cached_piece(row.piece_id, cache)
+        return piece, draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
 
     def settings(self) -> dict[str, Any]:
         """What the corpus was built with; empty where nothing says so."""
@@ -219,22 +240,3 @@ def read_manifest(folder: Path) -> list[Row]:
 def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
     """Write the manifest in one stroke; a reader sees the old one or the new one."""
     write_rows(folder / MANIFEST, Row, rows)
-
-
-def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
-    """Render a row of a manifest once more; the samples are those of the first time.
-
-    Raises:
-        LmdError: the soundfont differs from the one the corpus was built with.
-    """
-    bank = shared_bank(settings["soundfont"], settings["sample_rate"])
-    if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
-        found = f"soundfont {bank.soundfont.name} with other contents"
-        raise LmdError(found, "the one of the build", "Restore it, or build the corpus again.")
-    return render(*_drawn_again(row, settings, cache), bank, settings["channels"])
-
-
-def _drawn_again(row: Row, settings: dict[str, Any], cache: Path) -> tuple[Piece, Rendition]:
-    """The score of a row, and how it was played."""
-    piece = cached_piece(row.piece_id, cache)
-    return piece, draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])

@@ -87,14 +87,6 @@ class Piece:
         return "validation" if draw == 0 else "test" if draw == 1 else "train"
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A score that cannot be used, and why."""
-
-    piece_id: str
-    reason: str
-
-
 def intervals(table: np.ndarray, voice: int) -> list[int]:
     """Successive intervals of a voice of a note table `[note, 5]`, repeated notes left out."""
     own = table[table[:, 3] == voice]
@@ -123,8 +115,8 @@ def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Pa
     return sorted(found.items())
 
 
-def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
-    """Read one score. A score that cannot be used comes back as `Rejected`, with the reason."""
+def parse_piece(piece_id: str, path: Path) -> Piece | str:
+    """Read one score; the reason if it cannot be used."""
     from music21 import converter, stream
     from music21.exceptions21 import Music21Exception
 
@@ -133,19 +125,19 @@ def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
             warnings.simplefilter("ignore")
             score = converter.parse(path, forceSource=True, storePickle=False)
             if not isinstance(score, stream.Score):
-                return Rejected(piece_id, f"not a single score but a {type(score).__name__}")
+                return f"not a single score but a {type(score).__name__}"
             if score.parts and any(n.transposition for n in score.recurse().getInstruments()):
                 score = score.toSoundingPitch()
     except (*_UNREADABLE, Music21Exception) as error:
-        return Rejected(piece_id, f"music21 cannot read it: {type(error).__name__}: {error}"[:160])
+        return f"music21 cannot read it: {type(error).__name__}: {error}"[:160]
     rights = " ".join(str(value) for _, value in score.metadata.all()).lower()
     if any(word in rights for word in _RESERVED):
-        return Rejected(piece_id, "its metadata reserve all rights")
+        return "its metadata reserve all rights"
     parts = [part for part in score.parts if part.flatten().notes]
     notes = [note for voice, part in enumerate(parts) for note in _part_notes(part, voice)]
     reason = _fault(notes, len(parts))
     if reason:
-        return Rejected(piece_id, reason)
+        return reason
     signatures = parts[0].recurse().getElementsByClass("TimeSignature")
     metadata = score.metadata
     title = (metadata.title or metadata.movementName or "") if metadata else ""
@@ -212,11 +204,11 @@ def _fault(notes: list[Note], n_voices: int) -> str | None:
     return None
 
 
-def _read_table(path: Path, piece_id: str) -> Piece | Rejected:
+def _read_table(path: Path) -> Piece | str:
     """One cached note table, or the reason why there is none."""
     values = json.loads(path.read_text())
     if "rejected" in values:
-        return Rejected(piece_id, values["rejected"])
+        return values["rejected"]
     values.pop("format")
     for key in ("voices", "measures"):
         values[key] = tuple(values[key])
@@ -228,8 +220,7 @@ def _parse_to_cache(job: tuple[str, Path, Path]) -> None:
     """Parse one score into its cache file, or the reason why it cannot be used."""
     piece_id, source, target = job
     result = parse_piece(piece_id, source)
-    is_rejected = isinstance(result, Rejected)
-    values = {"rejected": result.reason} if is_rejected else asdict(result)
+    values = {"rejected": result} if isinstance(result, str) else asdict(result)
     values["format"] = TABLE_FORMAT
     text = json.dumps(values, separators=(",", ":"), sort_keys=True)
     write_atomic(target, text.encode())
@@ -252,7 +243,7 @@ class Shelf:
     ) -> None:
         self.files = dict(corpus_files(collections))
         self.ids = tuple(self.files)
-        self.rejected: dict[str, Rejected] = {}
+        self.rejected: dict[str, str] = {}  # reasons by name
         self._cache, self._workers = cache, workers
         self._pieces: dict[str, Piece] = {}
 
@@ -266,8 +257,8 @@ class Shelf:
         for piece_id, path in paths.items():
             if piece_id in self._pieces or piece_id in self.rejected:
                 continue
-            found = _read_table(path, piece_id)
-            if isinstance(found, Rejected):
+            found = _read_table(path)
+            if isinstance(found, str):
                 self.rejected[piece_id] = found
             else:
                 self._pieces[piece_id] = found
@@ -294,9 +285,9 @@ def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
         if piece_id not in files:
             raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "Check its name.")
         _parse_to_cache((piece_id, files[piece_id], target))
-    found = _read_table(target, piece_id)
-    if isinstance(found, Rejected):
-        raise LmdError(f"piece {piece_id!r}: {found.reason}", "a usable score", "Take another.")
+    found = _read_table(target)
+    if isinstance(found, str):
+        raise LmdError(f"piece {piece_id!r}: {found}", "a usable score", "Take another.")
     return found
 
 

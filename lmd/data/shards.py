@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from lmd.corpus.tables import read_rows, read_settings
+from lmd.corpus.tables import file_sha256, read_rows, read_settings
 from lmd.errors import LmdError
 from lmd.outputs import write_atomic
 
@@ -84,19 +83,12 @@ def shard_fault(path: Path, checksum: bool = True) -> str | None:
         n_bytes, digest = side["n_bytes"], side["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return "its side file is torn"
-    state = path.stat()
-    if state.st_size != n_bytes:
-        return f"{state.st_size} bytes instead of {n_bytes}"
-    if checksum and _sha256(path.absolute(), state.st_size, state.st_mtime_ns) != digest:
+    size = path.stat().st_size
+    if size != n_bytes:
+        return f"{size} bytes instead of {n_bytes}"
+    if checksum and file_sha256(path) != digest:
         return "its checksum differs"
     return None
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    """The SHA-256 of a file that has this size and was changed then."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_entries(path: Path) -> list[Entry]:

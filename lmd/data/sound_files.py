@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,9 +70,7 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
                 at = _next_frame(data, at)
     head[1] |= 1  # no checksum
     head[2] = 9 << 4 | head[2] & 0b1100  # room for the header, no padding byte
-    body = (
-        bytes(head) + bytes(side) + b"Xing" + (1).to_bytes(4, "big") + n_frames.to_bytes(4, "big")
-    )
+    body = bytes(head) + bytes(side) + b"Xing" + struct.pack(">II", 1, n_frames)
     return first, body.ljust(_frame_bytes(body, 0), b"\0")
 
 
@@ -130,20 +129,12 @@ def to_mono(wave: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file sounds like from its first sample to its last.
+    """What a file sounds like from its first sample to its last."""
 
-    Attributes:
-        n_samples: how many could be read.
-        sample_rate: Hz.
-        step_s: length of a step in seconds, a whole number of the file's samples.
-        steps: highest absolute value of each step in any channel (opposite channels would cancel in
-            a mono mix) `[step]`; not finite where a sample is not.
-    """
-
-    n_samples: int
-    sample_rate: int
-    step_s: float
-    steps: np.ndarray
+    n_samples: int  # how many could be read
+    sample_rate: int  # Hz
+    step_s: float  # length of a step in seconds, a whole number of the file's samples
+    steps: np.ndarray  # [step]: highest absolute value in any channel (in a mix they may cancel)
 
     @property
     def peak(self) -> float:
@@ -161,12 +152,9 @@ class Scan:
         return float(self.keep.sum()) * self.step_s
 
     def kept(self, n_samples: int, sample_rate: int, start_s: float = 0.0) -> np.ndarray:
-        """Which samples of a stretch to keep, bool `[sample]`.
+        """Which samples of a stretch that begins at `start_s` to keep, bool `[sample]`.
 
-        Args:
-            n_samples: length of the stretch.
-            sample_rate: Hz, not necessarily the file's.
-            start_s: where in the file it begins.
+        Its sample rate (Hz) is not necessarily the file's.
         """
         edges = (np.arange(len(self.keep) + 1) * self.step_s - start_s) * sample_rate
         edges = np.clip(np.round(edges).astype(int), 0, n_samples)
