@@ -24,7 +24,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.corpus.captions import further_captions
 from lmd.corpus.manifest import Corpus, write_manifest
-from lmd.data.codec_fit import codec_error_db, expectation
+from lmd.data.codec_fit import codec_error_db, expectation, log_mel_db
 from lmd.data.encode import (
     QUIET,
     Encoder,
@@ -36,7 +36,6 @@ from lmd.data.encode import (
 from lmd.data.latents import LatentWindows
 from lmd.data.shards import LatentShards, map_shard, shard_fault
 from lmd.errors import LmdError
-from lmd.training.codec.metrics import log_mel_db
 
 DIM = 64
 

@@ -17,15 +17,13 @@ from tqdm import tqdm
 
 from lmd.codec.base import Codec, DecodeState, decode_block
 from lmd.corpus.manifest import Corpus
+from lmd.data.codec_fit import PEAK_DB, Mono, log_mel_db, power
 from lmd.errors import LmdError
 from lmd.shapes import Latents
-from lmd.training.codec.losses import mel_matrix
 
-Mono = Float[Tensor, " sample"]
 EXCERPT_S = 20.0
 TOLERANCE_S = 0.05  # of an onset
 ONSET_HOP = 256  # samples
-PEAK_DB = 60.0  # what lies further under the peak is not compared
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,6 @@ def compare(output: Mono, target: Mono, sample_rate: int) -> Scores:
         onset_f1(output, target, sample_rate),
         si_sdr_db(output, target),
     )
-
-
-def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
-    """Power spectrogram with a Hann window, a full-scale sine at 1."""
-    window = torch.hann_window(n_fft, dtype=wave.dtype)
-    spectrum = torch.stft(wave, n_fft, hop, window=window, return_complex=True)
-    return spectrum.abs().square() * (2 / window.sum()) ** 2
-
-
-def log_mel_db(output: Mono, target: Mono, sample_rate: int) -> float:
-    """Mean absolute difference of 80 mel bands in decibels, 60 dB deep."""
-    mel = mel_matrix(1025, sample_rate).T
-    found, true = (10 * torch.log10(mel @ power(w, 2048, 512) + 1e-12) for w in (output, target))
-    floor = true.max() - PEAK_DB
-    return float((found.clamp_min(floor) - true.clamp_min(floor)).abs().mean())
 
 
 def stft_distance(output: Mono, target: Mono) -> float:
