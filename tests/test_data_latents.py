@@ -24,7 +24,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.corpus.captions import further_captions
 from lmd.corpus.manifest import Corpus, write_manifest
-from lmd.data.codec_fit import codec_error_db, expectation, log_mel_db
+from lmd.data.codec_fit import codec_error_db, expectation
 from lmd.data.encode import (
     QUIET,
     Encoder,
@@ -253,9 +253,6 @@ def test_the_encoding_says_what_to_expect_of_the_codec(
         codec.gain = 10 ** (gain_db / 20)
         error_db = codec_error_db(codec, corpus)
         assert error_db == pytest.approx(abs(gain_db), abs=0.05)
-        assert log_mel_db(codec.decode(codec.wave)[0, 0], codec.wave[0, 0], RATE) == pytest.approx(
-            error_db, abs=0.05
-        )
         told = expectation(error_db, corpus.folder)
         assert ("lmd train codec --data" in told) == (gain_db != 0)
     path = tmp_path / "codec.safetensors"

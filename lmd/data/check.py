@@ -126,9 +126,8 @@ def fault(path: Path) -> str | None:
 
     Refused: empty, unreadable, truncated, not audio, of unknown length, shorter than a second
     (without its silences, too), under 16 kHz, more than two channels, values that are not finite,
-    silence, a name in another encoding than UTF-8. Long files and names in any script are welcome.
-
-    One thing cannot be known: an MP3 without a Xing or LAME header does not say how long it was.
+    silence, a name in another encoding than UTF-8. What cannot be known: an MP3 without a Xing or
+    LAME header does not say how long it was.
     """
     try:
         str(path).encode()
