@@ -27,7 +27,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("export",): ("lmd.play.export_command", "write graphs that play"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
     ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
-    ("data", "encode"): ("lmd.data.encode_command", "encode a built corpus into latent shards"),
+    ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
     ("train", "codec"): ("lmd.training.codec.train", "train the spectral codec"),
     ("train", "base"): ("lmd.training.train_base", "train the bidirectional base model"),
     ("train", "finetune"): ("lmd.training.train_finetune", "turn a base into a live model"),

@@ -26,7 +26,6 @@ from lmd.codec.base import Codec
 from lmd.codec.oobleck import random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import REGIMES, Preset, SpectralCodecConfig, preset
-from lmd.data.places import check_file_free
 from lmd.errors import LmdError
 from lmd.graph import PRECISIONS
 from lmd.machine import (
@@ -40,6 +39,7 @@ from lmd.machine import (
 )
 from lmd.model.live_model import LiveModel
 from lmd.model.text import HashTextEncoder
+from lmd.outputs import check_outputs, write_json
 from lmd.pretrained import DTYPES, ENGINES, open_instrument
 from lmd.stream.block import LiveDenoiser
 from lmd.stream.controls import Controls
@@ -99,7 +99,7 @@ class Options:
         if unknown:
             expected = f"engines {', '.join(ENGINES)}; dtypes {', '.join(PRECISIONS)}"
             raise LmdError(f"{', '.join(unknown)}", expected, "Pick from these.")
-        check_output(self.json)
+        check_outputs(json=self.json, json_key="machine", make_folders=True)
         if self.compile:
             check_compiler()
 
@@ -115,26 +115,14 @@ def main(options: Options) -> int:
     return int(any(c["max_difference"] > c["tolerance"] for c in compiled.values()))
 
 
-def check_output(path: str | None) -> None:
-    """Refuse a path for `tell` that cannot be written.
-
-    Raises:
-        LmdError: it is a folder, lies in a file, or may not be written.
-    """
-    if path and path != "-":
-        check_file_free(Path(path))
-
-
 def tell(report: dict, readable: str, path: str | None) -> None:
     """Print the table and write the JSON to a file; with the path `-` print the JSON alone."""
-    text = json.dumps(report, indent=2)
     if path == "-":
-        print(text)
+        print(json.dumps(report, indent=2))
         return
     print(readable)
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+    if path is not None:
+        write_json(path, report)
 
 
 def measure(options: Options) -> dict:

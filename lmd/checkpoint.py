@@ -6,8 +6,6 @@ types and sizes in the entry are checked whenever it is read.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from lmd.errors import LmdError
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder, build_text_encoder
 from lmd.model.weights import build_loaded, tensors_sha256
+from lmd.outputs import write_atomic
 
 Config = Preset | SpectralCodecConfig | OobleckConfig | TaggerConfig
 MODEL_KINDS = ("base", "finetuned", "arc")
@@ -88,23 +87,6 @@ class Bundle:
     model: LiveModel
     codec: Codec
     text: TextEncoder
-
-
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old one or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(

@@ -1,7 +1,8 @@
-"""Files that commands write: checked before the work, never one over the other."""
+"""What commands write: asked before the work, never one file over another or over other things."""
 
 import json
 import os
+import shutil
 import tempfile
 from itertools import combinations
 from pathlib import Path
@@ -12,64 +13,108 @@ from lmd.errors import LmdError
 PROBE_BYTES = 65_536
 
 
-def check_outputs(**paths: Path | None) -> None:
-    """Refuse what could not be written after the work, or would overwrite what it should not.
+def check_folder(folder: Path, n_bytes: int = 0) -> None:
+    """Refuse a folder that cannot be made, written into or filled; none is made.
 
     Args:
-        paths: by the name of their flag; what is called `json` may replace nothing but JSON.
+        folder: where results are to go.
+        n_bytes: about how much will be in it, with what is there already.
 
     Raises:
-        LmdError: two names of one file; a folder that is missing, full or not to be written into;
-            something that is no file; another file where JSON is to be written.
+        LmdError: it is, or lies in, something else; it cannot be written; the disk is too full.
     """
-    given = {f"--{name}": path for name, path in paths.items() if path is not None}
-    for (one, a), (other, b) in combinations(given.items(), 2):
-        if a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b)):
-            raise LmdError(f"{one} and {other} both {str(a)!r}", "two files", "Rename one.")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    todo = "Choose another place."
+    if not there.is_dir():
+        raise LmdError(f"{there}, which is no folder", "a folder", todo)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        found = f"{there} ({error.strerror})"
+        raise LmdError(found, "a folder that can be written and has room", todo) from error
+    free = shutil.disk_usage(there).free
+    if free < n_bytes:
+        found = f"{free / 1e9:.2f} GB free for {folder}"
+        raise LmdError(found, f"about {n_bytes / 1e9:.2f} GB", "Free some. " + todo)
+
+
+def check_outputs(
+    *, make_folders: bool = False, json_key: str = "", **paths: Path | str | None
+) -> None:
+    """Refuse files that could not be written after the work, or would replace what they should not.
+
+    Args:
+        make_folders: whether the command makes their folders.
+        json_key: what every earlier JSON file of the command has.
+        paths: by the name of their flag; `json` may replace nothing but earlier JSON. None and "-"
+            are not written.
+
+    Raises:
+        LmdError: see `check_apart` and `check_folder`; or something that is no file, or a file that
+            holds something else, is there.
+    """
+    given = {name: Path(path) for name, path in paths.items() if path not in (None, "-")}
+    check_apart(**given)
     for flag, path in given.items():
-        _check_place(flag, path)
-        if flag == "--json" and path.exists() and not _is_json(path):
-            raise LmdError(
-                f"{flag} {path}, which holds something else", "a new file or JSON", "Rename it."
-            )
+        if path.exists() and not path.is_file():
+            raise LmdError(f"--{flag} {path}, which is no file", "the name of a file", "Name one.")
+        if flag == "json" and path.exists() and not _is_json(path, json_key):
+            found = f"--json {path}, which holds something else"
+            raise LmdError(found, "a new file or an earlier one", "Rename it.")
+        if not make_folders and not path.parent.is_dir():
+            raise LmdError(f"--{flag} {path}", "a folder that exists", "Make it.")
+        check_folder(path.parent)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise LmdError(f"--{flag} {path}, not to be written", "one that is", "Rename it.")
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write values to a file, whole or not at all.
+def check_apart(**places: Path) -> None:
+    """Refuse two flags that name one place.
+
+    Raises:
+        LmdError: they do.
+    """
+    for (one, a), (other, b) in combinations(places.items(), 2):
+        if a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b)):
+            raise LmdError(f"{a} for both --{one} and --{other}", "two places", "Rename one.")
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, finds the old one or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write values as JSON, whole or not at all.
 
     Raises:
         LmdError: it cannot be written (the disk has filled up meanwhile).
     """
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(json.dumps(values, indent=2) + "\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        write_atomic(path, (json.dumps(values, indent=1) + "\n").encode())
     except OSError as error:
-        raise LmdError(f"{path} ({error.strerror})", "a file that can be written", "") from error
+        found = f"{path} ({error.strerror})"
+        raise LmdError(found, "a file that can be written", "Make room.") from error
 
 
-def _check_place(flag: str, path: Path) -> None:
-    """Write a little next to it, as the work would."""
-    if path.exists() and not path.is_file():
-        raise LmdError(f"{flag} {path}, which is no file", "the name of a file", "Name one.")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(bytes(PROBE_BYTES))
-        if path.exists():
-            path.open("ab").close()
-    except OSError as error:
-        raise LmdError(
-            f"{flag} {path} ({error.strerror})",
-            "a folder that exists, can be written and has room",
-            "Choose another one.",
-        ) from error
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file holds JSON, or nothing yet."""
+def _is_json(path: Path, key: str) -> bool:
+    """Whether a file holds JSON (an object with that key, if there is one), or nothing yet."""
     try:
         text = path.read_text(encoding="utf-8")
-        return not text or isinstance(json.loads(text), dict | list)
+        values = json.loads(text or "{}")
     except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(values, dict | list) and (not text or not key or key in values)

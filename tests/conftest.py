@@ -7,6 +7,7 @@ runs.
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,9 @@ OTHERS = (
 for name in OTHERS:
     with suppress(ModuleNotFoundError):  # some tests run where not everything is installed
         importlib.import_module(name)
+
+# A shell that runs this in the background has interrupts ignored; tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Graphs that tests export are kept from run to run, apart from the user's.
 os.environ.setdefault("LMD_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "lmd"))

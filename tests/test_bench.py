@@ -234,9 +234,13 @@ def test_bad_bench_arguments_are_refused(capsys):
 def test_where_the_figures_go_is_asked_before_they_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lmd.bench.measure", lambda *_: pytest.fail("it was measured"))
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "song.json").write_text('{"caption": "an air"}')
     for place in (tmp_path, tmp_path / "file" / "x.json"):
         assert main(["bench", "--json", str(place)]) == 2
-        assert re.search("which is (a|no) folder", capsys.readouterr().err)
+        assert re.search("which is no (file|folder)", capsys.readouterr().err)
+    for name in ("file", "song.json"):
+        assert main(["bench", "--json", str(tmp_path / name)]) == 2
+        assert "holds something else" in capsys.readouterr().err
     tell({"a": 1}, "a table", str(tmp_path / "new" / "x.json"))
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": 1}
 

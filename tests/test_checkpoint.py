@@ -20,7 +20,6 @@ from lmd.checkpoint import (
     load_tensors,
     read_header,
     save_checkpoint,
-    write_atomic,
 )
 from lmd.codec.base import Codec
 from lmd.codec.oobleck import OobleckCodec, build_reference
@@ -29,6 +28,7 @@ from lmd.config import DiTConfig, OobleckConfig, preset
 from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
 from lmd.model.weights import tensors_sha256
+from lmd.outputs import write_atomic
 from lmd.pretrained import SHIPPED
 
 TINY = preset("tiny")

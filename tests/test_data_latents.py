@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from corpus_fake import HOP, RATE, make_corpus
-from measure_codec import log_mel_db
 from torch import nn
 
 from lmd.__main__ import main
@@ -23,7 +22,7 @@ from lmd.codec.identity import DECODER_SIZES
 from lmd.codec.oobleck import build_reference, random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
-from lmd.corpus.build import further_captions
+from lmd.corpus.captions import further_captions
 from lmd.corpus.manifest import Corpus, write_manifest
 from lmd.data.codec_fit import codec_error_db, expectation
 from lmd.data.encode import (
@@ -254,9 +253,6 @@ def test_the_encoding_says_what_to_expect_of_the_codec(
         codec.gain = 10 ** (gain_db / 20)
         error_db = codec_error_db(codec, corpus)
         assert error_db == pytest.approx(abs(gain_db), abs=0.05)
-        assert log_mel_db(codec.decode(codec.wave)[0, 0], codec.wave[0, 0], RATE) == pytest.approx(
-            error_db, abs=0.05
-        )
         told = expectation(error_db, corpus.folder)
         assert ("lmd train codec --data" in told) == (gain_db != 0)
     path = tmp_path / "codec.safetensors"
@@ -292,10 +288,10 @@ def test_a_disk_that_fills_while_latents_are_written_is_said_in_one_line(
     config, tensors = codec_parts("spectral")
     path = tmp_path / "codec.safetensors"
     save_checkpoint(path, tensors, kind="codec", config=config)
-    monkeypatch.setattr("lmd.data.shards.save_file", refuse)
+    monkeypatch.setattr("lmd.data.shards.write_atomic", refuse)
     words = ["--data", str(corpus.folder), "--codec", str(path), "--out", str(tmp_path / "out")]
     assert main(["data", "encode", *words, "--accelerator", "cpu", "--devices", "1"]) == 2
-    assert f"found {os.strerror(error)}" in capsys.readouterr().err
+    assert os.strerror(error) in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_interrupted_encoding_goes_on(corpus: Corpus, latents: Path, tmp_path: Path) -> None:
@@ -513,7 +509,8 @@ def test_only_the_asked_split_and_kind_come(latents: Path) -> None:
 
 def test_short_sounds_and_leads_are_filled_with_silence(latents: Path) -> None:
     windows = LatentWindows(latents, window_frames=80, lead_frames=6)
-    first = windows.gather([(0, -6)])["latents"][0]
+    step = next(step for step in range(10_000) if windows.pick(step, 0) == (0, -6))
+    first = windows.batch(step, [0])["latents"][0]
     n_frames = windows.entries[0].n_frames
     quiet = torch.full((DIM, 6), MeanCodec.offset)
     assert torch.equal(first[:, :6], quiet)

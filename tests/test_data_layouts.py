@@ -10,7 +10,7 @@ import yaml
 from audio_files import RATE, tone, write
 
 from lmd.__main__ import main
-from lmd.corpus.build import row_stem_caption
+from lmd.corpus.captions import stem_caption
 from lmd.corpus.manifest import Corpus
 from lmd.data.layouts import caption_of, survey
 from lmd.data.own_audio import AudioSettings, build_audio
@@ -67,7 +67,7 @@ def test_slakh_tracks_bring_their_named_stems_and_their_split(
     assert stems.shape == (3, 1, 5 * RATE)
     # Stems keep the mix's gain: their sum is the mix (16 bits: a step per file on either side).
     assert np.abs(stems.sum(0) - corpus.wave(0)).max() < 12 / 32767
-    said = row_stem_caption(rows[0], 1)
+    said = stem_caption(rows[0], 1)
     assert "piano" in said
     assert not re.search("BPM|slow|fast|melody|voice", said)  # nobody knows
     assert rows[0].caption == "bass, drums, piano"

@@ -9,10 +9,11 @@ import torchaudio.functional as audio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmd.corpus.captions import SYNONYMS, Described, caption, stem_caption
+from lmd.corpus.captions import SYNONYMS, caption, stem_caption
 from lmd.corpus.draw import Draw
 from lmd.corpus.instruments import FAMILIES, FAMILY_WEIGHTS, INSTRUMENTS
 from lmd.corpus.levels import CEILING, TARGET_LUFS, limit, loudness_lufs
+from lmd.corpus.manifest import Row, new_row
 from lmd.corpus.render import (
     ARTICULATIONS,
     DYNAMICS,
@@ -205,12 +206,13 @@ def test_the_limiter_never_passes_its_ceiling_and_leaves_quiet_parts_alone(
     assert np.array_equal(limited[0, 100:200], wave[0, 100:200])
 
 
-def described(**changes: object) -> Described:
-    about = Described(
-        "bach", "church organ", ("church organ",) * 4, 54.0, "B♭", "minor", "3/4", 1.0, 700.0,
-        "legato", "loud",
-    )  # fmt: skip
-    return replace(about, **changes)
+def described(**changes: object) -> Row:
+    facts = {
+        "composer": "bach", "family": "church organ", "instruments": "|".join(["church organ"] * 4),
+        "tempo_bpm": 54.0, "key": "B♭", "mode": "minor", "metre": "3/4", "density_hz": 1.0,
+        "brightness_hz": 700.0, "articulation": "legato", "dynamics": "loud",
+    }  # fmt: skip
+    return new_row(**{**facts, **changes})
 
 
 def test_captions_are_many_and_true() -> None:
@@ -233,7 +235,8 @@ def test_every_composer_instrument_and_family_has_words() -> None:
 
 
 def test_a_stem_caption_names_its_own_instrument() -> None:
-    about = described(family="mixed", instruments=("flute", "oboe", "cello", "tuba"))
-    texts = {stem_caption(about, 3, Draw(0, n)) for n in range(30)}
+    names = "flute|oboe|cello|tuba"
+    rows = (described(family="mixed", instruments=names, rendition=n) for n in range(30))
+    texts = {stem_caption(row, 3) for row in rows}
     assert all("tuba" in text and "flute" not in text for text in texts)
     assert any("bass line" in text for text in texts)

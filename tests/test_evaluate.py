@@ -254,6 +254,11 @@ def test_results_are_not_to_go_where_a_file_is(world: World, tmp_path: Path) -> 
         run(world, tmp_path / "file")
     with pytest.raises(LmdError, match="no folder"):
         run(world, tmp_path / "out", parts=tmp_path / "file" / "parts")
+    with pytest.raises(LmdError, match="two places"):
+        run(world, tmp_path / "out", parts=tmp_path / "out")
+    (tmp_path / "evaluation.json").write_text('{"caption": "an air"}')
+    with pytest.raises(LmdError, match="holds something else"):
+        run(world, tmp_path, parts=tmp_path / "parts")
 
 
 @pytest.mark.parametrize("name", ["threads", "workers"])

@@ -20,12 +20,13 @@ from lmd.codec.spectral import (
 )
 from lmd.codec.spectral_decoder import SpectralDecoder
 from lmd.config import preset
+from lmd.data.codec_fit import mel_matrix
 from lmd.errors import LmdError
 from lmd.model.text import build_text_encoder
 from lmd.rng import normal
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
-from lmd.training.codec.losses import bin_weights, mel_matrix
+from lmd.training.codec.losses import bin_weights
 
 TINY = preset("tiny").codec
 SMALL = preset("small").codec

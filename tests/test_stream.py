@@ -68,7 +68,7 @@ def test_one_call_of_eight_blocks_is_eight_calls_of_one():
 
 
 def test_a_block_says_where_its_own_frames_begin():
-    """Whatever the boundaries and block lengths before it; an exact boundary holds some frames back."""
+    """Whatever boundaries and lengths come before it; an exact boundary holds some frames back."""
     stream = streamer()
     blocks, _ = play(stream, LIVELY)
     n_frames = 0

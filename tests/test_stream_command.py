@@ -140,7 +140,7 @@ def test_two_outputs_in_one_file_are_refused(
     Path("song.wav").write_bytes(b"a recording")
     Path("link.wav").symlink_to("song.wav")
     assert main(["stream", "organ", *TINY, *words]) == 2
-    assert "two files" in capsys.readouterr().err
+    assert "two places" in capsys.readouterr().err
     assert Path("song.wav").read_bytes() == b"a recording"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -211,8 +211,9 @@ def test_a_disk_that_fills_up_ends_a_stream_in_one_line(tmp_path: Path) -> None:
 
 
 def test_numbers_that_find_no_room_after_the_music_are_one_refusal(tmp_path: Path) -> None:
-    with pytest.raises(LmdError, match="No such file"):
-        write_json(tmp_path / "gone" / "x.json", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(LmdError, match="File exists"):
+        write_json(tmp_path / "file" / "x.json", {})
 
 
 def test_equal_streams_are_equal_files(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ for music, in a process of its own: the most memory that one has held is then th
 """
 
 import itertools
-import json
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -26,10 +25,11 @@ from lmd.arc.card import WHO, arc_log
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.module import ArcTraining
 from lmd.arc.options import ArcOptions, ArcRun
-from lmd.checkpoint import build_model, write_atomic
+from lmd.checkpoint import build_model
 from lmd.config import preset
 from lmd.machine import machine_dict, peak_mb, tune_allocator
 from lmd.model.text import HashTextEncoder
+from lmd.outputs import check_outputs, write_json
 from lmd.training.trainer import fit
 from lmd.training.windows import StandInSource
 
@@ -123,6 +123,7 @@ def in_fresh_process(run: ArcRun, threads: int) -> dict[str, float]:
 
 def main(options: Options) -> None:
     """Measure, print the table, write the JSON."""
+    check_outputs(json=options.json, make_folders=True)
     cases = list(itertools.product(options.precision, options.checkpointing, options.blocks))
     runs = [run_of(options, *case) for case in cases]  # what cannot run is refused before any does
     rows: list[dict[str, Any]] = []
@@ -136,7 +137,7 @@ def main(options: Options) -> None:
     if options.json:
         about = {k: v for k, v in vars(options).items() if k != "json"}
         report = {**about, "machine": machine_dict(), "rows": rows}
-        write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Renditions of the corpus are played again, without writing them; batches of both
 read, from the page cache after the first round. All take turns in one run.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +19,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from lmd.checkpoint import write_atomic
-from lmd.corpus.manifest import Corpus, play_again
+from lmd.corpus.manifest import Corpus
 from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.data.latents import LatentWindows
 from lmd.machine import machine_dict
+from lmd.outputs import check_outputs, write_json
 
 WINDOWS_FRAMES = (240, 768)  # of a step, and of ARC-Forcing's discriminator
 BATCHES = 32  # read in a turn
@@ -54,19 +53,17 @@ class Options:
 def measure(options: Options) -> list[dict[str, Any]]:
     """The rows of the table."""
     corpus = Corpus(options.data)
-    settings = corpus.settings()
     windows = [LatentWindows(options.latents, window_frames=n) for n in WINDOWS_FRAMES]
     every = np.linspace(0, len(corpus) - 1, options.turns).round().astype(int)
-    rows = [corpus.rows[index] for index in every]
-    play_again(rows[0], settings, options.cache)  # reads the soundfont
+    corpus.play_again(every[0], options.cache)  # reads the soundfont
     render_s: list[float] = []
     read_s: list[list[float]] = [[] for _ in windows]
-    for turn, row in enumerate(tqdm(rows, desc="turns", mininterval=2, file=sys.stderr)):
-        render_s.append(timed(lambda row=row: play_again(row, settings, options.cache)))
+    for turn, index in enumerate(tqdm(every, desc="turns", mininterval=2, file=sys.stderr)):
+        render_s.append(timed(lambda index=index: corpus.play_again(index, options.cache)))
         for own, some in zip(read_s, windows, strict=True):
             steps = range(BATCHES * turn, BATCHES * (turn + 1))
             own += [timed(lambda k=k, w=some: w.batch(k, range(options.batch))) for k in steps]
-    music_s = sum(row.duration_s for row in rows)
+    music_s = sum(corpus.rows[index].duration_s for index in every)
     return [
         line("rendering", "seconds of music", music_s, render_s),
         *(
@@ -98,12 +95,13 @@ def line(what: str, unit: str, amount: float, each_s: list[float]) -> dict[str, 
 
 def main(options: Options) -> None:
     """Measure, print the table, write the JSON."""
+    check_outputs(json=options.json, make_folders=True)
     torch.set_num_threads(1)
     rows = measure(options)
     print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".4g"))
     if options.json:
         report = {"threads": 1, "batch": options.batch, "machine": machine_dict(), "rows": rows}
-        write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The steps take turns in one run, so that whatever else the machine does falls on all of them.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lmd.checkpoint import build_model, write_atomic
+from lmd.checkpoint import build_model
 from lmd.config import Preset, Regime, preset
 from lmd.machine import check_compiler, machine_dict, now_s, pick_device, tune_allocator
+from lmd.outputs import check_outputs, write_json
 from lmd.training.draws import BaseOptions, BatchIndices, FinetuneOptions
 from lmd.training.losses import stage_loss
 from lmd.training.options import TrainOptions, step_noise
@@ -167,6 +167,7 @@ def row_of(kind: Kind, gflop: float) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     """Measure, print the table, write the JSON."""
+    check_outputs(json=options.json, make_folders=True)
     torch.set_num_threads(options.threads)
     tune_allocator()
     rows = measure(options)
@@ -174,7 +175,7 @@ def main(options: Options) -> None:
     if options.json:
         about = {k: v for k, v in vars(options).items() if k not in ("json", "data")}
         report = {**about, "machine": machine_dict(), "rows": rows}
-        write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

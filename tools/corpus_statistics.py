@@ -17,8 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Rejected, Shelf
-from lmd.corpus.tunes import TRAINED_ON, intervals
+from lmd.corpus.scores import (
+    COLLECTIONS,
+    DEFAULT_CACHE,
+    TRAINED_ON,
+    Piece,
+    Shelf,
+    intervals,
+)
 from lmd.errors import LmdError
 
 BEGIN, END = "<!-- begin counts -->\n", "<!-- end counts -->"
@@ -64,7 +70,7 @@ def nearest(
 
 def counts_table(
     pieces: Sequence[Piece],
-    rejected: Sequence[Rejected],
+    rejected: Sequence[str],
     collections: Sequence[str] = COLLECTIONS,
 ) -> str:
     """A Markdown table: pieces, rejects, notes and splits of collections, and of all of them."""
@@ -72,7 +78,7 @@ def counts_table(
     lines.append("|---|--:|--:|--:|--:|--:|--:|")
     for name in (*collections, "all"):
         own = [p for p in pieces if name in (p.composer, "all")]
-        out = [r for r in rejected if name in (r.piece_id.split("/")[0], "all")]
+        out = [piece_id for piece_id in rejected if name in (piece_id.split("/")[0], "all")]
         splits = Counter(piece.split for piece in own)
         values = [len(own), len(out), sum(len(p.notes) for p in own)]
         values += [splits[split] for split in ("train", "validation", "test")]
@@ -97,7 +103,7 @@ def held_out_like(pieces: Sequence[Piece]) -> str:
         raise LmdError(
             f"held out, though a version is trained on: {', '.join(sorted(versions))}",
             f"less than {VERSION:.0%} of a voice's figures in common",
-            "Add them to TRAINED_ON in lmd/corpus/tunes.py.",
+            "Add them to TRAINED_ON in lmd/corpus/scores.py.",
         )
     (share, other), name = max((value, name) for name, value in near.items())
     n_moved = sum(piece.piece_id in TRAINED_ON for piece in pieces)
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     before = README.read_text()
     shelf = Shelf(COLLECTIONS, DEFAULT_CACHE, args.workers)
-    pieces, rejected = shelf.pieces(shelf.ids), list(shelf.rejected.values())
+    pieces, rejected = shelf.pieces(shelf.ids), list(shelf.rejected)
     counts = f"{counts_table(pieces, rejected)}\n{held_out_like(pieces)}"
     after = filled(before, counts)
     if not args.check:

@@ -25,9 +25,9 @@ from lmd.checkpoint import (
     load_tensors,
     read_header,
     save_checkpoint,
-    write_atomic,
 )
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 
 
 @dataclass(frozen=True)

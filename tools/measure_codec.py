@@ -5,7 +5,6 @@
 It looks at excerpts from the middle of the corpus's test pieces.
 """
 
-import json
 import math
 import sys
 import time
@@ -25,20 +24,20 @@ from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from tqdm import tqdm
 
-from lmd.checkpoint import load_codec, read_header, write_atomic
+from lmd.checkpoint import load_codec, read_header
 from lmd.codec.base import Codec, DecodeState, decode_block
 from lmd.config import PRESETS
 from lmd.corpus.manifest import Corpus
+from lmd.data.codec_fit import PEAK_DB, Mono, log_mel_db, power
 from lmd.errors import LmdError
 from lmd.machine import machine_dict, tune_allocator
+from lmd.outputs import check_outputs, write_atomic, write_json
 from lmd.shapes import Latents
 from lmd.training.card import card, machine_text
-from lmd.training.codec.losses import Mono, mel_matrix, power
 
 EXCERPT_S = 20.0
 TOLERANCE_S = 0.05  # of an onset
 ONSET_HOP = 256  # samples
-PEAK_DB = 60.0  # what lies further under the peak is not compared
 NOTICE = (
     "The codec is at its best on music like that which it was trained on. Who may use the weights "
     "depends on who may use that music. The measures above are `python tools/measure_codec.py FILE "
@@ -86,14 +85,6 @@ def compare(output: Mono, target: Mono, sample_rate: int) -> Scores:
         onset_f1(output, target, sample_rate),
         float(scale_invariant_signal_distortion_ratio(output.double(), target.double())),
     )
-
-
-def log_mel_db(output: Mono, target: Mono, sample_rate: int) -> float:
-    """Mean absolute difference of 80 mel bands in decibels, 60 dB deep."""
-    mel = mel_matrix(1025, sample_rate).T
-    found, true = (10 * torch.log10(mel @ power(w, 2048, 512) + 1e-12) for w in (output, target))
-    floor = true.max() - PEAK_DB
-    return float((found.clamp_min(floor) - true.clamp_min(floor)).abs().mean())
 
 
 def stft_distance(output: Mono, target: Mono) -> float:
@@ -293,6 +284,7 @@ def codec_card(weights: Path, scores: dict[str, Any]) -> str:
 
 def measure(options: Options) -> None:
     """Measure a codec on held-out pieces: print a table, write figures and model card."""
+    check_outputs(json=options.json, card=options.card, make_folders=True)
     tune_allocator()
     torch.set_num_threads(options.threads)
     header, codec = read_header(options.codec), load_codec(options.codec)
@@ -300,7 +292,7 @@ def measure(options: Options) -> None:
     scores |= {"sha256": header.sha256, "data": options.data.name, "machine": machine_dict()}
     print(markdown_table(scores))
     if options.json:
-        write_atomic(options.json, (json.dumps(scores, indent=1) + "\n").encode())
+        write_json(options.json, scores)
     if options.card:
         write_atomic(options.card, codec_card(options.codec, scores).encode())
 

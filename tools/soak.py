@@ -33,7 +33,7 @@ from lmd.play.play_queue import Clock, SkippingClock, WallClock
 from lmd.play.player_traits import PROMPTS
 from lmd.play.sinks import NullSink
 from lmd.pretrained import Instrument, open_instrument
-from lmd.stream.controls import SEAMS, Controls
+from lmd.stream.controls import BOUNDARIES, Controls
 from lmd.stream.state import StreamState
 from lmd.stream.streamer import Block, Streamer
 
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, dest="n_steps", help="(default: the weights' own)")
     parser.add_argument("--block-frames", type=int)
-    parser.add_argument("--boundary", "--seam", choices=SEAMS)
+    parser.add_argument("--boundary", "--seam", choices=BOUNDARIES)
     parser.add_argument("--skip-waits", action="store_true", help="computing counts, waiting not")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)

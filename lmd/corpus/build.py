@@ -1,18 +1,15 @@
 """Scores rendered into a corpus: the same settings give the same bytes."""
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from lmd.corpus.analysis import brightness_hz, find_key, onset_density
-from lmd.corpus.captions import Described, caption, stem_caption
-from lmd.corpus.draw import Draw, QuickDraw
+from lmd.corpus.captions import caption
 from lmd.corpus.instruments import INSTRUMENTS
 from lmd.corpus.manifest import (
     COLUMNS,
@@ -20,16 +17,17 @@ from lmd.corpus.manifest import (
     Row,
     check_format,
     is_whole,
+    new_row,
     write_manifest,
-    write_wav,
+    write_sounds,
 )
 from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
-from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, Piece, Shelf, mapped
+from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, TRAINED_ON, Piece, Shelf, mapped
 from lmd.corpus.soundfont import Soundfont
-from lmd.corpus.tables import hold_settings, read_log, read_settings
-from lmd.corpus.tones import default_soundfont, file_sha256, shared_bank
-from lmd.corpus.tunes import TRAINED_ON
+from lmd.corpus.tables import file_sha256, hold_settings, read_log, read_settings
+from lmd.corpus.tones import default_soundfont, shared_bank
 from lmd.errors import LmdError
+from lmd.outputs import write_json
 from lmd.rng import generator
 
 CORPUS_FORMAT = 1
@@ -90,32 +88,40 @@ def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piec
                     break
         rendition += 1
         if not chosen:
-            reasons = [item.reason for item in shelf.rejected.values()]
-            raise LmdError(f"no usable score: {reasons[:3]}", "at least one", "See --collections.")
+            reasons = list(shelf.rejected.values())[:3]
+            raise LmdError(f"no usable score: {reasons}", "at least one", "See --collections.")
     return chosen
 
 
-def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rendered) -> Described:
-    """The facts of a rendition: what was drawn, and what is found in its notes and sound."""
+def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rendered) -> Row:
+    """A rendition's row, without its files: what was drawn, and what its notes and sound show."""
     how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
     key, mode = find_key(sound.notes[:, 2], sound.notes[:, 1])
     duration_s = sound.wave.shape[-1] / settings.sample_rate
-    return Described(
+    return new_row(
+        name=_row_name(piece, rendition),
+        piece_id=piece.piece_id,
         composer=piece.composer,
+        title=piece.title,
+        split=piece.split,
+        rendition=rendition,
+        seed=settings.seed,
         family=how.family,
-        instruments=how.instruments,
+        instruments="|".join(how.instruments),
         tempo_bpm=how.tempo_bpm,
         key=key,
         mode=mode,
         metre=piece.metre,
-        density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
-        brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
+        transposition=how.transposition,
         articulation=how.articulation,
         dynamics=how.dynamics,
+        density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
+        brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
+        sample_rate=settings.sample_rate,
     )
 
 
-def row_name(piece: Piece, rendition: int) -> str:
+def _row_name(piece: Piece, rendition: int) -> str:
     """The unique name of a rendition, and of its file."""
     return f"{piece.piece_id.replace('/', '__')}__r{rendition}"
 
@@ -126,54 +132,9 @@ def build_row(job: Job) -> Row:
     how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
     bank = shared_bank(settings.soundfont, settings.sample_rate)
     sound = render(piece, how, bank, settings.channels)
-    about = describe(piece, rendition, settings, sound)
-    name = row_name(piece, rendition)
-    path = f"audio/{name}.wav"
-    write_wav(out / path, sound.wave, settings.sample_rate)
-    stems = sound.stems if settings.stems else ()
-    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
-    for stem_path, stem in zip(stem_paths, stems, strict=True):
-        write_wav(out / stem_path, stem, settings.sample_rate)
-    return Row(
-        **{**vars(about), "instruments": "|".join(about.instruments)},
-        name=name,
-        piece_id=piece.piece_id,
-        title=piece.title,
-        split=piece.split,
-        rendition=rendition,
-        seed=settings.seed,
-        transposition=how.transposition,
-        duration_s=round(sound.wave.shape[-1] / settings.sample_rate, 4),
-        n_samples=sound.wave.shape[-1],
-        sample_rate=settings.sample_rate,
-        channels=settings.channels,
-        caption=caption(about, Draw(settings.seed, "caption", piece.piece_id, rendition)),
-        path=path,
-        stem_paths="|".join(stem_paths),
-        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
-    )
-
-
-def described(row: Row) -> Described:
-    """The facts of a rendition, from its row."""
-    facts = {field.name: getattr(row, field.name) for field in fields(Described)}
-    return Described(**{**facts, "instruments": tuple(row.instruments.split("|"))})
-
-
-def row_stem_caption(row: Row, voice: int) -> str:
-    """The caption of one voice of a rendition."""
-    draw = Draw(row.seed, "caption", row.piece_id, row.rendition)
-    return stem_caption(described(row), voice, draw)
-
-
-def further_captions(row: Row, n: int) -> list[str]:
-    """Up to `n` other captions of a rendition; none of someone's own music, which says its own."""
-    if not row.articulation:
-        return []
-    about = described(row)
-    draws = (QuickDraw(row.seed, "caption", row.piece_id, row.rendition, k) for k in range(n))
-    texts = [caption(about, draw) for draw in draws]
-    return [text for text in dict.fromkeys(texts) if text != row.caption]
+    row = describe(piece, rendition, settings, sound)
+    row = replace(row, caption=caption(row))
+    return write_sounds(out, row, sound.wave, sound.stems if settings.stems else ())
 
 
 def build_corpus(
@@ -193,15 +154,23 @@ def build_corpus(
         raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
     shelf = Shelf(settings.collections, cache, workers)
     _hold_settings(out, settings, hours)
-    jobs = [(piece, rendition, settings, out) for piece, rendition in plan(shelf, hours, settings)]
-    rejected = [asdict(item) for item in sorted(shelf.rejected.values(), key=lambda r: r.piece_id)]
-    (out / "rejected_scores.json").write_text(json.dumps(rejected, indent=1) + "\n")
+    jobs = {
+        _row_name(piece, rendition): (piece, rendition, settings, out)
+        for piece, rendition in plan(shelf, hours, settings)
+    }
+    rejected = [{"piece_id": i, "reason": text} for i, text in sorted(shelf.rejected.items())]
+    write_json(out / "rejected_scores.json", rejected)
     rows: dict[str, Row] = {}
     for entry in read_log(out / "rows.jsonl"):
         if entry.keys() == set(COLUMNS) and is_whole(out, row := Row(**entry)):
             # Of a build, perhaps, that knew fewer versions.
             rows[row.name] = replace(row, split="train") if row.piece_id in TRAINED_ON else row
-    missing = [job for job in jobs if row_name(*job[:2]) not in rows]
+
+    def ordered() -> list[Row]:
+        """The finished rows in the order of the plan, then those of an earlier, longer build."""
+        return [rows[name] for name in dict.fromkeys([*jobs, *rows]) if name in rows]
+
+    missing = [job for name, job in jobs.items() if name not in rows]
     progress = {"total": len(jobs), "initial": len(jobs) - len(missing), "mininterval": 1}
     with (out / "rows.jsonl").open("a") as log:
         done = tqdm(mapped(build_row, missing, workers), desc="rendering", **progress)
@@ -210,16 +179,9 @@ def build_corpus(
             log.write(json.dumps(asdict(row), sort_keys=True) + "\n")
             log.flush()
             if count % 100 == 0:
-                write_manifest(out, _in_order(jobs, rows))
-    ordered = _in_order(jobs, rows)
-    write_manifest(out, ordered)
-    return ordered
-
-
-def _in_order(jobs: Sequence[Job], rows: Mapping[str, Row]) -> list[Row]:
-    """The finished rows in the order of the plan, then those of an earlier, longer build."""
-    names = dict.fromkeys([*(row_name(*job[:2]) for job in jobs), *rows])
-    return [rows[name] for name in names if name in rows]
+                write_manifest(out, ordered())
+    write_manifest(out, ordered())
+    return ordered()
 
 
 def _hold_settings(out: Path, settings: BuildSettings, hours: float) -> None:

@@ -1,100 +1,83 @@
 """Captions: a rendition's metadata in words, many ways, drawn from (seed, piece, rendition)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lmd.corpus.draw import Draw
+from lmd.corpus.draw import Draw, QuickDraw
+from lmd.corpus.manifest import Row
 
 _WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yml").read_text("utf-8"))
 SYNONYMS, FAMILY_WORDS, STYLES = _WORDS["synonyms"], _WORDS["families"], _WORDS["styles"]
-TEMPO_WORDS: list[tuple[float, list[str]]] = _WORDS["tempo"]  # bounds, and words below them
+Scale = list[tuple[float, list[str]]]  # bounds, and words below them
+TEMPO_WORDS: Scale = _WORDS["tempo"]
 COUNT_WORDS = ("", "solo", "two", "three", "four", "five", "six", "seven", "eight")
 
 
-@dataclass(frozen=True)
-class Described:
-    """What a caption may speak of; see `lmd.corpus.manifest.Row`. One instrument per voice."""
-
-    composer: str
-    family: str
-    instruments: tuple[str, ...]
-    tempo_bpm: float
-    key: str
-    mode: str
-    metre: str
-    density_hz: float
-    brightness_hz: float
-    articulation: str
-    dynamics: str
-
-
-def word_for(
-    value: float, scale: Sequence[tuple[float, Sequence[str]]], draw: Draw, key: str
-) -> str:
-    """A synonym from the first row of the scale whose bound lies above the value."""
+def _word_for(value: float, scale: Scale, draw: Draw, key: str) -> str:
     words = next(words for bound, words in scale if value < bound)
     return draw.choice(key, words)
 
 
-def instrument_words(about: Described, draw: Draw) -> str:
-    """The instruments: a family's name, or the list of them."""
-    if about.family in FAMILY_WORDS and draw.uniform("by family", 0, 1) < 0.6:
-        return draw.choice("family word", FAMILY_WORDS[about.family])
+def _instruments(row: Row, draw: Draw) -> str:
+    """A family's name, or the list of its instruments, each once."""
+    if row.family in FAMILY_WORDS and draw.uniform("by family", 0, 1) < 0.6:
+        return draw.choice("family word", FAMILY_WORDS[row.family])
     names = [
         draw.choice(f"synonym {name}", SYNONYMS[name])
-        for name in dict.fromkeys(about.instruments)  # each once, in order
+        for name in dict.fromkeys(row.instruments.split("|"))
     ]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _tempo(about: Described, draw: Draw) -> str:
-    word = word_for(about.tempo_bpm, TEMPO_WORDS, draw, "tempo word")
-    bpm = f"{about.tempo_bpm:.0f} BPM"
+def _tempo(row: Row, draw: Draw) -> str:
+    word = _word_for(row.tempo_bpm, TEMPO_WORDS, draw, "tempo word")
+    bpm = f"{row.tempo_bpm:.0f} BPM"
     return draw.choice("tempo form", (word, word, bpm, f"{word}, {bpm}"))
 
 
-def _key(about: Described, draw: Draw) -> str:
-    plain = about.key.replace("♭", "-flat").replace("♯", "-sharp")
-    forms = (f"in {plain} {about.mode}", f"{about.mode} key", f"in a {about.mode} key", about.mode)
+def _key(row: Row, draw: Draw) -> str:
+    plain = row.key.replace("♭", "-flat").replace("♯", "-sharp")
+    forms = (f"in {plain} {row.mode}", f"{row.mode} key", f"in a {row.mode} key", row.mode)
     return draw.choice("key form", forms)
 
 
-def _metre(about: Described, draw: Draw) -> str:
-    forms = [f"in {about.metre}", f"{about.metre} time"]
-    if about.metre in ("3/4", "3/8", "3/2"):
+def _metre(row: Row, draw: Draw) -> str:
+    forms = [f"in {row.metre}", f"{row.metre} time"]
+    if row.metre in ("3/4", "3/8", "3/2"):
         forms.append("triple metre")
     return draw.choice("metre form", forms)
 
 
-def _voices(about: Described, draw: Draw) -> str:
-    count = COUNT_WORDS[len(about.instruments)]
+def _voices(row: Row, draw: Draw) -> str:
+    count = COUNT_WORDS[len(row.instruments.split("|"))]
     if count == "solo":
         return "solo"
-    return draw.choice(
-        "voices form", (f"{count} voices", f"{count}-part harmony", f"{count} parts")
-    )
+    forms = (f"{count} voices", f"{count}-part harmony", f"{count} parts")
+    return draw.choice("voices form", forms)
 
 
-ATTRIBUTES: dict[str, tuple[float, Callable[[Described, Draw], str]]] = {
+def _chosen(name: str, words: dict[str, Sequence[str]], value: str) -> Callable[[Row, Draw], str]:
+    return lambda row, draw: draw.choice(name, words[getattr(row, value)])
+
+
+def _scaled(name: str, scale: Scale, value: str) -> Callable[[Row, Draw], str]:
+    return lambda row, draw: _word_for(getattr(row, value), scale, draw, name)
+
+
+# How likely each is mentioned, and its words.
+ATTRIBUTES: dict[str, tuple[float, Callable[[Row, Draw], str]]] = {
     "tempo": (0.6, _tempo),
     "key": (0.4, _key),
     "metre": (0.15, _metre),
-    "style": (0.4, lambda about, draw: draw.choice("style word", STYLES[about.composer])),
-    "density": (0.35, lambda a, d: word_for(a.density_hz, _WORDS["density"], d, "density word")),
-    "brightness": (
-        0.35,
-        lambda a, d: word_for(a.brightness_hz, _WORDS["brightness"], d, "brightness word"),
-    ),
+    "style": (0.4, _chosen("style word", STYLES, "composer")),
+    "density": (0.35, _scaled("density word", _WORDS["density"], "density_hz")),
+    "brightness": (0.35, _scaled("brightness word", _WORDS["brightness"], "brightness_hz")),
     "voices": (0.2, _voices),
-    "articulation": (
-        0.3,
-        lambda a, d: d.choice("touch word", _WORDS["articulation"][a.articulation]),
-    ),
-    "dynamics": (0.25, lambda a, d: d.choice("dynamics word", _WORDS["dynamics"][a.dynamics])),
+    "articulation": (0.3, _chosen("touch word", _WORDS["articulation"], "articulation")),
+    "dynamics": (0.25, _chosen("dynamics word", _WORDS["dynamics"], "dynamics")),
 }
 TEMPLATES: tuple[str, ...] = (
     "{who}, {what}",
@@ -107,11 +90,12 @@ TEMPLATES: tuple[str, ...] = (
 )
 
 
-def caption(about: Described, draw: Draw) -> str:
+def caption(row: Row, draw: Draw | None = None) -> str:
     """One caption. Each attribute is mentioned with its own probability, in a drawn order."""
-    who = instrument_words(about, draw)
+    draw = draw or Draw(row.seed, "caption", row.piece_id, row.rendition)
+    who = _instruments(row, draw)
     mentioned = [
-        (draw.uniform(f"order {name}", 0, 1), say(about, draw))
+        (draw.uniform(f"order {name}", 0, 1), say(row, draw))
         for name, (probability, say) in ATTRIBUTES.items()
         if draw.uniform(f"mention {name}", 0, 1) < probability
     ]
@@ -124,15 +108,25 @@ def caption(about: Described, draw: Draw) -> str:
     return template.format(who=who, what=", ".join(what))
 
 
-def stem_caption(about: Described, voice: int, draw: Draw) -> str:
+def further_captions(row: Row, n: int) -> list[str]:
+    """Up to `n` other captions of a rendition; none of someone's own music, which says its own."""
+    if not row.articulation:
+        return []
+    draws = (QuickDraw(row.seed, "caption", row.piece_id, row.rendition, k) for k in range(n))
+    texts = [caption(row, draw) for draw in draws]
+    return [text for text in dict.fromkeys(texts) if text != row.caption]
+
+
+def stem_caption(row: Row, voice: int) -> str:
     """A caption for one voice heard alone."""
-    name = about.instruments[voice]
+    draw = Draw(row.seed, "caption", row.piece_id, row.rendition)
+    instruments = row.instruments.split("|")
+    name, last = instruments[voice], len(instruments) - 1
     if name not in SYNONYMS:  # a stem of someone's own music
         return draw.choice(f"stem form {voice}", (f"{name} alone", f"solo {name}", f"{name} stem"))
     word = draw.choice(f"stem synonym {voice}", SYNONYMS[name])
-    if not about.tempo_bpm:  # someone's own music: neither the voices' order nor the tempo is known
+    if not row.tempo_bpm:  # someone's own music: neither the voices' order nor the tempo is known
         return draw.choice(f"stem form {voice}", (f"{word} alone", f"solo {word}"))
-    last = len(about.instruments) - 1
     place = "bass line" if voice == last else "melody" if voice == 0 else "inner voice"
     forms = (f"solo {word}, {place}", f"{word} alone", f"{place}, {word}, single voice")
-    return f"{draw.choice(f'stem form {voice}', forms)}, {_tempo(about, draw)}"
+    return f"{draw.choice(f'stem form {voice}', forms)}, {_tempo(row, draw)}"

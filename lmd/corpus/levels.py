@@ -68,11 +68,6 @@ def _high_pass(sample_rate: int) -> tuple[list[float], list[float]]:
     return [(1 + cos) / 2, -(1 + cos), (1 + cos) / 2], [1 + alpha, -2 * cos, 1 - alpha]
 
 
-def loudness_gain(wave: np.ndarray, sample_rate: int) -> float:
-    """The factor that brings a wave `[channel, sample]` to the target; 1 for silence."""
-    return gain_of(loudness_lufs(wave, sample_rate))
-
-
 def gain_of(value_lufs: float) -> float:
     """The factor from a loudness to the target; 1 for silence."""
     return float(10 ** ((TARGET_LUFS - value_lufs) / 20)) if math.isfinite(value_lufs) else 1.0
@@ -81,10 +76,7 @@ def gain_of(value_lufs: float) -> float:
 def limit(wave: np.ndarray, sample_rate: int, ceiling: float = CEILING) -> np.ndarray:
     """Turn peaks down to the ceiling, smoothly, 5 ms before and after; the rest is untouched.
 
-    Args:
-        wave: float32 `[channel, sample]`.
-        sample_rate: Hz.
-        ceiling: highest absolute value of the result.
+    The wave is float32 `[channel, sample]`, the ceiling the highest absolute value that is left.
     """
     peak = np.abs(wave).max(axis=0)
     if not peak.size or peak.max() <= ceiling:

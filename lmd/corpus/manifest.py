@@ -3,7 +3,7 @@
 import math
 import wave as riff
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
 from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
-from lmd.corpus.tables import read_rows, read_settings, write_rows
-from lmd.corpus.tones import file_sha256, shared_bank
+from lmd.corpus.tables import file_sha256, read_rows, read_settings, write_rows
+from lmd.corpus.tones import shared_bank
 from lmd.errors import LmdError
 
 MANIFEST = "manifest.csv"
@@ -24,54 +24,42 @@ _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
 
 @dataclass(frozen=True)
 class Row:
-    """One rendition (or one window of a person's own music): a line of the manifest.
+    """One rendition (or one window of a person's own music): a line of the manifest."""
 
-    Attributes:
-        name: unique; the WAV's stem.
-        piece_id, composer, title, split: the piece; pieces, not renditions, are split.
-        rendition, seed: what the rendition was drawn from (0 for own music).
-        family, instruments: how it is played; instruments per voice, joined by "|".
-        tempo_bpm: quarter notes a minute; 0 = not known.
-        key, mode, metre: found by analysis (key, mode) or stated by the score (metre).
-        transposition: semitones.
-        articulation, dynamics: words of `lmd.corpus.render`.
-        density_hz, brightness_hz: onsets a second, spectral centroid.
-        duration_s, n_samples, sample_rate, channels: of the WAV.
-        caption: one text.
-        path: of the mix, relative to the manifest.
-        stem_paths: of the stored stems joined by "|"; empty = played again when asked for.
-        sha256: of the WAV's bytes.
-    """
-
-    name: str
+    name: str  # unique
     piece_id: str
     composer: str
     title: str
-    split: str
-    rendition: int
+    split: str  # of the piece: pieces, not renditions, are split
+    rendition: int  # with the seed: what it was drawn from; 0 for own music
     seed: int
     family: str
-    instruments: str
-    tempo_bpm: float
-    key: str
+    instruments: str  # one per voice, joined by "|"
+    tempo_bpm: float  # quarter notes a minute; 0 = not known
+    key: str  # it and the mode were found by analysis
     mode: str
-    metre: str
-    transposition: int
-    articulation: str
+    metre: str  # as the score states it
+    transposition: int  # semitones
+    articulation: str  # it and dynamics: words of `lmd.corpus.render`
     dynamics: str
-    density_hz: float
-    brightness_hz: float
+    density_hz: float  # onsets a second
+    brightness_hz: float  # spectral centroid
     duration_s: float
     n_samples: int
     sample_rate: int
     channels: int
     caption: str
-    path: str
-    stem_paths: str
-    sha256: str
+    path: str  # of the mix's WAV, relative to the manifest
+    stem_paths: str  # of the stored stems, joined by "|"; empty = played again when asked for
+    sha256: str  # of the WAV's bytes
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
+
+
+def new_row(**known: Any) -> Row:
+    """A row of what is known; the rest is empty or zero."""
+    return Row(**{**{field.name: field.type() for field in fields(Row)}, **known})
 
 
 def check_format(sample_rate: int, channels: int, max_seconds: float) -> None:
@@ -102,6 +90,23 @@ def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
     partial.replace(path)
 
 
+def write_sounds(folder: Path, row: Row, wave: np.ndarray, stems: Sequence[np.ndarray]) -> Row:
+    """Write a mix and its stems, each `[channel, sample]`; the row with what is to say of them."""
+    path = f"audio/{row.name}.wav"
+    stem_paths = [f"stems/{row.name}__v{voice}.wav" for voice in range(len(stems))]
+    for place, sound in zip((path, *stem_paths), (wave, *stems), strict=True):
+        write_wav(folder / place, sound, row.sample_rate)
+    return replace(
+        row,
+        path=path,
+        stem_paths="|".join(stem_paths),
+        sha256=file_sha256(folder / path),
+        n_samples=wave.shape[-1],
+        channels=wave.shape[0],
+        duration_s=round(wave.shape[-1] / row.sample_rate, 4),
+    )
+
+
 class Corpus:
     """A built corpus. Waves are memory-mapped: a window costs no more than its own samples.
 
@@ -117,11 +122,9 @@ class Corpus:
         self.folder = Path(folder)
         self.rows = [row for row in read_manifest(self.folder) if split in (None, row.split)]
         if not self.rows:
-            raise LmdError(
-                f"no {split or ''} rendition in {self.folder}",
-                "at least one",
-                "Build more hours: python -m lmd data build --hours H.",
-            )
+            found = f"no {split or ''} rendition in {self.folder}"
+            todo = "Build more hours: python -m lmd data build --hours H."
+            raise LmdError(found, "at least one", todo)
         self.sample_rate, self.channels = self.rows[0].sample_rate, self.rows[0].channels
         self._maps: dict[str, np.memmap] = {}
 
@@ -133,10 +136,6 @@ class Corpus:
         """All of it, in seconds."""
         return sum(row.duration_s for row in self.rows)
 
-    def pcm(self, index: int) -> np.ndarray:
-        """The mix as a memory-mapped int16 array `[sample, channel]`."""
-        return self._map(self.rows[index].path, self.rows[index])
-
     def wave(self, index: int, start: int = 0, n_samples: int | None = None) -> np.ndarray:
         """Samples of a mix, float32 `[channel, sample]`, -1 … 1.
 
@@ -145,7 +144,7 @@ class Corpus:
             start: first sample.
             n_samples: how many; None = to the end. Beyond the end there is silence.
         """
-        pcm = self.pcm(index)
+        pcm = self._map(self.rows[index].path, self.rows[index])
         n_samples = len(pcm) - start if n_samples is None else n_samples
         part = np.asarray(pcm[start : start + n_samples], dtype=np.float32).T / 32767
         return np.pad(part, ((0, 0), (0, n_samples - part.shape[1])))
@@ -162,16 +161,14 @@ class Corpus:
         if row.stem_paths:
             paths = row.stem_paths.split("|")
             return np.stack([self._map(p, row).T.astype(np.float32) / 32767 for p in paths])
-        settings = self.settings()
-        if "soundfont" not in settings:
+        if "soundfont" not in self.settings():
             raise LmdError(f"no stems of {row.name}", "stems stored by --stems", "Build with it.")
-        return play_again(row, settings, cache).stems
+        return self.play_again(index, cache).stems
 
     def without_stems(self) -> list[int]:
         """The rows of which there are no stems: own music that brought none."""
-        if "soundfont" in self.settings():
-            return []  # scores are played again
-        return [index for index, row in enumerate(self.rows) if not row.stem_paths]
+        is_rendered = "soundfont" in self.settings()  # then scores are played again
+        return [i for i, row in enumerate(self.rows) if not (is_rendered or row.stem_paths)]
 
     def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
         """The notes of a rendition as they were played, float64 `[note, 5]`: see `note_times`.
@@ -179,12 +176,28 @@ class Corpus:
         Raises:
             LmdError: own music, of which there is no score.
         """
+        return note_times(*self._drawn_again(index, cache))
+
+    def play_again(self, index: int, cache: Path = DEFAULT_CACHE) -> Rendered:
+        """Render a row once more; the samples are those of the first time.
+
+        Raises:
+            LmdError: see `notes`; a soundfont that differs from the one of the build.
+        """
+        played, settings = self._drawn_again(index, cache), self.settings()
+        bank = shared_bank(settings["soundfont"], settings["sample_rate"])
+        if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
+            found = f"soundfont {bank.soundfont.name} with other contents"
+            raise LmdError(found, "the one of the build", "Restore it, or build the corpus again.")
+        return render(*played, bank, settings["channels"])
+
+    def _drawn_again(self, index: int, cache: Path) -> tuple[Piece, Rendition]:
+        """The score of a row, and how it was played."""
         row, settings = self.rows[index], self.settings()
         if "soundfont" not in settings:
-            raise LmdError(
-                f"{row.name}, which has no score", "renditions of scores", "Use a rendered corpus."
-            )
-        return note_times(*_drawn_again(row, settings, cache))
+            raise LmdError(f"no score of {row.name}", "a rendered corpus", "Use one.")
+        piece = cached_piece(row.piece_id, cache)
+        return piece, draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
 
     def settings(self) -> dict[str, Any]:
         """What the corpus was built with; empty where nothing says so."""
@@ -194,15 +207,11 @@ class Corpus:
     def _map(self, path: str, row: Row) -> np.ndarray:
         """A WAV's samples, mapped once; the file's length is checked against the manifest."""
         if path not in self._maps:
-            file = self.folder / path
-            wanted = _n_bytes(row)
+            file, wanted = self.folder / path, _n_bytes(row)
             size = file.stat().st_size if file.is_file() else 0
             if size != wanted:
-                raise LmdError(
-                    f"{path} with {size} bytes",
-                    f"{wanted} bytes, as the manifest says",
-                    "Run the build again: it makes what is missing or torn.",
-                )
+                todo = "Run the build again: it makes what is missing or torn."
+                raise LmdError(f"{path} with {size} bytes", f"{wanted}, as the manifest says", todo)
             shape = (row.n_samples, row.channels)
             self._maps[path] = np.memmap(file, "<i2", "r", offset=_HEADER_BYTES, shape=shape)
         return self._maps[path]
@@ -231,25 +240,3 @@ def read_manifest(folder: Path) -> list[Row]:
 def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
     """Write the manifest in one stroke; a reader sees the old one or the new one."""
     write_rows(folder / MANIFEST, Row, rows)
-
-
-def play_again(row: Row, settings: dict[str, Any], cache: Path = DEFAULT_CACHE) -> Rendered:
-    """Render a row of a manifest once more; the samples are those of the first time.
-
-    Raises:
-        LmdError: the soundfont differs from the one the corpus was built with.
-    """
-    bank = shared_bank(settings["soundfont"], settings["sample_rate"])
-    if file_sha256(bank.soundfont) != settings["soundfont_sha256"]:
-        raise LmdError(
-            f"soundfont {bank.soundfont.name} with other contents",
-            "the one that the corpus was built with",
-            "Restore it, or build the corpus again.",
-        )
-    return render(*_drawn_again(row, settings, cache), bank, settings["channels"])
-
-
-def _drawn_again(row: Row, settings: dict[str, Any], cache: Path) -> tuple[Piece, Rendition]:
-    """The score of a row, and how it was played."""
-    piece = cached_piece(row.piece_id, cache)
-    return piece, draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])

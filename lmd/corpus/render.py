@@ -7,7 +7,7 @@ import numpy as np
 
 from lmd.corpus.draw import Draw
 from lmd.corpus.instruments import FAMILIES, FAMILY_WEIGHTS, INSTRUMENTS
-from lmd.corpus.levels import limit, loudness_gain
+from lmd.corpus.levels import gain_of, limit, loudness_lufs
 from lmd.corpus.scores import Piece
 from lmd.corpus.tones import ToneBank, played_note
 
@@ -21,35 +21,21 @@ FERMATA_STRETCH = 1.6
 
 @dataclass(frozen=True)
 class Rendition:
-    """How a piece is played; with the piece, all that its sound depends on.
+    """How a piece is played; with the piece, all that its sound depends on."""
 
-    Attributes:
-        piece_id, rendition, seed: what everything else was drawn from.
-        family: one of `FAMILIES`.
-        instruments: one name of `INSTRUMENTS` per voice.
-        tempo_bpm: quarter notes a minute.
-        transposition: semitones.
-        dynamics: a key of `DYNAMICS`; softer is darker, loudness itself is normalised.
-        articulation: a key of `ARTICULATIONS`.
-        looseness_ms: standard deviation of the onsets.
-        swell_db: rise and fall of the level over each phrase of eight quarters.
-        levels_db: one level per voice.
-        start_quarter, end_quarter: the excerpt.
-    """
-
-    piece_id: str
+    piece_id: str  # with the next two: what everything else was drawn from
     rendition: int
     seed: int
-    family: str
-    instruments: tuple[str, ...]
-    tempo_bpm: float
-    transposition: int
-    dynamics: str
-    articulation: str
-    looseness_ms: float
-    swell_db: float
-    levels_db: tuple[float, ...]
-    start_quarter: float
+    family: str  # one of `FAMILIES`
+    instruments: tuple[str, ...]  # one name of `INSTRUMENTS` per voice
+    tempo_bpm: float  # quarter notes a minute
+    transposition: int  # semitones
+    dynamics: str  # a key of `DYNAMICS`; softer is darker, loudness itself is normalised
+    articulation: str  # a key of `ARTICULATIONS`
+    looseness_ms: float  # standard deviation of the onsets
+    swell_db: float  # rise and fall of the level over each phrase of eight quarters
+    levels_db: tuple[float, ...]  # one per voice
+    start_quarter: float  # of the excerpt
     end_quarter: float
 
 
@@ -151,19 +137,12 @@ def _clock(table: np.ndarray, how: Rendition) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The sound of a rendition.
+    """The sound of a rendition, float32."""
 
-    Attributes:
-        stems: float32 `[voice, channel, sample]`.
-        mix: float32 `[channel, sample]`; the sum of the stems in voice order, to the bit.
-        wave: float32 `[channel, sample]`; the mix after the limiter, |wave| <= 0.95.
-        notes: as `note_times` gives them.
-    """
-
-    stems: np.ndarray
-    mix: np.ndarray
-    wave: np.ndarray
-    notes: np.ndarray
+    stems: np.ndarray  # [voice, channel, sample]
+    mix: np.ndarray  # [channel, sample]: the sum of the stems in voice order, to the bit
+    wave: np.ndarray  # [channel, sample]: the mix after the limiter, |wave| <= 0.95
+    notes: np.ndarray  # as `note_times` gives them
 
 
 def render(piece: Piece, how: Rendition, bank: ToneBank, channels: int = 1) -> Rendered:
@@ -181,7 +160,7 @@ def render(piece: Piece, how: Rendition, bank: ToneBank, channels: int = 1) -> R
         gains = (1.0,) if channels == 1 else (np.cos(angle), np.sin(angle))
         for channel, gain in enumerate(gains):
             spread[v, channel, : len(stem)] = np.float32(gain) * stem
-    spread *= np.float32(loudness_gain(sum_stems(spread), bank.sample_rate))
+    spread *= np.float32(gain_of(loudness_lufs(sum_stems(spread), bank.sample_rate)))
     mix = sum_stems(spread)
     return Rendered(spread, mix, limit(mix, bank.sample_rate), notes)
 

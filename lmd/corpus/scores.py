@@ -1,7 +1,6 @@
 """Real scores as note tables: music21's bundled corpus, parsed once, cached, split by piece."""
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lmd.corpus.tunes import TRAINED_ON, intervals
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 from lmd.rng import derive_seed
 
 R = TypeVar("R")
+Note = tuple[float, float, int, int, int]  # onset, duration (quarters), MIDI pitch, voice, fermata
 Split = Literal["train", "validation", "test"]
 TABLE_FORMAT = 1
 DEFAULT_CACHE = Path("data/cache")
@@ -31,19 +31,16 @@ MAX_VOICES = 8
 # Folders of the music21 corpus whose encodings carry no "all rights reserved"; data/README.md says
 # what each of them states and why the others are left out.
 COLLECTIONS: tuple[str, ...] = (
-    "bach",
-    "beethoven",
-    "ciconia",
-    "corelli",
-    "cpebach",
-    "haydn",
-    "luca",
-    "lusitano",
-    "monteverdi",
-    "mozart",
-    "schumann_robert",
-    "weber",
-)
+    "bach", "beethoven", "ciconia", "corelli", "cpebach", "haydn", "luca", "lusitano",
+    "monteverdi", "mozart", "schumann_robert", "weber",
+)  # fmt: skip
+# Pieces that the draw of `Piece.split` would hold out, and that are trained on all the same, since
+# a version of theirs is. `tools/corpus_statistics.py` says which are missing here.
+_CHORALES = """
+11.6 13.6 31.9 40.3 44.7 69.6-a 70.11 84.5 88.7 93.7 124.6 154.8 157.5 166.6 244.10 244.29-a 244.37
+245.11 248.12-2 248.35-3 288 328 392 393 395
+"""
+TRAINED_ON = frozenset(f"bach/bwv{number}" for number in _CHORALES.split())
 _SUFFIXES = (".mxl", ".xml", ".musicxml")
 # What music21's readers raise on files that are torn or not what their name says.
 _UNREADABLE = (ValueError, LookupError, AttributeError, SyntaxError, OSError, BadZipFile)
@@ -52,25 +49,15 @@ _RESERVED = ("all rights reserved", "ut orpheus", "orpheus ediz")
 
 @dataclass(frozen=True)
 class Piece:
-    """A score as a note table; a piece is what the split and the renditions count.
+    """A score as a note table; a piece is what the split and the renditions count."""
 
-    Attributes:
-        piece_id: collection and file, e.g. `bach/bwv66.6`.
-        composer: the collection's folder name.
-        title: as the file states it, else the identifier.
-        voices: one name per voice, highest part first.
-        metre: the first time signature, e.g. `4/4`.
-        measures: onsets of the bars, in quarter notes.
-        notes: rows (onset, duration, MIDI pitch, voice, fermata), times in quarter notes.
-    """
-
-    piece_id: str
-    composer: str
-    title: str
-    voices: tuple[str, ...]
-    metre: str
-    measures: tuple[float, ...]
-    notes: tuple[tuple[float, float, int, int, int], ...]
+    piece_id: str  # collection and file, e.g. `bach/bwv66.6`
+    composer: str  # the collection's folder name
+    title: str  # as the file states it, else the identifier
+    voices: tuple[str, ...]  # one name per voice, highest part first
+    metre: str  # the first time signature, e.g. `4/4`
+    measures: tuple[float, ...]  # onsets of the bars, in quarter notes
+    notes: tuple[Note, ...]
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -100,12 +87,11 @@ class Piece:
         return "validation" if draw == 0 else "test" if draw == 1 else "train"
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A score that cannot be used, and why."""
-
-    piece_id: str
-    reason: str
+def intervals(table: np.ndarray, voice: int) -> list[int]:
+    """Successive intervals of a voice of a note table `[note, 5]`, repeated notes left out."""
+    own = table[table[:, 3] == voice]
+    steps = np.diff(own[np.argsort(own[:, 0], kind="stable"), 2].astype(int))
+    return steps[steps != 0].tolist()
 
 
 def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Path]]:
@@ -129,8 +115,8 @@ def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Pa
     return sorted(found.items())
 
 
-def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
-    """Read one score. A score that cannot be used comes back as `Rejected`, with the reason."""
+def parse_piece(piece_id: str, path: Path) -> Piece | str:
+    """Read one score; the reason if it cannot be used."""
     from music21 import converter, stream
     from music21.exceptions21 import Music21Exception
 
@@ -139,26 +125,19 @@ def parse_piece(piece_id: str, path: Path) -> Piece | Rejected:
             warnings.simplefilter("ignore")
             score = converter.parse(path, forceSource=True, storePickle=False)
             if not isinstance(score, stream.Score):
-                return Rejected(piece_id, f"not a single score but a {type(score).__name__}")
+                return f"not a single score but a {type(score).__name__}"
             if score.parts and any(n.transposition for n in score.recurse().getInstruments()):
                 score = score.toSoundingPitch()
     except (*_UNREADABLE, Music21Exception) as error:
-        return Rejected(piece_id, f"music21 cannot read it: {type(error).__name__}: {error}"[:160])
+        return f"music21 cannot read it: {type(error).__name__}: {error}"[:160]
     rights = " ".join(str(value) for _, value in score.metadata.all()).lower()
     if any(word in rights for word in _RESERVED):
-        return Rejected(piece_id, "its metadata reserve all rights")
+        return "its metadata reserve all rights"
     parts = [part for part in score.parts if part.flatten().notes]
-    return _assemble(piece_id, score, parts)
-
-
-def _assemble(piece_id: str, score: Any, parts: list[Any]) -> Piece | Rejected:
-    """The note table of a parsed score, or what is wrong with it."""
-    notes: list[tuple[float, float, int, int, int]] = []
-    for voice, part in enumerate(parts):
-        notes.extend(_part_notes(part, voice))
+    notes = [note for voice, part in enumerate(parts) for note in _part_notes(part, voice)]
     reason = _fault(notes, len(parts))
     if reason:
-        return Rejected(piece_id, reason)
+        return reason
     signatures = parts[0].recurse().getElementsByClass("TimeSignature")
     metadata = score.metadata
     title = (metadata.title or metadata.movementName or "") if metadata else ""
@@ -173,7 +152,7 @@ def _assemble(piece_id: str, score: Any, parts: list[Any]) -> Piece | Rejected:
     )
 
 
-def _part_notes(part: Any, voice: int) -> Iterable[tuple[float, float, int, int, int]]:
+def _part_notes(part: Any, voice: int) -> Iterable[Note]:
     """The sounding notes of one part: ties joined, grace notes left out."""
     sounding: dict[int, list[Fraction | float]] = {}  # pitch -> [onset, end, fermata]
     for element in part.flatten().notes:
@@ -197,13 +176,13 @@ def _part_notes(part: Any, voice: int) -> Iterable[tuple[float, float, int, int,
         yield _row(open_note, pitch, voice)
 
 
-def _row(note: list[Any], pitch: int, voice: int) -> tuple[float, float, int, int, int]:
+def _row(note: list[Any], pitch: int, voice: int) -> Note:
     """A finished note in the table's units."""
     onset, end, fermata = note
     return round(float(onset), 6), round(float(end - onset), 6), pitch, voice, int(fermata)
 
 
-def _fault(notes: list[tuple[float, float, int, int, int]], n_voices: int) -> str | None:
+def _fault(notes: list[Note], n_voices: int) -> str | None:
     """Why a note table cannot be used; None if it can."""
     if not notes:
         return "no notes"
@@ -225,11 +204,11 @@ def _fault(notes: list[tuple[float, float, int, int, int]], n_voices: int) -> st
     return None
 
 
-def _read_table(path: Path, piece_id: str) -> Piece | Rejected:
+def _read_table(path: Path) -> Piece | str:
     """One cached note table, or the reason why there is none."""
     values = json.loads(path.read_text())
     if "rejected" in values:
-        return Rejected(piece_id, values["rejected"])
+        return values["rejected"]
     values.pop("format")
     for key in ("voices", "measures"):
         values[key] = tuple(values[key])
@@ -241,25 +220,19 @@ def _parse_to_cache(job: tuple[str, Path, Path]) -> None:
     """Parse one score into its cache file, or the reason why it cannot be used."""
     piece_id, source, target = job
     result = parse_piece(piece_id, source)
-    if isinstance(result, Rejected):
-        values: dict[str, Any] = {"format": TABLE_FORMAT, "rejected": result.reason}
-    else:
-        values = {"format": TABLE_FORMAT, **asdict(result)}
-    partial = target.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(values, separators=(",", ":"), sort_keys=True))
-    partial.replace(target)
+    values = {"rejected": result} if isinstance(result, str) else asdict(result)
+    values["format"] = TABLE_FORMAT
+    text = json.dumps(values, separators=(",", ":"), sort_keys=True)
+    write_atomic(target, text.encode())
 
 
 class Shelf:
     """The scores of some collections, parsed when they are asked for, once.
 
     Args:
-        collections: folder names of music21's corpus.
+        collections: folder names of music21's corpus; `LmdError` for one that is not in it.
         cache: where the note tables are kept, one JSON file a piece.
         workers: processes that parse what is not cached yet.
-
-    Raises:
-        LmdError: a collection that the installed corpus does not have.
     """
 
     def __init__(
@@ -270,30 +243,26 @@ class Shelf:
     ) -> None:
         self.files = dict(corpus_files(collections))
         self.ids = tuple(self.files)
-        self.rejected: dict[str, Rejected] = {}
+        self.rejected: dict[str, str] = {}  # reasons by name
         self._cache, self._workers = cache, workers
         self._pieces: dict[str, Piece] = {}
 
     def pieces(self, piece_ids: Sequence[str]) -> list[Piece]:
         """The usable ones among some pieces, in their order; the others join `rejected`."""
-        self._parse([i for i in piece_ids if not _table_path(i, self._cache).is_file()])
-        for piece_id in piece_ids:
+        paths = {i: _table_path(i, self._cache) for i in piece_ids}
+        jobs = [(i, self.files[i], path) for i, path in paths.items() if not path.is_file()]
+        if jobs:
+            parsed = mapped(_parse_to_cache, jobs, self._workers if len(jobs) > 3 else 1)
+            list(tqdm(parsed, "parsing scores", len(jobs), mininterval=1))
+        for piece_id, path in paths.items():
             if piece_id in self._pieces or piece_id in self.rejected:
                 continue
-            found = _read_table(_table_path(piece_id, self._cache), piece_id)
-            if isinstance(found, Rejected):
+            found = _read_table(path)
+            if isinstance(found, str):
                 self.rejected[piece_id] = found
             else:
                 self._pieces[piece_id] = found
         return [self._pieces[i] for i in piece_ids if i in self._pieces]
-
-    def _parse(self, missing: Sequence[str]) -> None:
-        """Parse what is not in the cache yet."""
-        jobs = [(i, self.files[i], _table_path(i, self._cache)) for i in missing]
-        if jobs:
-            workers = self._workers if len(jobs) > 3 else 1
-            parsed = mapped(_parse_to_cache, jobs, workers)
-            list(tqdm(parsed, "parsing scores", len(jobs), mininterval=1))
 
 
 def _table_path(piece_id: str, cache: Path) -> Path:
@@ -301,7 +270,6 @@ def _table_path(piece_id: str, cache: Path) -> Path:
     from music21 import __version__
 
     folder = cache / f"scores-{TABLE_FORMAT}-music21-{__version__}"
-    folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{piece_id.replace('/', '__')}.json"
 
 
@@ -317,9 +285,9 @@ def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
         if piece_id not in files:
             raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "Check its name.")
         _parse_to_cache((piece_id, files[piece_id], target))
-    found = _read_table(target, piece_id)
-    if isinstance(found, Rejected):
-        raise LmdError(f"piece {piece_id!r}: {found.reason}", "a usable score", "Take another.")
+    found = _read_table(target)
+    if isinstance(found, str):
+        raise LmdError(f"piece {piece_id!r}: {found}", "a usable score", "Take another.")
     return found
 
 

@@ -41,21 +41,13 @@ VELOCITY = 100  # softer and louder notes are made from this one
 
 @dataclass(frozen=True)
 class Zone:
-    """A sample as one key plays it.
+    """A sample as one key plays it."""
 
-    Attributes:
-        sample: number of the sample.
-        ratio: source samples per second of sound.
-        gain: linear.
-        loop: first and last source sample of the loop; None = it plays once.
-        start, end: the part of the sample that is used.
-    """
-
-    sample: int
-    ratio: float
-    gain: float
-    loop: tuple[int, int] | None
-    start: int
+    sample: int  # its number
+    ratio: float  # source samples per second of sound
+    gain: float  # linear
+    loop: tuple[int, int] | None  # first and last source sample; None = it plays once
+    start: int  # of the part that is used
     end: int
 
 
@@ -68,24 +60,20 @@ class Soundfont:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file() or path.suffix.lower() not in (".sf2", ".sf3"):
-            raise LmdError(
-                f"soundfont {str(path)!r}",
-                "an existing .sf2 or .sf3 file",
-                "Give its path, or leave the option out for the built-in one.",
-            )
+            todo = "Give its path, or leave the option out for the built-in one."
+            raise LmdError(f"soundfont {str(path)!r}", "an existing .sf2 or .sf3 file", todo)
         data = path.read_bytes()
         if data[:4] != b"RIFF" or data[8:12] != b"sfbk":
-            raise LmdError(
-                f"{path.name} without a soundfont header", "RIFF … sfbk", "Give another file."
-            )
-        self.path = path
-        chunks = _chunks(data)
+            raise LmdError(f"{path.name} without its header", "RIFF … sfbk", "Give another file.")
+        self.path, chunks = path, _chunks(data)
         missing = sorted({b"smpl", *_RECORDS} - set(chunks))
         if missing:
             raise LmdError(f"{path.name} without {missing}", "a whole soundfont", "Is it torn?")
         self._wave_bytes = chunks[b"smpl"]
-        self._lists = {name: list(struct.iter_unpack(form, _whole(chunks[name], form)))
-                       for name, form in _RECORDS.items()}  # fmt: skip
+        self._lists = {}
+        for name, form in _RECORDS.items():
+            n_bytes = len(chunks[name]) // struct.calcsize(form) * struct.calcsize(form)
+            self._lists[name] = list(struct.iter_unpack(form, chunks[name][:n_bytes]))
         self._samples: dict[int, np.ndarray] = {}
 
     @cached_property
@@ -140,40 +128,31 @@ class Soundfont:
     def _unrolled(self, zone: Zone, n_source: int) -> np.ndarray:
         """The zone's sample from its start, looping, float32, one sample of silence in front."""
         data = self._sample(zone.sample)
-        if zone.loop is None:
-            part = data[zone.start : zone.end]
-        else:
+        part = data[zone.start : zone.end]
+        if zone.loop is not None:
             first, last = zone.loop
-            turn = data[first:last]
-            n_turns = max(0, n_source - (last - zone.start)) // len(turn) + 1
-            part = np.concatenate([data[zone.start : last], np.tile(turn, n_turns)])
+            n_turns = max(0, n_source - (last - zone.start)) // (last - first) + 1
+            part = np.concatenate([data[zone.start : last], np.tile(data[first:last], n_turns)])
         part = part[:n_source]
         return np.concatenate([[0], part, np.zeros(n_source + 4 - len(part))]).astype(np.float32)
 
     def _sample(self, number: int) -> np.ndarray:
         """A sample's values, float32, -1 … 1; its neighbours in the file are not part of it."""
         if number not in self._samples:
-            _, start, end, *_, kind = self._lists[b"shdr"][number]
-            if kind & _VORBIS:
-                data = self._unpacked(number)
-            else:
-                raw = np.frombuffer(self._wave_bytes[2 * start : 2 * end], "<i2")
-                data = raw.astype(np.float32) / 32768
-            self._samples[number] = data
+            name, start, end, *_, kind = self._lists[b"shdr"][number]
+            try:
+                if kind & _VORBIS:
+                    packed = io.BytesIO(self._wave_bytes[start:end])
+                    wave, _ = soundfile.read(packed, dtype="float32")
+                else:
+                    raw = np.frombuffer(self._wave_bytes[2 * start : 2 * end], "<i2")
+                    wave = raw.astype(np.float32) / 32768
+            except soundfile.LibsndfileError as error:
+                label = name.rstrip(bytes(1)).decode("latin-1")
+                found = f"sample {label!r} of {self.path.name}: {error.error_string}"
+                raise LmdError(found, "Ogg Vorbis", "Give its .sf2 form.") from error
+            self._samples[number] = wave
         return self._samples[number]
-
-    def _unpacked(self, number: int) -> np.ndarray:
-        """The values of a sample that an `.sf3` keeps as Ogg Vorbis."""
-        name, start, end, *_ = self._lists[b"shdr"][number]
-        try:
-            return soundfile.read(io.BytesIO(self._wave_bytes[start:end]), dtype="float32")[0]
-        except soundfile.LibsndfileError as error:
-            raise LmdError(
-                f"sample {name.rstrip(bytes(1)).decode('latin-1')!r} of {self.path.name}: "
-                f"{error.error_string}",
-                "Ogg Vorbis",
-                "Give another file, or its .sf2 form.",
-            ) from error
 
     def _zone(self, values: dict[int, int], key: int) -> Zone:
         """Pitch, level and loop of a zone for one key."""
@@ -234,11 +213,6 @@ def _chunks(data: bytes) -> dict[bytes, bytes]:
         at += 8 + size
         at += size % 2 and not data[at : at + 4].isalnum()  # FluidR3Mono has no pad bytes
     return found
-
-
-def _whole(chunk: bytes, form: str) -> bytes:
-    """The chunk without an incomplete record at its end."""
-    return chunk[: len(chunk) // struct.calcsize(form) * struct.calcsize(form)]
 
 
 @lru_cache(maxsize=512)

@@ -1,17 +1,19 @@
 """The files in which a corpus and its latents keep their rows and settings: CSV, JSON, logs."""
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
-from lmd.checkpoint import write_atomic
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 
 T = TypeVar("T")
 
@@ -83,11 +85,9 @@ def hold_settings(path: Path, values: dict[str, Any], free: Collection[str] = ()
         before = read_settings(path)
         differing = [k for k in sorted(values) if k not in free and before.get(k) != values[k]]
         if differing:
-            raise LmdError(
-                f"{path.parent} made with other {', '.join(differing)}",
-                "the same settings, to go on with it",
-                "Choose another --out, or remove that folder.",
-            )
+            found = f"{path.parent} made with other {', '.join(differing)}"
+            todo = "Choose another --out, or remove that folder."
+            raise LmdError(found, "the same settings, to go on with it", todo)
     write_atomic(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -101,3 +101,15 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(entry, dict):
             yield entry
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, read once in a process while it stays as it is."""
+    state = path.stat()
+    return _sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
 """Single tones from a soundfont, and the shape that a played note gives them."""
 
-import hashlib
 from collections import OrderedDict
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,6 @@ from scipy.signal import butter, lfilter, sosfilt
 
 from lmd.corpus.instruments import Instrument
 from lmd.corpus.soundfont import Soundfont
-from lmd.errors import LmdError
 
 _MIDDLE_C = 60
 _LN_60_DB = float(np.log(1000.0))
@@ -19,11 +18,7 @@ _DARK_HZ = 900.0  # corner of the darkened copy of a tone
 
 def default_soundfont() -> Path:
     """The General MIDI soundfont that ships inside pretty_midi."""
-    from importlib.util import find_spec
-
-    spec = find_spec("pretty_midi")
-    if spec is None or spec.origin is None:
-        raise LmdError("no pretty_midi", "its soundfont TimGM6mb.sf2", "Install pretty_midi.")
+    spec = find_spec("pretty_midi")  # not imported: that takes longer
     return Path(spec.origin).parent / "TimGM6mb.sf2"
 
 
@@ -34,9 +29,6 @@ class ToneBank:
         soundfont: an `.sf2` or `.sf3` file; None = the one inside pretty_midi.
         sample_rate: Hz.
         max_bytes: tones kept in memory; the least recently used go first.
-
-    Raises:
-        LmdError: no such file, or not a soundfont.
     """
 
     def __init__(
@@ -54,14 +46,10 @@ class ToneBank:
     def tone(
         self, program: int, pitch: int, n_samples: int, darkness: int = 0, cutoff_hz: float = 0
     ) -> np.ndarray:
-        """A held tone of at least `n_samples` samples, float32 `[sample]`.
+        """A held tone of a General MIDI program, at least `n_samples` long, float32 `[sample]`.
 
-        Args:
-            program: General MIDI program 0–127.
-            pitch: MIDI pitch.
-            n_samples: how many samples are needed.
-            darkness: 0 = as sampled … 4 = mostly its low-passed copy.
-            cutoff_hz: corner of a two-pole low-pass; 0 = none.
+        Darkness goes from 0 (as sampled) to 4 (mostly the low-passed copy); `cutoff_hz` is the
+        corner of a two-pole low-pass, 0 = none.
         """
         seconds = 1
         while seconds * self.sample_rate < n_samples:
@@ -110,7 +98,7 @@ def played_note(
     n_attack = max(1, min(round(instrument.attack_ms * rate / 1000), n_gate))
     n_samples = n_gate + n_release
     wave = bank.tone(instrument.program, pitch, n_samples, darkness, instrument.cutoff_hz)
-    wave = wave[: n_gate + n_release].copy()
+    wave = wave[:n_samples].copy()
     if instrument.fade_s:
         fall = instrument.fade_s * 2.0 ** ((_MIDDLE_C - pitch) / 24) * rate
         wave *= _decay(1 << (len(wave) - 1).bit_length(), fall)[: len(wave)]
@@ -133,9 +121,3 @@ def fold(pitch: int, low: int, high: int) -> int:
 def shared_bank(soundfont: str, sample_rate: int) -> ToneBank:
     """One bank of tones per process."""
     return ToneBank(soundfont or None, sample_rate)
-
-
-@lru_cache(maxsize=8)
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

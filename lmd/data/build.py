@@ -1,23 +1,22 @@
 """`lmd data build`: scores rendered into a corpus, or a folder of audio taken in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from lmd.corpus.build import BuildSettings, build_corpus
 from lmd.corpus.manifest import Row
-from lmd.corpus.render import MAX_SECONDS
-from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE
-from lmd.data.places import check_apart, check_folder_free, named_folder, writing_to
+from lmd.corpus.scores import DEFAULT_CACHE
+from lmd.data.check import named_folder
+from lmd.outputs import check_apart, check_folder
 
 STEMS_SHARE = 4  # a rendition's stems take about so many times the room of its mix
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(BuildSettings):
     """Flags of the command.
 
     Attributes:
@@ -39,16 +38,12 @@ class Options:
     out: Path = Path("data/corpus")
     hours: float = 10.0
     workers: int = 1
-    seed: int = 0
-    sample_rate: int = 22_050
-    channels: Literal[1, 2] = 1
-    max_seconds: float = MAX_SECONDS
-    soundfont: str = ""
-    collections: tuple[str, ...] = COLLECTIONS
-    stems: bool = False
     cache: Path = DEFAULT_CACHE
     audio: str | None = None
     keep_going: bool = False
+
+    def __post_init__(self) -> None:
+        """Nothing: the settings that are made of them are checked, after parsing."""
 
 
 def main(options: Options) -> int:
@@ -66,22 +61,13 @@ def main(options: Options) -> int:
 
 def _renditions(options: Options) -> Sequence[Row]:
     """A corpus of scores."""
-    settings = BuildSettings(
-        seed=options.seed,
-        sample_rate=options.sample_rate,
-        channels=options.channels,
-        max_seconds=options.max_seconds,
-        soundfont=options.soundfont,
-        stems=options.stems,
-        collections=options.collections,
-    )
+    settings = BuildSettings(**{f.name: getattr(options, f.name) for f in fields(BuildSettings)})
     check_apart(out=options.out, cache=options.cache)
     seconds = 3600 * min(max(0.0, options.hours), 10_000)
     n_bytes = int(2 * seconds * options.sample_rate) * options.channels
-    check_folder_free(options.out, n_bytes * (1 + STEMS_SHARE * options.stems))
-    check_folder_free(options.cache)
-    with writing_to(options.out):
-        return build_corpus(options.out, options.hours, settings, options.workers, options.cache)
+    check_folder(options.out, n_bytes * (1 + STEMS_SHARE * options.stems))
+    check_folder(options.cache)
+    return build_corpus(options.out, options.hours, settings, options.workers, options.cache)
 
 
 def _own_music(options: Options, folder: Path) -> Sequence[Row]:
@@ -92,11 +78,8 @@ def _own_music(options: Options, folder: Path) -> Sequence[Row]:
     settings = AudioSettings(
         options.sample_rate, options.channels, options.max_seconds, options.stems
     )
-    check_folder_free(options.out)
-    with writing_to(options.out):
-        rows, report = build_audio(
-            folder, options.out, settings, options.keep_going, options.workers
-        )
+    check_folder(options.out)
+    rows, report = build_audio(folder, options.out, settings, options.keep_going, options.workers)
     for line in (*report.lines(), *(f"the same music  {line}" for line in copies(rows))):
         print(line)
     for line in caption_lines(rows):

@@ -1,11 +1,11 @@
 """Which files of a folder can be used, and why others cannot."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -50,17 +50,11 @@ class Reject:
 
 @dataclass
 class Report:
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-        accepted: files that can be used, sorted.
-        rejected: files, links and folders that cannot, each with its reason.
-        not_read: how many files of kinds that are passed over, by their ending (`.mid`, `.mp4`).
-    """
-
-    accepted: list[Path] = field(default_factory=list)
+    accepted: list[Path] = field(default_factory=list)  # sorted
     rejected: list[Reject] = field(default_factory=list)
-    not_read: Counter[str] = field(default_factory=Counter)
+    not_read: Counter[str] = field(default_factory=Counter)  # passed over, by ending (`.mid`)
 
     @property
     def too_many_rejected(self) -> bool:
@@ -80,26 +74,29 @@ class Report:
             kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self.not_read.items()))
             yield f"{self.not_read.total()} files of kinds not read ({kinds})"
 
-    def as_json(self) -> str:
+    def as_dict(self) -> dict[str, Any]:
         """`{"accepted": [path…], "rejected": [{"path", "reason"}…], "not_read": {".mid": 2}}`."""
         rejected = [{"path": str(item.path), "reason": item.reason} for item in self.rejected]
         accepted = [str(path) for path in self.accepted]
-        return json.dumps({"accepted": accepted, "rejected": rejected, "not_read": self.not_read})
+        return {"accepted": accepted, "rejected": rejected, "not_read": self.not_read}
 
 
-def find_audio(folder: Path) -> Iterator[Path | Reject]:
-    """Every file that may hold music, sorted, links followed; loops and closed folders as rejects.
+def named_folder(text: str) -> Path:
+    """A folder that is to be read.
 
     Raises:
-        LmdError: not a folder.
+        LmdError: there is no such folder, or no name.
     """
-    if not folder.is_dir():
-        raise LmdError(f"{str(folder)!r}", "a folder of audio", "Check the path.")
-    yield from _walk(folder, (os.path.realpath(folder),), {os.path.realpath(folder)})
+    if not text or not Path(text).is_dir():
+        raise LmdError(f"{text!r}", "a folder of audio", "Check the path.")
+    return Path(text)
 
 
 def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path | Reject]:
-    """The files below one folder. `above`: the real folders that led here; `seen`: all so far."""
+    """Every file that may hold music, sorted, links followed; loops and closed folders as rejects.
+
+    `above` are the real folders that led here, `seen` all so far.
+    """
     try:
         children = sorted(folder.iterdir())
     except OSError as error:
@@ -129,9 +126,8 @@ def fault(path: Path) -> str | None:
 
     Refused: empty, unreadable, truncated, not audio, of unknown length, shorter than a second
     (without its silences, too), under 16 kHz, more than two channels, values that are not finite,
-    silence, a name in another encoding than UTF-8. Long files and names in any script are welcome.
-
-    One thing cannot be known: an MP3 without a Xing or LAME header does not say how long it was.
+    silence, a name in another encoding than UTF-8. What cannot be known: an MP3 without a Xing or
+    LAME header does not say how long it was.
     """
     try:
         str(path).encode()
@@ -197,8 +193,8 @@ def check_folder(folder: Path, progress: bool = True) -> Report:
     Raises:
         LmdError: not a folder, or nothing in it that could be used or refused.
     """
-    report = Report()
-    found = list(find_audio(folder))
+    real = os.path.realpath(named_folder(str(folder)))
+    report, found = Report(), list(_walk(folder, (real,), {real}))
     for item in tqdm(found, desc="checking", mininterval=1, disable=not progress):
         if isinstance(item, Reject):
             report.rejected.append(item)
@@ -209,10 +205,7 @@ def check_folder(folder: Path, progress: bool = True) -> Report:
         else:
             report.accepted.append(item)
     if not report.accepted and not report.rejected:
-        others = " ".join(report.lines())
-        raise LmdError(
-            f"no music in {folder}" + f": {others}" * bool(others),
-            f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}",
-            "Check the path, or convert them.",
-        )
+        found = ": ".join([f"no music in {folder}", *report.lines()])
+        expected = f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}"
+        raise LmdError(found, expected, "Check the path, or convert them.")
     return report

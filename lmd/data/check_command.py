@@ -5,8 +5,9 @@ from pathlib import Path
 
 import tyro
 
+from lmd.data.check import named_folder
 from lmd.data.layouts import survey
-from lmd.data.places import check_json_free, named_folder
+from lmd.outputs import check_outputs, write_json
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,12 @@ class Options:
 
 def main(options: Options) -> int:
     """Report on a folder; status 1 if anything was rejected."""
-    if options.json is not None:
-        check_json_free(options.json, key="accepted")
+    check_outputs(json=options.json, json_key="accepted", make_folders=True)
     _, report = survey(named_folder(options.folder))
     for line in report.lines():
         print(line)
     n_accepted, n_rejected = len(report.accepted), len(report.rejected)
     print(f"{n_accepted} accepted, {n_rejected} rejected in {options.folder}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(report.as_json() + "\n")
+        write_json(options.json, report.as_dict())
     return 1 if report.rejected else 0

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
+from jaxtyping import Float
 from torch import Tensor
 
 from lmd.codec.base import Codec
 from lmd.corpus.manifest import Corpus
 from lmd.errors import LmdError
 
+Mono = Float[Tensor, " sample"]
+PEAK_DB = 60.0  # what lies further under the peak is not compared
 CHECKED_WINDOWS, CHECKED_S = 4, 5.0  # what a codec is measured on before it encodes
 GOOD_DB, POOR_DB = 1.5, 2.0  # the shipped codec on music of its own kind; audibly worse
 
@@ -26,9 +29,9 @@ def check_fit(codec: Codec, corpus: Corpus) -> None:
     wanted = (codec.sample_rate, codec.channels)
     if found != wanted:
         raise LmdError(
-            f"a corpus at {found[0]} Hz with {found[1]} channels",
-            f"{wanted[0]} Hz with {wanted[1]} channels, as the codec takes",
-            f"Build it with --sample-rate {wanted[0]} --channels {wanted[1]}.",
+            "a corpus at {} Hz with {} channels".format(*found),
+            "{} Hz with {} channels, as the codec takes".format(*wanted),
+            "Build it with --sample-rate {} --channels {}.".format(*wanted),
         )
 
 
@@ -40,34 +43,49 @@ def codec_error_db(codec: Codec, corpus: Corpus) -> float:
         codec: what encodes, on the CPU.
         corpus: windows from the middle of some sounds are taken.
     """
-    mel, hop, errors = _mel_bands(codec.sample_rate), codec.samples_per_frame, []
+    hop, errors = codec.samples_per_frame, []
     for index in np.linspace(0, len(corpus) - 1, min(CHECKED_WINDOWS, len(corpus))).astype(int):
         n_samples = corpus.rows[index].n_samples
         n = min(n_samples, round(CHECKED_S * codec.sample_rate)) // hop * hop
         wave = torch.from_numpy(corpus.wave(index, (n_samples - n) // 2, n))[None]
         output = codec.decode(codec.encode(wave))
-        true, found = (_levels_db(w.mean(1)[0], mel) for w in (wave, output))
-        floor = true.max() - 60
-        errors.append(float((true.clamp_min(floor) - found.clamp_min(floor)).abs().mean()))
+        errors.append(log_mel_db(output.mean(1)[0], wave.mean(1)[0], codec.sample_rate))
     return float(np.mean(errors))
 
 
-def _levels_db(wave: Tensor, mel: Tensor) -> Tensor:
-    """Levels of mel bands `[band, step]`, a full-scale sine at 0 dB."""
-    window = torch.hann_window(2048)
-    spectrum = torch.stft(wave, 2048, 512, window=window, return_complex=True)
-    return 10 * torch.log10(mel @ (spectrum.abs().square() * (2 / window.sum()) ** 2) + 1e-12)
+def mel_matrix(
+    n_bins: int, sample_rate: int, n_mels: int = 80, low_hz: float = 30.0
+) -> Float[Tensor, "bin mel"]:
+    """Slaney's mel bands with weights that sum to 1, so that a band is an average power.
 
-
-def _mel_bands(sample_rate: int) -> Tensor:
-    """80 of Slaney's mel bands from 30 Hz up `[band, bin]`; those between two bins are left out."""
+    Bands narrower than a bin would be empty; each takes its nearest bin instead.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # empty bands are filled below
         bands = torchaudio.functional.melscale_fbanks(
-            1025, 30.0, sample_rate / 2, 80, sample_rate, mel_scale="slaney"
+            n_bins, low_hz, sample_rate / 2, n_mels, sample_rate, mel_scale="slaney"
         )
-    bands = bands[:, bands.any(0)]
-    return (bands / bands.sum(0)).T
+    empty = (bands.sum(0) == 0).nonzero()[:, 0].tolist()
+    for band in empty:
+        left = next((i for i in range(band, -1, -1) if bands[:, i].any()), None)
+        centre = int(bands[:, left].argmax()) if left is not None else 0
+        bands[centre, band] = 1.0
+    return bands / bands.sum(0)
+
+
+def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
+    """Power spectrogram with a Hann window, a full-scale sine at 1."""
+    window = torch.hann_window(n_fft, dtype=wave.dtype)
+    spectrum = torch.stft(wave, n_fft, hop, window=window, return_complex=True)
+    return spectrum.abs().square() * (2 / window.sum()) ** 2
+
+
+def log_mel_db(output: Mono, target: Mono, sample_rate: int) -> float:
+    """Mean absolute difference of 80 mel bands in decibels, 60 dB deep."""
+    mel = mel_matrix(1025, sample_rate).T
+    found, true = (10 * torch.log10(mel @ power(w, 2048, 512) + 1e-12) for w in (output, target))
+    floor = true.max() - PEAK_DB
+    return float((found.clamp_min(floor) - true.clamp_min(floor)).abs().mean())
 
 
 def expectation(error_db: float, corpus: Path) -> str:

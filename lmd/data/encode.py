@@ -1,6 +1,7 @@
-"""A corpus through a codec into latent shards."""
+"""`lmd data encode`: a corpus through a codec into latent shards."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,18 +10,18 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lmd.checkpoint import encoder_digest, load_tensors
+from lmd.checkpoint import encoder_digest, load_codec, load_tensors
 from lmd.codec.base import Codec
-from lmd.corpus.build import further_captions, row_stem_caption
+from lmd.corpus.captions import further_captions, stem_caption
 from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.corpus.tables import hold_settings, write_rows
-from lmd.data.codec_fit import check_fit
-from lmd.data.places import check_apart, check_folder_free
+from lmd.corpus.tables import hold_settings, read_rows, write_rows
+from lmd.data.codec_fit import check_fit, codec_error_db, expectation
 from lmd.data.shards import (
     INDEX,
     SETTINGS,
@@ -31,16 +32,13 @@ from lmd.data.shards import (
     write_shard,
 )
 from lmd.errors import LmdError
+from lmd.outputs import check_apart, check_folder
 from lmd.shapes import Latents, Wave
 
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
 MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
 FURTHER_CAPTIONS = 7  # of every rendition, so that training hears it asked for in many ways
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
 @dataclass(frozen=True)
@@ -51,27 +49,68 @@ class EncodeSettings:
         stems: encode every voice too.
         rows_per_shard: renditions in one shard.
         cache: where parsed scores are kept (stems are played again).
-
-    Raises:
-        LmdError: shards without rows.
     """
 
     stems: bool = False
     rows_per_shard: int = 32
     cache: Path = DEFAULT_CACHE
 
-    def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise LmdError(f"--rows-per-shard {self.rows_per_shard}", "1 or more", "Raise it.")
+
+@dataclass(frozen=True)
+class Options(EncodeSettings):
+    """Flags of the command.
+
+    Attributes:
+        data: a built corpus.
+        codec: what encodes.
+        out: folder to fill.
+        accelerator: as in training: auto, cpu, gpu …
+        devices: processes on this machine.
+        num_nodes: machines.
+        strategy: auto, ddp …
+    """
+
+    data: Path = Path("data/corpus")
+    codec: Path = Path("data/pretrained/codec.safetensors")
+    out: Path = Path("data/latents")
+    accelerator: str = "auto"
+    devices: str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+
+
+def main(options: Options) -> int:
+    """Encode a corpus and say what to expect of it, and what came out."""
+    corpus, codec = Corpus(options.data), load_codec(options.codec)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    trainer = _trainer(options)
+    check_fit(codec, corpus)
+    if trainer.is_global_zero:
+        print(expectation(codec_error_db(codec, corpus), options.data), flush=True)
+    encode_corpus(corpus, codec, options.out, options, trainer, encoder_sha256(options.codec))
+    if trainer.is_global_zero:
+        entries = read_rows(options.out / INDEX, Entry, "lmd data encode")
+        hours = sum(entry.duration_s for entry in entries) / 3600
+        n_frames = sum(entry.n_frames for entry in entries)
+        print(f"{len(entries)} sounds, {hours:.2f} h, {n_frames} frames in {options.out}")
+    return 0
+
+
+def _trainer(options: Options) -> L.Trainer:
+    """Lightning's trainer on the machines that were asked for; `LmdError` where there are none."""
+    asked = {n: getattr(options, n) for n in ("accelerator", "devices", "num_nodes", "strategy")}
+    if options.devices.isdigit():
+        asked["devices"] = int(options.devices)
+    try:
+        return L.Trainer(**asked, **QUIET)
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        found = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items())
+        todo = f"Lightning says: {' '.join(str(error).split())}"
+        raise LmdError(found, "what this machine has", todo) from error
 
 
 def encode_wave(codec: Codec, wave: Wave) -> Latents:
-    """Latents of a wave of any length: padded with silence to whole frames, long ones in chunks.
-
-    Args:
-        codec: any codec.
-        wave: `[batch, channel, sample]` in the codec's format.
-    """
+    """Latents of a wave `[batch, channel, sample]` of any length, padded to whole frames."""
     hop = codec.samples_per_frame
     n_frames = -(-wave.shape[-1] // hop)
     wave = nn.functional.pad(wave, (0, n_frames * hop - wave.shape[-1]))
@@ -114,7 +153,7 @@ class _ShardJobs(Dataset):
         return number, [sound for row in rows for sound in self._sounds(row)]
 
     def _sounds(self, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(row, voice, wave): the mix, then its stems, if there are any."""
+        """Row, voice and wave: the mix, then its stems, if there are any."""
         yield row, -1, self.corpus.wave(row)
         if self.how.stems and row not in self.alone:
             for voice, stem in enumerate(self.corpus.stems(row, self.how.cache)):
@@ -122,23 +161,14 @@ class _ShardJobs(Dataset):
 
 
 class Encoder(L.LightningModule):
-    """Writes one shard per predicted batch; holds no state but the codec.
-
-    Args:
-        codec: what encodes.
-        corpus: where captions and metadata come from.
-        out: the folder of the shards.
-    """
+    """Writes one shard per predicted batch; holds no state but the codec."""
 
     def __init__(self, codec: Codec, corpus: Corpus, out: Path) -> None:
         super().__init__()
         self.codec, self.corpus, self.out = codec, corpus, out
 
     def on_predict_start(self) -> None:
-        """Bring a codec that can be moved to where this process computes.
-
-        Lightning itself moves modules alone.
-        """
+        """Bring a codec to this process's device, if it can be moved: Lightning moves modules."""
         move = getattr(self.codec, "to", None)
         if move is not None:
             with torch.inference_mode(False):  # elsewhere gradients may go through its weights
@@ -164,7 +194,7 @@ def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry
     """The index line of one encoded sound."""
     shared = {f.name: getattr(row, f.name) for f in fields(Entry) if hasattr(row, f.name)}
     if voice >= 0:
-        shared["caption"] = row_stem_caption(row, voice)
+        shared["caption"] = stem_caption(row, voice)
         shared["instruments"] = row.instruments.split("|")[voice]
     return Entry(**shared, voice=voice, shard=shard, start_frame=start, n_frames=n_frames)
 
@@ -196,22 +226,21 @@ def encode_corpus(
         Messages about shards that were torn and were made again.
 
     Raises:
-        LmdError: codec and corpus do not fit, there is not one stem where stems are wanted, or the
-            folder cannot be written or was encoded from something else.
+        LmdError: no rows in a shard, a codec that does not fit, not one stem where they are wanted,
+            or a folder that cannot be written or was encoded from something else.
     """
     how = how or EncodeSettings()
+    if how.rows_per_shard < 1:
+        raise LmdError(f"--rows-per-shard {how.rows_per_shard}", "1 or more", "Raise it.")
     check_apart(out=out, data=corpus.folder)
     n_voices = 5 if how.stems else 1
     n_frames = sum(row.n_samples for row in corpus.rows) // codec.samples_per_frame
-    check_folder_free(out, 2 * codec.latent_dim * n_frames * n_voices)
+    check_folder(out, 2 * codec.latent_dim * n_frames * n_voices)
     check_fit(codec, corpus)
     alone = corpus.without_stems() if how.stems else []
     if len(alone) == len(corpus):
-        raise LmdError(
-            f"no stems in {corpus.folder}",
-            "some, for --stems",
-            "Build it with --stems from music that has them, or leave the option out here.",
-        )
+        todo = "Build it with --stems from music that has them, or leave the option out here."
+        raise LmdError(f"no stems in {corpus.folder}", "some, for --stems", todo)
     if alone:
         print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone", flush=True)
     settings = _settings(corpus, codec, how, codec_id)

@@ -16,16 +16,11 @@ from lmd.rng import derive_seed
 
 
 class LatentBatch(TypedDict):
-    """A batch of windows.
+    """A batch of windows."""
 
-    latents: float32 `[batch, latent, frame]`, at unit scale.
-    caption: one text per window.
-    identity: name, voice (-1 = mix) and frames of each window, for messages and logs.
-    """
-
-    latents: Float[Tensor, "batch latent frame"]
-    caption: list[str]
-    identity: list[str]
+    latents: Float[Tensor, "batch latent frame"]  # float32, at unit scale
+    caption: list[str]  # one text per window
+    identity: list[str]  # name, voice and first frame of each window, for messages and logs
 
 
 class LatentWindows:
@@ -60,11 +55,8 @@ class LatentWindows:
             if entry.split == split and ("mix" if entry.voice < 0 else "stem") in kinds
         ]
         if not self.entries:
-            raise LmdError(
-                f"no {split} latents of {' or '.join(kinds)} in {self.shards.folder}",
-                "at least one",
-                "Encode a larger corpus, or encode with --stems.",
-            )
+            found = f"no {split} latents of {' or '.join(kinds)} in {self.shards.folder}"
+            raise LmdError(found, "at least one", "Encode a larger corpus, or encode with --stems.")
         n_frames = np.array([entry.n_frames for entry in self.entries])
         starts = np.maximum(n_frames + lead_frames - window_frames, 0) + 1
         self._first = np.concatenate([[0], np.cumsum(starts)])  # first window of each entry
@@ -89,28 +81,15 @@ class LatentWindows:
             positions: places in the global batch.
         """
         picks = [self.pick(step, position) for position in positions]
-        texts = []
-        for (entry, _), position in zip(picks, positions, strict=True):
-            captions = self.entries[entry].captions
-            number = derive_seed(self.seed, "caption", step, position)
-            texts.append(captions[number % len(captions)])
-        return {**self.gather(picks), "caption": texts}
-
-    def gather(self, picks: Sequence[tuple[int, int]]) -> LatentBatch:
-        """The windows that begin at the given (entry, first frame) pairs."""
         shape = (len(picks), self.window_frames, self.shards.latent_dim)
-        frames = np.empty(shape, np.float16)
-        for row, (entry, start) in enumerate(picks):
-            frames[row] = self.shards.frames(self.entries[entry], start, self.window_frames)
-        chosen = [self.entries[entry] for entry, _ in picks]
+        frames, texts, identity = np.empty(shape, np.float16), [], []
+        for row, ((number, start), position) in enumerate(zip(picks, positions, strict=True)):
+            entry = self.entries[number]
+            frames[row] = self.shards.frames(entry, start, self.window_frames)
+            drawn = derive_seed(self.seed, "caption", step, position)
+            texts.append(entry.captions[drawn % len(entry.captions)])
+            identity.append(f"{entry.name}/{'mix' if entry.voice < 0 else entry.voice}@{start}")
         # By NumPy: in a reading thread, torch would start a second team of threads, and with more
         # threads than cores all of them wait asleep, which makes training steps a third slower.
         latents = np.ascontiguousarray(frames.swapaxes(1, 2), np.float32)
-        return LatentBatch(
-            latents=torch.from_numpy(latents),
-            caption=[entry.caption for entry in chosen],
-            identity=[
-                f"{entry.name}/{'mix' if entry.voice < 0 else entry.voice}@{start}"
-                for entry, (_, start) in zip(chosen, picks, strict=True)
-            ],
-        )
+        return LatentBatch(latents=torch.from_numpy(latents), caption=texts, identity=identity)

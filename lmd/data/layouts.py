@@ -33,19 +33,12 @@ _ENCODER_WORDS = re.compile(  # of programs, shops and rippers: not of the music
 
 @dataclass(frozen=True)
 class Track:
-    """One piece of a person's music.
+    """One piece of a person's music."""
 
-    Attributes:
-        mix: the file with everything in it.
-        stems: names and files of its voices; empty = none are known.
-        split: as the data set's own folders say; empty = to be drawn.
-        caption: what it says about itself.
-    """
-
-    mix: Path
-    stems: tuple[tuple[str, Path], ...]
-    split: str
-    caption: str
+    mix: Path  # the file with everything in it
+    stems: tuple[tuple[str, Path], ...]  # names and files of its voices, if they are known
+    split: str  # as the data set's own folders say; empty = to be drawn
+    caption: str  # what it says about itself
 
 
 def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
@@ -54,9 +47,8 @@ def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
     Raises:
         LmdError: not a folder.
     """
-    report = check_folder(folder, progress)
-    tracks: list[Track] = []
-    for item in list(find_tracks(folder, report.accepted)):
+    report, tracks = check_folder(folder, progress), []
+    for item in list(_find_tracks(folder, report.accepted)):
         if isinstance(item, Reject):
             report.reject(item.path, item.reason)
         else:
@@ -64,7 +56,7 @@ def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
     return tracks, report
 
 
-def find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
+def _find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
     """Gather accepted files into tracks; one without a stem or with a torn sidecar is rejected."""
     usable = set(accepted)
     for path in accepted:
@@ -92,7 +84,7 @@ def _slakh(folder: Path, mix: Path) -> Track | None:
     values: Any = yaml.safe_load(about.read_text(encoding="utf-8")) if about.is_file() else {}
     if not isinstance(values, dict):
         raise yaml.YAMLError(f"{about.name} holds a {type(values).__name__}, expected a mapping")
-    listed: dict[str, Any] = values.get("stems") or {}
+    listed = values.get("stems") or {}
     files = {p.stem: p for p in sorted(stems_folder.iterdir()) if p.suffix in AUDIO_SUFFIXES}
     stems = []
     for key in sorted(set(files) | set(listed)):
@@ -127,12 +119,11 @@ def caption_of(path: Path, otherwise: str = "") -> str:
         json.JSONDecodeError: there is a JSON sidecar, and it is none.
         LmdError: a sidecar is no text.
     """
-    found = (
-        _text_caption(path.with_suffix(".txt"))
-        or _json_caption(path.with_suffix(".json"))
-        or _words(_tag_caption(path))
-    )
-    return found or _words(otherwise) or _plain(path)
+    text = path.with_suffix(".txt")
+    found = _words(_read_text(text)) if text.is_file() else ""
+    found = found or _json_caption(path.with_suffix(".json")) or _words(_tag_caption(path))
+    folder = Path(os.path.abspath(path)).parent.name
+    return found or _words(otherwise) or _words(folder.replace("_", " ").replace("-", " "))
 
 
 def _words(text: str) -> str:
@@ -154,11 +145,6 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _text_caption(path: Path) -> str:
-    """The caption in a text sidecar; empty if there is none."""
-    return _words(_read_text(path)) if path.is_file() else ""
-
-
 def _json_caption(path: Path) -> str:
     """The caption in a JSON sidecar; empty if there is none."""
     if not path.is_file():
@@ -175,9 +161,3 @@ def _tag_caption(path: Path) -> str:
     words = [found["genre"], found["title"], "" if _ENCODER_WORDS.search(comment) else comment]
     kept = [text for text in words if not _EMPTY_TAG.fullmatch(text)]
     return ", ".join(dict.fromkeys(kept))
-
-
-def _plain(path: Path) -> str:
-    """The name of the folder that a file lies in, as words."""
-    folder = Path(os.path.abspath(path)).parent.name
-    return _words(folder.replace("_", " ").replace("-", " "))

@@ -23,19 +23,20 @@ from lmd.corpus.manifest import (
     Row,
     check_format,
     is_whole,
+    new_row,
     read_manifest,
     write_manifest,
-    write_wav,
+    write_sounds,
 )
 from lmd.corpus.render import MAX_SECONDS
 from lmd.corpus.scores import mapped
 from lmd.corpus.tables import hold_settings, read_log
 from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
 from lmd.data.layouts import Track, survey
-from lmd.data.places import check_folder_free
 from lmd.data.sound_files import Scan, load_segment, open_sound, scan
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
+from lmd.outputs import check_folder, write_json
 
 AUDIO_FORMAT = 2
 SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
@@ -45,22 +46,12 @@ MOST_CAPTIONS = 20  # shown after a build
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """What a corpus of own music depends on, beside the files.
-
-    Attributes:
-        sample_rate: Hz.
-        channels: 1 or 2; stereo is averaged to mono, mono is doubled to stereo.
-        window_s: longest stretch in one file of the corpus.
-        stems: keep stems where a data set brings them.
-
-    Raises:
-        LmdError: a value out of range.
-    """
+    """What a corpus of own music depends on, beside the files; LmdError: a value out of range."""
 
     sample_rate: int = 22_050
-    channels: int = 1
-    window_s: float = MAX_SECONDS
-    stems: bool = False
+    channels: int = 1  # stereo is averaged to mono, mono is doubled to stereo
+    window_s: float = MAX_SECONDS  # longest stretch in one file of the corpus
+    stems: bool = False  # keep stems where a data set brings them
 
     def __post_init__(self) -> None:
         check_format(self.sample_rate, self.channels, self.window_s)
@@ -81,7 +72,10 @@ def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
         load = lru_cache(maxsize=1)(  # the only stretch of a short file is read once
             partial(load_segment, sample_rate=settings.sample_rate, channels=settings.channels)
         )
-        gain = _gain(_segments([track.mix], scanned, settings, load), settings)
+        whole = _segments([track.mix], scanned, settings, load)
+        blocks = [block_powers(segment[0], settings.sample_rate) for segment in whole]
+        # One factor brings a whole mix, however long, to the corpus's loudness.
+        gain = np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
         paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
         rows: list[Row] = []
         for segment in _joined(_segments(paths, scanned, settings, load), settings):
@@ -103,9 +97,9 @@ def _segments(
     settings: AudioSettings,
     load: Callable[..., np.ndarray],
 ) -> Iterator[np.ndarray]:
-    """A track's equal stretches without the silences of its mix, float32 `[file, channel, sample]`.
+    """A track's equal stretches without the silences of its mix `[mix and stems, channel, sample]`.
 
-    `paths` are its mix and its stems, `load` is `load_segment` in the corpus's format.
+    `load` is `load_segment` in the corpus's format.
     """
     duration_s = scanned.n_samples / scanned.sample_rate
     n_segments = math.ceil(duration_s / SEGMENT_S)
@@ -114,18 +108,9 @@ def _segments(
         start_s = number * length_s
         waves = [load(path, start_s=start_s, seconds=length_s) for path in paths]
         keep = scanned.kept(waves[0].shape[-1], settings.sample_rate, start_s)
-        yield np.stack([_of_length(wave, len(keep))[:, keep] for wave in waves])
-
-
-def _of_length(wave: np.ndarray, n_samples: int) -> np.ndarray:
-    """`[channel, sample]`, cut or followed by silence."""
-    return np.pad(wave[:, :n_samples], ((0, 0), (0, max(0, n_samples - wave.shape[-1]))))
-
-
-def _gain(segments: Iterator[np.ndarray], settings: AudioSettings) -> np.float32:
-    """The one factor that brings a whole mix, however long, to the corpus's loudness."""
-    blocks = [block_powers(segment[0], settings.sample_rate) for segment in segments]
-    return np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
+        n = len(keep)
+        padded = (np.pad(w[:, :n], ((0, 0), (0, max(0, n - w.shape[-1])))) for w in waves)
+        yield np.stack([wave[:, keep] for wave in padded])
 
 
 def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator[np.ndarray]:
@@ -154,23 +139,18 @@ def _write(
     piece_id = track.mix.relative_to(folder).as_posix()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
     digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
-    name = f"{slug}-{digest[:10]}__w{number}"
-    path = f"audio/{name}.wav"
-    write_wav(out / path, wave, settings.sample_rate)
-    stem_paths = [f"stems/{name}__v{voice}.wav" for voice in range(len(stems))]
-    for stem_path, stem in zip(stem_paths, stems, strict=True):
-        write_wav(out / stem_path, stem, settings.sample_rate)
-    instruments = [stem_name for stem_name, _ in track.stems] if stems else []
-    return Row(
-        name=name, piece_id=piece_id, composer="", title=track.mix.stem, split=track.split,
-        rendition=0, seed=0, family="own music", instruments="|".join(instruments), tempo_bpm=0.0,
-        key="", mode="", metre="", transposition=0, articulation="", dynamics="",
-        density_hz=0.0, brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
-        duration_s=round(wave.shape[-1] / settings.sample_rate, 4), n_samples=wave.shape[-1],
-        sample_rate=settings.sample_rate, channels=settings.channels, caption=track.caption,
-        path=path, stem_paths="|".join(stem_paths),
-        sha256=hashlib.sha256((out / path).read_bytes()).hexdigest(),
-    )  # fmt: skip
+    row = new_row(
+        name=f"{slug}-{digest[:10]}__w{number}",
+        piece_id=piece_id,
+        title=track.mix.stem,
+        split=track.split,
+        family="own music",
+        instruments="|".join(name for name, _ in track.stems) if stems else "",
+        brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
+        sample_rate=settings.sample_rate,
+        caption=track.caption,
+    )
+    return write_sounds(out, row, wave, stems)
 
 
 def build_audio(
@@ -196,21 +176,18 @@ def build_audio(
     settings = settings or AudioSettings()
     for written in (out, out / "audio", out / "stems"):
         if written.resolve().is_relative_to(folder.resolve()):
-            raise LmdError(
-                f"the corpus's {written} inside {folder}, which is taken in",
-                "a folder outside: the next run would take in its own output",
-                "Choose another --out.",
-            )
+            found = f"the corpus's {written} inside {folder}, which is taken in"
+            expected = "a folder outside: the next run would take in its own output"
+            raise LmdError(found, expected, "Choose another --out.")
     tracks, report = survey(folder)
     if (report.too_many_rejected and not keep_going) or not tracks:
         listed = "".join(f"\n  {item}" for item in report.rejected)
         n_rejected, n_accepted = len(report.rejected), len(report.accepted)
-        raise LmdError(
-            f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n",
-            f"at most {MAX_REJECTED:.0%}" if tracks else "music",
-            "Repair or remove them, or use --keep-going." if tracks else "Repair them.",
-        )
-    check_folder_free(out, sum(_n_bytes(track, settings) for track in tracks))
+        found = f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n"
+        expected = f"at most {MAX_REJECTED:.0%}" if tracks else "music"
+        todo = "Repair or remove them, or use --keep-going." if tracks else "Repair them."
+        raise LmdError(found, expected, todo)
+    check_folder(out, sum(_n_bytes(track, settings) for track in tracks))
     hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
     before = read_manifest(out) if (out / MANIFEST).is_file() else []
     rows = []
@@ -219,7 +196,7 @@ def build_audio(
             report.reject(track.mix, taken.reason)
         else:
             rows += taken
-    (out / "rejected.json").write_text(report.as_json() + "\n")
+    write_json(out / "rejected.json", report.as_dict())
     if not rows:
         raise LmdError(f"nothing usable in {folder}", "music", f"See {out / 'rejected.json'}.")
     rows = with_splits(rows, before)

@@ -4,18 +4,18 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from lmd.corpus.tables import read_rows, read_settings
+from lmd.corpus.tables import file_sha256, read_rows, read_settings
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 
 SHARD_FORMAT = 1
 INDEX = "index.csv"
@@ -24,23 +24,12 @@ SETTINGS = "latents.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One encoded sound: a line of the index.
-
-    Attributes:
-        name: the rendition's unique name.
-        voice: -1 = the mix, else the stem's number.
-        shard: file name.
-        start_frame, n_frames: where in the shard, latent frames.
-        caption: what it says.
-        split, piece_id, composer, family, instruments, tempo_bpm, key, mode: of the manifest.
-        duration_s: seconds of sound.
-        also: further captions of the same sound, with `|` between them.
-    """
+    """One encoded sound: a line of the index. What has no comment is as in the manifest's `Row`."""
 
     name: str
-    voice: int
-    shard: str
-    start_frame: int
+    voice: int  # -1 = the mix, else the stem's number
+    shard: str  # file name
+    start_frame: int  # in the shard
     n_frames: int
     caption: str
     split: str
@@ -52,7 +41,7 @@ class Entry:
     key: str
     mode: str
     duration_s: float
-    also: str = ""
+    also: str = ""  # further captions of the same sound, joined by "|"
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -68,21 +57,15 @@ def write_shard(path: Path, latents: list[Tensor], entries: list[Entry]) -> None
     """
     joined = torch.cat([part.to(torch.float16) for part in latents])
     if not torch.isfinite(joined).all():
-        raise LmdError(
-            f"latents that are not finite in float16 for {path.name}",
-            "finite values, at unit scale",
-            "Check the codec's normalisation and the audio of "
-            + ", ".join(sorted({entry.name for entry in entries})[:3]),
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"latents": joined.contiguous()}, partial, metadata={"format": str(SHARD_FORMAT)})
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    n_bytes = partial.stat().st_size
-    partial.replace(path)
-    side = {"sha256": digest, "n_bytes": n_bytes, "entries": [asdict(entry) for entry in entries]}
-    partial.write_text(json.dumps(side, sort_keys=True) + "\n")
-    partial.replace(path.with_suffix(".json"))
+        names = ", ".join(sorted({entry.name for entry in entries})[:3])
+        todo = f"Check the codec's normalisation and the audio of {names}."
+        found = f"latents that are not finite in float16 for {path.name}"
+        raise LmdError(found, "finite values, at unit scale", todo)
+    data = save({"latents": joined.contiguous()}, metadata={"format": str(SHARD_FORMAT)})
+    write_atomic(path, data)
+    side = {"sha256": hashlib.sha256(data).hexdigest(), "n_bytes": len(data)}
+    side |= {"entries": [asdict(entry) for entry in entries]}
+    write_atomic(path.with_suffix(".json"), (json.dumps(side, sort_keys=True) + "\n").encode())
 
 
 def shard_fault(path: Path, checksum: bool = True) -> str | None:
@@ -100,19 +83,12 @@ def shard_fault(path: Path, checksum: bool = True) -> str | None:
         n_bytes, digest = side["n_bytes"], side["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return "its side file is torn"
-    state = path.stat()
-    if state.st_size != n_bytes:
-        return f"{state.st_size} bytes instead of {n_bytes}"
-    if checksum and _sha256(path.absolute(), state.st_size, state.st_mtime_ns) != digest:
+    size = path.stat().st_size
+    if size != n_bytes:
+        return f"{size} bytes instead of {n_bytes}"
+    if checksum and file_sha256(path) != digest:
         return "its checksum differs"
     return None
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    """The SHA-256 of a file that has this size and was changed then."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_entries(path: Path) -> list[Entry]:
@@ -128,11 +104,8 @@ def map_shard(path: Path, checksum: bool = False) -> Float[np.ndarray, "frame la
     """
     fault = shard_fault(path, checksum)
     if fault:
-        raise LmdError(
-            f"shard {path.name}: {fault}",
-            "a whole shard",
-            "Run python -m lmd data encode again: it encodes torn shards anew.",
-        )
+        todo = "Run python -m lmd data encode again: it encodes torn shards anew."
+        raise LmdError(f"shard {path.name}: {fault}", "a whole shard", todo)
     with path.open("rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
         about = json.loads(file.read(n_header))["latents"]
@@ -168,9 +141,9 @@ class LatentShards:
             last = entry.start_frame + entry.n_frames
             is_inside = 0 <= entry.start_frame < last <= n_frames and width == self.latent_dim
             if not (is_inside and 0 < entry.duration_s < math.inf):
+                found = f"frames {entry.start_frame} to {last}, {entry.duration_s:g} s"
                 raise LmdError(
-                    f"{self.folder / INDEX}, line {line}: frames {entry.start_frame} to {last}, "
-                    f"{entry.duration_s:g} s",
+                    f"{self.folder / INDEX}, line {line}: {found}",
                     f"some of the {n_frames} frames of {entry.shard}, {self.latent_dim} wide",
                     "Run python -m lmd data encode again.",
                 )
@@ -185,19 +158,15 @@ class LatentShards:
         """
         n_frames = entry.n_frames - start if n_frames is None else n_frames
         first, last = max(start, 0), min(start + n_frames, entry.n_frames)
-        shard = self._shard(entry.shard)
+        if entry.shard not in self._maps:  # once in every process
+            self._maps[entry.shard] = map_shard(self.folder / entry.shard)
+        shard = self._maps[entry.shard]
         known = shard[entry.start_frame + first : entry.start_frame + max(first, last)]
         if len(known) == n_frames:
             return known
         padded = np.tile(self.silence, (n_frames, 1))
         padded[first - start : first - start + len(known)] = known
         return padded
-
-    def _shard(self, name: str) -> np.ndarray:
-        """A shard, mapped once in every process."""
-        if name not in self._maps:
-            self._maps[name] = map_shard(self.folder / name)
-        return self._maps[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # workers map the files themselves

@@ -2,10 +2,12 @@
 
 import math
 import mmap
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,37 +40,9 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
     with path.open("rb") as file:
         state = path.stat()
         place, header = _missing_header(path, state.st_size, state.st_mtime_ns)
-        source = _Inserted(file, state.st_size, place, header) if header else path
+        source = BytesIO(file.read(place) + header + file.read()) if header else path
         with soundfile.SoundFile(source) as sound:
             yield sound
-
-
-class _Inserted:
-    """A file as if some bytes stood at one place of it; as much of a file as soundfile needs."""
-
-    def __init__(self, file, size: int, place: int, added: bytes) -> None:
-        self._file, self._place, self._added, self._at = file, place, added, 0
-        self._size = size + len(added)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, n: int) -> bytes:
-        before = max(0, min(n, self._place - self._at))
-        self._file.seek(self._at)
-        data = self._file.read(before)
-        inside = max(0, self._at + before - self._place)
-        data += self._added[inside : inside + n - before]
-        rest = n - len(data)
-        if rest > 0 and self._at + len(data) >= self._place + len(self._added):
-            self._file.seek(self._at + len(data) - len(self._added))
-            data += self._file.read(rest)
-        self._at += len(data)
-        return data
 
 
 @lru_cache(maxsize=256)
@@ -77,7 +51,9 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
     if path.suffix.lower() != ".mp3" or not size:
         return 0, b""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        first = _next_frame(data, _after_id3(data))
+        id3 = [byte & 0x7F for byte in data[6:10]] if data[:3] == b"ID3" else []
+        n_tag = 10 + sum(part << 7 * (3 - i) for i, part in enumerate(id3)) if id3 else 0
+        first = _next_frame(data, n_tag)
         if first < 0:
             return 0, b""
         head = bytearray(data[first : first + 4])
@@ -94,17 +70,8 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
                 at = _next_frame(data, at)
     head[1] |= 1  # no checksum
     head[2] = 9 << 4 | head[2] & 0b1100  # room for the header, no padding byte
-    body = (
-        bytes(head) + bytes(side) + b"Xing" + (1).to_bytes(4, "big") + n_frames.to_bytes(4, "big")
-    )
+    body = bytes(head) + bytes(side) + b"Xing" + struct.pack(">II", 1, n_frames)
     return first, body.ljust(_frame_bytes(body, 0), b"\0")
-
-
-def _after_id3(data: mmap.mmap) -> int:
-    """Where the sound begins behind an ID3v2 tag."""
-    if data[:3] != b"ID3":
-        return 0
-    return 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
 
 
 def _next_frame(data: mmap.mmap, at: int) -> int:
@@ -162,22 +129,17 @@ def to_mono(wave: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file sounds like from its first sample to its last.
+    """What a file sounds like from its first sample to its last."""
 
-    Attributes:
-        n_samples: how many could be read.
-        sample_rate: Hz.
-        peak: highest absolute value in any channel; not finite where a sample is not.
-        step_s: length of a step in seconds, a whole number of the file's samples.
-        steps: highest absolute value of each step, in any channel: opposite channels would cancel
-            in a mono mix `[step]`.
-    """
+    n_samples: int  # how many could be read
+    sample_rate: int  # Hz
+    step_s: float  # length of a step in seconds, a whole number of the file's samples
+    steps: np.ndarray  # [step]: highest absolute value in any channel (in a mix they may cancel)
 
-    n_samples: int
-    sample_rate: int
-    peak: float
-    step_s: float
-    steps: np.ndarray
+    @property
+    def peak(self) -> float:
+        """The highest absolute value in any channel."""
+        return float(self.steps.max(initial=0))
 
     @cached_property
     def keep(self) -> np.ndarray:
@@ -190,12 +152,9 @@ class Scan:
         return float(self.keep.sum()) * self.step_s
 
     def kept(self, n_samples: int, sample_rate: int, start_s: float = 0.0) -> np.ndarray:
-        """Which samples of a stretch to keep, bool `[sample]`.
+        """Which samples of a stretch that begins at `start_s` to keep, bool `[sample]`.
 
-        Args:
-            n_samples: length of the stretch.
-            sample_rate: Hz, not necessarily the file's.
-            start_s: where in the file it begins.
+        Its sample rate (Hz) is not necessarily the file's.
         """
         edges = (np.arange(len(self.keep) + 1) * self.step_s - start_s) * sample_rate
         edges = np.clip(np.round(edges).astype(int), 0, n_samples)
@@ -224,8 +183,7 @@ def scan(path: Path) -> Scan:
             n_samples += len(block)
             loud = np.abs(block).max(axis=1)
             steps.append(np.pad(loud, (0, -len(loud) % step)).reshape(-1, step).max(axis=1))
-        levels = np.concatenate(steps)
-        return Scan(n_samples, rate, float(levels.max(initial=0)), step / rate, levels)
+        return Scan(n_samples, rate, step / rate, np.concatenate(steps))
 
 
 def truncation(path: Path) -> str | None:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from lmd.data.codec_fit import Mono, mel_matrix, power
 from lmd.errors import LmdError
-from lmd.training.codec.losses import Mono, mel_matrix, power
 
 Embeddings = Float[np.ndarray, "sample size"]
 Probabilities = Float[np.ndarray, "clip label"]

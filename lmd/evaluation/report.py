@@ -11,8 +11,8 @@ import pandas as pd
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from lmd.checkpoint import write_atomic
 from lmd.evaluation.plan import ALL_METHODS, BY_EULER, FEW_STEPS, METHODS
+from lmd.outputs import write_atomic
 from lmd.show import plot_bands, plot_intervals
 
 Result = Mapping[str, Any]

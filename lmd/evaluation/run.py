@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from lmd.corpus.manifest import Corpus
-from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
 from lmd.evaluation.metrics import gaussian
 from lmd.evaluation.parts import ANCHORS, HELD_OUT, LONG_ANCHORS, VERSION, Evaluation
@@ -27,6 +26,7 @@ from lmd.evaluation.plan import BIN_S, Options, Unit, units_of
 from lmd.evaluation.report import write_report
 from lmd.evaluation.summary import anchor_rows, drift_row
 from lmd.machine import machine_dict, tune_allocator
+from lmd.outputs import check_apart, check_folder, check_outputs
 
 
 def main(options: Options) -> int:
@@ -34,8 +34,9 @@ def main(options: Options) -> int:
     for name in ("threads", "workers"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise LmdError(f"--{name} {value}", "at least 1", "Raise it.")
-    for folder in (options.out, options.parts):
-        check_folder_free(folder)
+    check_apart(out=options.out, parts=options.parts)
+    check_folder(options.parts)
+    check_outputs(json=options.out / "evaluation.json", json_key="rows", make_folders=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     tune_allocator()

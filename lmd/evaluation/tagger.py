@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lmd.checkpoint import Header, load_tensors
 from lmd.config import TaggerConfig
+from lmd.data.codec_fit import Mono, mel_matrix, power
 from lmd.errors import LmdError
 from lmd.model.weights import build_loaded
-from lmd.training.codec.losses import Mono, mel_matrix, power
 
 HOP = 1024  # samples of a feature frame, two mel frames in it
 N_MELS = 64

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd.corpus.analysis import MODES, PITCH_NAMES, key_strengths
-from lmd.training.codec.losses import Mono, power
+from lmd.data.codec_fit import Mono, power
 
 N_FFT = 4096
 LOW_HZ, HIGH_HZ = 80.0, 2000.0

@@ -19,13 +19,12 @@ from jinja2 import StrictUndefined, Template
 from torch import Tensor
 from tqdm import tqdm
 
-from lmd.checkpoint import load_codec, read_header, save_checkpoint, write_atomic
+from lmd.checkpoint import load_codec, read_header, save_checkpoint
 from lmd.codec.base import Codec
 from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
-from lmd.data.places import check_file_free
 from lmd.errors import LmdError
 from lmd.evaluation.clips import NEAR
 from lmd.evaluation.tagger import (
@@ -38,6 +37,7 @@ from lmd.evaluation.tagger import (
     tempo_bpm,
 )
 from lmd.machine import machine_dict, tune_allocator
+from lmd.outputs import check_outputs, write_atomic
 from lmd.rng import derive_seed, generator, normal
 
 STEP_DB, BOTTOM_DB = 0.5, -110.0  # levels are kept in bytes
@@ -80,7 +80,7 @@ def main(options: Options) -> int:
     """Fit, measure on held-out pieces, save with a model card beside it."""
     if options.steps < 1 or options.batch < 1 or (options.threads or 1) < 1:
         raise LmdError("--steps, --batch or --threads below 1", "at least 1", "Raise them.")
-    check_file_free(options.out)
+    check_outputs(out=options.out, make_folders=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     tune_allocator()

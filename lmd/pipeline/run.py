@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
+from lmd.outputs import check_folder
 from lmd.pipeline.notebook import OUTPUT, NotebookFailed, execute, parameters_of
 from lmd.pipeline.plan import PACKAGE, Options, Task, plan
 from lmd.pipeline.report import KINDS, read_metrics, versions, write_report
@@ -44,7 +44,7 @@ def run(options: Options) -> int:
             holds something else; nothing has been run then.
     """
     tasks = plan(options)
-    check_folder_free(options.folder)
+    check_folder(options.folder)
     current, began_s = Run(options.folder), time.perf_counter()
     is_done = all(_run_one(current, task, options) for task in tasks)  # stops at the first failure
     report = write_report(options.folder, options.profile, current.records)

@@ -8,7 +8,7 @@ import traitlets
 
 from lmd.config import REGIMES, WindowConfig
 from lmd.errors import LmdError
-from lmd.stream.controls import SEAMS, Controls, Prompt
+from lmd.stream.controls import BOUNDARIES, Controls, Prompt
 from lmd.stream.samplers import SAMPLERS
 
 PROMPT_NAMES = ("prompt_a", "prompt_b", "mix")
@@ -42,7 +42,7 @@ def fields_for(window: WindowConfig) -> list[dict[str, Any]]:
         _field("model choice", "sampler", "Sampler", "noise to music", choices=[*SAMPLERS]),
         _field("model choice", "regime", "Regime", "who sees whom", choices=[*REGIMES]),
         _field("model choice", "block_frames", "Block", "short answers sooner", choices=blocks),
-        _field("model choice", "boundary", "Boundary", "exact is later", choices=[*SEAMS]),
+        _field("model choice", "boundary", "Boundary", "exact is later", choices=[*BOUNDARIES]),
         _field("time range", "drop_context_frames", "Drop", "oldest frames of context", **context),
         _field("time number", "seed", "Seed", "of the noise", min=0, max=2**31 - 1, step=1),
         _field("time switch", "roll_seed", "roll it", "another seed for every block"),

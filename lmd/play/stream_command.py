@@ -113,7 +113,7 @@ def _check(options: Options) -> None:
         check_audio_path(options.output)
     if options.paced and options.play:
         raise LmdError("both --paced and --play", "one of them", "Drop one.")
-    check_outputs(output=options.output, take=options.take, json=options.json)
+    check_outputs(output=options.output, take=options.take, json=options.json, json_key="rtf_all")
 
 
 def _engine(options: Options, instrument: Instrument) -> LiveEngine:

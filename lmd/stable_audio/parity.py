@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmd.errors import LmdError
 from lmd.model.dit import Condition
+from lmd.outputs import check_outputs
 from lmd.stable_audio.weights import StableAudio, load_stable_audio, read_weights
 
 EXPECTED_FILE = "expected.safetensors"
@@ -122,6 +123,7 @@ class Options:
 
 def main(options: Options) -> int:
     """Print the table; 0 if every output agrees within the tolerance, else 1."""
+    check_outputs(json=options.json or None)
     loaded = load_stable_audio(options.folder, strict=not options.lenient)
     if not (options.folder / EXPECTED_FILE).is_file():
         raise LmdError(f"no {EXPECTED_FILE} in {options.folder}", "one", "Check the path.")

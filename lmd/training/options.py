@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from torch import Tensor
 
-from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
+from lmd.outputs import check_folder
 from lmd.training.draws import (
     BaseOptions,
     BatchIndices,
@@ -198,13 +198,13 @@ def check_options(options: Any) -> None:
     """Refuse numbers that mean nothing, or more than a machine can hold; and a bad `--out`.
 
     Raises:
-        LmdError: names the flag and what it may be.
+        LmdError: names the flag and what it may be; see `check_folder`.
     """
     for flag, value, _ in flags_of(options):
         low, high = LIMITS.get(flag, (-math.inf, math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise LmdError(f"--{flag} {value:g}", f"{low:g} to {high:g}", "Correct the number.")
-    check_folder_free(options.out)
+    check_folder(options.out)
 
 
 def flags_of(options: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -7,10 +7,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import read_header, write_atomic
+from lmd.checkpoint import read_header
 from lmd.config import preset, to_dict
 from lmd.data.encode import encoder_sha256
 from lmd.errors import LmdError
+from lmd.outputs import write_atomic
 from lmd.training.options import RunOptions
 
 OPTIONS = "options.json"

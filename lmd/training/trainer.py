@@ -21,9 +21,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lmd.checkpoint import Config, save_checkpoint, write_atomic
+from lmd.checkpoint import Config, save_checkpoint
 from lmd.errors import LmdError
 from lmd.machine import half_products, machine_dict, memory_gb
+from lmd.outputs import write_atomic
 from lmd.training.options import RunOptions
 from lmd.training.sharding import Sharding
 

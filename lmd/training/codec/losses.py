@@ -5,40 +5,18 @@ discriminator, least squares for the adversarial part, L1 for the features.
 """
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmd.codec.phase import Magnitude, Spectrum
+from lmd.data.codec_fit import mel_matrix
 
 LN10_OVER_10 = math.log(10) / 10
 WINDOWS = (512, 1024, 2048)  # samples, at which synthesised waves are compared and scored
 Scalar = Float[Tensor, ""]
-Mono = Float[Tensor, " sample"]
-
-
-def mel_matrix(
-    n_bins: int, sample_rate: int, n_mels: int = 80, low_hz: float = 30.0
-) -> Float[Tensor, "bin mel"]:
-    """Slaney's mel bands with weights that sum to 1, so that a band is an average power.
-
-    Bands narrower than a bin would be empty; each takes its nearest bin instead.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # empty bands are filled below
-        bands = torchaudio.functional.melscale_fbanks(
-            n_bins, low_hz, sample_rate / 2, n_mels, sample_rate, mel_scale="slaney"
-        )
-    empty = (bands.sum(0) == 0).nonzero()[:, 0].tolist()
-    for band in empty:
-        left = next((i for i in range(band, -1, -1) if bands[:, i].any()), None)
-        centre = int(bands[:, left].argmax()) if left is not None else 0
-        bands[centre, band] = 1.0
-    return bands / bands.sum(0)
 
 
 def bin_weights(n_bins: int, sample_rate: int) -> Float[Tensor, " bin"]:
@@ -46,13 +24,6 @@ def bin_weights(n_bins: int, sample_rate: int) -> Float[Tensor, " bin"]:
     hz = torch.linspace(0, sample_rate / 2, n_bins)
     weights = 1 / (24.7 * (4.37 * hz / 1000 + 1))
     return weights / weights.mean()
-
-
-def power(wave: Mono, n_fft: int, hop: int) -> Float[Tensor, "bin step"]:
-    """Power spectrogram with a Hann window, a full-scale sine at 1."""
-    window = torch.hann_window(n_fft, dtype=wave.dtype)
-    spectrum = torch.stft(wave, n_fft, hop, window=window, return_complex=True)
-    return spectrum.abs().square() * (2 / window.sum()) ** 2
 
 
 def mel_levels(power: Float[Tensor, "batch bin step"], mel: Tensor, floor_db: float) -> Tensor:
