@@ -18,11 +18,7 @@ SFC_SET_ADD_PEAK_CHUNK = 0x1050  # of sndfile.h
 
 
 def check_audio_path(path: Path) -> str:
-    """How samples are stored in a file of that name.
-
-    Raises:
-        LmdError: another ending than wav or flac, or a folder that does not exist.
-    """
+    """How samples are stored in a file of that name (`LmdError`: another ending, no folder)."""
     subtype = SUBTYPES.get(path.suffix.lower())
     if subtype is None:
         raise LmdError(f"the file name {path.name!r}", ".wav or .flac", "Change the name.")
@@ -35,13 +31,8 @@ class AudioFile:
     """A wav (float32, the very samples) or flac (24 bit) file; equal samples make equal files.
 
     Args:
-        path: the file.
-        sample_rate: in Hz.
-        channels: of the sound.
+        path, sample_rate, channels: of the file.
         limit_s: write no more than this many seconds.
-
-    Attributes:
-        written: samples in the file.
 
     Raises:
         LmdError: see `check_audio_path`; the file cannot be made; a limit that no wav file, or not
@@ -52,22 +43,17 @@ class AudioFile:
         self, path: str | Path, sample_rate: int, channels: int, limit_s: float = math.inf
     ) -> None:
         self.path, self.written, self._rate = Path(path), 0, sample_rate
-        is_wav = check_audio_path(self.path) == SUBTYPES[".wav"]
-        self._most = limit_s * sample_rate
-        self._room = MAX_WAV_BYTES // 4 // channels if is_wav else math.inf
-        if self._room < self._most < math.inf:
-            raise self._too_long(limit_s)
-        free = shutil.disk_usage(self.path.parent).free
-        if is_wav and free < self._most * 4 * channels < math.inf:
-            raise self._no_room(f"{free / 1e6:.0f} MB free for {limit_s:.0f} s")
+        subtype = check_audio_path(self.path)
+        self._most, self._room = limit_s * sample_rate, math.inf  # samples
+        if subtype == "FLOAT":
+            self._room = MAX_WAV_BYTES // 4 // channels
+            if self._room < self._most < math.inf:
+                raise self._too_long(limit_s)
+            free = shutil.disk_usage(self.path.parent).free
+            if free < self._most * 4 * channels < math.inf:
+                raise self._no_room(f"{free / 1e6:.0f} MB free for {limit_s:.0f} s")
         try:
-            self._file = soundfile.SoundFile(
-                self.path,
-                "w",
-                samplerate=sample_rate,
-                channels=channels,
-                subtype=SUBTYPES[self.path.suffix.lower()],
-            )
+            self._file = soundfile.SoundFile(self.path, "w", sample_rate, channels, subtype)
         except (OSError, soundfile.LibsndfileError) as error:
             raise LmdError(
                 f"{self.path} ({error})", "a file that can be written", "Choose another name."
@@ -112,20 +98,15 @@ class AudioFile:
 
 
 class Recorder:
-    """At most one file at a time; what is written while there is none is let go.
-
-    It may be started and stopped from any thread.
-    """
+    """At most one file at a time, started and stopped from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._file: AudioFile | None = None
         self._closed = False
 
-    def start(
-        self, path: str | Path, sample_rate: int, channels: int, limit_s: float = math.inf
-    ) -> Path:
-        """Write what comes from now on, or `limit_s` of it, to a wav or flac file; its path.
+    def start(self, *file: str | Path | float) -> Path:
+        """Write what comes from now on to a new `AudioFile`; its path.
 
         Raises:
             LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
@@ -135,7 +116,7 @@ class Recorder:
                 raise LmdError("a stream that has ended", "one that plays", "Start another first.")
             if self._file is not None:
                 raise LmdError("a recording under way", "none", "Stop it first.")
-            self._file = AudioFile(path, sample_rate, channels, limit_s)
+            self._file = AudioFile(*file)
             return self._file.path
 
     def write(self, samples: np.ndarray) -> str | None:

@@ -38,6 +38,7 @@ from lmd.play.pace import (
     Pacer,
     Trouble,
     advice_when_late,
+    level_db,
 )
 from lmd.play.play_queue import SinkReport
 from lmd.play.sinks import Sink
@@ -55,16 +56,11 @@ class LiveEngine:
     """Plays a streamer into a sink, on a thread of its own. One engine plays one take.
 
     Args:
-        streamer: makes the blocks.
-        sink: plays them.
-        controls: to begin with.
-        options: pacing; may be changed with `configure`.
+        streamer, sink: what makes the blocks and what plays them.
+        controls, options: to begin with (`LmdError` if they cannot be played).
         take: where to write what is played.
         on_event: called from the engine's threads with every block, applied change and trouble, and
             with the meters when the state changes; it must not take long.
-
-    Raises:
-        LmdError: controls that cannot be played.
     """
 
     def __init__(
@@ -95,8 +91,6 @@ class LiveEngine:
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
         self.failure: BaseException | None = None  # what ended the stream, if something did
-
-    # --- from any thread -------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin on a new thread, and return at once; an `LmdError` if it was started before."""
@@ -133,11 +127,7 @@ class LiveEngine:
             self._wake.set()
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End the stream and wait until its take and files are closed.
-
-        Raises:
-            RuntimeError: the stream had failed; its error is the cause.
-        """
+        """End the stream, its take and its files; a `RuntimeError` if the stream had failed."""
         self._stopping.set()
         self._wake.set()
         self.wait(timeout_s)
@@ -152,12 +142,9 @@ class LiveEngine:
         return self._thread is None or self._ended.wait(timeout_s)
 
     def record(self, path: str | Path, limit_s: float = math.inf) -> Path:
-        """Also write what is made from now on, or `limit_s` of it, to a wav or flac file.
+        """Also write what is made from now on to a file (`Recorder.start`, with its refusals).
 
         Should writing fail (a full disk), the recording ends and the music goes on.
-
-        Raises:
-            LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
         """
         return self._recorder.start(path, self._rate, self.streamer.codec.channels, limit_s)
 
@@ -180,8 +167,6 @@ class LiveEngine:
             error=self._error,
         )
 
-    # --- the engine's thread ---------------------------------------------------------------
-
     def run(self) -> None:
         """Play until stopped or until `limit_s`; `start` calls this on a thread."""
         self._check_is_new()
@@ -196,24 +181,19 @@ class LiveEngine:
         except Exception as failure:  # said in the panel, kept for `stop` to raise
             self._fail(failure)
         finally:
-            self._close()
+            for part in (self.take, self.sink, self._recorder, self.control_queue):
+                try:
+                    if part is not None:
+                        part.close()
+                except WRITING_FAILED as error:  # the others are finished though one should fail
+                    self._fail(error)
             self._ended.set()
 
     def _fail(self, failure: Exception) -> None:
         self.failure, self._error = failure, f"{type(failure).__name__}: {failure}"
         self._set_state("failed")
 
-    def _close(self) -> None:
-        """Finish everything, though one should fail."""
-        for part in (self.take, self.sink, self._recorder, self.control_queue):
-            try:
-                if part is not None:
-                    part.close()
-            except WRITING_FAILED as error:
-                self._fail(error)
-
     def _check_is_new(self) -> None:
-        """An engine plays once."""
         if self._state != "new" or self._thread not in (None, threading.current_thread()):
             raise LmdError(f"an engine that is {self._state!r}", "a new one", "Make another.")
 
@@ -240,7 +220,6 @@ class LiveEngine:
             self.sink.run(not self._held)
 
     def _drain(self) -> None:
-        """Let the sink play what it has."""
         self._count_underruns()
         self.sink.finish()
         self._let_sound()
@@ -248,20 +227,26 @@ class LiveEngine:
             self.sink.clock.sleep(min(left_s, NAP_S), self._stopping)
 
     def _make_one(self) -> None:
-        """One block from the controls to the sink, the take, the meters and the observers."""
         began_s = self.sink.clock.now()
         asked, changes = self.control_queue.take()
         controls = self._pacer.effective(asked, self._n_blocks)
         played, self._guarded = guarded_step(self.streamer, self._guarded, controls)
         made_s = self.sink.clock.now() - began_s
-        made = Made.of(
-            played,
-            controls,
+        block = played.block
+        made = Made(
             number=self._n_blocks,
             first_sample=self._n_samples,
+            n_samples=played.wave.shape[-1],
+            own_sample=self._n_samples + (block.own_from if block else 0),
             length_s=self._pacer.block_s(controls),
+            controls=controls,
             made_s=made_s,
+            dit_ms=block.dit_ms if block else 0.0,
+            decode_ms=block.decode_ms if block else 0.0,
             queued_s=self.sink.queued_s(),
+            level_db=level_db(played.wave),
+            limited_db=played.limited_db,
+            fault=played.fault,
         )
         self._count_underruns()
         self._note(lambda take: take.block(played, controls))
@@ -329,11 +314,7 @@ class LiveEngine:
 
 
 def wait_with_bar(engine: LiveEngine, seconds: float) -> None:
-    """Wait for the end behind a progress bar of seconds; an interrupt ends the stream, too.
-
-    Raises:
-        RuntimeError: the engine failed.
-    """
+    """Wait for the end behind a progress bar, then `stop`; an interrupt ends the stream, too."""
     try:
         with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
             has_ended = False

@@ -39,18 +39,11 @@ def limit(wave: Wave, gain_db: float, sample_rate: int) -> tuple[Wave, float]:
     """Turn down what is above full scale; what is not stays as it is, bit for bit.
 
     The gain is G[i] = min(G[i−1] + release, −20·log10 |x[i]|, 0) in dB, the same for all channels:
-    down at once, up by `RELEASE_DB_PER_S`.
-
-    Args:
-        wave: `[1, channel, sample]`.
-        gain_db: G before the first sample, so that cuts do not matter.
-        sample_rate: in Hz.
-
-    Returns:
-        The wave within −1…1, and G at its last sample.
+    down at once, up by `RELEASE_DB_PER_S`. `gain_db` is G before the first sample, so that cuts do
+    not matter. Returns the wave within −1…1, and G at its last sample.
     """
     peaks = wave.abs().amax(dim=(0, 1)).double()
-    if not len(peaks) or (gain_db == 0 and float(peaks.max()) <= 1):
+    if gain_db == 0 and float(peaks.max()) <= 1:
         return wave, gain_db
     rise = torch.arange(1, len(peaks) + 1, dtype=torch.float64) * RELEASE_DB_PER_S / sample_rate
     lowest = (-20 * peaks.clamp(min=1).log10() - rise).cummin(dim=0).values
@@ -64,7 +57,6 @@ def guarded_step(
     guarded: Guarded,
     controls: Controls,
     fault: str | None = None,
-    *,
     limited: bool = True,
 ) -> tuple[PlayedBlock, Guarded]:
     """The next block, or in place of a bad one the last good block faded to silence.
@@ -73,8 +65,7 @@ def guarded_step(
     since that state may itself be the reason. The first good block afterwards is faded in.
 
     Args:
-        streamer: makes the blocks.
-        guarded: from `Guarded(streamer.start())`, or from the step before.
+        streamer, guarded: `Guarded(streamer.start())`, or from the step before.
         controls: already validated.
         fault: take the block for bad, for this reason (to play a take again).
         limited: whether `limit` holds the wave within full scale.
@@ -96,16 +87,15 @@ def _good(
 ) -> tuple[PlayedBlock, Guarded]:
     """The block within full scale, faded in after a bad one."""
     rate = streamer.codec.sample_rate
-    wave, gain_db = block.wave.detach().float().cpu(), 0.0
-    loudest = float(wave.abs().max()) if wave.numel() else 0.0
-    if limited:
-        wave, gain_db = limit(wave, guarded.gain_db, rate)
+    wave, gain_db, limited_db = block.wave.detach().float().cpu(), guarded.gain_db, 0.0
+    if limited and wave.numel():
+        limited_db = 20 * math.log10(max(float(wave.abs().max()), 1.0))
+        wave, gain_db = limit(wave, gain_db, rate)
     played = wave
     if guarded.n_faults:
         n = min(round(FADE_IN_S * rate), wave.shape[-1])
         fade_in, _ = equal_power_fade(n, wave)
         played = torch.cat([wave[..., :n] * fade_in, wave[..., n:]], dim=-1)
-    limited_db = 20 * math.log10(max(loudest, 1.0)) if limited else 0.0
     return PlayedBlock(played, block, None, limited_db), Guarded(state, wave, 0, gain_db)
 
 

@@ -85,21 +85,16 @@ def main(options: Options) -> int:
     summary = summarize(engine, instrument)
     if options.json is not None:
         write_json(options.json, summary)
-    print(_in_words(summary, options.seconds))
+    meters = engine.meters()
+    words = f"{min(meters.played_s, options.seconds):.1f} s of music, "
+    words += f"{summary['rtf_all']:.2f}× real time, {meters.underruns} underruns"
+    if summary["limited_db"] > 0:
+        words += f", turned down by up to {summary['limited_db']:.0f} dB to full scale"
+    print(words + (f"; {meters.error}" if meters.error else ""))
     if was_interrupted:
         print("lmd stream: interrupted; what was written is finished", file=sys.stderr)
         return 130
-    return 1 if summary["meters"]["underruns"] or summary["faults"] or lost else 0
-
-
-def _in_words(summary: dict[str, Any], seconds: float) -> str:
-    """One line for a person."""
-    meters = summary["meters"]
-    words = [f"{min(meters['played_s'], seconds):.1f} s of music"]
-    words += [f"{summary['rtf_all']:.2f}× real time", f"{meters['underruns']} underruns"]
-    if summary["limited_db"] > 0:
-        words.append(f"turned down by up to {summary['limited_db']:.0f} dB to full scale")
-    return ", ".join(words) + (f"; {meters['error']}" if meters["error"] else "")
+    return int(bool(meters.underruns or summary["faults"] or lost))
 
 
 def _check(options: Options) -> None:
