@@ -29,17 +29,7 @@ from lmd.machine import release_idle_threads
 from lmd.play.audio_file import WRITING_FAILED, Recorder
 from lmd.play.control_queue import Change, ControlQueue
 from lmd.play.guard import Guarded, guarded_step
-from lmd.play.pace import (
-    AppliedChange,
-    EngineOptions,
-    Ledger,
-    Made,
-    Meters,
-    Pacer,
-    Trouble,
-    advice_when_late,
-    level_db,
-)
+from lmd.play.pace import AppliedChange, EngineOptions, Ledger, Made, Meters, Pacer, Trouble
 from lmd.play.play_queue import SinkReport
 from lmd.play.sinks import Sink
 from lmd.play.takes import TakeWriter, as_many_threads
@@ -244,7 +234,7 @@ class LiveEngine:
             dit_ms=block.dit_ms if block else 0.0,
             decode_ms=block.decode_ms if block else 0.0,
             queued_s=self.sink.queued_s(),
-            level_db=level_db(played.wave),
+            level_db=played.level_db,
             limited_db=played.limited_db,
             fault=played.fault,
         )
@@ -294,15 +284,15 @@ class LiveEngine:
         self._pacer.learn(made)
         if torch.get_num_threads() > 1 and self.ledger.is_starved(made.controls):
             torch.set_num_threads(1)  # threads that wait for each other wait for the neighbour
-            self._note(lambda take: take.threads(1))
+            self._note(lambda take: take.note(threads=1))
             self._trouble("threads", "Another program takes the cores: going on with one thread.")
 
     def _count_underruns(self) -> None:
         underruns = self.sink.report().underruns
         if underruns > self._seen_underruns:
-            self._note(lambda take: take.underrun())
+            self._note(lambda take: take.note(underrun=True))
             self._seen_underruns = underruns
-            self._trouble("underrun", advice_when_late(self.ledger.recent()))
+            self._trouble("underrun", self.ledger.advice_when_late())
 
     def _trouble(self, kind: str, message: str) -> None:
         self._error = message

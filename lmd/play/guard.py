@@ -34,6 +34,12 @@ class PlayedBlock:
     fault: str | None = None  # why not, in one line
     limited_db: float = 0.0  # by how much the limiter turned it down, at most
 
+    @property
+    def level_db(self) -> float:
+        """RMS level in dB under full scale; −120 for silence, and where there is no sample."""
+        power = float(self.wave.square().mean()) if self.wave.numel() else 0.0
+        return 10 * math.log10(max(power, 1e-12))
+
 
 def limit(wave: Wave, gain_db: float, sample_rate: int) -> tuple[Wave, float]:
     """Turn down what is above full scale; what is not stays as it is, bit for bit.
@@ -76,7 +82,7 @@ def guarded_step(
         except LmdError as error:
             fault = str(error)
         else:
-            if bool(torch.isfinite(block.latents).all() and torch.isfinite(block.wave).all()):
+            if torch.isfinite(block.latents).all() and torch.isfinite(block.wave).all():
                 return _good(streamer, guarded, block, state, limited)
             fault = f"block {block.index} holds numbers that are not finite"
     return _replaced(streamer, guarded, controls, fault)
@@ -107,13 +113,11 @@ def _replaced(
     Backwards it begins with the sample that was heard last, so there is no click.
     """
     codec = streamer.codec
-    n_samples = controls.block_frames * codec.samples_per_frame
-    wave = torch.zeros(1, codec.channels, n_samples)
+    wave = torch.zeros(1, codec.channels, controls.block_frames * codec.samples_per_frame)
     if guarded.last_wave is not None and not guarded.n_faults:
-        n = min(n_samples, guarded.last_wave.shape[-1])
+        n = min(wave.shape[-1], guarded.last_wave.shape[-1])
         _, fade_out = equal_power_fade(n, wave)
         wave[..., :n] = guarded.last_wave.flip(-1)[..., :n] * fade_out
-    n_faults = guarded.n_faults + 1
-    state = streamer.start() if n_faults > 1 else guarded.state
-    after = Guarded(state, guarded.last_wave, n_faults)
+    state = streamer.start() if guarded.n_faults else guarded.state
+    after = Guarded(state, guarded.last_wave, guarded.n_faults + 1)
     return PlayedBlock(wave, None, fault), after

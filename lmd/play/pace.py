@@ -15,7 +15,6 @@ from lmd.errors import LmdError
 from lmd.play.control_queue import MAX_LIVE_STEPS, Change
 from lmd.play.play_queue import SinkReport
 from lmd.rng import derive_seed
-from lmd.shapes import Wave
 from lmd.stream.controls import Controls
 
 SAFETY_S = 0.04  # left in the queue when a block arrives, or a quarter of its cost
@@ -126,45 +125,6 @@ def affordable_steps(made: Made) -> int:
     return max(1, math.floor(left_s / steps_s * made.controls.n_steps))
 
 
-def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
-    """Lines on what would make such blocks cheap enough, cheapest loss first; none if they are."""
-    good = [made for made in recent if made.fault is None]
-    if not good or median(made.rtf for made in good) > 1 / HEADROOM:
-        return ()
-    last, rtf = good[-1], median(made.rtf for made in good)
-    controls, lines = last.controls, []
-    steps = affordable_steps(last)
-    if steps < controls.n_steps:
-        saved_s = last.dit_ms / 1e3 * (1 - steps / controls.n_steps)
-        effect = "would keep up" if last.made_s - saved_s < last.length_s else "would help"
-        lines.append(f"fewer steps: {steps} instead of {controls.n_steps} {effect}")
-    if controls.is_guided:
-        lines.append("guidance off (1): every step then runs one branch instead of two")
-    if controls.regime != "block-causal":
-        lines.append("the block-causal regime: it computes the context once, not at every block")
-    if last.decode_ms > last.dit_ms:
-        lines.append("longer blocks: decoding costs more than denoising, and its margin per block")
-    lines.append("other programs: close what else uses the processor")
-    return (f"Blocks come at {rtf:.2f}× real time. What would help:", *lines)
-
-
-def advice_when_late(recent: Sequence[Made]) -> str:
-    """What to say when the queue has run dry."""
-    once = "One block came late; if it happens again, choose a longer queue."
-    lines = [*advice_for(recent)] or [once]
-    if not lmd.SPIN_IS_LIMITED:
-        lines.append("Import lmd before torch: waiting threads then leave the cores to others.")
-    return " ".join(lines)
-
-
-def too_loud(recent: Sequence[Made]) -> tuple[str, ...]:
-    """A line for a person while the limiter acts; nothing if it does not."""
-    if not recent or recent[-1].limited_db < 0.1:
-        return ()
-    over = f"{recent[-1].limited_db:.0f} dB over full scale and is turned down"
-    return (f"The model plays {over}. Less guidance or more steps would help.",)
-
-
 class Ledger:
     """What was made and applied, kept for meters, charts and pacing; safe between threads."""
 
@@ -207,10 +167,44 @@ class Ledger:
         with self._lock:
             return [a.latency_ms for a in self.applied if a.latency_ms is not None]
 
+    def advice(self) -> tuple[str, ...]:
+        """What would make such blocks cheap enough, cheapest loss first; nothing if they are."""
+        good = [made for made in self.recent() if made.fault is None]
+        if not good or median(made.rtf for made in good) > 1 / HEADROOM:
+            return ()
+        last, rtf = good[-1], median(made.rtf for made in good)
+        controls, lines = last.controls, []
+        steps = affordable_steps(last)
+        if steps < controls.n_steps:
+            saved_s = last.dit_ms / 1e3 * (1 - steps / controls.n_steps)
+            effect = "would keep up" if last.made_s - saved_s < last.length_s else "would help"
+            lines.append(f"fewer steps: {steps} instead of {controls.n_steps} {effect}")
+        if controls.is_guided:
+            lines.append("guidance off (1): every step then runs one branch instead of two")
+        if controls.regime != "block-causal":
+            lines.append("the block-causal regime: it computes the context once, not per block")
+        if last.decode_ms > last.dit_ms:
+            lines.append("longer blocks: decoding, with its margin per block, costs most")
+        lines.append("other programs: close what else uses the processor")
+        return (f"Blocks come at {rtf:.2f}× real time. What would help:", *lines)
+
+    def advice_when_late(self) -> str:
+        """What to say when the queue has run dry."""
+        once = "One block came late; if it happens again, choose a longer queue."
+        lines = [*self.advice()] or [once]
+        if not lmd.SPIN_IS_LIMITED:
+            lines.append("Import lmd before torch: waiting threads then leave the cores to others.")
+        return " ".join(lines)
+
     def meters(self, report: SinkReport, sample_rate: int, **present: Any) -> Meters:
         """The meters: `present` holds what only the engine knows."""
         recent, latencies = self.recent(), self.latencies_ms()
+        advice = self.advice()
         if recent:
+            if recent[-1].limited_db >= 0.1:
+                over = f"{recent[-1].limited_db:.0f} dB over full scale and is turned down"
+                help_ = "Less guidance or more steps would help."
+                advice = (f"The model plays {over}. {help_}", *advice)
             present |= {n: median(getattr(m, n) for m in recent) for n in MEDIANS}
             present |= {n: getattr(recent[-1], n) for n in ("level_db", "limited_db")}
             present["n_steps"] = recent[-1].controls.n_steps
@@ -221,7 +215,7 @@ class Ledger:
             n_changes=len(latencies),
             latency_p50_ms=percentile(latencies, 50),
             latency_p95_ms=percentile(latencies, 95),
-            advice=(*too_loud(recent), *advice_for(recent)),
+            advice=advice,
             **present,
         )
 
@@ -262,11 +256,3 @@ class Pacer:
         affordable = affordable_steps(made)
         fits = affordable >= made.controls.n_steps
         self._steps_cap = min(affordable, self._steps_cap + 1) if fits else affordable
-
-
-def level_db(wave: Wave) -> float:
-    """RMS level in dB under full scale; −120 for silence, and where there is no sample."""
-    if not wave.numel():
-        return -120.0
-    rms = float(wave.float().square().mean().sqrt())
-    return 20 * math.log10(max(rms, 1e-6))

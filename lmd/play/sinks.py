@@ -47,17 +47,23 @@ class Sink:
 class QueueSink(Sink):
     """What the sinks of this process share: a `PlayQueue` that something pulls from."""
 
+    def _advance(self) -> None:
+        """Play what is due, where nobody else does."""
+
     def open(self, sample_rate: int, channels: int) -> None:
         self.sample_rate = sample_rate
         self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
 
     def write(self, samples: np.ndarray) -> None:
+        self._advance()
         self.queue.push(samples)
 
     def queued_s(self) -> float:
+        self._advance()
         return self.queue.level / self.sample_rate
 
     def report(self) -> SinkReport:
+        self._advance()
         return self.queue.report(self.sample_rate)
 
     def finish(self) -> None:
@@ -76,7 +82,6 @@ class NullSink(QueueSink):
         self._since, self._pulled = self.clock.now(), 0
 
     def _advance(self) -> None:
-        """Play what is due by the clock."""
         with self._lock:
             if not self._running:
                 return
@@ -85,23 +90,11 @@ class NullSink(QueueSink):
                 self._pulled += due
                 self.queue.pull(due)
 
-    def write(self, samples: np.ndarray) -> None:
-        self._advance()
-        super().write(samples)
-
-    def queued_s(self) -> float:
-        self._advance()
-        return super().queued_s()
-
     def run(self, running: bool) -> None:
         self._advance()
         if running and not self._running:
             self._since, self._pulled = self.clock.now(), 0
         self._running = running
-
-    def report(self) -> SinkReport:
-        self._advance()
-        return super().report()
 
     def close(self) -> None:
         self.run(False)
@@ -130,12 +123,9 @@ class SoundCardSink(QueueSink):
     def open(self, sample_rate: int, channels: int) -> None:
         super().open(sample_rate, channels)
         try:
+            options = {"dtype": "float32", "device": self._device, "callback": self._callback}
             self._stream = self._library.OutputStream(
-                samplerate=sample_rate,
-                channels=channels,
-                dtype="float32",
-                device=self._device,
-                callback=self._callback,
+                samplerate=sample_rate, channels=channels, **options
             )
         except self._library.PortAudioError as error:
             raise LmdError(

@@ -117,9 +117,8 @@ class TakeWriter:
         try:
             self._file = self.path.open("x", encoding="utf-8")
         except OSError as error:
-            raise LmdError(
-                f"{self.path} ({error.strerror})", "a new file in a folder that exists", "Rename it"
-            ) from error
+            found = f"{self.path} ({error.strerror})"
+            raise LmdError(found, "a new file in a folder that exists", "Rename it.") from error
         self._previous: Controls | None = None
         self._hash, self._n_blocks, self._n_samples = SampleHash(), 0, 0
         self._line(dataclasses.asdict(header))
@@ -129,23 +128,22 @@ class TakeWriter:
             self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise LmdError(
-                f"{self.path} ({error.strerror})", "room on the disk", "Make some."
-            ) from error
+            found = f"{self.path} ({error.strerror})"
+            raise LmdError(found, "room on the disk", "Make some.") from error
 
-    def _event(self, **what: Any) -> None:
+    def note(self, **what: Any) -> None:
+        """Note something before the next block, e.g. `underrun=True` or `threads=1`."""
         self._line({"block": self._n_blocks, "sample": self._n_samples, **what})
 
     def block(self, played: PlayedBlock, controls: Controls) -> None:
         """Note a block: its controls if they are new, its fault if it had one, its samples."""
         if controls != self._previous:
-            before = self._previous
             values = dataclasses.asdict(controls)
-            known = dataclasses.asdict(before).items() if before else ()
-            self._event(controls={k: v for k, v in values.items() if (k, v) not in known})
+            known = dataclasses.asdict(self._previous).items() if self._previous else ()
+            self.note(controls={k: v for k, v in values.items() if (k, v) not in known})
             self._previous = controls
         if played.fault is not None:
-            self._event(fault=played.fault)
+            self.note(fault=played.fault)
         self._hash.update(played.wave)
         self._n_blocks += 1
         self._n_samples += played.wave.shape[-1]
@@ -154,14 +152,6 @@ class TakeWriter:
 
     def _count(self) -> dict[str, Any]:
         return {"blocks": self._n_blocks, "samples": self._n_samples}
-
-    def underrun(self) -> None:
-        """Note that the sink has run dry."""
-        self._event(underrun=True)
-
-    def threads(self, n_threads: int) -> None:
-        """Note that torch uses so many threads from the next block on."""
-        self._event(threads=n_threads)
 
     def close(self) -> None:
         """Write the last line; a take of no block at all is no take and leaves no file."""
