@@ -1,9 +1,7 @@
-"""Sound files that grow while they are written, and a recording beside the music."""
+"""Sound files that grow while they are written."""
 
-import contextlib
 import math
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -95,54 +93,3 @@ class AudioFile:
             f"at most {self._room / self._rate:.0f} s, since a wav file ends at 4 GiB",
             "Write a .flac file, or less at a time.",
         )
-
-
-class Recorder:
-    """At most one file at a time, started and stopped from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._file: AudioFile | None = None
-        self._closed = False
-
-    def start(self, *file: str | Path | float) -> Path:
-        """Write what comes from now on to a new `AudioFile`; its path.
-
-        Raises:
-            LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
-        """
-        with self._lock:
-            if self._closed:  # nobody would finish the file
-                raise LmdError("a stream that has ended", "one that plays", "Start another first.")
-            if self._file is not None:
-                raise LmdError("a recording under way", "none", "Stop it first.")
-            self._file = AudioFile(*file)
-            return self._file.path
-
-    def write(self, samples: np.ndarray) -> str | None:
-        """Append `[channel, sample]` to the file, if there is one; why it ended, if it had to."""
-        with self._lock:
-            try:
-                if self._file is not None:
-                    self._file.write(samples)
-                return None
-            except WRITING_FAILED as error:
-                file, self._file = self._file, None
-                with contextlib.suppress(*WRITING_FAILED):
-                    file.close()
-                return str(error)
-
-    def stop(self) -> Path | None:
-        """Finish the file, if there is one; its path."""
-        with self._lock:
-            file, self._file = self._file, None
-        if file is None:
-            return None
-        file.close()
-        return file.path
-
-    def close(self) -> None:
-        """Finish the file; no other can be started."""
-        with self._lock:
-            self._closed = True
-        self.stop()

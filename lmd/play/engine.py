@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lmd.errors import LmdError
 from lmd.machine import release_idle_threads
-from lmd.play.audio_file import WRITING_FAILED, Recorder
+from lmd.play.audio_file import WRITING_FAILED, AudioFile
 from lmd.play.control_queue import Change, ControlQueue
 from lmd.play.guard import Guarded, guarded_step
 from lmd.play.pace import AppliedChange, EngineOptions, Ledger, Made, Meters, Pacer, Trouble
@@ -73,7 +73,9 @@ class LiveEngine:
         )
         self._wake, self._stopping, self._ended = (threading.Event() for _ in range(3))
         self._thread: threading.Thread | None = None
-        self.ledger, self._recorder = Ledger(), Recorder()
+        self.ledger = Ledger()
+        self.recording: AudioFile | None = None
+        self._files = threading.Lock()  # a recording is begun and ended by any thread
         self._rate = streamer.codec.sample_rate
         frame_s = streamer.codec.samples_per_frame / self._rate
         self._pacer = Pacer(options or EngineOptions(), self.ledger, frame_s)
@@ -132,15 +134,29 @@ class LiveEngine:
         return self._thread is None or self._ended.wait(timeout_s)
 
     def record(self, path: str | Path, limit_s: float = math.inf) -> Path:
-        """Also write what is made from now on to a file (`Recorder.start`, with its refusals).
+        """Also write what is made from now on, or `limit_s` of it, to a file; its path.
 
         Should writing fail (a full disk), the recording ends and the music goes on.
+
+        Raises:
+            LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
         """
-        return self._recorder.start(path, self._rate, self.streamer.codec.channels, limit_s)
+        with self._files:
+            if self._state in ("stopped", "failed"):  # nobody would finish the file
+                raise LmdError("a stream that has ended", "one that plays", "Start another first.")
+            if self.recording is not None:
+                raise LmdError("a recording under way", "none", "Stop it first.")
+            self.recording = AudioFile(path, self._rate, self.streamer.codec.channels, limit_s)
+            return self.recording.path
 
     def stop_recording(self) -> Path | None:
         """Finish the recording, if there is one; its path."""
-        return self._recorder.stop()
+        with self._files:
+            file, self.recording = self.recording, None
+        if file is None:
+            return None
+        file.close()
+        return file.path
 
     def meters(self) -> Meters:
         """Where the stream is and how it keeps up."""
@@ -171,7 +187,9 @@ class LiveEngine:
         except Exception as failure:  # said in the panel, kept for `stop` to raise
             self._fail(failure)
         finally:
-            for part in (self.take, self.sink, self._recorder, self.control_queue):
+            with self._files:
+                recording, self.recording = self.recording, None
+            for part in (self.take, self.sink, recording, self.control_queue):
                 try:
                     if part is not None:
                         part.close()
@@ -239,11 +257,10 @@ class LiveEngine:
             fault=played.fault,
         )
         self._count_underruns()
-        self._note(lambda take: take.block(played, controls))
+        self._write("take", lambda take: take.block(played, controls))
         samples = played.wave[0].numpy()
         self.sink.write(samples)
-        if (why := self._recorder.write(samples)) is not None:
-            self._trouble("recording", f"The recording ended: {why}")
+        self._write("recording", lambda file: file.write(samples))
         if played.fault is not None:
             self.control_queue.give_back(asked, changes)
             changes = []
@@ -255,17 +272,20 @@ class LiveEngine:
         for event in (made, *applied):
             self.on_event(event)
 
-    def _note(self, line: Callable[[TakeWriter], None]) -> None:
-        """Write something into the take; should that fail, the take ends and the music goes on."""
-        if self.take is None:
-            return
-        try:
-            line(self.take)
-        except WRITING_FAILED as error:
-            take, self.take = self.take, None
+    def _write(self, kind: str, write: Callable[[Any], None]) -> None:
+        """Write to the take or the recording; should that fail, it ends and the music goes on."""
+        with self._files:
+            file = getattr(self, kind)
+            try:
+                if file is not None:
+                    write(file)
+                return
+            except WRITING_FAILED as error:
+                why = str(error)
+            setattr(self, kind, None)
             with contextlib.suppress(*WRITING_FAILED):
-                take.close()
-            self._trouble("take", f"The take ended: {error}")
+                file.close()
+        self._trouble(kind, f"The {kind} ended: {why}")
 
     def _applied(self, change: Change, made: Made) -> AppliedChange:
         latency_ms = None
@@ -284,13 +304,13 @@ class LiveEngine:
         self._pacer.learn(made)
         if torch.get_num_threads() > 1 and self.ledger.is_starved(made.controls):
             torch.set_num_threads(1)  # threads that wait for each other wait for the neighbour
-            self._note(lambda take: take.note(threads=1))
+            self._write("take", lambda take: take.note(threads=1))
             self._trouble("threads", "Another program takes the cores: going on with one thread.")
 
     def _count_underruns(self) -> None:
         underruns = self.sink.report().underruns
         if underruns > self._seen_underruns:
-            self._note(lambda take: take.note(underrun=True))
+            self._write("take", lambda take: take.note(underrun=True))
             self._seen_underruns = underruns
             self._trouble("underrun", self.ledger.advice_when_late())
 

@@ -48,7 +48,6 @@ class LivePlayer(PlayerTraits):
     """A stream with sliders, meters and a picture.
 
     Args:
-        instrument: from `open_instrument`.
         controls: to begin with; a prompt of two parts sets both texts and the mix.
         sink: `browser`, `null` (heard by nobody: for papermill) or `soundcard`.
         take_folder: where takes and recordings are written; made if missing.
@@ -134,7 +133,6 @@ class LivePlayer(PlayerTraits):
 
         Raises:
             LmdError: with the browser as sink, which a waiting kernel could not serve.
-            RuntimeError: the engine failed.
         """
         if self.sink == "browser":
             raise LmdError("play_for with sink 'browser'", "'null' or 'soundcard'", "Press Play.")
