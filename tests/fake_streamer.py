@@ -8,10 +8,12 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from lmd.config import WindowConfig
 from lmd.model.text import HashTextEncoder
+from lmd.play.sinks import NullSink
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Block, Streamer, StreamState
 
@@ -42,6 +44,25 @@ class VirtualClock:
 
     def sleep(self, seconds: float, wake: threading.Event) -> None:
         self.spend(max(seconds, 1e-6))
+
+
+class KeepingSink(NullSink):
+    """Plays to a test."""
+
+    def open(self, sample_rate: int, channels: int) -> None:
+        super().open(sample_rate, channels)
+        self.kept, pull = [], self.queue.pull
+
+        def keep(n: int) -> np.ndarray:
+            self.kept.append(pull(n))
+            return self.kept[-1]
+
+        self.queue.pull = keep  # type: ignore[method-assign]
+
+    def heard(self) -> np.ndarray:
+        """Everything played so far, silence and fades included, `[channel, sample]`."""
+        self.report()
+        return np.concatenate(self.kept, axis=-1)
 
 
 class FakeCodec:

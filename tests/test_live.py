@@ -22,6 +22,7 @@ from fake_streamer import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
     FakeStreamer,
+    KeepingSink,
     LoudStreamer,
     VirtualClock,
     tone_hz,
@@ -34,7 +35,7 @@ from lmd.play.audio_file import AudioFile
 from lmd.play.control_queue import ControlQueue
 from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.guard import Guarded, guarded_step, limit
-from lmd.play.pace import JITTER, Made, Trouble, affordable_steps, percentile
+from lmd.play.pace import JITTER, SAFETY_S, Made, Trouble, affordable_steps, percentile
 from lmd.play.play_queue import FADE_S, PlayQueue, SkippingClock
 from lmd.play.sinks import BrowserSink, NullSink, Sink, SoundCardSink
 from lmd.play.takes import TakeWriter, header_of, play_again, read_take
@@ -52,12 +53,12 @@ def play(
     controls: Controls | None = None,
     before: Callable[[LiveEngine, VirtualClock], None] = lambda engine, clock: None,
     streamer: FakeStreamer | None = None,
-) -> tuple[LiveEngine, NullSink, list[object]]:
+) -> tuple[LiveEngine, KeepingSink, list[object]]:
     """Play to the end in virtual time, in this thread."""
     clock, events = VirtualClock(), []
     streamer = streamer or FakeStreamer(clock, cost_s)
     streamer.clock = clock
-    sink = NullSink(clock, keep=True)
+    sink = KeepingSink(clock)
     engine = LiveEngine(streamer, sink, controls, options, on_event=events.append)
     before(engine, clock)
     engine.run()
@@ -139,7 +140,7 @@ def test_a_stall_is_counted_faded_and_over_within_two_blocks(stall_blocks: float
     troubles = [e for e in events if isinstance(e, Trouble) and e.kind == "underrun"]
     assert len(troubles) == 1
     # Silence lasts as long as the stall, less what was left in the queue.
-    left_s = max(options.safety_s, JITTER * ordinary_s)
+    left_s = max(SAFETY_S, JITTER * ordinary_s)
     assert meters.silent_s == pytest.approx(stall_blocks * BLOCK_S - left_s, abs=0.01)
     # No click: the fake's sine moves by at most its slope between samples.
     slope = 0.25 * 2 * np.pi * tone_hz(Controls()) / SAMPLE_RATE
@@ -717,7 +718,6 @@ def test_an_encoder_that_breaks_is_told_and_the_next_text_is_encoded() -> None:
         (lambda folder: AudioFile(folder / "no" / "x.wav", 8000, 1), "existing folder"),
         (lambda folder: EngineOptions(queue_s=-1), "0 or more"),
         (lambda folder: EngineOptions(limit_s=True), "0 or more"),
-        (lambda folder: NullSink().heard(), "keep=True"),
         (lambda folder: LiveEngine(FakeStreamer(), NullSink(), Controls(n_steps=65)), "1 to 64"),
     ],
 )

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lmd.codec.base import DecodeState, StreamingCodec, decode_block, equal_power_fade
 from lmd.codec.oobleck import random_codec
@@ -22,6 +23,7 @@ from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.text import HashTextEncoder
 from lmd.model.weights import fingerprint
+from lmd.pretrained import open_instrument
 from lmd.rng import normal
 from lmd.stream.controls import Controls, crossfade
 from lmd.stream.samplers import SAMPLERS
@@ -232,8 +234,67 @@ def test_given_audio_becomes_the_context_and_the_stream_joins_it():
     assert torch.equal(short.context[..., 19:], HoldCodec().encode(wave[..., : 8 * 5]))
     block, _ = stream.step(state, BASE)
     whole = torch.cat([state.context, block.latents], dim=-1)
-    expected = HoldCodec().decode(whole)[..., 24 * 8 : 28 * 8]
+    expected = HoldCodec().decode(whole)[..., 24 * 8 : 28 * 8].clone()
+    fade_in, fade_out = equal_power_fade(16, expected)  # 20 ms
+    expected[..., :16] = expected[..., :16] * fade_in + wave[..., -16:].flip(-1) * fade_out
     torch.testing.assert_close(block.wave, expected)
+
+
+@pytest.mark.parametrize("boundary", ["exact", "fade"])
+def test_given_audio_and_the_stream_after_it_join_without_a_step(boundary):
+    instrument = open_instrument("random:tiny:0")
+    stream, rate = instrument.streamer, instrument.streamer.codec.sample_rate
+    t = torch.arange(rate) / rate
+    for phase in (0.0, 1.0, 1.6, 4.0):
+        wave = 0.6 * torch.sin(2 * torch.pi * 220 * t + phase)
+        inside = float(wave.diff().abs().max())
+        state = stream.start(context=wave)
+        controls = replace(instrument.controls("organ"), n_steps=1, boundary=boundary)
+        block, _ = stream.step(state, controls)
+        loudest = float(block.wave.abs().max())
+        step = float((block.wave[0, 0, 0] - wave[-1]).abs())
+        assert step < 0.01 * inside + 0.004 * loudest
+
+
+GIVEN = normal((1, 1, 8 * 40), 0, "given").clamp(-0.99, 0.99)
+AS_INT16 = (GIVEN * 2**15).to(torch.int16)
+
+
+@pytest.mark.parametrize(
+    ("audio", "expected"),
+    [
+        (AS_INT16, AS_INT16 / 2**15),
+        (AS_INT16.numpy(), AS_INT16 / 2**15),
+        (AS_INT16[0, 0].numpy().astype(">i2"), AS_INT16 / 2**15),
+        (AS_INT16.to(torch.int32) * 2**16, AS_INT16 / 2**15),
+        (GIVEN.double(), GIVEN),
+        (GIVEN.clone().requires_grad_(), GIVEN),
+        (GIVEN.half(), GIVEN.half().float()),
+        (GIVEN[0], GIVEN),
+        (GIVEN[0, 0], GIVEN),
+        (GIVEN.numpy()[..., ::-1], GIVEN.flip(-1)),
+        (GIVEN.tolist(), GIVEN),
+    ],
+)
+def test_given_audio_may_be_of_any_kind_that_says_its_scale(audio, expected):
+    state = streamer().start(context=audio)
+    assert torch.equal(state.context, streamer().start(context=expected).context)
+    assert state.context.dtype == torch.float32
+
+
+def test_given_audio_goes_to_where_the_codec_computes():
+    class Elsewhere(HoldCodec):
+        device = torch.device("meta")
+
+        def encode(self, wave):
+            assert wave.device == self.device
+            return torch.zeros(1, 4, wave.shape[-1] // 8)
+
+    stream = streamer()
+    stream.codec = Elsewhere()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "__bool__", lambda self: True)  # a meta tensor has no values
+        assert stream.start(context=GIVEN).context.shape == (1, 4, 24)
 
 
 # --- decoding -------------------------------------------------------------------------------
@@ -410,6 +471,15 @@ def test_bad_controls_are_refused_and_the_state_goes_on(name):
         (torch.full((1, 1, 80), float("nan")), "finite"),
         (torch.zeros(1, 2, 80), "[batch, 1, sample]"),
         (torch.zeros(1, 1, 3), "at least 8 samples"),
+        (torch.zeros(80, 1), "[1, sample]"),
+        (torch.zeros(2, 80), "[1, sample]"),
+        (torch.zeros(0, 1, 80), "[1, sample]"),
+        (torch.tensor(0.5), "[1, sample]"),
+        ([0] * 80, "int16 or int32"),
+        (torch.zeros(1, 1, 80, dtype=torch.uint8), "int16 or int32"),
+        (torch.full((1, 1, 80), 32767.0), "more than 10 times full scale"),
+        ([[0.0] * 80, [0.0]], "a tensor or an array"),
+        ("music.wav", "a tensor or an array"),
     ],
 )
 def test_bad_context_audio_is_refused(wave, message):

@@ -29,7 +29,7 @@ from lmd.machine import machine_dict
 from lmd.outputs import check_outputs, write_json
 from lmd.play.engine import EngineOptions, LiveEngine
 from lmd.play.pace import Made, percentile
-from lmd.play.play_queue import Clock, SkippingClock, WallClock
+from lmd.play.play_queue import SkippingClock, WallClock
 from lmd.play.player_traits import PROMPTS
 from lmd.play.sinks import NullSink
 from lmd.pretrained import Instrument, open_instrument
@@ -41,7 +41,7 @@ LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
 SETTABLE = ("n_steps", "block_frames", "boundary")
 
 
-def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Clock) -> dict:
+def paced(instrument: Instrument, controls: Controls, seconds: float, clock: WallClock) -> dict:
     """A stream by the clock; the aim: no underrun, and a queue never under a quarter."""
     engine = LiveEngine(
         instrument.streamer, NullSink(clock), controls, EngineOptions(limit_s=seconds)
@@ -53,7 +53,7 @@ def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Clo
 
 
 def latency(
-    instrument: Instrument, controls: Controls, n_changes: int, clock: Callable[[], Clock]
+    instrument: Instrument, controls: Controls, n_changes: int, clock: Callable[[], WallClock]
 ) -> dict:
     """Slider to sound with a queue of one block, for several block lengths."""
     rows = {}
@@ -81,7 +81,7 @@ def latency(
 class RandomChanges:
     """A clock that asks for another seed at random moments while it waits."""
 
-    def __init__(self, rng: random.Random, block_s: float, clock: Clock) -> None:
+    def __init__(self, rng: random.Random, block_s: float, clock: WallClock) -> None:
         self.engine: LiveEngine | None = None
         self._rng, self._block_s, self._clock = rng, block_s, clock
         self._next_s, self._seed = clock.now() + 8 * block_s, 0
@@ -114,7 +114,7 @@ class _Stalling(Streamer):
         return super().step(state, controls)
 
 
-def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], Clock]) -> dict:
+def stalls(instrument: Instrument, controls: Controls, clock: Callable[[], WallClock]) -> dict:
     """Stalls with a queue of one block: counts, silence, depth before and after."""
     rows = {}
     block_s = controls.block_frames * frame_s(instrument.streamer)

@@ -1,9 +1,7 @@
-"""Sound files that grow while they are written, and a recording beside the music."""
+"""Sound files that grow while they are written."""
 
-import contextlib
 import math
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,7 @@ SFC_SET_ADD_PEAK_CHUNK = 0x1050  # of sndfile.h
 
 
 def check_audio_path(path: Path) -> str:
-    """How samples are stored in a file of that name.
-
-    Raises:
-        LmdError: another ending than wav or flac, or a folder that does not exist.
-    """
+    """How samples are stored in a file of that name (`LmdError`: another ending, no folder)."""
     subtype = SUBTYPES.get(path.suffix.lower())
     if subtype is None:
         raise LmdError(f"the file name {path.name!r}", ".wav or .flac", "Change the name.")
@@ -35,13 +29,8 @@ class AudioFile:
     """A wav (float32, the very samples) or flac (24 bit) file; equal samples make equal files.
 
     Args:
-        path: the file.
-        sample_rate: in Hz.
-        channels: of the sound.
+        path, sample_rate, channels: of the file.
         limit_s: write no more than this many seconds.
-
-    Attributes:
-        written: samples in the file.
 
     Raises:
         LmdError: see `check_audio_path`; the file cannot be made; a limit that no wav file, or not
@@ -52,22 +41,17 @@ class AudioFile:
         self, path: str | Path, sample_rate: int, channels: int, limit_s: float = math.inf
     ) -> None:
         self.path, self.written, self._rate = Path(path), 0, sample_rate
-        is_wav = check_audio_path(self.path) == SUBTYPES[".wav"]
-        self._most = limit_s * sample_rate
-        self._room = MAX_WAV_BYTES // 4 // channels if is_wav else math.inf
-        if self._room < self._most < math.inf:
-            raise self._too_long(limit_s)
-        free = shutil.disk_usage(self.path.parent).free
-        if is_wav and free < self._most * 4 * channels < math.inf:
-            raise self._no_room(f"{free / 1e6:.0f} MB free for {limit_s:.0f} s")
+        subtype = check_audio_path(self.path)
+        self._most, self._room = limit_s * sample_rate, math.inf  # samples
+        if subtype == "FLOAT":
+            self._room = MAX_WAV_BYTES // 4 // channels
+            if self._room < self._most < math.inf:
+                raise self._too_long(limit_s)
+            free = shutil.disk_usage(self.path.parent).free
+            if free < self._most * 4 * channels < math.inf:
+                raise self._no_room(f"{free / 1e6:.0f} MB free for {limit_s:.0f} s")
         try:
-            self._file = soundfile.SoundFile(
-                self.path,
-                "w",
-                samplerate=sample_rate,
-                channels=channels,
-                subtype=SUBTYPES[self.path.suffix.lower()],
-            )
+            self._file = soundfile.SoundFile(self.path, "w", sample_rate, channels, subtype)
         except (OSError, soundfile.LibsndfileError) as error:
             raise LmdError(
                 f"{self.path} ({error})", "a file that can be written", "Choose another name."
@@ -109,59 +93,3 @@ class AudioFile:
             f"at most {self._room / self._rate:.0f} s, since a wav file ends at 4 GiB",
             "Write a .flac file, or less at a time.",
         )
-
-
-class Recorder:
-    """At most one file at a time; what is written while there is none is let go.
-
-    It may be started and stopped from any thread.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._file: AudioFile | None = None
-        self._closed = False
-
-    def start(
-        self, path: str | Path, sample_rate: int, channels: int, limit_s: float = math.inf
-    ) -> Path:
-        """Write what comes from now on, or `limit_s` of it, to a wav or flac file; its path.
-
-        Raises:
-            LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
-        """
-        with self._lock:
-            if self._closed:  # nobody would finish the file
-                raise LmdError("a stream that has ended", "one that plays", "Start another first.")
-            if self._file is not None:
-                raise LmdError("a recording under way", "none", "Stop it first.")
-            self._file = AudioFile(path, sample_rate, channels, limit_s)
-            return self._file.path
-
-    def write(self, samples: np.ndarray) -> str | None:
-        """Append `[channel, sample]` to the file, if there is one; why it ended, if it had to."""
-        with self._lock:
-            try:
-                if self._file is not None:
-                    self._file.write(samples)
-                return None
-            except WRITING_FAILED as error:
-                file, self._file = self._file, None
-                with contextlib.suppress(*WRITING_FAILED):
-                    file.close()
-                return str(error)
-
-    def stop(self) -> Path | None:
-        """Finish the file, if there is one; its path."""
-        with self._lock:
-            file, self._file = self._file, None
-        if file is None:
-            return None
-        file.close()
-        return file.path
-
-    def close(self) -> None:
-        """Finish the file; no other can be started."""
-        with self._lock:
-            self._closed = True
-        self.stop()

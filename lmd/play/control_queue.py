@@ -55,11 +55,7 @@ def check_live(controls: Controls, window: WindowConfig) -> None:
 
 
 def with_changes(controls: Controls, changes: dict[str, Any]) -> Controls:
-    """Controls with some values replaced, a prompt's parts in lists, as JSON has them, or tuples.
-
-    Raises:
-        LmdError: a name that is no control.
-    """
+    """Controls with some values replaced; JSON's lists of a prompt's parts become tuples."""
     unknown = sorted(set(changes) - set(NAMES))
     if unknown:
         raise LmdError(f"unknown controls {unknown}", f"some of {', '.join(NAMES)}", "Check them.")
@@ -73,13 +69,9 @@ class ControlQueue:
     """Takes wishes from any thread; the engine takes controls from it before every block.
 
     Args:
-        controls: what to begin with.
-        window: of the streamer.
+        controls, window: what to begin with (`LmdError` if it cannot be played), and where.
         encode: encodes texts, and remembers them (`TextEncoder.encode`).
         refused: called, from the encoding thread, with why a text could not be encoded.
-
-    Raises:
-        LmdError: controls that cannot be played.
     """
 
     def __init__(
@@ -95,7 +87,7 @@ class ControlQueue:
         self._waiting: list[Change] = []  # for a block to carry them
         self._encoded: dict[str, None] = {}  # texts that a block may use, oldest first
         self._lock, self._numbers = threading.Lock(), itertools.count(1)
-        self._pending_texts: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
 
     def encode_first(self) -> None:
@@ -122,14 +114,14 @@ class ControlQueue:
             self._asked = candidate
             self._waiting.append(change)
             if not self._is_encoded(candidate.prompt):
-                self._encode_beside(texts_of(candidate.prompt))
+                self._pending.put(texts_of(candidate.prompt))
+                if self._worker is None:
+                    self._worker = threading.Thread(target=self._work, name="lmd-text", daemon=True)
+                    self._worker.start()
         return change
 
     def take(self) -> tuple[Controls, list[Change]]:
-        """Controls for the block that is made now, and the changes that it is the first to carry.
-
-        A `drop_context_frames` is handed out once.
-        """
+        """Controls for the next block, and the changes that it is the first to carry."""
         with self._lock:
             if self._is_encoded(self._asked.prompt):
                 taken, carried = self._asked, self._waiting
@@ -137,15 +129,12 @@ class ControlQueue:
                 taken, carried = self._but_the_prompt()
             self._waiting = [change for change in self._waiting if change not in carried]
             self._playing = replace(taken, drop_context_frames=0)
-            if taken.drop_context_frames:
+            if taken.drop_context_frames:  # handed out once
                 self._asked = replace(self._asked, drop_context_frames=0)
             return taken, carried
 
     def give_back(self, taken: Controls, carried: list[Change]) -> None:
-        """What `take` handed out was not heard: the next block is to carry it.
-
-        A `drop_context_frames` among it is asked for again, unless another has been meanwhile.
-        """
+        """What `take` handed out was not heard: the next block is to carry it."""
         with self._lock:
             self._waiting = carried + self._waiting
             if not self._asked.drop_context_frames:
@@ -153,7 +142,7 @@ class ControlQueue:
 
     def close(self) -> None:
         """Let the encoding thread end."""
-        self._pending_texts.put(None)
+        self._pending.put(None)
 
     def _but_the_prompt(self) -> tuple[Controls, list[Change]]:
         """What was asked with the prompt that plays, and the changes in it."""
@@ -174,14 +163,8 @@ class ControlQueue:
         while len(self._encoded) > MAX_REMEMBERED_TEXTS:
             del self._encoded[next(iter(self._encoded))]
 
-    def _encode_beside(self, texts: tuple[str, ...]) -> None:
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="lmd-text", daemon=True)
-            self._worker.start()
-        self._pending_texts.put(texts)
-
     def _work(self) -> None:
-        while (texts := self._pending_texts.get()) is not None:
+        while (texts := self._pending.get()) is not None:
             if texts != texts_of(self._asked.prompt):
                 continue  # asked and taken back while another text was being encoded
             try:

@@ -26,19 +26,10 @@ from tqdm import tqdm
 
 from lmd.errors import LmdError
 from lmd.machine import release_idle_threads
-from lmd.play.audio_file import WRITING_FAILED, Recorder
+from lmd.play.audio_file import WRITING_FAILED, AudioFile
 from lmd.play.control_queue import Change, ControlQueue
 from lmd.play.guard import Guarded, guarded_step
-from lmd.play.pace import (
-    AppliedChange,
-    EngineOptions,
-    Ledger,
-    Made,
-    Meters,
-    Pacer,
-    Trouble,
-    advice_when_late,
-)
+from lmd.play.pace import AppliedChange, EngineOptions, Ledger, Made, Meters, Pacer, Trouble
 from lmd.play.play_queue import SinkReport
 from lmd.play.sinks import Sink
 from lmd.play.takes import TakeWriter, as_many_threads
@@ -55,16 +46,11 @@ class LiveEngine:
     """Plays a streamer into a sink, on a thread of its own. One engine plays one take.
 
     Args:
-        streamer: makes the blocks.
-        sink: plays them.
-        controls: to begin with.
-        options: pacing; may be changed with `configure`.
+        streamer, sink: what makes the blocks and what plays them.
+        controls, options: to begin with (`LmdError` if they cannot be played).
         take: where to write what is played.
         on_event: called from the engine's threads with every block, applied change and trouble, and
             with the meters when the state changes; it must not take long.
-
-    Raises:
-        LmdError: controls that cannot be played.
     """
 
     def __init__(
@@ -87,7 +73,9 @@ class LiveEngine:
         )
         self._wake, self._stopping, self._ended = (threading.Event() for _ in range(3))
         self._thread: threading.Thread | None = None
-        self.ledger, self._recorder = Ledger(), Recorder()
+        self.ledger = Ledger()
+        self.recording: AudioFile | None = None
+        self._files = threading.Lock()  # a recording is begun and ended by any thread
         self._rate = streamer.codec.sample_rate
         frame_s = streamer.codec.samples_per_frame / self._rate
         self._pacer = Pacer(options or EngineOptions(), self.ledger, frame_s)
@@ -95,8 +83,6 @@ class LiveEngine:
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
         self.failure: BaseException | None = None  # what ended the stream, if something did
-
-    # --- from any thread -------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin on a new thread, and return at once; an `LmdError` if it was started before."""
@@ -133,11 +119,7 @@ class LiveEngine:
             self._wake.set()
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End the stream and wait until its take and files are closed.
-
-        Raises:
-            RuntimeError: the stream had failed; its error is the cause.
-        """
+        """End the stream, its take and its files; a `RuntimeError` if the stream had failed."""
         self._stopping.set()
         self._wake.set()
         self.wait(timeout_s)
@@ -152,18 +134,29 @@ class LiveEngine:
         return self._thread is None or self._ended.wait(timeout_s)
 
     def record(self, path: str | Path, limit_s: float = math.inf) -> Path:
-        """Also write what is made from now on, or `limit_s` of it, to a wav or flac file.
+        """Also write what is made from now on, or `limit_s` of it, to a file; its path.
 
         Should writing fail (a full disk), the recording ends and the music goes on.
 
         Raises:
             LmdError: see `AudioFile`; or a recording is under way, or the stream has ended.
         """
-        return self._recorder.start(path, self._rate, self.streamer.codec.channels, limit_s)
+        with self._files:
+            if self._state in ("stopped", "failed"):  # nobody would finish the file
+                raise LmdError("a stream that has ended", "one that plays", "Start another first.")
+            if self.recording is not None:
+                raise LmdError("a recording under way", "none", "Stop it first.")
+            self.recording = AudioFile(path, self._rate, self.streamer.codec.channels, limit_s)
+            return self.recording.path
 
     def stop_recording(self) -> Path | None:
         """Finish the recording, if there is one; its path."""
-        return self._recorder.stop()
+        with self._files:
+            file, self.recording = self.recording, None
+        if file is None:
+            return None
+        file.close()
+        return file.path
 
     def meters(self) -> Meters:
         """Where the stream is and how it keeps up."""
@@ -180,8 +173,6 @@ class LiveEngine:
             error=self._error,
         )
 
-    # --- the engine's thread ---------------------------------------------------------------
-
     def run(self) -> None:
         """Play until stopped or until `limit_s`; `start` calls this on a thread."""
         self._check_is_new()
@@ -196,24 +187,21 @@ class LiveEngine:
         except Exception as failure:  # said in the panel, kept for `stop` to raise
             self._fail(failure)
         finally:
-            self._close()
+            with self._files:
+                recording, self.recording = self.recording, None
+            for part in (self.take, self.sink, recording, self.control_queue):
+                try:
+                    if part is not None:
+                        part.close()
+                except WRITING_FAILED as error:  # the others are finished though one should fail
+                    self._fail(error)
             self._ended.set()
 
     def _fail(self, failure: Exception) -> None:
         self.failure, self._error = failure, f"{type(failure).__name__}: {failure}"
         self._set_state("failed")
 
-    def _close(self) -> None:
-        """Finish everything, though one should fail."""
-        for part in (self.take, self.sink, self._recorder, self.control_queue):
-            try:
-                if part is not None:
-                    part.close()
-            except WRITING_FAILED as error:
-                self._fail(error)
-
     def _check_is_new(self) -> None:
-        """An engine plays once."""
         if self._state != "new" or self._thread not in (None, threading.current_thread()):
             raise LmdError(f"an engine that is {self._state!r}", "a new one", "Make another.")
 
@@ -240,7 +228,6 @@ class LiveEngine:
             self.sink.run(not self._held)
 
     def _drain(self) -> None:
-        """Let the sink play what it has."""
         self._count_underruns()
         self.sink.finish()
         self._let_sound()
@@ -248,27 +235,32 @@ class LiveEngine:
             self.sink.clock.sleep(min(left_s, NAP_S), self._stopping)
 
     def _make_one(self) -> None:
-        """One block from the controls to the sink, the take, the meters and the observers."""
         began_s = self.sink.clock.now()
         asked, changes = self.control_queue.take()
         controls = self._pacer.effective(asked, self._n_blocks)
         played, self._guarded = guarded_step(self.streamer, self._guarded, controls)
         made_s = self.sink.clock.now() - began_s
-        made = Made.of(
-            played,
-            controls,
+        block = played.block
+        made = Made(
             number=self._n_blocks,
             first_sample=self._n_samples,
+            n_samples=played.wave.shape[-1],
+            own_sample=self._n_samples + (block.own_from if block else 0),
             length_s=self._pacer.block_s(controls),
+            controls=controls,
             made_s=made_s,
+            dit_ms=block.dit_ms if block else 0.0,
+            decode_ms=block.decode_ms if block else 0.0,
             queued_s=self.sink.queued_s(),
+            level_db=played.level_db,
+            limited_db=played.limited_db,
+            fault=played.fault,
         )
         self._count_underruns()
-        self._note(lambda take: take.block(played, controls))
+        self._write("take", lambda take: take.block(played, controls))
         samples = played.wave[0].numpy()
         self.sink.write(samples)
-        if (why := self._recorder.write(samples)) is not None:
-            self._trouble("recording", f"The recording ended: {why}")
+        self._write("recording", lambda file: file.write(samples))
         if played.fault is not None:
             self.control_queue.give_back(asked, changes)
             changes = []
@@ -280,17 +272,20 @@ class LiveEngine:
         for event in (made, *applied):
             self.on_event(event)
 
-    def _note(self, line: Callable[[TakeWriter], None]) -> None:
-        """Write something into the take; should that fail, the take ends and the music goes on."""
-        if self.take is None:
-            return
-        try:
-            line(self.take)
-        except WRITING_FAILED as error:
-            take, self.take = self.take, None
+    def _write(self, kind: str, write: Callable[[Any], None]) -> None:
+        """Write to the take or the recording; should that fail, it ends and the music goes on."""
+        with self._files:
+            file = getattr(self, kind)
+            try:
+                if file is not None:
+                    write(file)
+                return
+            except WRITING_FAILED as error:
+                why = str(error)
+            setattr(self, kind, None)
             with contextlib.suppress(*WRITING_FAILED):
-                take.close()
-            self._trouble("take", f"The take ended: {error}")
+                file.close()
+        self._trouble(kind, f"The {kind} ended: {why}")
 
     def _applied(self, change: Change, made: Made) -> AppliedChange:
         latency_ms = None
@@ -309,15 +304,15 @@ class LiveEngine:
         self._pacer.learn(made)
         if torch.get_num_threads() > 1 and self.ledger.is_starved(made.controls):
             torch.set_num_threads(1)  # threads that wait for each other wait for the neighbour
-            self._note(lambda take: take.threads(1))
+            self._write("take", lambda take: take.note(threads=1))
             self._trouble("threads", "Another program takes the cores: going on with one thread.")
 
     def _count_underruns(self) -> None:
         underruns = self.sink.report().underruns
         if underruns > self._seen_underruns:
-            self._note(lambda take: take.underrun())
+            self._write("take", lambda take: take.note(underrun=True))
             self._seen_underruns = underruns
-            self._trouble("underrun", advice_when_late(self.ledger.recent()))
+            self._trouble("underrun", self.ledger.advice_when_late())
 
     def _trouble(self, kind: str, message: str) -> None:
         self._error = message
@@ -329,11 +324,7 @@ class LiveEngine:
 
 
 def wait_with_bar(engine: LiveEngine, seconds: float) -> None:
-    """Wait for the end behind a progress bar of seconds; an interrupt ends the stream, too.
-
-    Raises:
-        RuntimeError: the engine failed.
-    """
+    """Wait for the end behind a progress bar, then `stop`; an interrupt ends the stream, too."""
     try:
         with tqdm(total=round(seconds), unit="s", desc="music", mininterval=1.0) as bar:
             has_ended = False

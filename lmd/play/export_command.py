@@ -12,17 +12,11 @@ from lmd.pretrained import export_source
 
 @dataclass(frozen=True)
 class Options:
-    """Export.
+    """What to export, and where to."""
 
-    Attributes:
-        out: the folder to write.
-        source: a shipped kind, FOLDER:KIND or random:PRESET:SEED.
-        block_frames: also write graphs with static shapes for these block lengths (in frames).
-    """
-
-    out: Path
-    source: str = "arc"
-    block_frames: tuple[int, ...] = ()
+    out: Path  # The folder to write.
+    source: str = "arc"  # A shipped kind, FOLDER:KIND or random:PRESET:SEED.
+    block_frames: tuple[int, ...] = ()  # Also graphs with static shapes for these block lengths.
 
 
 def main(options: Options) -> int:

@@ -13,14 +13,14 @@ import numpy as np
 import lmd
 from lmd.errors import LmdError
 from lmd.play.control_queue import MAX_LIVE_STEPS, Change
-from lmd.play.guard import PlayedBlock
 from lmd.play.play_queue import SinkReport
 from lmd.rng import derive_seed
-from lmd.shapes import Wave
 from lmd.stream.controls import Controls
 
+SAFETY_S = 0.04  # left in the queue when a block arrives, or a quarter of its cost
 JITTER = 0.25  # of what a block costs at most: how much more the next one may cost
 N_RECENT = 16
+COST_DEPENDS_ON = ("block_frames", "n_steps", "sampler", "regime", "is_guided")
 N_COSTS = 32  # blocks of one kind whose cost is remembered
 HEADROOM = 0.7  # of a block's length that `auto` lets its making take
 MEDIANS = ("rtf", "dit_ms", "decode_ms")
@@ -44,25 +44,6 @@ class Made:
     level_db: float  # its RMS level under full scale (−120 for silence)
     limited_db: float = 0.0  # by how much the limiter turned it down
     fault: str | None = None  # why it was replaced
-
-    @classmethod
-    def of(
-        cls, played: PlayedBlock, controls: Controls, *, first_sample: int, **more: Any
-    ) -> "Made":
-        """From what is played, and what only the engine knows."""
-        block = played.block
-        return cls(
-            first_sample=first_sample,
-            n_samples=played.wave.shape[-1],
-            own_sample=first_sample + (block.own_from if block else 0),
-            controls=controls,
-            dit_ms=block.dit_ms if block else 0.0,
-            decode_ms=block.decode_ms if block else 0.0,
-            level_db=level_db(played.wave),
-            limited_db=played.limited_db,
-            fault=played.fault,
-            **more,
-        )
 
     @property
     def rtf(self) -> float:
@@ -99,18 +80,16 @@ class Meters:
 class EngineOptions:
     """How the engine paces itself."""
 
-    queue_s: float | None = None  # target depth (None: two blocks); at least a block + safety_s
-    safety_s: float = 0.04  # left in the queue when a block arrives, or a quarter of its cost
+    queue_s: float | None = None  # target depth (None: two blocks); at least a block + SAFETY_S
     auto_steps: bool = False  # fewer steps than asked for while the model is too slow
     roll_seed: bool = False  # another seed for every block, derived from the one asked for
     limit_s: float = math.inf  # stop after so much music
 
     def __post_init__(self) -> None:
-        allowed = {"queue_s": (None,), "safety_s": (), "limit_s": (math.inf,)}
-        for name, others in allowed.items():
+        for name, other in {"queue_s": None, "limit_s": math.inf}.items():
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value not in others and not (is_number and 0 <= value < math.inf):
+            if value != other and not (is_number and 0 <= value < math.inf):
                 raise LmdError(f"{name} = {value!r}", "seconds, 0 or more", f"Set {name} so.")
 
 
@@ -139,68 +118,19 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 def affordable_steps(made: Made) -> int:
     """How many steps would have let this block be made in `HEADROOM` of its length (at least 1)."""
-    step_s = made.dit_ms / 1e3 / max(1, made.controls.n_steps)
-    other_s = made.made_s - made.dit_ms / 1e3
-    if step_s <= 0:
+    if made.dit_ms <= 0:
         return made.controls.n_steps
-    return max(1, math.floor((HEADROOM * made.length_s - other_s) / step_s))
-
-
-def advice_for(recent: Sequence[Made]) -> tuple[str, ...]:
-    """Lines on what would make blocks cheap enough, cheapest loss first; none if they are.
-
-    Args:
-        recent: the latest blocks, newest last.
-    """
-    good = [made for made in recent if made.fault is None]
-    if not good or median(made.rtf for made in good) > 1 / HEADROOM:
-        return ()
-    last, rtf = good[-1], median(made.rtf for made in good)
-    controls, lines = last.controls, []
-    steps = affordable_steps(last)
-    if steps < controls.n_steps:
-        saved_s = last.dit_ms / 1e3 * (1 - steps / controls.n_steps)
-        effect = "would keep up" if last.made_s - saved_s < last.length_s else "would help"
-        lines.append(f"fewer steps: {steps} instead of {controls.n_steps} {effect}")
-    if controls.is_guided:
-        lines.append("guidance off (1): every step then runs one branch instead of two")
-    if controls.regime != "block-causal":
-        lines.append("the block-causal regime: it computes the context once, not at every block")
-    if last.decode_ms > last.dit_ms:
-        lines.append("longer blocks: decoding costs more than denoising, and its margin per block")
-    lines.append("other programs: close what else uses the processor")
-    return (f"Blocks come at {rtf:.2f}× real time. What would help:", *lines)
-
-
-def advice_when_late(recent: Sequence[Made]) -> str:
-    """What to say when the queue has run dry."""
-    lines = [*advice_for(recent)] or [
-        "One block came late; if it happens again, choose a longer queue."
-    ]
-    if not lmd.SPIN_IS_LIMITED:
-        lines.append("Import lmd before torch: waiting threads then leave the cores to others.")
-    return " ".join(lines)
-
-
-def too_loud(recent: Sequence[Made]) -> tuple[str, ...]:
-    """A line for a person while the limiter acts; nothing if it does not."""
-    if not recent or recent[-1].limited_db < 0.1:
-        return ()
-    over = f"The model plays {recent[-1].limited_db:.0f} dB over full scale and is turned down."
-    return (f"{over} Less guidance or more steps would help.",)
+    steps_s = made.dit_ms / 1e3
+    left_s = HEADROOM * made.length_s - (made.made_s - steps_s)
+    return max(1, math.floor(left_s / steps_s * made.controls.n_steps))
 
 
 class Ledger:
-    """What was made and applied, kept for meters, charts and pacing; safe between threads.
-
-    Attributes:
-        history: the latest 4096 blocks.
-        applied: the latest 1024 changes that have got their block.
-    """
+    """What was made and applied, kept for meters, charts and pacing; safe between threads."""
 
     def __init__(self) -> None:
-        self.history: deque[Made] = deque(maxlen=4096)
-        self.applied: deque[AppliedChange] = deque(maxlen=1024)
+        self.history: deque[Made] = deque(maxlen=4096)  # the latest blocks
+        self.applied: deque[AppliedChange] = deque(maxlen=1024)  # changes that got their block
         self._costs_s: dict[tuple[object, ...], deque[float]] = {}
         self._lock = threading.Lock()
 
@@ -214,8 +144,7 @@ class Ledger:
 
     def _costs_of(self, controls: Controls) -> deque[float]:
         """What blocks have cost that cost the same, in seconds."""
-        c = controls
-        key = (c.block_frames, c.n_steps, c.sampler, c.regime, c.is_guided)
+        key = tuple(getattr(controls, name) for name in COST_DEPENDS_ON)
         return self._costs_s.setdefault(key, deque(maxlen=N_COSTS))
 
     def expected_s(self, controls: Controls) -> float | None:
@@ -228,24 +157,57 @@ class Ledger:
         *before, a, b = (0.0, 0.0, *self._costs_of(controls))
         return len(before) > 6 and min(a, b) > STARVED * median(before[2:])
 
-    def recent(self, n: int = N_RECENT) -> list[Made]:
+    def recent(self) -> list[Made]:
         """The latest blocks, newest last."""
         with self._lock:
-            return list(self.history)[-n:]
+            return list(self.history)[-N_RECENT:]
 
     def latencies_ms(self) -> list[float]:
-        """From asking to sound, of every change that was asked while music played."""
+        """From asking to sound, of the changes that were asked while music played."""
         with self._lock:
             return [a.latency_ms for a in self.applied if a.latency_ms is not None]
+
+    def advice(self) -> tuple[str, ...]:
+        """What would make such blocks cheap enough, cheapest loss first; nothing if they are."""
+        good = [made for made in self.recent() if made.fault is None]
+        if not good or median(made.rtf for made in good) > 1 / HEADROOM:
+            return ()
+        last, rtf = good[-1], median(made.rtf for made in good)
+        controls, lines = last.controls, []
+        steps = affordable_steps(last)
+        if steps < controls.n_steps:
+            saved_s = last.dit_ms / 1e3 * (1 - steps / controls.n_steps)
+            effect = "would keep up" if last.made_s - saved_s < last.length_s else "would help"
+            lines.append(f"fewer steps: {steps} instead of {controls.n_steps} {effect}")
+        if controls.is_guided:
+            lines.append("guidance off (1): every step then runs one branch instead of two")
+        if controls.regime != "block-causal":
+            lines.append("the block-causal regime: it computes the context once, not per block")
+        if last.decode_ms > last.dit_ms:
+            lines.append("longer blocks: decoding, with its margin per block, costs most")
+        lines.append("other programs: close what else uses the processor")
+        return (f"Blocks come at {rtf:.2f}× real time. What would help:", *lines)
+
+    def advice_when_late(self) -> str:
+        """What to say when the queue has run dry."""
+        once = "One block came late; if it happens again, choose a longer queue."
+        lines = [*self.advice()] or [once]
+        if not lmd.SPIN_IS_LIMITED:
+            lines.append("Import lmd before torch: waiting threads then leave the cores to others.")
+        return " ".join(lines)
 
     def meters(self, report: SinkReport, sample_rate: int, **present: Any) -> Meters:
         """The meters: `present` holds what only the engine knows."""
         recent, latencies = self.recent(), self.latencies_ms()
-        of_blocks: dict[str, Any] = {}
+        advice = self.advice()
         if recent:
-            of_blocks = {n: median(getattr(m, n) for m in recent) for n in MEDIANS}
-            of_blocks |= {n: getattr(recent[-1], n) for n in ("level_db", "limited_db")}
-            of_blocks["n_steps"] = recent[-1].controls.n_steps
+            if recent[-1].limited_db >= 0.1:
+                over = f"{recent[-1].limited_db:.0f} dB over full scale and is turned down"
+                help_ = "Less guidance or more steps would help."
+                advice = (f"The model plays {over}. {help_}", *advice)
+            present |= {n: median(getattr(m, n) for m in recent) for n in MEDIANS}
+            present |= {n: getattr(recent[-1], n) for n in ("level_db", "limited_db")}
+            present["n_steps"] = recent[-1].controls.n_steps
         return Meters(
             underruns=report.underruns,
             silent_s=report.silent_samples / sample_rate,
@@ -253,20 +215,13 @@ class Ledger:
             n_changes=len(latencies),
             latency_p50_ms=percentile(latencies, 50),
             latency_p95_ms=percentile(latencies, 95),
-            advice=(*too_loud(recent), *advice_for(recent)),
-            **of_blocks,
+            advice=advice,
             **present,
         )
 
 
 class Pacer:
-    """When the next block is due, and with how many steps it can be made in time.
-
-    Args:
-        options: may be replaced while playing.
-        ledger: what blocks have cost.
-        frame_s: how long a latent frame lasts, in seconds.
-    """
+    """When the next block is due, and with how many steps it can be made in time."""
 
     def __init__(self, options: EngineOptions, ledger: Ledger, frame_s: float) -> None:
         self.options, self._ledger, self._frame_s = options, ledger, frame_s
@@ -279,7 +234,7 @@ class Pacer:
     def depth_s(self, controls: Controls) -> float:
         """The queue's target depth with such blocks, in seconds."""
         block_s, asked_s = self.block_s(controls), self.options.queue_s
-        return max(2 * block_s if asked_s is None else asked_s, block_s + self.options.safety_s)
+        return max(2 * block_s if asked_s is None else asked_s, block_s + SAFETY_S)
 
     def due_in_s(self, controls: Controls, queued_s: float) -> float:
         """Seconds until the next block must be made; not positive: now."""
@@ -301,11 +256,3 @@ class Pacer:
         affordable = affordable_steps(made)
         fits = affordable >= made.controls.n_steps
         self._steps_cap = min(affordable, self._steps_cap + 1) if fits else affordable
-
-
-def level_db(wave: Wave) -> float:
-    """RMS level in dB under full scale; −120 for silence, and where there is no sample."""
-    if not wave.numel():
-        return -120.0
-    rms = float(wave.detach().float().square().mean().sqrt())
-    return 20 * math.log10(max(rms, 1e-6))

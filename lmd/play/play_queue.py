@@ -8,36 +8,25 @@ running and comes back with the next samples that arrive.
 import threading
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 FADE_S = 0.02  # how long a sink takes to fade out before an underrun and in after it
 
 
-class Clock(Protocol):
-    """What tells the time and can wait."""
-
-    def now(self) -> float:
-        """Seconds, never going back."""
-
-    def sleep(self, seconds: float, wake: threading.Event) -> None:
-        """Let `seconds` pass, or fewer if `wake` is set."""
-
-
 class WallClock:
     """Real time."""
 
     def now(self) -> float:
-        """Seconds of the machine's monotonic clock."""
+        """Seconds, never going back."""
         return time.perf_counter()
 
     def sleep(self, seconds: float, wake: threading.Event) -> None:
-        """Wait, unless woken."""
+        """Let `seconds` pass, or fewer if `wake` is set."""
         wake.wait(seconds)
 
 
-class SkippingClock:
+class SkippingClock(WallClock):
     """Real time without the waiting: computing costs what it costs, a sleep is over at once.
 
     A stream then runs as fast as the model does, with the queue levels and underruns of real time.
@@ -87,8 +76,7 @@ class PlayQueue:
 
     def report(self, sample_rate: int) -> SinkReport:
         """The counters."""
-        lowest_s = self.lowest / sample_rate
-        return SinkReport(self.heard, self.silent, self.underruns, lowest_s)
+        return SinkReport(self.heard, self.silent, self.underruns, self.lowest / sample_rate)
 
     def pull(self, n: int) -> np.ndarray:
         """The next n samples `[channel, sample]`: sound as far as there is some, then silence."""
@@ -113,11 +101,9 @@ class PlayQueue:
 
     def _count(self, n: int, n_sound: int) -> None:
         self.heard += n_sound
-        if n_sound:
-            self._dry = False
+        self._dry = self._dry and not n_sound
         if n_sound < n:
-            if not self._dry and not self.ending:
-                self.underruns += 1
+            self.underruns += not self._dry and not self.ending
             self.silent += n - n_sound
             self._dry, self._gain = True, 0.0
         if n and not self.ending:

@@ -27,7 +27,6 @@ from lmd.play.pace import AppliedChange, Made, Meters
 from lmd.play.play_queue import SkippingClock
 from lmd.play.player_traits import (
     CONTROL_NAMES,
-    PACING_NAMES,
     PROMPT_NAMES,
     PROMPTS,
     PlayerTraits,
@@ -49,7 +48,6 @@ class LivePlayer(PlayerTraits):
     """A stream with sliders, meters and a picture.
 
     Args:
-        instrument: from `open_instrument`.
         controls: to begin with; a prompt of two parts sets both texts and the mix.
         sink: `browser`, `null` (heard by nobody: for papermill) or `soundcard`.
         take_folder: where takes and recordings are written; made if missing.
@@ -76,7 +74,7 @@ class LivePlayer(PlayerTraits):
         if sink not in SINKS:
             raise LmdError(f"sink {sink!r}", f"one of {', '.join(SINKS)}", "Pick one of these.")
         self._streamer, self._source = instrument.streamer, instrument.source
-        controls = instrument.controls(prompts[0]) if controls is None else controls
+        controls = controls or instrument.controls(prompts[0])
         check_live(controls, self._streamer.window)
         self.take_folder = Path(take_folder)
         self._header: TakeHeader | None = None  # hashing the weights takes a moment
@@ -98,9 +96,8 @@ class LivePlayer(PlayerTraits):
         )
         self.on_msg(self._on_message)
         self.observe(self._on_control, names=[*CONTROL_NAMES])
-        self.observe(self._on_pacing, names=[*PACING_NAMES, "block_frames"])
-
-    # --- for notebooks ---------------------------------------------------------------------
+        pacing = ["queue_blocks", "auto_steps", "roll_seed", "block_frames"]
+        self.observe(self._on_pacing, names=pacing)
 
     def ask(self, name: str, value: Any, request: int = 0) -> bool:
         """Set a control as the panel does; whether it was accepted, or refused with `message`."""
@@ -110,16 +107,14 @@ class LivePlayer(PlayerTraits):
                 raise LmdError(f"control {name!r}", f"one of {sorted(known)}", "Check the name.")
             if isinstance(value, bool) != isinstance(getattr(self, name), bool):
                 raise LmdError(f"{name} = {value!r}", "another type", "Use the panel's controls.")
-            with self._lock:
-                self._asking_id = request
+            self._asking_id = request
             self.set_trait(name, value)
         except (traitlets.TraitError, LmdError) as error:
             self.message = f"Refused: {error}"
             self.send({"kind": "refused", "name": name, "value": getattr(self, name, None)})
             return False
         finally:
-            with self._lock:
-                self._asking_id = 0
+            self._asking_id = 0
         if self.message.startswith("Refused"):
             self.message = ""
         return True
@@ -134,14 +129,10 @@ class LivePlayer(PlayerTraits):
             self._start()
 
     def play_for(self, seconds: float) -> Meters:
-        """Play so much music and wait for its end, behind a progress bar (not for `browser`).
-
-        With `null` the waiting is skipped: it takes as long as the model computes, with the queue
-        levels and underruns that real time would have had.
+        """Play so much music and wait for its end; with `null` the waiting itself is skipped.
 
         Raises:
             LmdError: with the browser as sink, which a waiting kernel could not serve.
-            RuntimeError: the engine failed.
         """
         if self.sink == "browser":
             raise LmdError("play_for with sink 'browser'", "'null' or 'soundcard'", "Press Play.")
@@ -153,8 +144,8 @@ class LivePlayer(PlayerTraits):
 
     def pause(self) -> None:
         """Hold."""
-        if self.engine is not None:
-            self.engine.pause()
+        if (engine := self._alive()) is not None:
+            engine.pause()
 
     def stop(self) -> None:
         """End the take."""
@@ -185,8 +176,6 @@ class LivePlayer(PlayerTraits):
             stem = f"{Path(self.take_path).stem}-{engine.meters().n_blocks:04d}"
             self.recording = str(engine.record(self.take_folder / f"{stem}.wav"))
 
-    # --- from the page ---------------------------------------------------------------------
-
     def _on_message(self, _widget: Any, content: Any, _buffers: Any) -> None:
         if not isinstance(content, dict):
             return
@@ -194,8 +183,8 @@ class LivePlayer(PlayerTraits):
         try:
             if kind == "set":
                 request = content.get("id")
-                request = request if isinstance(request, int) else 0
-                self.ask(str(content.get("name")), content.get("value"), request)
+                known = request if isinstance(request, int) else 0
+                self.ask(str(content.get("name")), content.get("value"), known)
             elif kind == "command":
                 self._command(str(content.get("command")), view)
             elif kind == "report" and view == self._page and self._page_sink is not None:
@@ -220,8 +209,6 @@ class LivePlayer(PlayerTraits):
             getattr(self, command)()
         else:
             self.message = f"Refused: the command {command!r} is none of the player's."
-
-    # --- to the engine ---------------------------------------------------------------------
 
     @traitlets.validate(*CONTROL_NAMES, "drop_context_frames", "queue_blocks", "volume")
     def _check(self, proposal: Any) -> Any:
@@ -263,9 +250,8 @@ class LivePlayer(PlayerTraits):
 
     def _pacing(self) -> dict[str, Any]:
         codec = self._streamer.codec
-        queue_s = (
-            self.queue_blocks * self.block_frames * codec.samples_per_frame / codec.sample_rate
-        )
+        block_s = self.block_frames * codec.samples_per_frame / codec.sample_rate
+        queue_s = self.queue_blocks * block_s
         return {"queue_s": queue_s, "auto_steps": self.auto_steps, "roll_seed": self.roll_seed}
 
     def _alive(self) -> LiveEngine | None:
@@ -298,15 +284,12 @@ class LivePlayer(PlayerTraits):
             return NullSink(SkippingClock() if skip_waits else None)
         if self.sink == "soundcard":
             return SoundCardSink()
-        epoch = self._page_sink.epoch if self._page_sink is not None else 0
-        self._page_sink = BrowserSink(self._send_to_page)
-        self._page_sink.epoch = epoch
+        before, self._page_sink = self._page_sink, BrowserSink(self._send_to_page)
+        self._page_sink.epoch = before.epoch if before is not None else 0
         return self._page_sink
 
     def _send_to_page(self, message: dict[str, Any], buffers: list[bytes]) -> None:
         self.send(message | {"to": self._page}, buffers)
-
-    # --- from the engine's threads ---------------------------------------------------------
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Meters):

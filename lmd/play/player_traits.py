@@ -14,7 +14,6 @@ from lmd.stream.samplers import SAMPLERS
 PROMPT_NAMES = ("prompt_a", "prompt_b", "mix")
 OTHER_NAMES = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed", "boundary")
 CONTROL_NAMES = PROMPT_NAMES + OTHER_NAMES
-PACING_NAMES = ("queue_blocks", "auto_steps", "roll_seed")
 PROMPTS = (
     "church organ, slow, minor",
     "string quartet, lively, major",
@@ -24,13 +23,13 @@ PROMPTS = (
 )
 GUIDANCE = {"min": 0.5, "max": 8, "step": 0.1, "digits": 1}
 STEPS = {"min": 1, "max": 32, "step": 1, "digits": 0}
-QUEUES = [1, 1.5, 2, 3, 4]
 SHORTEST_BLOCK_FRAMES = 4  # shorter ones cost far more than they last
 
 
 def fields_for(window: WindowConfig) -> list[dict[str, Any]]:
     """One entry per field: kind, label, hint, limits or choices, and the row it stands in."""
     blocks = [n for n in window.block_lengths() if n >= SHORTEST_BLOCK_FRAMES]
+    queues = {"choices": [1, 1.5, 2, 3, 4]}
     context = {"min": 0, "max": window.context_frames, "step": 12, "digits": 0}
     share = {"min": 0, "max": 1, "step": 0.01, "digits": 2}
     return [
@@ -46,9 +45,7 @@ def fields_for(window: WindowConfig) -> list[dict[str, Any]]:
         _field("time range", "drop_context_frames", "Drop", "oldest frames of context", **context),
         _field("time number", "seed", "Seed", "of the noise", min=0, max=2**31 - 1, step=1),
         _field("time switch", "roll_seed", "roll it", "another seed for every block"),
-        _field(
-            "time choice", "queue_blocks", "Queue", "in blocks: longer is safer", choices=QUEUES
-        ),
+        _field("time choice", "queue_blocks", "Queue", "in blocks: longer is safer", **queues),
         _field("time switch", "auto_steps", "auto steps", "fewer while the model is too slow"),
         _field("bar range", "volume", "Volume", "of this page", **share),
     ]
@@ -120,7 +117,7 @@ class PlayerTraits(anywidget.AnyWidget):
         return mixed(self.prompt_a, self.prompt_b, self.mix)
 
     def prompt_traits(self) -> dict[str, Any]:
-        """What `prompt` is made of."""
+        """The two texts and the mix."""
         return {name: getattr(self, name) for name in PROMPT_NAMES}
 
     def controls(self, **changes: Any) -> Controls:

@@ -46,46 +46,34 @@ def main(options: Options) -> int:
         print(f"{n_threads} threads in the take, {n_cores} cores here: the last bit may differ")
     with as_many_threads(n_threads):  # opening computes, too
         sha256 = _replay(take, options)
-    return _compare(take, sha256)
+    if take.sha256 is None:
+        print(f"{take.n_blocks} blocks played again; the take broke off, nothing to compare with")
+    elif sha256 == take.sha256:
+        print(f"{take.n_blocks} blocks, the same samples (SHA-256 {sha256[:16]}…)")
+    else:
+        versions = f"torch {torch.__version__} here, {take.header.torch_version} then"
+        print(f"other samples: SHA-256 {sha256[:16]}…, played was {take.sha256[:16]}… ({versions})")
+    return int(take.sha256 not in (None, sha256))
 
 
 def _replay(take: Take, options: Options) -> str:
     """Play all of it, write what is asked for; the SHA-256 of the samples."""
-    instrument = open_instrument(
-        options.source or take.header.source,
-        device=options.device,
-        dtype=precision_of(take.header.source),
-    )
-    digest, waves, file = SampleHash(), [], None
+    header, digest, waves, file = take.header, SampleHash(), [], None
+    source, dtype = options.source or header.source, precision_of(header.source)
+    instrument = open_instrument(source, device=options.device, dtype=dtype)
+    blocks = play_again(take, instrument.streamer)
     with ExitStack() as stack:
-        blocks = play_again(take, instrument.streamer)
+        if options.output is not None:
+            file = AudioFile(options.output, header.sample_rate, header.channels)
+            stack.callback(file.close)
         for played in tqdm(blocks, total=take.n_blocks, unit="block"):
-            if file is None and options.output is not None:  # the take fits the instrument
-                header = take.header
-                file = AudioFile(options.output, header.sample_rate, header.channels)
-                stack.callback(file.close)
             digest.update(played.wave)
             if file is not None:
                 file.write(played.wave[0].numpy())
             if options.figure is not None:
                 waves.append(played.wave)
-    if options.figure is not None:
+    if waves:
         from lmd.play.take_figure import plot_take  # matplotlib where a picture is asked for
 
         plot_take(take, torch.cat(waves, dim=-1)).savefig(options.figure, dpi=110)
     return digest.hexdigest()
-
-
-def _compare(take: Take, sha256: str) -> int:
-    """Say whether the samples are those that were played; the exit status."""
-    if take.sha256 is None:
-        print(f"{take.n_blocks} blocks played again; the take broke off, nothing to compare with")
-        return 0
-    if sha256 == take.sha256:
-        print(f"{take.n_blocks} blocks, the same samples (SHA-256 {sha256[:16]}…)")
-        return 0
-    print(
-        f"other samples: SHA-256 {sha256[:16]}…, played was {take.sha256[:16]}… (torch "
-        f"{torch.__version__} here, {take.header.torch_version} then)"
-    )
-    return 1

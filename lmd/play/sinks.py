@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from lmd.errors import LmdError
-from lmd.play.play_queue import FADE_S, Clock, PlayQueue, SinkReport, WallClock
+from lmd.play.play_queue import FADE_S, PlayQueue, SinkReport, WallClock
 
 
 class Sink:
@@ -18,8 +17,8 @@ class Sink:
     made as fast as it goes, e.g. to be recorded (`LiveEngine.record`).
     """
 
-    def __init__(self, clock: Clock | None = None) -> None:
-        self.clock: Clock = WallClock() if clock is None else clock
+    def __init__(self, clock: WallClock | None = None) -> None:
+        self.clock = clock or WallClock()
 
     def open(self, sample_rate: int, channels: int) -> None:
         """Get ready, paused and empty."""
@@ -48,17 +47,23 @@ class Sink:
 class QueueSink(Sink):
     """What the sinks of this process share: a `PlayQueue` that something pulls from."""
 
+    def _advance(self) -> None:
+        """Play what is due, where nobody else does."""
+
     def open(self, sample_rate: int, channels: int) -> None:
         self.sample_rate = sample_rate
         self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
 
     def write(self, samples: np.ndarray) -> None:
+        self._advance()
         self.queue.push(samples)
 
     def queued_s(self) -> float:
+        self._advance()
         return self.queue.level / self.sample_rate
 
     def report(self) -> SinkReport:
+        self._advance()
         return self.queue.report(self.sample_rate)
 
     def finish(self) -> None:
@@ -66,16 +71,10 @@ class QueueSink(Sink):
 
 
 class NullSink(QueueSink):
-    """Plays to nobody, by a clock: for tests, papermill and measurements.
+    """Plays to nobody, by a clock: for papermill and measurements."""
 
-    Args:
-        clock: whose time it keeps (real time if None).
-        keep: hold on to what was played, silence and fades included (`heard()`).
-    """
-
-    def __init__(self, clock: Clock | None = None, *, keep: bool = False) -> None:
+    def __init__(self, clock: WallClock | None = None) -> None:
         super().__init__(clock)
-        self._kept: list[np.ndarray] | None = [] if keep else None
         self._running, self._lock = False, threading.Lock()
 
     def open(self, sample_rate: int, channels: int) -> None:
@@ -83,24 +82,13 @@ class NullSink(QueueSink):
         self._since, self._pulled = self.clock.now(), 0
 
     def _advance(self) -> None:
-        """Play what is due by the clock."""
         with self._lock:
             if not self._running:
                 return
             due = int((self.clock.now() - self._since) * self.sample_rate) - self._pulled
             if due > 0:
                 self._pulled += due
-                played = self.queue.pull(due)
-                if self._kept is not None:
-                    self._kept.append(played)
-
-    def write(self, samples: np.ndarray) -> None:
-        self._advance()
-        super().write(samples)
-
-    def queued_s(self) -> float:
-        self._advance()
-        return super().queued_s()
+                self.queue.pull(due)
 
     def run(self, running: bool) -> None:
         self._advance()
@@ -108,59 +96,36 @@ class NullSink(QueueSink):
             self._since, self._pulled = self.clock.now(), 0
         self._running = running
 
-    def report(self) -> SinkReport:
-        self._advance()
-        return super().report()
-
-    def heard(self) -> np.ndarray:
-        """Everything played so far, `[channel, sample]` (with `keep=True`)."""
-        if self._kept is None:
-            raise LmdError("a NullSink that kept nothing", "keep=True", "Make it with keep=True.")
-        self._advance()
-        return np.concatenate(self._kept, axis=-1)
-
     def close(self) -> None:
         self.run(False)
-
-
-def _sounddevice() -> ModuleType:
-    """The optional library, or a refusal that says how to get it."""
-    try:
-        import sounddevice
-    except (ImportError, OSError) as error:  # OSError: the package without the PortAudio library
-        raise LmdError(
-            f"no usable sounddevice ({error})",
-            "the optional package and the PortAudio library",
-            "Install with `pip install sounddevice` (in a clone `pip install -e '.[soundcard]'`), "
-            "or choose another sink.",
-        ) from error
-    return sounddevice
 
 
 class SoundCardSink(QueueSink):
     """The local sound card through sounddevice (optional); its callback never waits.
 
-    Args:
-        device: a sounddevice device (None: the default one).
-
     Raises:
-        LmdError: sounddevice, PortAudio or the device is missing.
+        LmdError: sounddevice, PortAudio or the device (None: the default one) is missing.
     """
 
     def __init__(self, device: Any = None) -> None:
         super().__init__()
-        self._library, self._device = _sounddevice(), device
-        self._stream: Any = None
+        try:
+            import sounddevice
+        except (ImportError, OSError) as error:  # OSError: without the PortAudio library
+            raise LmdError(
+                f"no usable sounddevice ({error})",
+                "the optional package and the PortAudio library",
+                "Install with `pip install sounddevice` (in a clone `pip install -e "
+                "'.[soundcard]'`), or choose another sink.",
+            ) from error
+        self._library, self._device, self._stream = sounddevice, device, None
 
     def open(self, sample_rate: int, channels: int) -> None:
         super().open(sample_rate, channels)
         try:
+            options = {"dtype": "float32", "device": self._device, "callback": self._callback}
             self._stream = self._library.OutputStream(
-                samplerate=sample_rate,
-                channels=channels,
-                dtype="float32",
-                device=self._device,
-                callback=self._callback,
+                samplerate=sample_rate, channels=channels, **options
             )
         except self._library.PortAudioError as error:
             raise LmdError(
@@ -186,18 +151,14 @@ class BrowserSink(Sink):
 
     Between two reports the worklet is taken to play on by the clock, so a kernel that is busy with
     a long cell (and reads no messages) does not starve it. After `patience_s` without a report the
-    page is taken for closed or asleep and nothing more is sent until it speaks again.
-
-    Args:
-        send: hands a message and its binary buffers to the page.
-        clock: the kernel's clock.
-        patience_s: how long to go on without a report.
+    page is taken for closed or asleep and nothing more is sent until it speaks again. `send` hands
+    a message and its binary buffers to the page.
     """
 
     def __init__(
         self,
         send: Callable[[dict[str, Any], list[bytes]], None],
-        clock: Clock | None = None,
+        clock: WallClock | None = None,
         patience_s: float = 30.0,
     ) -> None:
         super().__init__(clock)
@@ -205,6 +166,9 @@ class BrowserSink(Sink):
         self._lock = threading.Lock()
         self.epoch = 0  # counts openings: reports of an earlier one are ignored
         self.sample_rate = 0  # until it is opened
+        self._begin()
+
+    def _begin(self) -> None:
         self._running, self._written, self._report = False, 0, SinkReport()
         self._reported_at: float | None = None
 
@@ -212,8 +176,7 @@ class BrowserSink(Sink):
         with self._lock:
             self.sample_rate = sample_rate
             self.epoch += 1
-            self._running, self._written, self._report = False, 0, SinkReport()
-            self._reported_at = None
+            self._begin()
         self._message("open", sample_rate=sample_rate, channels=channels)
 
     def _message(self, kind: str, buffers: list[bytes] | None = None, **values: Any) -> None:

@@ -22,7 +22,6 @@ from lmd.play.takes import TakeWriter, header_of
 from lmd.pretrained import Instrument, open_instrument
 from lmd.stream.samplers import SamplerName
 
-MIN_SECONDS, MAX_SECONDS = 0.01, 24 * 3600
 SETTABLE = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed")
 
 
@@ -85,28 +84,22 @@ def main(options: Options) -> int:
     summary = summarize(engine, instrument)
     if options.json is not None:
         write_json(options.json, summary)
-    print(_in_words(summary, options.seconds))
+    meters = engine.meters()
+    words = f"{min(meters.played_s, options.seconds):.1f} s of music, "
+    words += f"{summary['rtf_all']:.2f}× real time, {meters.underruns} underruns"
+    if summary["limited_db"] > 0:
+        words += f", turned down by up to {summary['limited_db']:.0f} dB to full scale"
+    print(words + (f"; {meters.error}" if meters.error else ""))
     if was_interrupted:
         print("lmd stream: interrupted; what was written is finished", file=sys.stderr)
         return 130
-    return 1 if summary["meters"]["underruns"] or summary["faults"] or lost else 0
-
-
-def _in_words(summary: dict[str, Any], seconds: float) -> str:
-    """One line for a person."""
-    meters = summary["meters"]
-    words = [f"{min(meters['played_s'], seconds):.1f} s of music"]
-    words += [f"{summary['rtf_all']:.2f}× real time", f"{meters['underruns']} underruns"]
-    if summary["limited_db"] > 0:
-        words.append(f"turned down by up to {summary['limited_db']:.0f} dB to full scale")
-    return ", ".join(words) + (f"; {meters['error']}" if meters["error"] else "")
+    return int(bool(meters.underruns or summary["faults"] or lost))
 
 
 def _check(options: Options) -> None:
     """Refuse what cannot be met, before anything is loaded."""
-    if not MIN_SECONDS <= options.seconds <= MAX_SECONDS:
-        limits = f"{MIN_SECONDS} to {MAX_SECONDS}"
-        raise LmdError(f"--seconds {options.seconds}", limits, "Give such a number.")
+    if not 0.01 <= options.seconds <= 24 * 3600:
+        raise LmdError(f"--seconds {options.seconds}", "0.01 to 86400", "Give such a number.")
     if options.output is None and not (options.paced or options.play):
         raise LmdError("nowhere to play to", "-o FILE, --paced or --play", "Name an output.")
     if options.output is not None:

@@ -9,12 +9,7 @@ from lmd.show import Samples, specplot
 
 
 def plot_take(take: Take, wave: Samples) -> Figure:
-    """Draw a take: the spectrogram, what changed when (dashed lines, labels), and blocks (ticks).
-
-    Args:
-        take: from `read_take`.
-        wave: its samples, from `play_again` or from a recording.
-    """
+    """Draw a take: the spectrogram of its samples, and what changed when (lines, labels)."""
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(10, 4.6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
@@ -23,14 +18,12 @@ def plot_take(take: Take, wave: Samples) -> Figure:
     specplot(wave, rate, top)
     top.set(xlabel="", title="a take: sound, and the controls that made it")
     moving = [n for n in NAMES if n == "prompt" or len({getattr(v, n) for v in values}) > 1]
-    blocks = sorted(take.changes)
+    place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+    style = {"fontsize": 7, "parse_math": False, "annotation_clip": True}
     for row, name in enumerate(moving):
-        values = [getattr(take.changes[block], name) for block in blocks]
         heard: object = None
-        for block, value in zip(blocks, values, strict=True):
-            if value != heard:
-                place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
-                style = {"fontsize": 7, "parse_math": False, "annotation_clip": True}
+        for block in sorted(take.changes):
+            if (value := getattr(take.changes[block], name)) != heard:
                 bottom.plot(starts_s[block], row, "|", color="C0", markersize=9)
                 bottom.annotate(_label(value), (starts_s[block], row), **place, **style)
                 top.axvline(starts_s[block], color="white", alpha=0.5, lw=0.6, ls="--")

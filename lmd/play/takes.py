@@ -23,7 +23,7 @@ from lmd.errors import LmdError
 from lmd.machine import describe_machine
 from lmd.model.text import describe
 from lmd.model.weights import fingerprint
-from lmd.play.control_queue import NAMES, with_changes
+from lmd.play.control_queue import with_changes
 from lmd.play.guard import Guarded, PlayedBlock, guarded_step
 from lmd.shapes import Wave
 from lmd.stream.controls import Controls
@@ -51,18 +51,20 @@ class TakeHeader:
     limited: bool = False  # whether a limiter held the wave within full scale
 
 
-@dataclass(frozen=True)
+@dataclass
 class Take:
     """A take as read from its file."""
 
     path: Path
     header: TakeHeader
-    changes: dict[int, Controls]  # by the block that first had them; block 0 always has some
-    starts: dict[int, int]  # the first sample of these blocks
-    lines: dict[int, int]  # where in the file they stand
+    # by the block that first had them; block 0 always has some
+    changes: dict[int, Controls] = field(default_factory=dict)
+    starts: dict[int, int] = field(default_factory=dict)  # the first sample of these blocks
+    lines: dict[int, int] = field(default_factory=dict)  # where in the file they stand
     faults: dict[int, str] = field(default_factory=dict)  # blocks that were not finite, and why
     threads: dict[int, int] = field(default_factory=dict)  # torch threads, from that block on
-    underruns: tuple[tuple[int, int], ...] = ()  # (block, sample) at which the sink had run dry
+    # (block, sample) at which the sink had run dry
+    underruns: list[tuple[int, int]] = field(default_factory=list)
     n_blocks: int = 0
     n_samples: int = 0
     sha256: str | None = None  # of all samples, float32 little-endian; None if it broke off
@@ -80,15 +82,12 @@ class SampleHash:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
+        self.hexdigest = self._hash.hexdigest
 
     def update(self, wave: Wave) -> None:
         """Add `[1, channel, sample]`."""
         interleaved = wave[0].t().contiguous().numpy().astype("<f4", copy=False)
         self._hash.update(np.ascontiguousarray(interleaved).tobytes())
-
-    def hexdigest(self) -> str:
-        """The hash so far."""
-        return self._hash.hexdigest()
 
 
 def header_of(streamer: Streamer, source: str) -> TakeHeader:
@@ -109,10 +108,6 @@ def header_of(streamer: Streamer, source: str) -> TakeHeader:
 class TakeWriter:
     """Writes a take; every line is on disk before the next block is made.
 
-    Args:
-        path: a new file.
-        header: from `header_of`.
-
     Raises:
         LmdError: the file exists, or it cannot be written; so every method, on a full disk.
     """
@@ -122,9 +117,8 @@ class TakeWriter:
         try:
             self._file = self.path.open("x", encoding="utf-8")
         except OSError as error:
-            raise LmdError(
-                f"{self.path} ({error.strerror})", "a new file in a folder that exists", "Rename it"
-            ) from error
+            found = f"{self.path} ({error.strerror})"
+            raise LmdError(found, "a new file in a folder that exists", "Rename it.") from error
         self._previous: Controls | None = None
         self._hash, self._n_blocks, self._n_samples = SampleHash(), 0, 0
         self._line(dataclasses.asdict(header))
@@ -134,26 +128,22 @@ class TakeWriter:
             self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise LmdError(
-                f"{self.path} ({error.strerror})", "room on the disk", "Make some."
-            ) from error
+            found = f"{self.path} ({error.strerror})"
+            raise LmdError(found, "room on the disk", "Make some.") from error
 
-    def _event(self, **what: Any) -> None:
+    def note(self, **what: Any) -> None:
+        """Note something before the next block, e.g. `underrun=True` or `threads=1`."""
         self._line({"block": self._n_blocks, "sample": self._n_samples, **what})
 
     def block(self, played: PlayedBlock, controls: Controls) -> None:
         """Note a block: its controls if they are new, its fault if it had one, its samples."""
         if controls != self._previous:
-            before = self._previous
-            changed = {
-                name: getattr(controls, name)
-                for name in NAMES
-                if before is None or getattr(controls, name) != getattr(before, name)
-            }
-            self._event(controls=changed)
+            values = dataclasses.asdict(controls)
+            known = dataclasses.asdict(self._previous).items() if self._previous else ()
+            self.note(controls={k: v for k, v in values.items() if (k, v) not in known})
             self._previous = controls
         if played.fault is not None:
-            self._event(fault=played.fault)
+            self.note(fault=played.fault)
         self._hash.update(played.wave)
         self._n_blocks += 1
         self._n_samples += played.wave.shape[-1]
@@ -162,14 +152,6 @@ class TakeWriter:
 
     def _count(self) -> dict[str, Any]:
         return {"blocks": self._n_blocks, "samples": self._n_samples}
-
-    def underrun(self) -> None:
-        """Note that the sink has run dry."""
-        self._event(underrun=True)
-
-    def threads(self, n_threads: int) -> None:
-        """Note that torch uses so many threads from the next block on."""
-        self._event(threads=n_threads)
 
     def close(self) -> None:
         """Write the last line; a take of no block at all is no take and leaves no file."""
@@ -197,49 +179,17 @@ def read_take(path: str | Path) -> Take:
         header = from_dict(TakeHeader, json.loads(lines[0]))
     except LmdError as error:
         raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LmdError(f"{path} ({error})", f"a take ({FORMAT})", "Give another file.") from error
     if header.format != FORMAT:
         raise LmdError(f"{path} of format {header.format!r}", FORMAT, "Update lmd, or play anew.")
-    for f in dataclasses.fields(TakeHeader):
-        value = getattr(header, f.name)
-        if type(value) is not f.type or (f.type is int and value < 1):
-            kinds = {int: "a whole number, 1 or more", str: "a text", bool: "true or false"}
-            raise LmdError(f"{path} with {f.name} {value!r}", kinds[f.type], "Mend its first line.")
-    return _parse(path, header, lines[1:])
-
-
-def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
-    present = Controls()
-    take = Take(path, header, {}, {}, {})
-    underruns: list[tuple[int, int]] = []
-    end: dict[str, Any] = {"blocks": 0, "samples": 0}
-    for number, line in enumerate(lines, start=2):
+    take = Take(path, header)
+    for number, line in enumerate(lines[1:], start=2):
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise LmdError(f"{entry!r}", "names and values in braces", "Mend it.")
-            if "blocks" in entry:
-                end = _counts(entry, blocks=MAX_BLOCKS, samples=2**63)
-                end["sha256"] = entry.get("sha256")
-                if not isinstance(end["sha256"], str | None):
-                    raise LmdError(f"sha256 {end['sha256']!r}", "a text", "Mend it.")
-                continue
-            block, sample = _counts(entry, block=MAX_BLOCKS, sample=2**63).values()
-            if "controls" in entry:
-                changes = {OLD_NAMES.get(k, k): v for k, v in entry["controls"].items()}
-                present = with_changes(present, changes)
-                take.changes[block], take.starts[block] = present, sample
-                take.lines[block] = number
-            elif "fault" in entry:
-                take.faults[block] = str(entry["fault"])
-            elif "threads" in entry:
-                take.threads[block] = _counts(entry, threads=2**31)["threads"]
-            else:
-                underruns.append((block, sample))
+            _take_in(take, number, json.loads(line))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             is_half = isinstance(error, json.JSONDecodeError)
-            if is_half and number == len(lines) + 1 and end.get("sha256") is None:
+            if is_half and number == len(lines) and take.sha256 is None:
                 break  # the line that was being written when it broke off
             found, expected = getattr(error, "found", error), "a line of a take"
             raise LmdError(
@@ -247,23 +197,42 @@ def _parse(path: Path, header: TakeHeader, lines: list[str]) -> Take:
             ) from error
     if 0 not in take.changes:
         raise LmdError(f"{path} without controls for block 0", "a take that played", "Play anew.")
-    known = max([*take.changes, *take.faults, *(block - 1 for block, _ in underruns)]) + 1
-    return dataclasses.replace(
-        take,
-        underruns=tuple(underruns),
-        n_blocks=max(end["blocks"], known),
-        n_samples=end["samples"],
-        sha256=end.get("sha256"),
-    )
+    known = max([*take.changes, *take.faults, *(block - 1 for block, _ in take.underruns)]) + 1
+    take.n_blocks = max(take.n_blocks, known)
+    return take
 
 
-def _counts(entry: dict[str, Any], **most: int) -> dict[str, Any]:
+def _take_in(take: Take, number: int, entry: Any) -> None:
+    """One more line of a take."""
+    if not isinstance(entry, dict):
+        raise LmdError(f"{entry!r}", "names and values in braces", "Mend it.")
+    if "blocks" in entry:
+        take.n_blocks, take.n_samples = _counts(entry, blocks=MAX_BLOCKS, samples=2**63)
+        take.sha256 = entry.get("sha256")
+        if not isinstance(take.sha256, str | None):
+            raise LmdError(f"sha256 {take.sha256!r}", "a text", "Mend it.")
+        return
+    block, sample = _counts(entry, block=MAX_BLOCKS, sample=2**63)
+    if "controls" in entry:
+        before = next(reversed(take.changes.values()), Controls())
+        changes = {OLD_NAMES.get(k, k): v for k, v in entry["controls"].items()}
+        take.changes[block] = with_changes(before, changes)
+        take.starts[block], take.lines[block] = sample, number
+    elif "fault" in entry:
+        take.faults[block] = str(entry["fault"])
+    elif "threads" in entry:
+        (take.threads[block],) = _counts(entry, threads=2**31)
+    else:
+        take.underruns.append((block, sample))
+
+
+def _counts(entry: dict[str, Any], **most: int) -> list[int]:
     """These values of a line: whole numbers from 0 to the given ones."""
     for name, limit in most.items():
         value = entry.get(name)
         if type(value) is not int or not 0 <= value <= limit:
             raise LmdError(f"{name} {value!r}", f"a whole number up to {limit}", "Mend it.")
-    return {name: entry[name] for name in most}
+    return [entry[name] for name in most]
 
 
 @contextmanager
@@ -302,12 +271,16 @@ def play_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
         except LmdError as error:
             found = f"{take.path}, line {take.lines[block]}: {error.found}"
             raise LmdError(found, error.expected, error.todo) from error
+    return _blocks_again(take, streamer)
+
+
+def _blocks_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
     guarded = Guarded(streamer.start())
     with as_many_threads(torch.get_num_threads()):
         for number, controls in enumerate(take.controls()):
             if number in take.threads:
                 torch.set_num_threads(min(take.threads[number], torch.get_num_threads()))
             played, guarded = guarded_step(
-                streamer, guarded, controls, take.faults.get(number), limited=take.header.limited
+                streamer, guarded, controls, take.faults.get(number), take.header.limited
             )
             yield played

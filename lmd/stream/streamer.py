@@ -9,11 +9,13 @@ Source: Live Music Diffusion Models (arXiv 2605.22717), inference. Taught in not
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from lmd.rng import normal
 from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.stream.block import BlockPlan, BlockSession, Denoiser, LiveDenoiser, both_branches
 from lmd.stream.controls import Controls
+from lmd.stream.given_audio import as_wave, past_the_end
 from lmd.stream.samplers import Guidance, Velocities, sample, schedule
 from lmd.stream.state import StreamState
 
@@ -80,13 +83,16 @@ class Streamer:
         frame_rate_hz = codec.sample_rate / codec.samples_per_frame
         self.window_s = window.window_frames / frame_rate_hz
 
-    def start(self, *, batch: int = 1, context: Wave | None = None) -> StreamState:
+    def start(
+        self, *, batch: int = 1, context: Tensor | np.ndarray | Sequence[Any] | None = None
+    ) -> StreamState:
         """A state to begin from: silence, or the end of given audio.
 
         Args:
             batch: how many streams run side by side (given audio brings its own batch).
-            context: `[batch, channel, sample]` at the codec's rate; its last context is used, a
-                shorter one is preceded by silence.
+            context: audio at the codec's rate, see `as_wave`; its last context is used, a shorter
+                one is preceded by silence. Heard before the stream, it joins without a step: in
+                the stream's first 20 ms its end fades out, played backwards.
 
         Raises:
             LmdError: audio that is not finite, of other channels, or shorter than a frame.
@@ -95,15 +101,16 @@ class Streamer:
         if context is None:
             silence = torch.zeros(batch, self.denoiser.latent_dim, n_frames)
             return StreamState(silence.to(self.denoiser.device))
-        self._check_audio(context)
+        wave = as_wave(context, self.codec, self._codec_device())
         hop = self.codec.samples_per_frame
         margin = self.codec.lookback_frames  # so that the encoder's edge stays outside
-        n_whole = min(context.shape[-1] // hop, n_frames + margin) * hop
+        n_whole = min(wave.shape[-1] // hop, n_frames + margin) * hop
         with torch.no_grad():
-            latents = self.codec.encode(context[..., context.shape[-1] - n_whole :])
+            latents = self.codec.encode(wave[..., wave.shape[-1] - n_whole :])
         latents = latents[..., -n_frames:].float().to(self.denoiser.device)
         blank = latents.new_zeros(*latents.shape[:-1], n_frames - latents.shape[-1])
-        decode = DecodeState(latents[..., -self.codec.lookback_frames :].clone())
+        past = latents[..., -self.codec.lookback_frames :].clone()
+        decode = DecodeState(past, overhang=past_the_end(wave, self.codec.sample_rate))
         return StreamState(torch.cat([blank, latents], dim=-1), decode=decode)
 
     @torch.no_grad()
@@ -198,10 +205,14 @@ class Streamer:
             LmdError: not such a file, or made with another model or codec.
         """
         context_shape = (self.denoiser.latent_dim, self.window.context_frames)
-        devices = (self.denoiser.device, getattr(self.codec, "device", self.denoiser.device))
+        devices = (self.denoiser.device, self._codec_device())
         running = self.codec.stream_start() if isinstance(self.codec, StreamingCodec) else None
         weights = self._weights()
         return StreamState.load(path, context_shape, weights, devices, describe(self.text), running)
+
+    def _codec_device(self) -> torch.device:
+        """Where the codec computes."""
+        return getattr(self.codec, "device", self.denoiser.device)
 
     def _weights(self) -> dict[str, str]:
         """What a state goes on with: the SHA-256 of all weights, by part."""
@@ -243,22 +254,6 @@ class Streamer:
         if not controls.is_guided:
             return condition
         return both_branches(condition, self.denoiser.null_condition(condition))
-
-    def _check_audio(self, wave: Tensor) -> None:
-        """Refuse audio that cannot be a context."""
-        found = f"audio of shape {tuple(wave.shape)}"
-        if wave.ndim != 3 or wave.shape[1] != self.codec.channels:
-            raise LmdError(
-                found,
-                f"[batch, {self.codec.channels}, sample]",
-                "Mix it to that many channels and add a batch dimension.",
-            )
-        if not torch.isfinite(wave).all():
-            raise LmdError(f"{found} with NaN or infinity", "finite samples", "Clean the audio.")
-        if wave.shape[-1] < self.codec.samples_per_frame:
-            raise LmdError(
-                found, f"at least {self.codec.samples_per_frame} samples", "Give longer audio."
-            )
 
 
 def drop_context(context: Latents, n_frames: int) -> Latents:
