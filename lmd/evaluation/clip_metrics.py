@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lmd.corpus.analysis import brightness_hz
 from lmd.corpus.levels import loudness_lufs
-from lmd.errors import LmdError
 from lmd.evaluation.clips import Waves
 from lmd.evaluation.metrics import Gaussian, boundary_ratio, click_ratio, typicality
-from lmd.evaluation.tagger import HOP, Tagger, Tags, tempo_bpm
+from lmd.evaluation.tagger import Tagger, Tags, tempo_bpm
 from lmd.evaluation.tonality import peak_chroma, tonality
 
 Measures = dict[str, np.ndarray]  # by name; the first axis is the clip, nan: nothing to measure
@@ -23,36 +22,22 @@ QUIET_LUFS = -70.0  # silence is given this loudness
 
 
 class ClipMetrics:
-    """Applies all measures to a batch of clips.
-
-    Args:
-        tagger: whose embedding, families and tempi are taken.
-        sample_rate: of the clips.
+    """Applies all measures to a batch of clips, at the tagger's sample rate.
 
     Raises:
-        LmdError: clips at another rate than the tagger's.
+        LmdError: clips at another rate.
     """
 
     def __init__(self, tagger: Tagger, sample_rate: int) -> None:
-        if sample_rate != tagger.config.sample_rate:
-            raise LmdError(
-                f"music at {sample_rate} Hz",
-                f"{tagger.config.sample_rate} Hz, at which the tagger was fitted",
-                "Fit one: python -m lmd train tagger.",
-            )
+        tagger.check_rate(sample_rate)
         self.tagger, self.sample_rate = tagger, sample_rate
-        self.window_s = tagger.config.window_steps * HOP / sample_rate
 
     def tags(self, wave: Float[Tensor, " sample"]) -> Tags:
         """What the tagger says of one wave, a window every half window."""
-        return self.tagger.tag_wave(wave, self.sample_rate, overlap=2)
+        return self.tagger.tag_wave(wave, overlap=2)
 
     def measure(self, waves: Waves, boundaries: Sequence[int]) -> Measures:
-        """Everything about some clips.
-
-        Args:
-            waves: the clips.
-            boundaries: samples at which blocks meet.
+        """Everything about some clips, whose blocks meet at `boundaries` (samples).
 
         Returns:
             `embedding` `[clip, window, size]`; `family`, mean probabilities `[clip, family]`; and

@@ -21,7 +21,6 @@ from lmd.training.codec.metrics import Mono, power
 Embeddings = Float[np.ndarray, "sample size"]
 Probabilities = Float[np.ndarray, "clip label"]
 TOLERANCE = 1e-6  # of negative eigenvalues, relative to the largest
-LEVEL = 0.95  # of every interval
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,9 @@ def gaussian(embeddings: Embeddings) -> Gaussian:
     """
     x = np.asarray(embeddings, dtype=np.float64)
     if len(x) < 2 or not np.isfinite(x).all():
-        raise LmdError(
-            f"{len(x)} embeddings, {int((~np.isfinite(x)).sum())} values not finite",
-            "at least 2, all finite",
-            "Generate more, or look for NaN in the audio.",
-        )
+        found = f"{len(x)} embeddings, {int((~np.isfinite(x)).sum())} values not finite"
+        todo = "Generate more, or look for NaN in the audio."
+        raise LmdError(found, "at least 2, all finite", todo)
     return Gaussian(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
 
@@ -88,11 +85,8 @@ def _not_negative(values: np.ndarray, *of: Gaussian) -> np.ndarray:
     """Eigenvalues with rounding below zero removed; more than rounding is refused."""
     scale = float(np.prod([np.trace(g.covariance) for g in of]))
     if values.min() < -TOLERANCE * max(scale, 1e-300):
-        raise LmdError(
-            f"an eigenvalue of {values.min():.3g} where the trace is {scale:.3g}",
-            "none below zero but for rounding",
-            "The covariance is not one: fit it in float64 with gaussian().",
-        )
+        found = f"an eigenvalue of {values.min():.3g} where the trace is {scale:.3g}"
+        raise LmdError(found, "none below zero", "Fit the covariance in float64 with gaussian().")
     return values.clip(0)
 
 
@@ -116,27 +110,22 @@ def kl_divergence(true: Probabilities, found: Probabilities) -> float:
 
 
 def mean_interval(values: np.ndarray | Sequence[float]) -> Interval:
-    """Student's interval of a mean; with one value it is infinite, with none everything is nan."""
-    x = np.asarray([v for v in values if not math.isnan(v)], np.float64)
+    """Student's interval of a mean of what is finite: of one value infinite, of none nan."""
+    x = np.asarray(values, np.float64)
+    x = x[np.isfinite(x)]
     if not len(x):
         return Interval(math.nan, math.nan, math.nan, 0)
+    half = float(stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)) if len(x) > 1 else math.inf
     mean = float(x.mean())
-    if len(x) == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * stats.sem(x))
     return Interval(mean, mean - half, mean + half, len(x))
 
 
 def jackknife(whole: float, without: Sequence[float]) -> Interval:
     """What a distance would be with endless samples, from groups of samples that are independent.
 
-    Args:
-        whole: the distance of all groups together.
-        without: that of all but one, for each group.
-
-    Returns:
-        The mean of n · whole − (n − 1) · without, with Student's interval of it: where the straight
-        line in 1 / n through both ends. nan with fewer than two groups.
+    The mean of n · whole − (n − 1) · without, with Student's interval of it: where a straight line
+    in 1 / n ends. `whole` is the distance of all groups together, `without` that of all but one,
+    for each group; nan with fewer than two groups.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
     """
@@ -145,24 +134,22 @@ def jackknife(whole: float, without: Sequence[float]) -> Interval:
 
 
 def slope(times_s: np.ndarray, values: Float[np.ndarray, "stream time"]) -> Interval:
-    """Change per second, with its 95 % interval.
+    """Change per second, with its 95 % interval: a least-squares line per stream.
 
-    One least-squares line per stream. With several streams the interval is Student's over their
-    slopes, so nothing is assumed about the noise within a stream; a single stream gets the usual
-    interval of a regression, which takes its residuals for independent.
+    With several streams the interval is Student's over their slopes, so nothing is assumed about
+    the noise within a stream; of a single one it is the regression's (independent residuals).
 
     Raises:
         LmdError: fewer than three times, or shapes that do not fit.
     """
     t, y = np.asarray(times_s, np.float64), np.asarray(values, np.float64)
     if y.ndim != 2 or y.shape[1] != len(t) or len(t) < 3:
-        raise LmdError(
-            f"values {y.shape} at {len(t)} times", "[stream, time], at least 3 times", "Run longer."
-        )
+        found = f"values {y.shape} at {len(t)} times"
+        raise LmdError(found, "[stream, time], at least 3 times", "Run longer.")
     lines = [stats.linregress(t, row) for row in y]
     if len(y) > 1:
         return mean_interval([line.slope for line in lines])
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(t) - 2) * lines[0].stderr)
+    half = float(stats.t.ppf(0.975, len(t) - 2) * lines[0].stderr)
     mean = float(lines[0].slope)
     return Interval(mean, mean - half, mean + half, 1)
 
@@ -180,10 +167,8 @@ def boundary_ratio(wave: Mono, boundaries: Sequence[int], sample_rate: int) -> f
     Around = steps whose window of 1024 samples reaches the boundary. nan where nothing moves.
     """
     rise = flux(wave, sample_rate)
-    at = torch.arange(len(rise)) * 256
-    near = torch.zeros(len(rise), dtype=torch.bool)
-    for boundary in boundaries:
-        near |= (at - boundary).abs() <= 512 + 256
+    gaps = torch.arange(len(rise))[:, None] * 256 - torch.tensor(boundaries)
+    near = (gaps.abs() <= 512 + 256).any(1)
     if not near.any() or near.all() or not float(rise[~near].mean()) > 0:
         return math.nan
     return float(rise[near].mean() / rise[~near].mean())

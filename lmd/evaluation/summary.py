@@ -1,5 +1,6 @@
 """From the measures of clips to lines of a table: every value with its interval over seeds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,19 +24,12 @@ PER_CLIP = (*TONALITY, "joins", "clicks", "loudness_lufs", "centroid_hz")
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about the clips of one seed.
+    """What is known about the clips of one seed."""
 
-    Attributes:
-        family: index of the family that the prompt asks for `[clip]`.
-        tempo_range: what the prompt asks for, BPM `[clip, 2]`; nan where it says nothing.
-        names_bpm: whether it says so with a number `[clip]`.
-        real_family: the tagger's probabilities in how the pieces really go on `[clip, family]`.
-    """
-
-    family: np.ndarray
-    tempo_range: np.ndarray
-    names_bpm: np.ndarray
-    real_family: np.ndarray
+    family: np.ndarray  # index of the family that the prompt asks for `[clip]`
+    tempo_range: np.ndarray  # what the prompt asks for, BPM `[clip, 2]`; nan: it says nothing
+    names_bpm: np.ndarray  # whether it says so with a number `[clip]`
+    real_family: np.ndarray  # tagged in how the pieces really go on, `[clip, family]`
 
     @property
     def rolled(self) -> "Truth":
@@ -61,14 +55,14 @@ def row_of(
     """
     embeddings = [rearrange(one["embedding"], "clip window d -> (clip window) d") for one in seeds]
     pooled = pooled_distances(embeddings, reference)
-    together = pooled.get(str(len(seeds)), {"all": float("nan"), "without": []})
+    together = pooled.get(str(len(seeds)), {"all": math.nan, "without": []})
     pairs = list(zip(seeds, truths, strict=True))
     values = {
         "fd": [frechet(gaussian(points), reference) for points in embeddings],
         "kl": [kl_divergence(truth.real_family, one["family"]) for one, truth in pairs],
         "family": [float((one["family"].argmax(1) == t.family).mean()) for one, t in pairs],
         "tempo": [tempo_share(one["tempo_bpm"], truth) for one, truth in pairs],
-        **{name: [_mean(one[name]) for one in seeds] for name in PER_CLIP},
+        **{name: [mean_interval(one[name]).mean for one in seeds] for name in PER_CLIP},
     }
     return {
         "windows": len(embeddings[0]),
@@ -83,8 +77,7 @@ def row_of(
 def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[str, dict[str, Any]]:
     """Fréchet distances of the first 2, 3, … seeds together, so that lines can be compared.
 
-    Returns:
-        By the number of seeds: `all` of them together, and `without` each of them.
+    By the number of seeds: `all` of them together, and `without` each of them.
     """
 
     def distance(some: Sequence[np.ndarray]) -> float:
@@ -99,27 +92,18 @@ def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[s
     }
 
 
-def _mean(values: np.ndarray) -> float:
-    """Mean of what could be measured; nan if nothing could."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
 def tempo_share(tempo_bpm: np.ndarray, truth: Truth) -> float:
-    """Share of clips whose recognised tempo is right, among prompts that name one.
+    """Share of clips whose recognised tempo is right, among prompts that name one; else nan.
 
     Right = within 8 % of a number of BPM, of its half or of its double; after a word (adagio) in
     the range that the word stands for, 8 % wider on either side.
     """
     low, high = truth.tempo_range.T
-    named = np.isfinite(low)
-    if not named.any():
-        return float("nan")
     exact, half, double = (
         (low <= factor * tempo_bpm) & (factor * tempo_bpm <= high) for factor in (1, 0.5, 2)
     )
     right = exact | (truth.names_bpm & (half | double))
-    return float(right[named].mean())
+    return mean_interval(np.where(np.isfinite(low), right, math.nan)).mean
 
 
 def anchor_rows(

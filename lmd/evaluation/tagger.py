@@ -1,12 +1,8 @@
 """The tagger: which instruments, which pitch classes, how fast; its embedding measures distances.
 
-It is not a general model of music. It is a convolutional network of half a million weights, fitted
-on the corpus's own truth (the manifest and the scores say what sounds when), so its embedding sees
-what this corpus varies and nothing else. Distances measured with it compare like with like inside
-this project; they are not comparable with distances in OpenL3, VGGish or CLAP.
-
-Fitted by `python -m lmd train tagger` (lmd.evaluation.train_tagger). Taught in notebook
-05_evaluate.
+A convolutional network of half a million weights, fitted on the corpus's own truth (the manifest
+and the scores say what sounds when) by `lmd.evaluation.train_tagger`: its embedding sees what this
+corpus varies and nothing else. Distances are comparable inside this project only.
 """
 
 import math
@@ -42,19 +38,12 @@ Windows = Float[Tensor, "window band frame"]  # decibels
 
 @dataclass(frozen=True)
 class Tags:
-    """What the tagger makes of some windows.
+    """What the tagger makes of some windows."""
 
-    Attributes:
-        embedding: `[window, size]`, the space in which distances are measured.
-        family: probabilities over `TaggerConfig.families`.
-        pitch_classes: probability that each sounds for a twentieth of the window (C = 0).
-        tempo: probabilities over `TEMPI_BPM`.
-    """
-
-    embedding: Float[Tensor, "window size"]
-    family: Float[Tensor, "window family"]
-    pitch_classes: Float[Tensor, "window 12"]
-    tempo: Float[Tensor, "window tempo"]
+    embedding: Float[Tensor, "window size"]  # the space in which distances are measured
+    family: Float[Tensor, "window family"]  # probabilities over `TaggerConfig.families`
+    pitch_classes: Float[Tensor, "window 12"]  # probability that each sounds for a twentieth of it
+    tempo: Float[Tensor, "window tempo"]  # probabilities over `TEMPI_BPM`
 
 
 TEMPI_BPM: Float[Tensor, " tempo"] = LOW_BPM * (HIGH_BPM / LOW_BPM) ** (
@@ -107,9 +96,8 @@ def cut(levels: Levels, window_steps: int, hop_steps: int | None = None) -> Wind
         LmdError: shorter than a window.
     """
     if levels.shape[1] < window_steps:
-        raise LmdError(
-            f"{levels.shape[1]} feature frames", f"at least {window_steps}", "Give longer audio."
-        )
+        found = f"{levels.shape[1]} feature frames"
+        raise LmdError(found, f"at least {window_steps}", "Give longer audio.")
     windows = levels.unfold(1, window_steps, hop_steps or window_steps)
     return rearrange(windows, "band window step -> window band step")
 
@@ -172,25 +160,24 @@ class Tagger(nn.Module):
         embedding, family, pitch, tempo = self(levels)
         return Tags(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
 
-    def tag_wave(self, wave: Mono, sample_rate: int, overlap: int = 1) -> Tags:
-        """What is in a piece, window by window.
+    def tag_wave(self, wave: Mono, overlap: int = 1) -> Tags:
+        """What is in a piece at the tagger's rate, window by window.
 
         Args:
             wave: samples.
-            sample_rate: Hz.
             overlap: 1: windows of `config.window_steps` side by side; 2: one every half window.
 
         Raises:
-            LmdError: another sample rate than the one it was fitted at, or too short a piece.
+            LmdError: too short a piece.
         """
-        if sample_rate != self.config.sample_rate:
-            raise LmdError(
-                f"audio at {sample_rate} Hz",
-                f"{self.config.sample_rate} Hz, at which the tagger was fitted",
-                "Resample it, or fit one: python -m lmd train tagger.",
-            )
         n = self.config.window_steps
-        return self.tag(cut(band_levels(wave, sample_rate), n, n // overlap))
+        return self.tag(cut(band_levels(wave, self.config.sample_rate), n, n // overlap))
+
+    def check_rate(self, sample_rate: int) -> None:
+        """Refuse music at another sample rate than the tagger was fitted at."""
+        if sample_rate != self.config.sample_rate:
+            expected = f"{self.config.sample_rate} Hz, at which the tagger was fitted"
+            raise LmdError(f"music at {sample_rate} Hz", expected, "Fit one: lmd train tagger.")
 
 
 def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:
@@ -203,11 +190,7 @@ def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:
 
 
 def load_tagger(path: Path | str) -> tuple[Tagger, Header]:
-    """The tagger in a file and what the file says about it.
-
-    Raises:
-        LmdError: see `lmd.checkpoint.load_tensors`.
-    """
+    """The tagger in a file and what the file says about it."""
     tensors, header = load_tensors(path, "tagger")
     model = build_loaded(lambda: Tagger(header.config), tensors, str(path))
     return model.requires_grad_(False), header

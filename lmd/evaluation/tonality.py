@@ -2,9 +2,6 @@
 
 These are measures of sound, not of a score: overtones count as pitches (the third partial of every
 note is its fifth), so no value means much alone. Each is read against that of held-out music.
-
-How many notes sound at once is not among them: an estimate from one window's spectrum did not
-follow the scores of 24 test renditions (r = −0.2).
 """
 
 from dataclasses import dataclass
@@ -28,24 +25,15 @@ Chroma = Float[Tensor, "12 step"]
 
 @dataclass(frozen=True)
 class Tonality:
-    """What the pitch classes of a piece have to do with each other.
+    """What the pitch classes of a piece have to do with each other."""
 
-    Attributes:
-        key: e.g. "A minor": the best of 24 by correlation with probe-tone profiles.
-        key_clarity: that correlation, at most 1.
-        key_share: share of the pitch-class amplitude in that key's seven notes (of noise: 7/12).
-        consonance: of all pairs of different pitch classes that sound at once, weighted by both
-            amplitudes, the share at a third, fourth, fifth or sixth (of noise: 6/11); the rest are
-            clashes. nan where no two sound together.
-        classes_at_once: mean over sounding frames of the effective number of pitch classes,
-            exp(entropy).
-    """
-
-    key: str
-    key_clarity: float
-    key_share: float
+    key: str  # e.g. "A minor": the best of 24 by correlation with probe-tone profiles
+    key_clarity: float  # that correlation, at most 1
+    key_share: float  # of the pitch-class amplitude in that key's seven notes (noise: 7/12)
+    # of all pairs of pitch classes that sound at once, weighted by both amplitudes: the share at a
+    # third, fourth, fifth or sixth (noise: 6/11); nan where no two sound together
     consonance: float
-    classes_at_once: float
+    classes_at_once: float  # mean over sounding frames of exp(entropy)
 
 
 def peak_chroma(wave: Mono, sample_rate: int) -> Chroma:
