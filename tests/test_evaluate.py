@@ -18,7 +18,6 @@ from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 from lmd.corpus.scores import cached_piece
 from lmd.errors import LmdError
-from lmd.evaluation.clip_metrics import ClipMetrics, Measures
 from lmd.evaluation.clips import (
     Clip,
     PromptedStreamer,
@@ -32,7 +31,15 @@ from lmd.evaluation.metrics import frechet, gaussian
 from lmd.evaluation.plan import BUDGETS, METHODS, WITH_EULER, Budget, Options, Unit, units_of
 from lmd.evaluation.report import format_interval, read_result, report, write_result
 from lmd.evaluation.run import Evaluation, main
-from lmd.evaluation.summary import PER_CLIP, Truth, drift_row, row_of, tempo_share
+from lmd.evaluation.summary import (
+    PER_CLIP,
+    ClipMetrics,
+    Measures,
+    Truth,
+    drift_row,
+    row_of,
+    tempo_share,
+)
 from lmd.evaluation.tagger import (
     HOP,
     TEMPI_BPM,

@@ -52,6 +52,7 @@ WITH_EULER = tuple(
 class Budget:
     """How much is generated."""
 
+    name: str = "full"
     n_clips: int = 16  # prompts of a seed, each from another held-out rendition
     n_blocks: int = 5  # of a clip
     n_seeds: int = 16  # with other prompts and noise: of what the criteria look at
@@ -75,9 +76,9 @@ class Budget:
 
 BUDGETS = {
     "full": Budget(),
-    "quick": Budget(16, 4, 3, 3, (8, 4, 2), (2,), (), False, 120.0, 4, (8, 4, 2), 3, 20.0),
-    "brief": Budget(8, 4, 3, 3, (8, 2), (2,), (), False, 40.0, 1, (8,), 3, 20.0),
-    "smoke": Budget(2, 3, 2, 2, (1,), (1,), (1,), False, 30.0, 1, (1,), 2, 10.0),
+    "quick": Budget("quick", 16, 4, 3, 3, (8, 4, 2), (2,), (), False, 120.0, 4, (8, 4, 2), 3, 20.0),
+    "brief": Budget("brief", 8, 4, 3, 3, (8, 2), (2,), (), False, 40.0, 1, (8,), 3, 20.0),
+    "smoke": Budget("smoke", 2, 3, 2, 2, (1,), (1,), (1,), False, 30.0, 1, (1,), 2, 10.0),
 }
 
 
@@ -107,24 +108,15 @@ class Options:
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
     @property
-    def budget_name(self) -> str:
-        """Which budget.
-
-        Raises:
-            LmdError: two are asked for.
-        """
-        if self.quick and self.budget not in ("full", "quick"):
-            raise LmdError(f"--quick and --budget {self.budget}", "one of them", "Drop the other.")
-        return "quick" if self.quick else self.budget
-
-    @property
     def sizes(self) -> Budget:
         """The budget, with the long streams that were asked for.
 
         Raises:
-            LmdError: streams too short for a slope, or a number of steps that is none.
+            LmdError: two budgets, streams too short for a slope, or no number of steps.
         """
-        budget = BUDGETS[self.budget_name]
+        if self.quick and self.budget not in ("full", "quick"):
+            raise LmdError(f"--quick and --budget {self.budget}", "one of them", "Drop the other.")
+        budget = BUDGETS["quick" if self.quick else self.budget]
         seconds = budget.drift_s if self.drift_seconds is None else self.drift_seconds
         if not 3 * BIN_S <= seconds < math.inf:
             expected = f"{3 * BIN_S:g} or more: three bins of {BIN_S:g} s"

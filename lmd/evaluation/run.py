@@ -28,7 +28,6 @@ from lmd.corpus.manifest import MANIFEST, Corpus
 from lmd.corpus.scores import Split
 from lmd.data.places import check_folder_free
 from lmd.errors import LmdError
-from lmd.evaluation.clip_metrics import ClipMetrics, Measures
 from lmd.evaluation.clips import (
     Clip,
     Waves,
@@ -42,7 +41,7 @@ from lmd.evaluation.clips import (
 from lmd.evaluation.metrics import Gaussian, gaussian
 from lmd.evaluation.plan import BIN_S, Options, Unit, units_of
 from lmd.evaluation.report import write_report
-from lmd.evaluation.summary import Truth, anchor_rows, drift_row, row_of
+from lmd.evaluation.summary import ClipMetrics, Measures, Truth, anchor_rows, drift_row, row_of
 from lmd.evaluation.tagger import load_tagger
 from lmd.machine import hardware, machine_dict, tune_allocator
 from lmd.pretrained import Instrument, open_instrument
@@ -286,7 +285,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     used = {index for seed in seeds for index in evaluation.chosen(budget.n_clips, seed)}
     corpus, header = Corpus(options.data), evaluation.tagger_header
     return {
-        "budget": {"name": options.budget_name, **asdict(budget)},
+        "budget": asdict(budget),
         "version": VERSION,
         "machine": machine_dict(),
         "engine": options.chosen_engine,

@@ -52,24 +52,17 @@ TEMPI_BPM: Float[Tensor, " tempo"] = LOW_BPM * (HIGH_BPM / LOW_BPM) ** (
 
 
 @lru_cache(maxsize=2)
-def mel_bands(sample_rate: int) -> Float[Tensor, "mel bin"]:
-    """The mel bands, each an average power."""
-    return mel_matrix(1025, sample_rate, N_MELS).T.contiguous()
+def filters(sample_rate: int) -> tuple[Float[Tensor, "mel bin"], Float[Tensor, "tone fine_bin"]]:
+    """Weights of the bins of 2048 samples in every mel band, of 4096 in every semitone band.
 
-
-@lru_cache(maxsize=2)
-def semitone_matrix(n_fft: int, sample_rate: int) -> Float[Tensor, "bin semitone"]:
-    """Weights of every bin in every semitone band, each band's sum 1.
-
-    A bump around the pitch, a third of a semitone wide or, where bins are wider, one bin.
+    A semitone's are a bump around the pitch, a third of one wide or, where bins are wider, one bin.
     """
-    hz = torch.arange(n_fft // 2 + 1).clamp_min(1) * (sample_rate / n_fft)
+    hz = torch.arange(2049).clamp_min(1) * (sample_rate / 4096)
     pitch = 69 + 12 * torch.log2(hz / 440)
     wanted = torch.arange(LOW_PITCH, LOW_PITCH + N_SEMITONES)
-    bin_semitones = 12 / math.log(2) * (sample_rate / n_fft) / hz
-    width = bin_semitones.clamp_min(1 / 3)
+    width = (12 / math.log(2) * (sample_rate / 4096) / hz).clamp_min(1 / 3)
     weights = torch.exp(-0.5 * ((pitch[:, None] - wanted) / width[:, None]).square())
-    return weights / weights.sum(0)
+    return mel_matrix(1025, sample_rate, N_MELS).T.contiguous(), (weights / weights.sum(0)).T
 
 
 def band_levels(wave: Mono, sample_rate: int) -> Levels:
@@ -82,10 +75,10 @@ def band_levels(wave: Mono, sample_rate: int) -> Levels:
     """
     if len(wave) < 4096:
         raise LmdError(f"{len(wave)} samples", "at least 4096", "Give longer audio.")
-    n = len(wave) // HOP
-    mel = mel_bands(sample_rate) @ power(wave, 2048, HOP // 2)[:, : 2 * n]
+    n, (mels, semitones) = len(wave) // HOP, filters(sample_rate)
+    mel = mels @ power(wave, 2048, HOP // 2)[:, : 2 * n]
     halves = rearrange(mel, "mel (step half) -> (half mel) step", half=2)
-    tones = semitone_matrix(4096, sample_rate).T @ power(wave, 4096, HOP)[:, :n]
+    tones = semitones @ power(wave, 4096, HOP)[:, :n]
     return 10 * torch.log10(torch.cat([halves, tones]) + 1e-12)
 
 
@@ -155,23 +148,15 @@ class Tagger(nn.Module):
         return embedding, *logits
 
     @torch.no_grad()
-    def tag(self, levels: Windows) -> Tags:
-        """What is in some windows."""
-        embedding, family, pitch, tempo = self(levels)
-        return Tags(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
-
     def tag_wave(self, wave: Mono, overlap: int = 1) -> Tags:
-        """What is in a piece at the tagger's rate, window by window.
+        """What is in a piece at the tagger's rate, window by window; `LmdError` if too short.
 
-        Args:
-            wave: samples.
-            overlap: 1: windows of `config.window_steps` side by side; 2: one every half window.
-
-        Raises:
-            LmdError: too short a piece.
+        With an overlap of 1, windows lie side by side; with 2, there is one every half window.
         """
         n = self.config.window_steps
-        return self.tag(cut(band_levels(wave, self.config.sample_rate), n, n // overlap))
+        windows = cut(band_levels(wave, self.config.sample_rate), n, n // overlap)
+        embedding, family, pitch, tempo = self(windows)
+        return Tags(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
 
     def check_rate(self, sample_rate: int) -> None:
         """Refuse music at another sample rate than the tagger was fitted at."""

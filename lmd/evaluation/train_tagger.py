@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from jinja2 import StrictUndefined, Template
 from torch import Tensor
@@ -92,13 +93,6 @@ class Truth:
     first: np.ndarray  # first frame of each piece, and the end
     rows: list[Row]  # the manifest
 
-    def windows(self, starts: np.ndarray, n_steps: int) -> tuple[Tensor, Tensor]:
-        """Levels in dB `[window, band, step]` and pitch classes that sound `[window, 12]`."""
-        inside = starts[:, None] + np.arange(n_steps)
-        levels = torch.from_numpy(self.levels[inside].astype(np.float32) * STEP_DB + BOTTOM_DB)
-        sounding = self.sounding[inside].mean(1) > SOUNDING
-        return levels.transpose(1, 2), torch.from_numpy(sounding.astype(np.float32))
-
 
 def sounding_classes(notes: np.ndarray, sample_rate: int, n_frames: int) -> np.ndarray:
     """Which pitch classes `Corpus.notes` let sound in each frame, bool `[frame, 12]`."""
@@ -141,7 +135,10 @@ def draw_batch(truth: Truth, options: Options, step: int, n_steps: int) -> tuple
     piece = torch.multinomial(room, options.batch, replacement=True, generator=source)
     place = torch.rand(options.batch, generator=source, dtype=torch.float64)
     starts = torch.from_numpy(truth.first)[piece] + (place * (room[piece] + 1)).long()
-    levels, pitch = truth.windows(starts.numpy(), n_steps)
+    inside = starts.numpy()[:, None] + np.arange(n_steps)
+    levels = torch.from_numpy(truth.levels[inside].astype(np.float32) * STEP_DB + BOTTOM_DB)
+    levels = rearrange(levels, "window step band -> window band step")
+    pitch = torch.from_numpy(truth.sounding[inside].mean(1) > SOUNDING).float()
     levels = levels + options.noise_db * normal(tuple(levels.shape), seed, "band noise", step)
     rows = [truth.rows[i] for i in piece.tolist()]
     family = torch.tensor([list(FAMILIES).index(row.family) for row in rows])

@@ -1,9 +1,7 @@
 """One notebook under papermill: its parameters, its execution, its log.
 
-What papermill does otherwise: it only warns about a parameter that a notebook does not have; its
-progress bar stands still while a cell works; it waits for a silent cell for ever. Here the first is
-an error before anything runs, the line is redrawn with the last thing that the notebook said, and a
-cell that says nothing for `MAX_SILENCE_S` (or `LMD_CELL_TIMEOUT_S` seconds) ends the run.
+Unlike papermill alone: an unknown parameter is an error before anything runs, the progress line has
+the last thing that the notebook said, and a cell that says nothing for half an hour ends the run.
 """
 
 import ast
@@ -82,8 +80,9 @@ def parameters_of(path: Path) -> dict[str, Any]:
         raise LmdError(found, "a literal", "Compute it in the next cell instead.") from error
 
 
-def check_parameters(path: Path, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
     """Refuse names that the notebook does not have, and values of another type than its default."""
+    defaults = parameters_of(path)
     for name, value in given.items():
         if name not in defaults:
             expected = f"one of {', '.join(sorted(defaults))}"
@@ -165,8 +164,6 @@ class PatientChannel(AsyncZMQSocketChannel):
 
 
 class _KernelClient(AsyncKernelClient):
-    """Jupyter's client with patient channels."""
-
     shell_channel_class = Type(PatientChannel)
     iopub_channel_class = Type(PatientChannel)
 
@@ -276,14 +273,9 @@ papermill_engines.register("lmd", _LmdEngine)
 def execute(
     source: Path, target: Path, parameters: Mapping[str, Any], log_path: Path, interval_s: float
 ) -> None:
-    """Run `source` into `target` with its own folder as working directory.
+    """Run a notebook in its own folder, into a copy that is written after every cell.
 
-    Args:
-        source: the notebook; it is not changed.
-        target: the executed copy, written after every cell and kept when a cell fails.
-        parameters: values for its `parameters` cell.
-        log_path: everything that the notebook printed, line by line.
-        interval_s: how often the progress line is redrawn.
+    What it prints goes into the log; the progress line is redrawn every `interval_s`.
 
     Raises:
         NotebookFailed: a cell raised an error or was silent for too long, or the kernel died.

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from lmd.errors import LmdError
-from lmd.pipeline.notebook import OUTPUT, check_parameters, parameters_of
+from lmd.pipeline.notebook import OUTPUT, check_parameters
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
@@ -52,11 +52,7 @@ class Task:
 
 
 def plan(options: Options) -> list[Task]:
-    """Which notebooks run with which parameters, all of it checked.
-
-    Raises:
-        LmdError: an unknown profile, notebook or parameter, or a value of the wrong type.
-    """
+    """Which notebooks run with which parameters, all names and types checked."""
     sources = sorted(options.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
         found, todo = (
@@ -80,7 +76,7 @@ def plan(options: Options) -> list[Task]:
         texts = {name: value for name, value in given.items() if isinstance(value, str)}
         given |= {name: text.replace("{run}", folder) for name, text in texts.items()}
         given[OUTPUT] = f"{folder}/{source.stem}"
-        check_parameters(source, parameters_of(source), given)
+        check_parameters(source, given)
         tasks.append(Task(source, given))
     return tasks
 

@@ -19,7 +19,7 @@ from jinja2 import StrictUndefined, Template
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
 
-PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
+PACKAGES = ("lmd", "torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
 PACKAGES += ("pretty_midi", "soundfile", "wordllama", "transformers", "diffusers")
 KINDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".png": "image/png"}
 EMBED_LIMIT = 12_000_000  # bytes of one file; a longer sound is named, not embedded
@@ -68,21 +68,15 @@ def _media(folder: Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide results."""
-    found = {"lmd": version("lmd")}
+    found = dict.fromkeys(PACKAGES, "not installed")
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """A notebook's figures; empty when it wrote none. `{"a": {"b": 1}}` becomes `{"a.b": 1}`.
-
-    Raises:
-        LmdError: the file is not a JSON object.
-    """
+    """A notebook's figures; empty when it wrote none. `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     if not path.exists():
         return {}
     try:

@@ -32,12 +32,8 @@ EXPECTED = "an empty folder or one from an earlier run"
 def main(options: Options) -> int:
     """Execute what the options ask for and write `report.html` and `metrics.json`.
 
-    Returns:
-        0, or 1 when a notebook failed (the run stops there, the report is still written).
-
-    Raises:
-        LmdError: an unknown profile, notebook or parameter, or a folder that cannot be written or
-            holds something else; nothing has been run then.
+    Returns 1 when a notebook failed: the run stops there, the report is still written. Options that
+    cannot be followed are refused before anything runs.
     """
     tasks = plan(options)
     check_folder_free(options.folder)
@@ -82,11 +78,7 @@ class Run:
         draft.replace(self.record_path)
 
     def prepare(self, name: str, inputs: list[str], force: bool) -> None:
-        """An empty output folder, or the one of an unfinished attempt at the same thing.
-
-        Raises:
-            LmdError: the folder holds files that no run has written.
-        """
+        """An empty output folder, or the one of an unfinished attempt at the same thing."""
         output, record = self.folder / name, self.records.get(name)
         if output.exists() and any(output.iterdir()):
             if record is None:
@@ -164,9 +156,8 @@ def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
 def data_key(task: Task, run: Path, weights: Path) -> str:
     """A digest of the files and folders that parameters name, outside the run and the weights.
 
-    A folder of weights may be named as FOLDER:KIND. Music may be gigabytes, so names, sizes and
-    times of change stand for contents. A notebook may write there as well, so take the digest again
-    when it has ended.
+    A folder of weights may be named as FOLDER:KIND. Names, sizes and times of change stand for
+    contents. A notebook may write there as well, so take the digest again when it has ended.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted((parameters_of(task.source) | dict(task.parameters)).items()):
