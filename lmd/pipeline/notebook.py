@@ -204,7 +204,7 @@ class _Client(PapermillNotebookClient):
         self.kc.execute("import gc; gc.freeze()", silent=True, store_history=False)
 
     async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
-        """Run one cell; `NotebookFailed` if it is silent for too long or its kernel dies."""
+        """Run one cell; `NotebookFailed` if nothing comes for too long or its kernel dies."""
         name, self.news_s = _cell_name(self.code_cells_executed + 1, cell.source), time.monotonic()
         work = asyncio.ensure_future(super().async_execute_cell(cell, cell_index, **options))
         try:
