@@ -18,22 +18,28 @@ from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
 from lmd.corpus.scores import cached_piece
 from lmd.errors import LmdError
-from lmd.evaluation.clip_metrics import ClipMetrics, Measures
 from lmd.evaluation.clips import (
     Clip,
+    PromptedStreamer,
     choose_rows,
     cut_clips,
     generate,
-    side_by_side,
     through_codec,
 )
 from lmd.evaluation.held_out import PIECES
 from lmd.evaluation.metrics import frechet, gaussian
-from lmd.evaluation.parts import Evaluation
 from lmd.evaluation.plan import BUDGETS, METHODS, WITH_EULER, Budget, Options, Unit, units_of
 from lmd.evaluation.report import format_interval, read_result, report, write_result
-from lmd.evaluation.run import main
-from lmd.evaluation.summary import PER_CLIP, Truth, drift_row, row_of, tempo_share
+from lmd.evaluation.run import Evaluation, main
+from lmd.evaluation.summary import (
+    PER_CLIP,
+    ClipMetrics,
+    Measures,
+    Truth,
+    drift_row,
+    row_of,
+    tempo_share,
+)
 from lmd.evaluation.tagger import (
     HOP,
     TEMPI_BPM,
@@ -207,9 +213,31 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
         raise AssertionError("generated although it was there")
 
     for name in ("generate", "long_stream", "through_codec"):
-        monkeypatch.setattr(f"lmd.evaluation.parts.{name}", refuse)
+        monkeypatch.setattr(f"lmd.evaluation.run.{name}", refuse)
     again = run(world, tmp_path, methods=MEASURED)
     assert again == json.loads((results / "evaluation.json").read_text())
+
+
+def test_what_graphs_play_in_int8_is_kept_apart_from_what_pytorch_plays(
+    world: World, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMD_CACHE", str(tmp_path))
+    graphs = run(world, tmp_path, methods=("BC+AF",), engine="graph", dtype="int8")
+    plain = json.loads((results / "evaluation.json").read_text())
+    assert (plain["engine"], plain["dtype"]) == ("torch", "float32")
+    assert (graphs["engine"], graphs["dtype"]) == ("graph", "int8")
+    assert graphs["anchors"] == plain["anchors"]
+    found, wanted = (next(r for r in x["rows"] if r["method"] == "BC+AF") for x in (graphs, plain))
+    assert found["fd"]["mean"] != wanted["fd"]["mean"]
+    assert found["fd"]["mean"] == pytest.approx(wanted["fd"]["mean"], rel=0.05)
+    written = (tmp_path / "evaluation.md").read_text()
+    assert "Made by the graph engine in int8." in written
+    assert "--engine graph --dtype int8" in written
+    assert "Made by" not in (results / "evaluation.md").read_text()
+    with pytest.raises(LmdError, match="dtype 'int8'"):
+        run(world, tmp_path / "out", methods=("BC+AF",), engine="torch", dtype="int8")
+    assert Options(device="cpu").chosen_engine == "graph"
+    assert Options(device="cpu", random="tiny").chosen_engine == "torch"
 
 
 def test_weights_that_are_missing_are_named_not_invented(world: World, tmp_path: Path) -> None:
@@ -306,7 +334,7 @@ def test_streams_side_by_side_sound_as_each_alone(world: World) -> None:
     streamer = open_instrument("random:tiny:0").streamer
 
     def latents(prompts: tuple[str, ...]) -> torch.Tensor:
-        many = side_by_side(streamer, prompts)
+        many = PromptedStreamer(streamer, prompts)
         return next(many.stream(ONE_STEP, n_blocks=1, state=many.start(batch=2))).latents
 
     together = latents(PROMPTS)
@@ -419,7 +447,7 @@ def test_every_seed_follows_long_streams_of_other_prompts(
         asked.append(prompts)
         return torch.zeros(1, 30 * RATE)
 
-    monkeypatch.setattr("lmd.evaluation.parts.long_stream", follow)
+    monkeypatch.setattr("lmd.evaluation.run.long_stream", follow)
     evaluation.line(Unit(METHODS[2], 1, "drift"))
     assert len(asked) == 2
     assert asked[0] != asked[1]
@@ -445,7 +473,7 @@ def test_the_reference_is_all_held_out_music_and_of_long_streams_other_pieces(
 
     monkeypatch.setattr(evaluation.metrics, "over_time", over_time)
     wave = torch.zeros(1, 30 * RATE)
-    monkeypatch.setattr("lmd.evaluation.parts.long_stream", lambda *rest: wave)
+    monkeypatch.setattr("lmd.evaluation.run.long_stream", lambda *rest: wave)
     evaluation.part(Unit(METHODS[2], 1, "drift"), 0)
     for name in ("real", "codec", "shuffled"):
         evaluation.anchor(name, 0, is_long=True)
@@ -594,9 +622,9 @@ def test_levels_show_a_tone_at_its_pitch_and_a_full_scale_sine_at_nought_db() ->
 def test_loudness_does_not_change_the_tags(world: World) -> None:
     model, _ = load_tagger(world.tagger)
     wave = torch.from_numpy(melody(1, 8))
-    loud, soft = model.tag_wave(wave, RATE), model.tag_wave(0.1 * wave, RATE)
+    loud, soft = model.tag_wave(wave), model.tag_wave(0.1 * wave)
     assert torch.allclose(loud.embedding, soft.embedding, atol=0.02)  # floors 1e-12: 0.001
-    silence = model.tag_wave(torch.zeros(8 * RATE), RATE)
+    silence = model.tag_wave(torch.zeros(8 * RATE))
     assert torch.isfinite(silence.embedding).all()
 
 
@@ -660,13 +688,13 @@ def test_several_processes_find_what_one_does_and_say_on_what(
 
 
 def test_what_is_measured_of_a_method() -> None:
-    units = [str(unit) for method in METHODS for unit in units_of(method, Budget())]
+    units = [unit for method in METHODS for unit in units_of(method, Budget())]
     assert len(units) == 5 * 4 * 2 + 4 * 3  # rows; long streams of 8, 4 and 2 steps
-    assert units[0] == "naive, 50 steps, from silence"
-    assert units[-1] == "BC+AF, 2 steps, long streams"
-    euler = [str(unit) for method in WITH_EULER for unit in units_of(method, Budget())]
+    assert units[0] == Unit(METHODS[0], 50, "silence")
+    assert units[-1] == Unit(METHODS[4], 2, "drift")
+    euler = [unit for method in WITH_EULER for unit in units_of(method, Budget())]
     assert len(euler) == 4 * 3
-    assert {text.split(", ", 2)[2] for text in euler} == {"from silence"}
+    assert {unit.kind for unit in euler} == {"silence"}
     assert not units_of(WITH_EULER[0], BUDGETS["quick"])
     with pytest.raises(LmdError, match="--methods BC-Euler; expected of naive, ED"):
         _ = Options(quick=True, methods=("BC-Euler", "ED")).chosen_methods

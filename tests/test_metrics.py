@@ -19,10 +19,11 @@ from lmd.evaluation.metrics import (
     jackknife,
     kl_divergence,
     mean_interval,
+    peak_chroma,
     slope,
+    tonality,
     typicality,
 )
-from lmd.evaluation.tonality import peak_chroma, tonality
 
 RATE = 22_050
 A440_CLASS = 9

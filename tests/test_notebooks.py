@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lmd.pipeline.plan import ROOT, Options
-from lmd.pipeline.run import run
+from lmd.pipeline.run import main as run
 from lmd.play.takes import read_take
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))

@@ -22,7 +22,8 @@ from lmd.errors import LmdError
 from lmd.pipeline.notebook import Log, PatientChannel, max_silence_s
 from lmd.pipeline.plan import Options, plan
 from lmd.pipeline.report import read_metrics
-from lmd.pipeline.run import data_key, input_key, run
+from lmd.pipeline.run import data_key, input_key
+from lmd.pipeline.run import main as run
 
 PARAMETERS = 'output_dir = "../outputs/lab"\nseed = 0\npreset = "tiny"\nn_steps = 3\nrate = 0.5'
 WRITE = (

@@ -99,7 +99,7 @@ def test_the_tagger_tags_a_window_of_sound() -> None:
     tagger, header = load_tagger(SHIPPED / "tagger.safetensors")
     rate = tagger.config.sample_rate
     time_s = torch.arange(6 * rate) / rate  # its window is five seconds
-    heard = tagger.tag_wave(torch.sin(2 * torch.pi * 220 * time_s), rate)
+    heard = tagger.tag_wave(torch.sin(2 * torch.pi * 220 * time_s))
     assert int(heard.pitch_classes.mean(0).argmax()) == 9  # A
     assert heard.family.shape[1] == len(header.config.families)
     assert torch.allclose(heard.family.sum(1), torch.ones(len(heard.family)), atol=1e-5)

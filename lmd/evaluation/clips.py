@@ -26,17 +26,11 @@ NEAR = 0.08  # a tempo within this share of the true one is right
 
 @dataclass(frozen=True)
 class Clip:
-    """A prompt, the truth behind it, and the music around it.
+    """A prompt, the truth behind it, and the music around it."""
 
-    Attributes:
-        row: the held-out rendition.
-        context: what a primed stream continues, `[before]` samples.
-        real: how it really goes on, `[after]` samples.
-    """
-
-    row: Row
-    context: Float[Tensor, " before"]
-    real: Float[Tensor, " after"]
+    row: Row  # the held-out rendition
+    context: Float[Tensor, " before"]  # what a primed stream continues
+    real: Float[Tensor, " after"]  # how it really goes on
 
     @property
     def names_bpm(self) -> bool:
@@ -48,13 +42,10 @@ class Clip:
         """What the caption asks for, BPM: around a number, or what a word stands for; else nan."""
         low = high = self.row.tempo_bpm
         if not self.names_bpm:
-            ends = [0.0, *(end for end, _ in TEMPO_WORDS)]
-            found = [
-                (len(word), ends[place], ends[place + 1])
-                for place, (_, words) in enumerate(TEMPO_WORDS)
-                for word in words
-                if word in self.row.caption
-            ]
+            found, start = [], 0.0
+            for end, words in TEMPO_WORDS:
+                found += [(len(w), start, end) for w in words if w in self.row.caption]
+                start = end
             # the longest: "very slow" holds "slow"
             _, low, high = max(found, default=(0, math.nan, math.nan))
         return low / (1 + NEAR), high * (1 + NEAR)
@@ -76,11 +67,8 @@ def choose_rows(rows: Sequence[Row], n: int, shortest_s: float, seed: int) -> li
     """
     suited = [k for k in of_one_family(rows) if rows[k].duration_s >= shortest_s]
     if len(suited) < 2:
-        raise LmdError(
-            f"{len(suited)} held-out pieces of one family and {shortest_s:.0f} s",
-            "at least 2",
-            "Build more hours: python -m lmd data build --hours H.",
-        )
+        found = f"{len(suited)} held-out pieces of one family and {shortest_s:.0f} s"
+        raise LmdError(found, "at least 2", "Build more hours: lmd data build --hours H.")
     order = torch.randperm(len(suited), generator=generator(0, "evaluated rows")).tolist()
     n = min(n, len(suited))
     return [suited[order[(seed * n + k) % len(suited)]] for k in range(n)]
@@ -102,9 +90,11 @@ def cut_clips(
 
 
 class PromptedStreamer(Streamer):
-    """Streams side by side, each with a prompt of its own; all other controls are shared."""
+    """An instrument's streams side by side, one per prompt; all other controls are shared."""
 
-    prompts: tuple[Prompt, ...] = ()
+    def __init__(self, one: Streamer, prompts: Sequence[Prompt]) -> None:
+        super().__init__(one.denoiser, one.codec, one.text, one.window)
+        self.prompts = tuple(prompts)
 
     def _condition(self, controls: Controls, batch: int) -> Condition:
         """One row per stream, the unguided branch behind them where guidance is on."""
@@ -115,13 +105,6 @@ class PromptedStreamer(Streamer):
         return both_branches(condition, self.denoiser.null_condition(condition))
 
 
-def side_by_side(streamer: Streamer, prompts: Sequence[Prompt]) -> PromptedStreamer:
-    """The same instrument with one stream per prompt."""
-    many = PromptedStreamer(streamer.denoiser, streamer.codec, streamer.text, streamer.window)
-    many.prompts = tuple(prompts)
-    return many
-
-
 def generate(
     streamer: Streamer,
     prompts: Sequence[Prompt],
@@ -130,7 +113,7 @@ def generate(
     contexts: Sequence[Float[Tensor, " before"]] = (),
 ) -> Waves:
     """Mono clips, one per prompt, from silence or from each prompt's context."""
-    many = side_by_side(streamer, prompts)
+    many = PromptedStreamer(streamer, prompts)
     if contexts:
         context = torch.stack(list(contexts))[:, None]
         state = many.start(context=context.expand(-1, many.codec.channels, -1))

@@ -5,10 +5,11 @@ Taught in notebook 03_arc_forcing.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from lmd.corpus.analysis import brightness_hz
 from lmd.data.latents import LatentWindows
@@ -23,19 +24,12 @@ PIECE_S = 5.0
 
 @dataclass(frozen=True)
 class Drift:
-    """One number per `PIECE_S` of a stream.
+    """One number per `PIECE_S` of a stream."""
 
-    Attributes:
-        times_s: middles of the pieces.
-        level_db: RMS level of all streams together, dB under full scale.
-        brightness_hz: spectral centroid, mean over streams.
-        distance: root of the Fréchet distance of latent frames from the data's.
-    """
-
-    times_s: list[float]
-    level_db: list[float]
-    brightness_hz: list[float]
-    distance: list[float]
+    times_s: list[float]  # middles of the pieces
+    level_db: list[float]  # RMS of all streams together, under full scale
+    brightness_hz: list[float]  # spectral centroid, mean over streams
+    distance: list[float]  # root of the Fréchet distance of latent frames from the data's
 
     @property
     def growth(self) -> float:
@@ -51,7 +45,7 @@ class Drift:
 
 def frame_statistics(latents: Latents) -> Gaussian:
     """Mean and covariance of single frames, all items together."""
-    return gaussian(latents.transpose(1, 2).flatten(0, 1).double().numpy())
+    return gaussian(rearrange(latents, "item d frame -> (item frame) d").double().numpy())
 
 
 def data_windows(shards: LatentShards, n_windows: int, n_frames: int, seed: int = 0) -> Latents:
@@ -61,27 +55,21 @@ def data_windows(shards: LatentShards, n_windows: int, n_frames: int, seed: int 
 
 
 def drift_of(latents: Latents, wave: Wave, sample_rate: int, reference: Gaussian) -> Drift:
-    """Cut streams into pieces of 5 s and measure each.
+    """Cut streams and the latents that they are decoded from into pieces of 5 s; measure each.
 
-    Args:
-        latents: `[stream, latent, frame]`.
-        wave: the same, decoded.
-        sample_rate: of the wave.
-        reference: `frame_statistics` of the data.
+    The reference is `frame_statistics` of the data.
     """
     n_pieces = max(1, int(wave.shape[-1] / sample_rate / PIECE_S))
-    frames = latents.shape[-1] // n_pieces
-    samples = wave.shape[-1] // n_pieces
-    rows = []
-    for piece in range(n_pieces):
-        found = wave[..., piece * samples : (piece + 1) * samples].float()
-        power = max(float(found.square().mean()), 1e-12)
-        bright = [brightness_hz(item.numpy(), sample_rate) for item in found]
-        seen = frame_statistics(latents[..., piece * frames : (piece + 1) * frames])
-        middle = (piece + 0.5) * samples / sample_rate
-        distance = math.sqrt(frechet(seen, reference))
-        rows.append((middle, 10 * math.log10(power), float(np.mean(bright)), distance))
-    return Drift(*(list(column) for column in zip(*rows, strict=True)))
+    frames, samples = latents.shape[-1] // n_pieces, wave.shape[-1] // n_pieces
+    pieces = wave[..., : n_pieces * samples].float().split(samples, -1)
+    seen = latents[..., : n_pieces * frames].split(frames, -1)
+    powers = [max(float(piece.square().mean()), 1e-12) for piece in pieces]
+    return Drift(
+        [(k + 0.5) * samples / sample_rate for k in range(n_pieces)],
+        [10 * math.log10(power) for power in powers],
+        [float(np.mean([brightness_hz(w.numpy(), sample_rate) for w in each])) for each in pieces],
+        [math.sqrt(frechet(frame_statistics(each), reference)) for each in seen],
+    )
 
 
 def play_streams(
@@ -92,7 +80,7 @@ def play_streams(
     n_blocks = math.ceil(seconds * rate / controls.block_frames)
     played, found = [], []
     for number, prompt in enumerate(prompts):
-        asked = Controls(**{**vars(controls), "prompt": prompt, "seed": controls.seed + number})
+        asked = replace(controls, prompt=prompt, seed=controls.seed + number)
         blocks = list(streamer.stream(asked, n_blocks=n_blocks))
         played.append(torch.cat([block.latents for block in blocks], dim=-1))
         found.append(torch.cat([block.wave for block in blocks], dim=-1))

@@ -20,16 +20,8 @@ MAX_SECONDS = 30.0
 FIRST_RENDITION = 1000  # far from those of a corpus that is built
 
 
-def render_held_out(out: Path, per_piece: int = 2, cache: Path = DEFAULT_CACHE) -> Path:
-    """Render some test and validation pieces, each by one family, into a small corpus.
-
-    Args:
-        out: its folder; a manifest that is there already is kept.
-        per_piece: renditions of each piece, by different families.
-        cache: where parsed scores are kept.
-
-    Returns:
-        `out`.
+def render_held_out(out: Path, cache: Path = DEFAULT_CACHE) -> Path:
+    """Render some held-out pieces, each by two families, into a folder unless it is a corpus.
 
     Raises:
         LmdError: a piece is not in the split where it should be.
@@ -42,7 +34,7 @@ def render_held_out(out: Path, per_piece: int = 2, cache: Path = DEFAULT_CACHE) 
             if piece.split != split:
                 raise LmdError(f"{piece.piece_id} in {piece.split}", split, "Choose another piece.")
             number, families = FIRST_RENDITION, {"mixed"}
-            for _ in range(per_piece):
+            for _ in range(2):
                 while (how := draw_rendition(piece, number, 0, MAX_SECONDS)).family in families:
                     number += 1
                 families.add(how.family)
@@ -59,4 +51,4 @@ def held_out_corpus(folder: Path, otherwise: Path, cache: Path = DEFAULT_CACHE) 
             return folder
     except LmdError:
         pass
-    return render_held_out(otherwise, 2, cache)
+    return render_held_out(otherwise, cache)

@@ -1,7 +1,6 @@
-"""Measures of music: how far from the real, how it drifts, what happens where blocks meet.
+"""Measures of music: how far from the real, how it drifts, where blocks meet, is it tonal?
 
-Pure functions over embeddings, probabilities and waves. Everything that is estimated comes with an
-interval. Taught in notebook 05_evaluate.
+Pure functions over embeddings, probabilities and waves. Taught in notebook 05_evaluate.
 """
 
 import math
@@ -14,13 +13,19 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from lmd.corpus.analysis import MODES, PITCH_NAMES, key_strengths
 from lmd.data.codec_fit import Mono, mel_matrix, power
 from lmd.errors import LmdError
 
 Embeddings = Float[np.ndarray, "sample size"]
 Probabilities = Float[np.ndarray, "clip label"]
+Chroma = Float[Tensor, "12 step"]
 TOLERANCE = 1e-6  # of negative eigenvalues, relative to the largest
-LEVEL = 0.95  # of every interval
+N_FFT = 4096  # of pitches
+LOW_HZ, HIGH_HZ = 80.0, 2000.0
+PEAK_DB, FRAME_DB = 30.0, 50.0  # under the frame's highest peak; under the loudest frame
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 11)}  # harmonic minor
+CONSONANT = (3, 4, 5)  # interval classes: thirds and sixths, fourths and fifths
 
 
 @dataclass(frozen=True)
@@ -47,29 +52,20 @@ class Interval:
 
 
 def gaussian(embeddings: Embeddings) -> Gaussian:
-    """Fit mean and covariance (divided by n − 1) in float64.
-
-    Raises:
-        LmdError: fewer than two embeddings, or any that is not finite.
-    """
+    """Fit mean and covariance (divided by n − 1) in float64 to two or more finite embeddings."""
     x = np.asarray(embeddings, dtype=np.float64)
     if len(x) < 2 or not np.isfinite(x).all():
-        raise LmdError(
-            f"{len(x)} embeddings, {int((~np.isfinite(x)).sum())} values not finite",
-            "at least 2, all finite",
-            "Generate more, or look for NaN in the audio.",
-        )
+        found = f"{len(x)} embeddings, {int((~np.isfinite(x)).sum())} values not finite"
+        todo = "Generate more, or look for NaN in the audio."
+        raise LmdError(found, "at least 2, all finite", todo)
     return Gaussian(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance of two Gaussians, |μa − μb|² + tr(A + B − 2 (A B)^½), a squared distance.
 
-    The trace of the root is taken from the eigenvalues of A^½ B A^½, which is symmetric, so no
-    imaginary part can arise.
-
-    Raises:
-        LmdError: covariances that are not symmetric, or negative by more than rounding.
+    The trace of the root is taken from the eigenvalues of A^½ B A^½, which is symmetric. What is
+    no covariance (not symmetric, negative by more than rounding) is refused.
     """
     for covariance in (a.covariance, b.covariance):
         if not np.allclose(covariance, covariance.T, rtol=1e-9, atol=1e-12):
@@ -87,11 +83,8 @@ def _not_negative(values: np.ndarray, *of: Gaussian) -> np.ndarray:
     """Eigenvalues with rounding below zero removed; more than rounding is refused."""
     scale = float(np.prod([np.trace(g.covariance) for g in of]))
     if values.min() < -TOLERANCE * max(scale, 1e-300):
-        raise LmdError(
-            f"an eigenvalue of {values.min():.3g} where the trace is {scale:.3g}",
-            "none below zero but for rounding",
-            "The covariance is not one: fit it in float64 with gaussian().",
-        )
+        found = f"an eigenvalue of {values.min():.3g} where the trace is {scale:.3g}"
+        raise LmdError(found, "none below zero", "Fit the covariance in float64 with gaussian().")
     return values.clip(0)
 
 
@@ -115,27 +108,22 @@ def kl_divergence(true: Probabilities, found: Probabilities) -> float:
 
 
 def mean_interval(values: np.ndarray | Sequence[float]) -> Interval:
-    """Student's interval of a mean; with one value it is infinite, with none everything is nan."""
-    x = np.asarray([v for v in values if not math.isnan(v)], np.float64)
+    """Student's interval of a mean of what is finite: of one value infinite, of none nan."""
+    x = np.asarray(values, np.float64)
+    x = x[np.isfinite(x)]
     if not len(x):
         return Interval(math.nan, math.nan, math.nan, 0)
+    half = float(stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)) if len(x) > 1 else math.inf
     mean = float(x.mean())
-    if len(x) == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * stats.sem(x))
     return Interval(mean, mean - half, mean + half, len(x))
 
 
 def jackknife(whole: float, without: Sequence[float]) -> Interval:
     """What a distance would be with endless samples, from groups of samples that are independent.
 
-    Args:
-        whole: the distance of all groups together.
-        without: that of all but one, for each group.
-
-    Returns:
-        The mean of n · whole − (n − 1) · without, with Student's interval of it: where the straight
-        line in 1 / n through both ends. nan with fewer than two groups.
+    The mean of n · whole − (n − 1) · without, with Student's interval of it: where a straight line
+    in 1 / n ends. `whole` is the distance of all groups together, `without` that of all but one,
+    for each group; nan with fewer than two groups.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
     """
@@ -144,24 +132,22 @@ def jackknife(whole: float, without: Sequence[float]) -> Interval:
 
 
 def slope(times_s: np.ndarray, values: Float[np.ndarray, "stream time"]) -> Interval:
-    """Change per second, with its 95 % interval.
+    """Change per second, with its 95 % interval: a least-squares line per stream.
 
-    One least-squares line per stream. With several streams the interval is Student's over their
-    slopes, so nothing is assumed about the noise within a stream; a single stream gets the usual
-    interval of a regression, which takes its residuals for independent.
+    With several streams the interval is Student's over their slopes, so nothing is assumed about
+    the noise within a stream; of a single one it is the regression's (independent residuals).
 
     Raises:
         LmdError: fewer than three times, or shapes that do not fit.
     """
     t, y = np.asarray(times_s, np.float64), np.asarray(values, np.float64)
     if y.ndim != 2 or y.shape[1] != len(t) or len(t) < 3:
-        raise LmdError(
-            f"values {y.shape} at {len(t)} times", "[stream, time], at least 3 times", "Run longer."
-        )
+        found = f"values {y.shape} at {len(t)} times"
+        raise LmdError(found, "[stream, time], at least 3 times", "Run longer.")
     lines = [stats.linregress(t, row) for row in y]
     if len(y) > 1:
         return mean_interval([line.slope for line in lines])
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(t) - 2) * lines[0].stderr)
+    half = float(stats.t.ppf(0.975, len(t) - 2) * lines[0].stderr)
     mean = float(lines[0].slope)
     return Interval(mean, mean - half, mean + half, 1)
 
@@ -179,10 +165,8 @@ def boundary_ratio(wave: Mono, boundaries: Sequence[int], sample_rate: int) -> f
     Around = steps whose window of 1024 samples reaches the boundary. nan where nothing moves.
     """
     rise = flux(wave, sample_rate)
-    at = torch.arange(len(rise)) * 256
-    near = torch.zeros(len(rise), dtype=torch.bool)
-    for boundary in boundaries:
-        near |= (at - boundary).abs() <= 512 + 256
+    gaps = torch.arange(len(rise))[:, None] * 256 - torch.tensor(boundaries)
+    near = (gaps.abs() <= 512 + 256).any(1)
     if not near.any() or near.all() or not float(rise[~near].mean()) > 0:
         return math.nan
     return float(rise[near].mean() / rise[~near].mean())
@@ -199,3 +183,68 @@ def click_ratio(wave: Mono, boundaries: Sequence[int], reach: int = 64) -> float
     peaks = [bend[max(0, place - reach) : place + reach].max() for place in boundaries]
     elsewhere = float(stretches.median())
     return float(torch.stack(peaks).median()) / elsewhere if peaks and elsewhere else math.nan
+
+
+# --- is it tonal? ---------------------------------------------------------------------------------
+# Measures of sound, not of a score: overtones count as pitches (the third partial of every note is
+# its fifth), so no value means much alone. Each is read against that of held-out music.
+
+
+@dataclass(frozen=True)
+class Tonality:
+    """What the pitch classes of a piece have to do with each other."""
+
+    key: str  # e.g. "A minor": the best of 24 by correlation with probe-tone profiles
+    key_clarity: float  # that correlation, at most 1
+    key_share: float  # of the pitch-class amplitude in that key's seven notes (noise: 7/12)
+    # of all pairs of pitch classes that sound at once, weighted by both amplitudes: the share at a
+    # third, fourth, fifth or sixth (noise: 6/11); nan where no two sound together
+    consonance: float
+    classes_at_once: float  # mean over sounding frames of exp(entropy)
+
+
+def peak_chroma(wave: Mono, sample_rate: int) -> Chroma:
+    """Amplitude of the spectral peaks per pitch class (C = 0), frames of 4096 every 2048 samples.
+
+    A peak is a bin above both neighbours; its frequency is the vertex of the parabola through the
+    three levels. Peaks from 80 to 2,000 Hz and at most 30 dB under the frame's highest count;
+    frames more than 50 dB under the loudest are silent.
+    """
+    level = power(wave, N_FFT, N_FFT // 2).clamp_min(1e-20).log()
+    left, middle, right = level[:-2], level[1:-1], level[2:]
+    bend = (left - 2 * middle + right).clamp_max(-1e-9)
+    shift = (0.5 * (left - right) / bend).clamp(-0.5, 0.5)
+    bins = torch.arange(1, len(level) - 1)[:, None] + shift
+    hz = bins * sample_rate / N_FFT
+    top = middle.amax(0)
+    decibel = np.log(10) / 10
+    is_peak = (middle > left) & (middle >= right) & (hz >= LOW_HZ) & (hz <= HIGH_HZ)
+    is_peak &= (middle > top - PEAK_DB * decibel) & (top > top.max() - FRAME_DB * decibel)
+    is_peak &= middle > np.log(1e-10)  # digital silence has no pitch
+    classes = (torch.round(69 + 12 * torch.log2(hz.clamp_min(1) / 440)).long()) % 12
+    step = torch.arange(level.shape[1]).expand_as(classes)
+    where = (classes[is_peak], step[is_peak])
+    chroma = torch.zeros(12, level.shape[1])
+    return chroma.index_put_(where, (middle[is_peak] / 2).exp(), accumulate=True)
+
+
+def tonality(chroma: Chroma) -> Tonality | None:
+    """The measures of a piece; None if nothing sounds."""
+    profile = chroma.sum(1).double().numpy()
+    if not profile.sum() > 0:
+        return None
+    strengths = key_strengths(profile)
+    row, tonic = np.unravel_index(int(strengths.argmax()), strengths.shape)
+    scale = [(tonic + degree) % 12 for degree in SCALES[MODES[row]]]
+    together = (chroma.double() @ chroma.double().T).fill_diagonal_(0)
+    distance = (torch.arange(12)[:, None] - torch.arange(12)).abs()
+    is_consonant = torch.isin(torch.minimum(distance, 12 - distance), torch.tensor(CONSONANT))
+    loud = chroma[:, chroma.sum(0) > 0]
+    share = loud / loud.sum(0)
+    return Tonality(
+        key=f"{PITCH_NAMES[tonic]} {MODES[row]}",
+        key_clarity=float(strengths[row, tonic]),
+        key_share=float(profile[scale].sum() / profile.sum()),
+        consonance=float(together[is_consonant].sum() / together.sum()),  # 0 / 0 is nan
+        classes_at_once=float(torch.exp(-torch.xlogy(share, share).sum(0)).mean()),
+    )

@@ -12,13 +12,13 @@ import tyro
 
 from lmd.config import Regime
 from lmd.errors import LmdError
+from lmd.machine import pick_device
 from lmd.pretrained import CFG_SCALE
 from lmd.rng import derive_seed
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import SamplerName
 
-Kind = Literal["silence", "primed", "drift"]
-KINDS: dict[Kind, str] = {"silence": "from silence", "primed": "primed", "drift": "long streams"}
+Kind = Literal["silence", "primed", "drift"]  # from silence, from real music, long streams
 BIN_S = 10.0  # of long streams
 FEW_STEPS = 8  # model calls per block up to which the criteria are applied
 
@@ -46,116 +46,77 @@ BY_EULER = "-Euler"  # ends these methods' names
 WITH_EULER = tuple(
     replace(method, name=method.name + BY_EULER, sampler="euler") for method in METHODS[1:]
 )
-ALL_METHODS = METHODS + WITH_EULER
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is generated.
+    """How much is generated."""
 
-    Attributes:
-        n_clips: prompts of a seed, each from another held-out rendition.
-        n_blocks: blocks of a clip.
-        n_seeds: repetitions, each with other prompts and other noise, of streams from silence in
-            few steps, which the criteria look at.
-        other_seeds: repetitions of every other line.
-        steps: model calls per block, most first.
-        naive_steps: those of the naive method (it costs five times as much).
-        euler_steps: those of `WITH_EULER`, from silence alone.
-        primed: whether clips that go on from real music are made too.
-        drift_s, drift_clips, drift_steps: length, number per seed and model calls per block of the
-            long streams.
-        drift_seeds: repetitions of the long streams, each with other prompts.
-        reference_s: how much of every held-out piece forms the reference.
-        block_frames: of every block.
-    """
-
-    n_clips: int = 16
-    n_blocks: int = 5
-    n_seeds: int = 16
-    other_seeds: int = 3
-    steps: tuple[int, ...] = (50, 8, 4, 2)
-    naive_steps: tuple[int, ...] = (50, 8, 4, 2)
-    euler_steps: tuple[int, ...] = (8, 4, 2)
-    primed: bool = True
-    drift_s: float = 300.0
-    drift_clips: int = 4
+    name: str = "full"
+    n_clips: int = 16  # prompts of a seed, each from another held-out rendition
+    n_blocks: int = 5  # of a clip
+    n_seeds: int = 16  # with other prompts and noise: of what the criteria look at
+    other_seeds: int = 3  # of every other line
+    steps: tuple[int, ...] = (50, 8, 4, 2)  # model calls per block, most first
+    naive_steps: tuple[int, ...] = (50, 8, 4, 2)  # the naive method costs five times as much
+    euler_steps: tuple[int, ...] = (8, 4, 2)  # of `WITH_EULER`, from silence alone
+    primed: bool = True  # clips that go on from real music too
+    drift_s: float = 300.0  # length of the long streams
+    drift_clips: int = 4  # per seed
     drift_steps: tuple[int, ...] = (8, 4, 2)
-    drift_seeds: int = 3
-    reference_s: float = 60.0
+    drift_seeds: int = 3  # each with other prompts
+    reference_s: float = 60.0  # of every held-out piece, in the middle
     block_frames: int = 48
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """Those that it has rows for."""
-        return ALL_METHODS if self.euler_steps else METHODS
+        return METHODS + WITH_EULER if self.euler_steps else METHODS
 
 
 BUDGETS = {
     "full": Budget(),
-    "quick": Budget(16, 4, 3, 3, (8, 4, 2), (2,), (), False, 120.0, 4, (8, 4, 2), 3, 20.0),
-    "brief": Budget(8, 4, 3, 3, (8, 2), (2,), (), False, 40.0, 1, (8,), 3, 20.0),
-    "smoke": Budget(2, 3, 2, 2, (1,), (1,), (1,), False, 30.0, 1, (1,), 2, 10.0),
+    "quick": Budget("quick", 16, 4, 3, 3, (8, 4, 2), (2,), (), False, 120.0, 4, (8, 4, 2), 3, 20.0),
+    "brief": Budget("brief", 8, 4, 3, 3, (8, 2), (2,), (), False, 40.0, 1, (8,), 3, 20.0),
+    "smoke": Budget("smoke", 2, 3, 2, 2, (1,), (1,), (1,), False, 30.0, 1, (1,), 2, 10.0),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        weights: folder of the weights.
-        data: a built corpus.
-        tagger: the tagger's file (default: beside the weights).
-        out: where the results go.
-        parts: where finished parts are kept.
-        budget: how much is generated.
-        quick: the same as --budget quick: minutes, not hours.
-        methods: only these.
-        cfg_scale: guidance of weights that are not ARC-Forced.
-        drift_seconds: length of the long streams.
-        drift_steps: their model calls per block.
-        random: a preset's name: random weights of it, which tests the machinery.
-        threads: of torch.
-        workers: processes that make the music that is measured.
-        device: where music is made: cpu, cuda, mps or auto; it is measured on the CPU.
-    """
-
-    weights: Path = Path("data/pretrained")
-    data: Path = Path("data/corpus")
+    weights: Path = Path("data/pretrained")  # folder of the weights
+    data: Path = Path("data/corpus")  # a built corpus
+    # the tagger's file (default: beside the weights)
     tagger: Annotated[Path | None, tyro.conf.arg(aliases=["--recogniser"])] = None
-    out: Path = Path("outputs/evaluation")
-    parts: Path = Path("outputs/evaluation/parts")
-    budget: Literal["full", "quick", "brief", "smoke"] = "full"
-    quick: bool = False
-    methods: tuple[str, ...] = ()
-    cfg_scale: float = CFG_SCALE
-    drift_seconds: float | None = None
-    drift_steps: tuple[int, ...] = ()
-    random: str = ""
-    threads: int | None = None
-    workers: int = 1
-    device: str = "auto"
-
-    @property
-    def budget_name(self) -> str:
-        """Which budget.
-
-        Raises:
-            LmdError: two are asked for.
-        """
-        if self.quick and self.budget not in ("full", "quick"):
-            raise LmdError(f"--quick and --budget {self.budget}", "one of them", "Drop the other.")
-        return "quick" if self.quick else self.budget
+    out: Path = Path("outputs/evaluation")  # where the results go
+    parts: Path = Path("outputs/evaluation/parts")  # where finished parts are kept
+    budget: Literal["full", "quick", "brief", "smoke"] = "full"  # how much is generated
+    quick: bool = False  # the same as --budget quick: minutes, not hours
+    methods: tuple[str, ...] = ()  # only these
+    cfg_scale: float = CFG_SCALE  # guidance of weights that are not ARC-Forced
+    drift_seconds: float | None = None  # length of the long streams
+    drift_steps: tuple[int, ...] = ()  # their model calls per block
+    random: str = ""  # a preset's name: random weights of it, which tests the machinery
+    threads: int | None = None  # of torch
+    workers: int = 1  # processes that make the music that is measured
+    device: str = "auto"  # where music is made: cpu, cuda, mps or auto; measured on the CPU
+    # what makes it: PyTorch or exported graphs; auto: graphs for weights on a CPU
+    engine: Literal["auto", "torch", "graph"] = "auto"
+    # in which the transformer computes; int8 with graphs only
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
     @property
     def sizes(self) -> Budget:
         """The budget, with the long streams that were asked for.
 
         Raises:
-            LmdError: streams too short for a slope, or a number of steps that is none.
+            LmdError: two budgets, streams too short for a slope, or no number of steps.
         """
-        budget = BUDGETS[self.budget_name]
+        if self.quick and self.budget not in ("full", "quick"):
+            raise LmdError(f"--quick and --budget {self.budget}", "one of them", "Drop the other.")
+        budget = BUDGETS["quick" if self.quick else self.budget]
         seconds = budget.drift_s if self.drift_seconds is None else self.drift_seconds
         if not 3 * BIN_S <= seconds < math.inf:
             expected = f"{3 * BIN_S:g} or more: three bins of {BIN_S:g} s"
@@ -171,13 +132,19 @@ class Options:
         Raises:
             LmdError: one that it has no rows for.
         """
-        there = self.sizes.methods
-        known = [method.name for method in there]
+        there = {method.name: method for method in self.sizes.methods}
         for name in self.methods:
-            if name not in known:
-                found, expected = f"--methods {name}", f"of {', '.join(known)}"
+            if name not in there:
+                found, expected = f"--methods {name}", f"of {', '.join(there)}"
                 raise LmdError(found, expected, "Other budgets have its rows: full.")
-        return [method for method in there if not self.methods or method.name in self.methods]
+        return [there[name] for name in there if not self.methods or name in self.methods]
+
+    @property
+    def chosen_engine(self) -> str:
+        """`torch` or `graph`: what `auto` stands for, as in `open_instrument`."""
+        on_cpu = pick_device(self.device).type == "cpu"
+        usual = "graph" if on_cpu and not self.random else "torch"
+        return usual if self.engine == "auto" else self.engine
 
 
 @dataclass(frozen=True)
@@ -187,9 +154,6 @@ class Unit:
     method: Method
     n_steps: int
     kind: Kind = "silence"
-
-    def __str__(self) -> str:
-        return f"{self.method.name}, {self.n_steps} steps, {KINDS[self.kind]}"
 
     def n_seeds(self, budget: Budget) -> int:
         """How often it is repeated."""

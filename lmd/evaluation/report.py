@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from lmd.evaluation.plan import ALL_METHODS, BY_EULER, FEW_STEPS, METHODS
+from lmd.evaluation.plan import BY_EULER, FEW_STEPS, METHODS, WITH_EULER
 from lmd.outputs import write_atomic
 from lmd.show import plot_bands, plot_intervals
 
@@ -44,17 +44,16 @@ DRIFT_WORDS = {
 
 
 def write_report(result: Result, out: Path) -> str:
-    """Write `evaluation.json`, `.md` and figures into a folder.
-
-    Returns:
-        The Markdown.
-    """
+    """Write `evaluation.json`, `.md` and figures into a folder; the Markdown comes back."""
     out.mkdir(parents=True, exist_ok=True)
     write_result(out / "evaluation.json", result)
     markdown = report(result)
     write_atomic(out / "evaluation.md", (markdown + "\n").encode())
-    for name, figure in figures(result).items():
-        figure.savefig(out / f"{name}.png", dpi=80)
+    drawn = {"distance": _distances(result)}
+    if result["drift"]:
+        drawn["drift"] = _drifts(result["drift"])
+    for name, figure in drawn.items():
+        figure.savefig(out / f"evaluation_{name}.png", dpi=80)
         plt.close(figure)
     return markdown
 
@@ -80,7 +79,8 @@ def _replace(value: Any, is_kept: Callable[[float], bool], other: float | None) 
 
 
 def report(result: Result) -> str:
-    """Everything as Markdown."""
+    """Everything as Markdown. A result without `engine` and `dtype` was played by PyTorch."""
+    result = {"engine": "torch", "dtype": "float32", **result}
     template = Path(__file__).with_name("evaluation.md.j2").read_text()
     used = {
         f"{row['weights']} {row['sha256'][:8]} with cfg_scale {row['cfg_scale']:g}"
@@ -103,17 +103,17 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return frame.to_markdown(index=False, disable_numparse=True)
 
 
-def _named_lines(result: Result, anchors: str) -> Iterable[tuple[dict[str, Any], Mapping]]:
-    """The first cells of a table's lines, anchors first, and what was measured of each."""
-    for name, anchor in result[anchors].items():
-        yield {" ": f"*{ANCHOR_WORDS[name]}*", "steps": ""}, anchor
-    for row in result["rows" if anchors == "anchors" else "drift"]:
-        yield {" ": f"**{row['method']}**", "steps": row["n_steps"]}, row
-
-
 def name_of(row: Mapping[str, Any]) -> str:
     """What a line is called in a sentence."""
     return f"{row['method']}, {row['n_steps']} steps{', primed' if row['primed'] else ''}"
+
+
+def _named_lines(result: Result, anchors: str, rows: str) -> Iterable[tuple[dict, Mapping]]:
+    """The first cells of a table's lines, anchors first, and what was measured of each."""
+    for name, anchor in result[anchors].items():
+        yield {" ": f"*{ANCHOR_WORDS[name]}*", "steps": ""}, anchor
+    for row in result[rows]:
+        yield {" ": f"**{row['method']}**", "steps": row["n_steps"]}, row
 
 
 def quality_table(result: Result) -> str:
@@ -123,14 +123,14 @@ def quality_table(result: Result) -> str:
         cells
         | {"begins with": begins[row.get("primed")]}
         | {words: format_interval(row[n], k, *ends) for n, (words, k, ends) in COLUMNS.items()}
-        for cells, row in _named_lines(result, "anchors")
+        for cells, row in _named_lines(result, "anchors", "rows")
     )
 
 
 def drift_table(result: Result) -> str:
     """Levels of long streams, and their slopes, which anchors are too short for."""
     rows = []
-    for cells, row in _named_lines(result, "drift_anchors"):
+    for cells, row in _named_lines(result, "drift_anchors", "drift"):
         cells["distance from real"] = format_interval(row["distance"]["level"])
         if cells["steps"]:
             cells["seconds"] = f"{row['times_s'][-1] + row['times_s'][0]:.0f}"
@@ -172,24 +172,17 @@ def _command(result: Result) -> str:
     words += [*map(str, budget["drift_steps"]), f"--drift-seconds {budget['drift_s']:g}"]
     guided = {row["cfg_scale"] for row in methods.values() if row["weights"] != "arc"}
     words += [f"--cfg-scale {scale:g}" for scale in guided]
-    if len(methods) < len(ALL_METHODS if budget["euler_steps"] else METHODS):
+    words += [f"--engine {result['engine']} --dtype {result['dtype']}"]
+    if len(methods) < len(METHODS + WITH_EULER if budget["euler_steps"] else METHODS):
         words += ["--methods", *methods]
     if result["random_weights"]:
         words += ["--random", *{row["sha256"].removeprefix("random-") for row in methods.values()}]
     return " ".join(words)
 
 
-def figures(result: Result) -> dict[str, Figure]:
-    """Distances of all methods, and drift."""
-    drawn = {"evaluation_distance": _distances(result)}
-    if result["drift"]:
-        drawn["evaluation_drift"] = _drifts(result["drift"])
-    return drawn
-
-
 def _distances(result: Result) -> Figure:
+    """Every method's distance; Euler's rows are in the table, too many for a picture."""
     anchors = result["anchors"]
-    # Euler's rows stand in the table; they are too many for a picture.
     shown = [row for row in result["rows"] if not row["method"].endswith(BY_EULER)]
     estimates = {name_of(row): row["fd"] for row in shown}
     names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
@@ -202,13 +195,9 @@ def _distances(result: Result) -> Figure:
 def _drifts(rows: list[Mapping[str, Any]]) -> Figure:
     """A row of pictures for each number of steps, the same axis for each measure."""
     steps = list(dict.fromkeys(row["n_steps"] for row in rows))
+    size = {"figsize": (12, 0.6 + 2.1 * len(steps)), "layout": "constrained"}
     figure, axes = plt.subplots(
-        *(size := (len(steps), len(DRIFT_WORDS))),
-        figsize=(12, 0.6 + 2.1 * size[0]),
-        sharex=True,
-        sharey="col",
-        squeeze=False,
-        layout="constrained",
+        len(steps), len(DRIFT_WORDS), sharex=True, sharey="col", squeeze=False, **size
     )
     for line, n_steps in zip(axes, steps, strict=True):
         line[0].set_ylabel(f"{n_steps} steps")

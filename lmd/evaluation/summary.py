@@ -1,41 +1,103 @@
-"""From the measures of clips to lines of a table: every value with its interval over seeds."""
+"""From clips to lines of a table: what is measured of each, and its interval over seeds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 
-from lmd.evaluation.clip_metrics import TONALITY, Measures
+from lmd.corpus.analysis import brightness_hz
+from lmd.corpus.levels import loudness_lufs
+from lmd.evaluation.clips import Waves
 from lmd.evaluation.metrics import (
     Gaussian,
+    boundary_ratio,
+    click_ratio,
     frechet,
     gaussian,
     jackknife,
     kl_divergence,
     mean_interval,
+    peak_chroma,
     slope,
+    tonality,
+    typicality,
 )
+from lmd.evaluation.tagger import Tagger, Tags, tempo_bpm
 
+Measures = dict[str, np.ndarray]  # by name; the first axis is the clip, nan: nothing to measure
+TONALITY = ("key_share", "key_clarity", "consonance", "classes_at_once")
+OVER_TIME = ("distance", "loudness_lufs", "centroid_hz", "key_clarity")
 PER_CLIP = (*TONALITY, "joins", "clicks", "loudness_lufs", "centroid_hz")
+QUIET_LUFS = -70.0  # silence is given this loudness
+
+
+class ClipMetrics:
+    """Applies all measures to a batch of clips, at the tagger's sample rate.
+
+    Raises:
+        LmdError: clips at another rate.
+    """
+
+    def __init__(self, tagger: Tagger, sample_rate: int) -> None:
+        tagger.check_rate(sample_rate)
+        self.tagger, self.sample_rate = tagger, sample_rate
+
+    def tags(self, wave: Float[Tensor, " sample"]) -> Tags:
+        """What the tagger says of one wave, a window every half window."""
+        return self.tagger.tag_wave(wave, overlap=2)
+
+    def measure(self, waves: Waves, boundaries: Sequence[int]) -> Measures:
+        """Everything about some clips, whose blocks meet at `boundaries` (samples).
+
+        Returns:
+            `embedding` `[clip, window, size]`; `family`, mean probabilities `[clip, family]`; and
+            `[clip]` each: `tempo_bpm`, those of `TONALITY`, `joins` and `clicks` (ratios at the
+            boundaries), `loudness_lufs`, `centroid_hz`.
+        """
+        clips = [self._clip(wave, boundaries) for wave in waves]
+        return {name: np.array([clip[name] for clip in clips]) for name in clips[0]}
+
+    def _clip(self, wave: Float[Tensor, " sample"], boundaries: Sequence[int]) -> dict[str, Any]:
+        tags, found = self.tags(wave), tonality(peak_chroma(wave, self.sample_rate))
+        return {
+            "embedding": tags.embedding.numpy(),
+            "family": tags.family.mean(0).numpy(),
+            "tempo_bpm": tempo_bpm(tags.tempo),
+            **{name: getattr(found, name, np.nan) for name in TONALITY},
+            "joins": boundary_ratio(wave, boundaries, self.sample_rate),
+            "clicks": click_ratio(wave, boundaries),
+            "loudness_lufs": max(QUIET_LUFS, loudness_lufs(wave[None].numpy(), self.sample_rate)),
+            "centroid_hz": brightness_hz(wave[None].numpy(), self.sample_rate),
+        }
+
+    def over_time(self, waves: Waves, reference: Gaussian, bin_s: float) -> Measures:
+        """Every `bin_s` seconds of long streams: those of `OVER_TIME`, `[stream, bin]` each.
+
+        `distance` is the mean `typicality` against the reference; silence has no clear key.
+        """
+        size = round(bin_s * self.sample_rate)
+        parts = rearrange(
+            waves[:, : waves.shape[1] // size * size], "stream (bin n) -> (stream bin) n", n=size
+        )
+        bins = self.measure(parts, boundaries=())
+        bins["distance"] = np.array([typicality(e, reference).mean() for e in bins["embedding"]])
+        bins["key_clarity"] = np.nan_to_num(bins["key_clarity"])
+        return {name: bins[name].reshape(len(waves), -1) for name in OVER_TIME}
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about the clips of one seed.
+    """What is known about the clips of one seed."""
 
-    Attributes:
-        family: index of the family that the prompt asks for `[clip]`.
-        tempo_range: what the prompt asks for, BPM `[clip, 2]`; nan where it says nothing.
-        names_bpm: whether it says so with a number `[clip]`.
-        real_family: the tagger's probabilities in how the pieces really go on `[clip, family]`.
-    """
-
-    family: np.ndarray
-    tempo_range: np.ndarray
-    names_bpm: np.ndarray
-    real_family: np.ndarray
+    family: np.ndarray  # index of the family that the prompt asks for `[clip]`
+    tempo_range: np.ndarray  # what the prompt asks for, BPM `[clip, 2]`; nan: it says nothing
+    names_bpm: np.ndarray  # whether it says so with a number `[clip]`
+    real_family: np.ndarray  # tagged in how the pieces really go on, `[clip, family]`
 
     @property
     def rolled(self) -> "Truth":
@@ -46,12 +108,7 @@ class Truth:
 def row_of(
     seeds: Sequence[Measures], truths: Sequence[Truth], reference: Gaussian
 ) -> dict[str, Any]:
-    """All measures of one line.
-
-    Args:
-        seeds: the measures of each seed's clips.
-        truths: of the same clips.
-        reference: held-out music, in the tagger's embedding.
+    """All measures of one line, from those of each seed's clips and the truth about these.
 
     Returns:
         Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at one seed's sample size), `kl`
@@ -61,14 +118,14 @@ def row_of(
     """
     embeddings = [rearrange(one["embedding"], "clip window d -> (clip window) d") for one in seeds]
     pooled = pooled_distances(embeddings, reference)
-    together = pooled.get(str(len(seeds)), {"all": float("nan"), "without": []})
+    together = pooled.get(str(len(seeds)), {"all": math.nan, "without": []})
     pairs = list(zip(seeds, truths, strict=True))
     values = {
         "fd": [frechet(gaussian(points), reference) for points in embeddings],
         "kl": [kl_divergence(truth.real_family, one["family"]) for one, truth in pairs],
         "family": [float((one["family"].argmax(1) == t.family).mean()) for one, t in pairs],
         "tempo": [tempo_share(one["tempo_bpm"], truth) for one, truth in pairs],
-        **{name: [_mean(one[name]) for one in seeds] for name in PER_CLIP},
+        **{name: [mean_interval(one[name]).mean for one in seeds] for name in PER_CLIP},
     }
     return {
         "windows": len(embeddings[0]),
@@ -83,8 +140,7 @@ def row_of(
 def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[str, dict[str, Any]]:
     """Fréchet distances of the first 2, 3, … seeds together, so that lines can be compared.
 
-    Returns:
-        By the number of seeds: `all` of them together, and `without` each of them.
+    By the number of seeds: `all` of them together, and `without` each of them.
     """
 
     def distance(some: Sequence[np.ndarray]) -> float:
@@ -99,27 +155,18 @@ def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[s
     }
 
 
-def _mean(values: np.ndarray) -> float:
-    """Mean of what could be measured; nan if nothing could."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
 def tempo_share(tempo_bpm: np.ndarray, truth: Truth) -> float:
-    """Share of clips whose recognised tempo is right, among prompts that name one.
+    """Share of clips whose recognised tempo is right, among prompts that name one; else nan.
 
     Right = within 8 % of a number of BPM, of its half or of its double; after a word (adagio) in
     the range that the word stands for, 8 % wider on either side.
     """
     low, high = truth.tempo_range.T
-    named = np.isfinite(low)
-    if not named.any():
-        return float("nan")
     exact, half, double = (
         (low <= factor * tempo_bpm) & (factor * tempo_bpm <= high) for factor in (1, 0.5, 2)
     )
     right = exact | (truth.names_bpm & (half | double))
-    return float(right[named].mean())
+    return mean_interval(np.where(np.isfinite(low), right, math.nan)).mean
 
 
 def anchor_rows(
@@ -144,11 +191,7 @@ def anchor_rows(
 
 
 def drift_row(seeds: Sequence[Measures], bin_s: float) -> dict[str, Any]:
-    """Curves and slopes of long streams.
-
-    Args:
-        seeds: per seed, measures `[stream, bin]`.
-        bin_s: length of a bin.
+    """Curves and slopes of long streams, from each seed's measures `[stream, bin]`.
 
     Returns:
         `times_s` (middles of the bins), `streams`, and for each measure `curve` (an interval per

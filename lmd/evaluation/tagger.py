@@ -1,12 +1,8 @@
 """The tagger: which instruments, which pitch classes, how fast; its embedding measures distances.
 
-It is not a general model of music. It is a convolutional network of half a million weights, fitted
-on the corpus's own truth (the manifest and the scores say what sounds when), so its embedding sees
-what this corpus varies and nothing else. Distances measured with it compare like with like inside
-this project; they are not comparable with distances in OpenL3, VGGish or CLAP.
-
-Fitted by `python -m lmd train tagger` (lmd.evaluation.train_tagger). Taught in notebook
-05_evaluate.
+A convolutional network of half a million weights, fitted on the corpus's own truth (the manifest
+and the scores say what sounds when) by `lmd.evaluation.train_tagger`: its embedding sees what this
+corpus varies and nothing else. Distances are comparable inside this project only.
 """
 
 import math
@@ -41,19 +37,12 @@ Windows = Float[Tensor, "window band frame"]  # decibels
 
 @dataclass(frozen=True)
 class Tags:
-    """What the tagger makes of some windows.
+    """What the tagger makes of some windows."""
 
-    Attributes:
-        embedding: `[window, size]`, the space in which distances are measured.
-        family: probabilities over `TaggerConfig.families`.
-        pitch_classes: probability that each sounds for a twentieth of the window (C = 0).
-        tempo: probabilities over `TEMPI_BPM`.
-    """
-
-    embedding: Float[Tensor, "window size"]
-    family: Float[Tensor, "window family"]
-    pitch_classes: Float[Tensor, "window 12"]
-    tempo: Float[Tensor, "window tempo"]
+    embedding: Float[Tensor, "window size"]  # the space in which distances are measured
+    family: Float[Tensor, "window family"]  # probabilities over `TaggerConfig.families`
+    pitch_classes: Float[Tensor, "window 12"]  # probability that each sounds for a twentieth of it
+    tempo: Float[Tensor, "window tempo"]  # probabilities over `TEMPI_BPM`
 
 
 TEMPI_BPM: Float[Tensor, " tempo"] = LOW_BPM * (HIGH_BPM / LOW_BPM) ** (
@@ -62,24 +51,17 @@ TEMPI_BPM: Float[Tensor, " tempo"] = LOW_BPM * (HIGH_BPM / LOW_BPM) ** (
 
 
 @lru_cache(maxsize=2)
-def mel_bands(sample_rate: int) -> Float[Tensor, "mel bin"]:
-    """The mel bands, each an average power."""
-    return mel_matrix(1025, sample_rate, N_MELS).T.contiguous()
+def filters(sample_rate: int) -> tuple[Float[Tensor, "mel bin"], Float[Tensor, "tone fine_bin"]]:
+    """Weights of the bins of 2048 samples in every mel band, of 4096 in every semitone band.
 
-
-@lru_cache(maxsize=2)
-def semitone_matrix(n_fft: int, sample_rate: int) -> Float[Tensor, "bin semitone"]:
-    """Weights of every bin in every semitone band, each band's sum 1.
-
-    A bump around the pitch, a third of a semitone wide or, where bins are wider, one bin.
+    A semitone's are a bump around the pitch, a third of one wide or, where bins are wider, one bin.
     """
-    hz = torch.arange(n_fft // 2 + 1).clamp_min(1) * (sample_rate / n_fft)
+    hz = torch.arange(2049).clamp_min(1) * (sample_rate / 4096)
     pitch = 69 + 12 * torch.log2(hz / 440)
     wanted = torch.arange(LOW_PITCH, LOW_PITCH + N_SEMITONES)
-    bin_semitones = 12 / math.log(2) * (sample_rate / n_fft) / hz
-    width = bin_semitones.clamp_min(1 / 3)
+    width = (12 / math.log(2) * (sample_rate / 4096) / hz).clamp_min(1 / 3)
     weights = torch.exp(-0.5 * ((pitch[:, None] - wanted) / width[:, None]).square())
-    return weights / weights.sum(0)
+    return mel_matrix(1025, sample_rate, N_MELS).T.contiguous(), (weights / weights.sum(0)).T
 
 
 def band_levels(wave: Mono, sample_rate: int) -> Levels:
@@ -92,10 +74,10 @@ def band_levels(wave: Mono, sample_rate: int) -> Levels:
     """
     if len(wave) < 4096:
         raise LmdError(f"{len(wave)} samples", "at least 4096", "Give longer audio.")
-    n = len(wave) // HOP
-    mel = mel_bands(sample_rate) @ power(wave, 2048, HOP // 2)[:, : 2 * n]
+    n, (mels, semitones) = len(wave) // HOP, filters(sample_rate)
+    mel = mels @ power(wave, 2048, HOP // 2)[:, : 2 * n]
     halves = rearrange(mel, "mel (step half) -> (half mel) step", half=2)
-    tones = semitone_matrix(4096, sample_rate).T @ power(wave, 4096, HOP)[:, :n]
+    tones = semitones @ power(wave, 4096, HOP)[:, :n]
     return 10 * torch.log10(torch.cat([halves, tones]) + 1e-12)
 
 
@@ -106,9 +88,8 @@ def cut(levels: Levels, window_steps: int, hop_steps: int | None = None) -> Wind
         LmdError: shorter than a window.
     """
     if levels.shape[1] < window_steps:
-        raise LmdError(
-            f"{levels.shape[1]} feature frames", f"at least {window_steps}", "Give longer audio."
-        )
+        found = f"{levels.shape[1]} feature frames"
+        raise LmdError(found, f"at least {window_steps}", "Give longer audio.")
     windows = levels.unfold(1, window_steps, hop_steps or window_steps)
     return rearrange(windows, "band window step -> window band step")
 
@@ -166,30 +147,21 @@ class Tagger(nn.Module):
         return embedding, *logits
 
     @torch.no_grad()
-    def tag(self, levels: Windows) -> Tags:
-        """What is in some windows."""
-        embedding, family, pitch, tempo = self(levels)
+    def tag_wave(self, wave: Mono, overlap: int = 1) -> Tags:
+        """What is in a piece at the tagger's rate, window by window; `LmdError` if too short.
+
+        With an overlap of 1, windows lie side by side; with 2, there is one every half window.
+        """
+        n = self.config.window_steps
+        windows = cut(band_levels(wave, self.config.sample_rate), n, n // overlap)
+        embedding, family, pitch, tempo = self(windows)
         return Tags(embedding, family.softmax(1), pitch.sigmoid(), tempo.softmax(1))
 
-    def tag_wave(self, wave: Mono, sample_rate: int, overlap: int = 1) -> Tags:
-        """What is in a piece, window by window.
-
-        Args:
-            wave: samples.
-            sample_rate: Hz.
-            overlap: 1: windows of `config.window_steps` side by side; 2: one every half window.
-
-        Raises:
-            LmdError: another sample rate than the one it was fitted at, or too short a piece.
-        """
+    def check_rate(self, sample_rate: int) -> None:
+        """Refuse music at another sample rate than the tagger was fitted at."""
         if sample_rate != self.config.sample_rate:
-            raise LmdError(
-                f"audio at {sample_rate} Hz",
-                f"{self.config.sample_rate} Hz, at which the tagger was fitted",
-                "Resample it, or fit one: python -m lmd train tagger.",
-            )
-        n = self.config.window_steps
-        return self.tag(cut(band_levels(wave, sample_rate), n, n // overlap))
+            expected = f"{self.config.sample_rate} Hz, at which the tagger was fitted"
+            raise LmdError(f"music at {sample_rate} Hz", expected, "Fit one: lmd train tagger.")
 
 
 def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:
@@ -202,11 +174,7 @@ def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:
 
 
 def load_tagger(path: Path | str) -> tuple[Tagger, Header]:
-    """The tagger in a file and what the file says about it.
-
-    Raises:
-        LmdError: see `lmd.checkpoint.load_tensors`.
-    """
+    """The tagger in a file and what the file says about it."""
     tensors, header = load_tensors(path, "tagger")
     model = build_loaded(lambda: Tagger(header.config), tensors, str(path))
     return model.requires_grad_(False), header

@@ -5,7 +5,6 @@ The truth is known exactly: the manifest names the instruments and the tempo, an
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from jinja2 import StrictUndefined, Template
 from torch import Tensor
@@ -26,16 +26,8 @@ from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.manifest import Corpus, Row
 from lmd.corpus.scores import DEFAULT_CACHE
 from lmd.errors import LmdError
-from lmd.evaluation.clips import NEAR
-from lmd.evaluation.tagger import (
-    HOP,
-    TEMPI_BPM,
-    Tagger,
-    Tags,
-    band_levels,
-    load_tagger,
-    tempo_bpm,
-)
+from lmd.evaluation.clips import NEAR, through_codec
+from lmd.evaluation.tagger import HOP, TEMPI_BPM, Tagger, band_levels, load_tagger, tempo_bpm
 from lmd.machine import machine_dict, tune_allocator
 from lmd.outputs import check_outputs, write_atomic
 from lmd.rng import derive_seed, generator, normal
@@ -47,33 +39,20 @@ TEMPO_SPREAD = 0.04  # natural log; the standard deviation of the tempo's soft l
 
 @dataclass(frozen=True)
 class Options:
-    """How the tagger is fitted.
+    """How the tagger is fitted."""
 
-    Attributes:
-        data: a built corpus.
-        cache: parsed scores.
-        out: where the weights go.
-        codec: also measure it after this codec.
-        steps: optimiser steps.
-        batch: windows a step.
-        seed: of weights and windows.
-        learning_rate: highest, after a warm-up of a twentieth; falls to 0 as a cosine.
-        noise_db: standard deviation of noise added to every level.
-        threads: of torch.
-        measure: do not fit, measure --out again.
-    """
-
-    data: Path = Path("data/corpus")
-    cache: Path = DEFAULT_CACHE
-    out: Path = Path("data/pretrained/tagger.safetensors")
-    codec: Path | None = None
-    steps: int = 1800
-    batch: int = 32
-    seed: int = 0
+    data: Path = Path("data/corpus")  # a built corpus
+    cache: Path = DEFAULT_CACHE  # parsed scores
+    out: Path = Path("data/pretrained/tagger.safetensors")  # where the weights go
+    codec: Path | None = None  # also measure it after this codec
+    steps: int = 1800  # optimiser steps
+    batch: int = 32  # windows a step
+    seed: int = 0  # of weights and windows
+    # highest, after a warm-up of a twentieth; falls to 0 as a cosine
     learning_rate: float = 2e-3
-    noise_db: float = 1.5
-    threads: int | None = None
-    measure: bool = False
+    noise_db: float = 1.5  # standard deviation of noise added to every level
+    threads: int | None = None  # of torch
+    measure: bool = False  # do not fit, measure --out again
 
 
 def main(options: Options) -> int:
@@ -88,7 +67,7 @@ def main(options: Options) -> int:
         tagger, header = load_tagger(options.out)
         notes = dict(header.notes)
     else:
-        tagger, notes = _fitted(options)
+        tagger, notes = fit(options)
     codecs: dict[str, Codec | None] = {"as rendered": None}
     if options.codec:
         name = f"after the codec {read_header(options.codec).sha256[:8]}"
@@ -102,59 +81,21 @@ def main(options: Options) -> int:
     return 0
 
 
-def _fitted(options: Options) -> tuple[Tagger, dict[str, Any]]:
-    """The fitted model and what the file will say about it."""
-    corpus = Corpus(options.data, "train")
-    truth = read_truth(corpus, options.cache)
-    began = time.perf_counter()
-    tagger, losses = fit(truth, options, corpus.sample_rate)
-    sizes = f"--steps {options.steps} --batch {options.batch} --seed {options.seed}"
-    return tagger.requires_grad_(False), {
-        "plan": {name: vars(options)[name] for name in ("steps", "batch", "learning_rate", "seed")},
-        "seconds": round(time.perf_counter() - began, 1),
-        "losses": [float(part.mean()) for part in np.array_split(losses, 8) if len(part)],
-        "n_weights": sum(p.numel() for p in tagger.parameters()),
-        "machine": machine_dict(),
-        "data": {"renditions": len(corpus), "hours": round(corpus.duration_s / 3600, 2)},
-        "command": f"python -m lmd train tagger {sizes}",
-    }
-
-
 # --- what is known of a corpus ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about each feature frame of a corpus, pieces one after another.
+    """What is known about each feature frame of a corpus, pieces one after another."""
 
-    Attributes:
-        levels: bytes `[frame, band]`.
-        sounding: whether each pitch class (C = 0) sounds, `[frame, 12]`.
-        first: first frame of each piece, and the end.
-        rows: the manifest.
-    """
-
-    levels: np.ndarray
-    sounding: np.ndarray
-    first: np.ndarray
-    rows: list[Row]
-
-    def windows(self, starts: np.ndarray, n_steps: int) -> tuple[Tensor, Tensor]:
-        """Levels in dB `[window, band, step]` and pitch classes that sound `[window, 12]`."""
-        inside = starts[:, None] + np.arange(n_steps)
-        levels = torch.from_numpy(self.levels[inside].astype(np.float32) * STEP_DB + BOTTOM_DB)
-        sounding = self.sounding[inside].mean(1) > SOUNDING
-        return levels.transpose(1, 2), torch.from_numpy(sounding.astype(np.float32))
+    levels: np.ndarray  # bytes `[frame, band]`
+    sounding: np.ndarray  # whether each pitch class (C = 0) sounds, `[frame, 12]`
+    first: np.ndarray  # first frame of each piece, and the end
+    rows: list[Row]  # the manifest
 
 
 def sounding_classes(notes: np.ndarray, sample_rate: int, n_frames: int) -> np.ndarray:
-    """Which pitch classes the notes let sound in each frame, bool `[frame, 12]`.
-
-    Args:
-        notes: rows (onset_s, gate_s, pitch, …), as `Corpus.notes` gives them.
-        sample_rate: Hz.
-        n_frames: how many frames there are.
-    """
+    """Which pitch classes `Corpus.notes` let sound in each frame, bool `[frame, 12]`."""
     sounding = np.zeros((n_frames, 12), bool)
     for onset_s, gate_s, pitch, *_ in notes:
         start = int(onset_s * sample_rate / HOP)
@@ -163,12 +104,8 @@ def sounding_classes(notes: np.ndarray, sample_rate: int, n_frames: int) -> np.n
     return sounding
 
 
-def read_truth(corpus: Corpus, cache: Path = DEFAULT_CACHE) -> Truth:
-    """Features and truth of a corpus.
-
-    Raises:
-        LmdError: own music, of which there is no score.
-    """
+def read_truth(corpus: Corpus, cache: Path) -> Truth:
+    """Features and truth of a corpus; own music, of which there is no score, is refused."""
     levels, sounding = [], []
     for index, row in enumerate(tqdm(corpus.rows, desc="levels", mininterval=2)):
         wave = torch.from_numpy(corpus.wave(index)).mean(0)
@@ -198,18 +135,23 @@ def draw_batch(truth: Truth, options: Options, step: int, n_steps: int) -> tuple
     piece = torch.multinomial(room, options.batch, replacement=True, generator=source)
     place = torch.rand(options.batch, generator=source, dtype=torch.float64)
     starts = torch.from_numpy(truth.first)[piece] + (place * (room[piece] + 1)).long()
-    levels, pitch = truth.windows(starts.numpy(), n_steps)
+    inside = starts.numpy()[:, None] + np.arange(n_steps)
+    levels = torch.from_numpy(truth.levels[inside].astype(np.float32) * STEP_DB + BOTTOM_DB)
+    levels = rearrange(levels, "window step band -> window band step")
+    pitch = torch.from_numpy(truth.sounding[inside].mean(1) > SOUNDING).float()
     levels = levels + options.noise_db * normal(tuple(levels.shape), seed, "band noise", step)
     rows = [truth.rows[i] for i in piece.tolist()]
     family = torch.tensor([list(FAMILIES).index(row.family) for row in rows])
     return levels, family, pitch, tempo_labels(torch.tensor([row.tempo_bpm for row in rows]))
 
 
-def fit(truth: Truth, options: Options, sample_rate: int) -> tuple[Tagger, list[float]]:
-    """The tagger after all steps, and the loss at each."""
+def fit(options: Options) -> tuple[Tagger, dict[str, Any]]:
+    """The tagger after all steps, and what its file will say about it."""
+    corpus = Corpus(options.data, "train")
+    truth, began = read_truth(corpus, options.cache), time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(options.seed, "recogniser"))
-        tagger = Tagger(TaggerConfig(tuple(FAMILIES), sample_rate=sample_rate))
+        tagger = Tagger(TaggerConfig(tuple(FAMILIES), sample_rate=corpus.sample_rate))
     optimiser = torch.optim.AdamW(tagger.parameters(), lr=options.learning_rate, weight_decay=0.02)
     warm, n_steps = max(1, options.steps // 20), tagger.config.window_steps
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -232,7 +174,16 @@ def fit(truth: Truth, options: Options, sample_rate: int) -> tuple[Tagger, list[
         rate.step()
         losses.append(float(loss.detach()))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
-    return tagger.eval(), losses
+    sizes = f"--steps {options.steps} --batch {options.batch} --seed {options.seed}"
+    return tagger.eval().requires_grad_(False), {
+        "plan": {name: vars(options)[name] for name in ("steps", "batch", "learning_rate", "seed")},
+        "seconds": round(time.perf_counter() - began, 1),
+        "losses": [float(part.mean()) for part in np.array_split(losses, 8) if len(part)],
+        "n_weights": sum(p.numel() for p in tagger.parameters()),
+        "machine": machine_dict(),
+        "data": {"renditions": len(corpus), "hours": round(corpus.duration_s / 3600, 2)},
+        "command": f"python -m lmd train tagger {sizes}",
+    }
 
 
 # --- how well it does ---------------------------------------------------------------------------
@@ -252,54 +203,38 @@ SCORES = {
 
 def measure(tagger: Tagger, options: Options, codec: Codec | None = None) -> dict[str, float]:
     """`SCORES` over validation and test pieces, as they are or after a codec."""
-    pieces, said, true = [], [], []
-    for row, tags, sounding in _tagged(tagger, options, codec):
+    pieces, windows, said, true = [], [], [], []
+    corpora = [Corpus(options.data, split) for split in ("validation", "test")]
+    tagger.check_rate(corpora[0].sample_rate)
+    jobs = [(corpus, index) for corpus in corpora for index in range(len(corpus))]
+    for corpus, index in tqdm(jobs, desc="held-out pieces", mininterval=2):
+        row, wave = corpus.rows[index], torch.from_numpy(corpus.wave(index)).mean(0)
+        tags = tagger.tag_wave(wave if codec is None else through_codec(codec, wave[None])[0])
         family = tagger.config.families.index(row.family)
-        octaves = abs(np.log2(tempo_bpm(tags.tempo) / row.tempo_bpm))
-        limit = np.log2(1 + NEAR)
+        octaves, limit = abs(np.log2(tempo_bpm(tags.tempo) / row.tempo_bpm)), np.log2(1 + NEAR)
+        is_found = int(tags.family.clamp_min(1e-6).log().mean(0).argmax()) == family
         pieces.append(
             {
-                "windows": len(tags.family),
-                "family": int(tags.family.clamp_min(1e-6).log().mean(0).argmax()) == family,
-                "family_windows": int((tags.family.argmax(1) == family).sum()),
-                "is_mixed": row.family == "mixed",
-                "tempo": octaves < limit,
-                "tempo_octave": octaves < limit or abs(octaves - 1) < limit,
+                "family_piece": is_found,
+                "family_piece_unmixed": np.nan if row.family == "mixed" else is_found,
+                "tempo_piece": octaves < limit,
+                "tempo_piece_octave": octaves < limit or abs(octaves - 1) < limit,
             }
         )
+        windows += (tags.family.argmax(1) == family).tolist()
         said.append(tags.pitch_classes.numpy() > 0.5)
-        true.append(sounding)
-    found, both = pd.DataFrame(pieces), np.concatenate(true)
+        n_frames = len(tags.family) * tagger.config.window_steps
+        frames = sounding_classes(corpus.notes(index, options.cache), row.sample_rate, n_frames)
+        true.append(frames.reshape(len(tags.family), -1, 12).mean(1) > SOUNDING)
+    both = np.concatenate(true)
     return {
-        "pieces": len(found),
-        "windows": int(found["windows"].sum()),
-        "family_piece": float(found["family"].mean()),
-        "family_piece_unmixed": float(found["family"][~found["is_mixed"]].mean()),
-        "family_window": float(found["family_windows"].sum() / found["windows"].sum()),
-        "tempo_piece": float(found["tempo"].mean()),
-        "tempo_piece_octave": float(found["tempo_octave"].mean()),
+        "pieces": len(pieces),
+        "windows": len(windows),
+        **pd.DataFrame(pieces, dtype=float).mean().to_dict(),
+        "family_window": float(np.mean(windows)),
         "pitch_f1": f1(np.concatenate(said), both),
         "pitch_f1_all": f1(np.ones_like(both), both),
     }
-
-
-def _tagged(
-    tagger: Tagger, options: Options, codec: Codec | None
-) -> Iterator[tuple[Row, Tags, np.ndarray]]:
-    """Held-out pieces, their tags, and the pitch classes that sound `[window, 12]`."""
-    for split in ("validation", "test"):
-        corpus = Corpus(options.data, split)
-        for index, row in enumerate(tqdm(corpus.rows, desc=split, mininterval=2)):
-            wave = torch.from_numpy(corpus.wave(index))[None]
-            if codec is not None:
-                n = wave.shape[-1] // codec.samples_per_frame * codec.samples_per_frame
-                with torch.no_grad():
-                    wave = codec.decode(codec.encode(wave[..., :n]))
-            tags = tagger.tag_wave(wave.mean(1)[0], row.sample_rate)
-            n_frames = len(tags.family) * tagger.config.window_steps
-            notes = corpus.notes(index, options.cache)
-            sounding = sounding_classes(notes, row.sample_rate, n_frames)
-            yield row, tags, sounding.reshape(len(tags.family), -1, 12).mean(1) > SOUNDING
 
 
 def f1(said: np.ndarray, true: np.ndarray) -> float:

@@ -1,9 +1,7 @@
 """One notebook under papermill: its parameters, its execution, its log.
 
-What papermill does otherwise: it only warns about a parameter that a notebook does not have; its
-progress bar stands still while a cell works; it waits for a silent cell for ever. Here the first is
-an error before anything runs, the line is redrawn with the last thing that the notebook said, and a
-cell that says nothing for `MAX_SILENCE_S` (or `LMD_CELL_TIMEOUT_S` seconds) ends the run.
+Unlike papermill alone: an unknown parameter is an error before anything runs, the progress line has
+the last thing that the notebook said, and a cell that says nothing for half an hour ends the run.
 """
 
 import ast
@@ -62,63 +60,43 @@ def parameters_of(path: Path) -> dict[str, Any]:
     """Names and default values in the cell tagged `parameters`.
 
     Raises:
-        LmdError: the notebook cannot be read, has no such cell, lacks `output_dir`, `seed` or
-            `preset`, or a default is not a plain literal.
+        LmdError: the notebook cannot be read, lacks one of `REQUIRED`, or a default is not a plain
+            literal.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # papermill warns of a missing cell; refused below
             entries = papermill.inspect_notebook(path)
     except Exception as error:  # papermill and nbformat raise many kinds
-        raise LmdError(
-            f"{path} that cannot be read: {error}", "a notebook", "Restore it."
-        ) from error
-    missing = [name for name in REQUIRED if name not in entries]
-    if missing:
-        raise LmdError(
-            f"no parameter {', '.join(missing)} in {path.name}",
-            f"{', '.join(REQUIRED)} in one code cell tagged `parameters`",
-            "Add them there.",
-        )
+        found = f"{path} that cannot be read: {error}"
+        raise LmdError(found, "a notebook", "Restore it.") from error
+    if missing := ", ".join(name for name in REQUIRED if name not in entries):
+        expected = f"{', '.join(REQUIRED)} in one code cell tagged `parameters`"
+        raise LmdError(f"no parameter {missing} in {path.name}", expected, "Add them there.")
     try:
         return {name: ast.literal_eval(entry["default"]) for name, entry in entries.items()}
     except (ValueError, SyntaxError) as error:
-        raise LmdError(
-            f"a parameter of {path.name} that is not a plain literal ({error})",
-            "numbers, texts, lists, True, False or None",
-            "Compute it in the next cell instead.",
-        ) from error
+        found = f"a parameter of {path.name} that is not a plain literal ({error})"
+        raise LmdError(found, "a literal", "Compute it in the next cell instead.") from error
 
 
-def check_parameters(path: Path, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse names that the notebook does not have, and values of another type than its default.
-
-    Raises:
-        LmdError: a misspelt name or a wrong type.
-    """
+def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
+    """Refuse names that the notebook does not have, and values of another type than its default."""
+    defaults = parameters_of(path)
     for name, value in given.items():
         if name not in defaults:
-            raise LmdError(
-                f"parameter {name!r} for {path.name}",
-                f"one of {', '.join(sorted(defaults))}",
-                "Check the spelling.",
-            )
+            expected = f"one of {', '.join(sorted(defaults))}"
+            raise LmdError(f"parameter {name!r} for {path.name}", expected, "Check the spelling.")
         default = defaults[name]
         right = default is None or value is None or type(value) is type(default)
         if not right and not (isinstance(default, float) and type(value) is int):
-            raise LmdError(
-                f"{name} = {value!r} ({type(value).__name__}) for {path.name}",
-                f"{type(default).__name__}, as {default!r}",
-                "Give a value of that type.",
-            )
+            found = f"{name} = {value!r} ({type(value).__name__}) for {path.name}"
+            expected = f"{type(default).__name__}, as {default!r}"
+            raise LmdError(found, expected, "Give a value of that type.")
 
 
 def max_silence_s() -> float:
-    """For how many seconds a cell may say nothing.
-
-    Raises:
-        LmdError: the environment variable is not a number of seconds.
-    """
+    """For how many seconds a cell may say nothing; what is no number of seconds is refused."""
     text, seconds = os.environ.get(SILENCE_VARIABLE, ""), math.nan
     with suppress(ValueError):
         seconds = float(text or MAX_SILENCE_S)
@@ -158,7 +136,7 @@ class Log:
             self.file.flush()
 
     def flush(self) -> None:
-        """Nothing waits here but an unfinished line."""
+        """Nothing to do: only an unfinished line waits."""
 
     def close(self) -> None:
         """Write what is left and close the file."""
@@ -172,10 +150,9 @@ class Log:
 class PatientChannel(AsyncZMQSocketChannel):
     """A channel that looks into its queue now and then, whether it was woken or not.
 
-    Jupyter's client reads its sockets with asyncio and sends past it, through a plain view of the
-    same socket. ZeroMQ tells of news once only, and a send takes note of it: an answer that arrives
-    while a widget's message is sent lies in the queue, and the reader is never woken. Seen with
-    pyzmq 27.3, jupyter_client 8.10 and nbclient 0.11.
+    Jupyter's client reads its sockets with asyncio and sends through a plain view of them. ZeroMQ
+    tells of news once only: an answer that arrives while something is sent lies in the queue, and
+    the reader is never woken (pyzmq 27.3, jupyter_client 8.10, nbclient 0.11).
     """
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
@@ -187,8 +164,6 @@ class PatientChannel(AsyncZMQSocketChannel):
 
 
 class _KernelClient(AsyncKernelClient):
-    """Jupyter's client with patient channels."""
-
     shell_channel_class = Type(PatientChannel)
     iopub_channel_class = Type(PatientChannel)
 
@@ -196,8 +171,7 @@ class _KernelClient(AsyncKernelClient):
 class _Client(PapermillNotebookClient):
     """papermill's client, with a progress line, a limit of silence and errors that name a cell.
 
-    A kernel can hang, or its answer get lost on the way. The length of a cell has no limit, for
-    training may take hours.
+    The length of a cell has no limit, for training may take hours.
     """
 
     def __init__(self, nb_man: Any, *, name: str, said: Log, interval_s: float, **options: Any):
@@ -230,11 +204,7 @@ class _Client(PapermillNotebookClient):
         self.kc.execute("import gc; gc.freeze()", silent=True, store_history=False)
 
     async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
-        """Run one cell.
-
-        Raises:
-            NotebookFailed: nothing came from it for `silence_s`, or its kernel died.
-        """
+        """Run one cell; `NotebookFailed` if nothing comes for too long or its kernel dies."""
         name, self.news_s = _cell_name(self.code_cells_executed + 1, cell.source), time.monotonic()
         work = asyncio.ensure_future(super().async_execute_cell(cell, cell_index, **options))
         try:
@@ -303,18 +273,12 @@ papermill_engines.register("lmd", _LmdEngine)
 def execute(
     source: Path, target: Path, parameters: Mapping[str, Any], log_path: Path, interval_s: float
 ) -> None:
-    """Run `source` into `target` with its own folder as working directory.
+    """Run a notebook in its own folder, into a copy that is written after every cell.
 
-    Args:
-        source: the notebook; it is not changed.
-        target: the executed copy, written after every cell and kept when a cell fails.
-        parameters: values for its `parameters` cell.
-        log_path: everything that the notebook printed, line by line.
-        interval_s: how often the progress line is redrawn.
+    What it prints goes into the log; the progress line is redrawn every `interval_s`.
 
     Raises:
         NotebookFailed: a cell raised an error or was silent for too long, or the kernel died.
-        LmdError: `LMD_CELL_TIMEOUT_S` is not a number of seconds.
     """
     with closing(Log(log_path)) as log:
         try:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from lmd.errors import LmdError
-from lmd.pipeline.notebook import OUTPUT, check_parameters, parameters_of
+from lmd.pipeline.notebook import OUTPUT, check_parameters
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
@@ -19,23 +19,15 @@ Internal = Annotated[Path, tyro.conf.Suppress]  # no flag
 
 @dataclass(frozen=True)
 class Options:
-    """What to run and where to.
+    """What to run and where to."""
 
-    Attributes:
-        profile: smoke, quick, full or paper.
-        only: only these notebooks, as 02,03; default: all.
-        settings: NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500: replaces one parameter of a notebook
-            (`all.` for every one); may be repeated.
-        force: run even what is up to date.
-        out: folder of the run; default: outputs/PROFILE.
-        notebooks, profiles, weights: where these are.
-    """
-
-    profile: str = "quick"
-    only: str | None = None
+    profile: str = "quick"  # smoke, quick, full or paper
+    only: str | None = None  # only these notebooks, as 02,03; default: all
+    # NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500: replaces one parameter of a notebook (`all.` for
+    # every one); may be repeated
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set"), tyro.conf.UseAppendAction] = ()
-    force: bool = False
-    out: Path | None = None
+    force: bool = False  # run even what is up to date
+    out: Path | None = None  # folder of the run; default: outputs/PROFILE
     notebooks: Internal = ROOT / "notebooks"
     profiles: Internal = PACKAGE / "pipeline" / "profiles.toml"
     weights: Internal = ROOT / "data" / "pretrained"
@@ -60,18 +52,14 @@ class Task:
 
 
 def plan(options: Options) -> list[Task]:
-    """Which notebooks run with which parameters, all of it checked.
-
-    Raises:
-        LmdError: an unknown profile, notebook or parameter, or a value of the wrong type.
-    """
+    """Which notebooks run with which parameters, all names and types checked."""
     sources = sorted(options.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
-        raise LmdError(
+        found, todo = (
             f"no notebook in {options.notebooks}",
-            "files named as 02_outpaint.ipynb",
-            "Run from a checkout of the repository (pip install -e .).",
+            "Run from a checkout of the repository.",
         )
+        raise LmdError(found, "files named as 02_outpaint.ipynb", todo)
     chosen = set(sources)
     if options.only is not None:
         chosen = {_find(word.strip(), sources) for word in options.only.rstrip(", ").split(",")}
@@ -79,11 +67,8 @@ def plan(options: Options) -> list[Task]:
     settings = [_setting(text, sources) for text in options.settings]
     skipped = {target for target, _, _ in settings if target} - chosen
     if skipped:
-        raise LmdError(
-            f"--set for {', '.join(sorted(path.stem for path in skipped))}, left out by --only",
-            "settings for notebooks that run",
-            "Add it to --only, or drop the setting.",
-        )
+        found = f"--set for {', '.join(sorted(path.stem for path in skipped))}, left out by --only"
+        raise LmdError(found, "settings for notebooks that run", "Add it to --only, or drop it.")
     folder, tasks = relative(options.folder, options.notebooks), []
     for source in sorted(chosen):
         given = profile.get("all", {}) | profile.get(source.stem, {})
@@ -91,16 +76,15 @@ def plan(options: Options) -> list[Task]:
         texts = {name: value for name, value in given.items() if isinstance(value, str)}
         given |= {name: text.replace("{run}", folder) for name, text in texts.items()}
         given[OUTPUT] = f"{folder}/{source.stem}"
-        check_parameters(source, parameters_of(source), given)
+        check_parameters(source, given)
         tasks.append(Task(source, given))
     return tasks
 
 
 def _find(word: str, sources: Sequence[Path]) -> Path:
     """The notebook of that number (`02`, `2`) or name (`02_outpaint`)."""
-    number = f"{int(word):02d}" if word.isdecimal() else None
     for source in sources:
-        if word == source.stem or number == source.stem.split("_")[0]:
+        if word == source.stem or (word.isdecimal() and int(word) == int(source.stem[:2])):
             return source
     names = ", ".join(source.stem for source in sources)
     raise LmdError(f"notebook {word!r}", f"one of {names}", "Give its number or its name.")
@@ -114,13 +98,10 @@ def _profile(path: Path, name: str, sources: Sequence[Path]) -> dict[str, dict[s
         raise LmdError(f"{path} that cannot be read: {error}", "TOML", "Correct it.") from error
     if name not in profiles:
         raise LmdError(f"profile {name!r}", f"one of {', '.join(profiles)}", "Pick one of these.")
-    unknown = set(profiles[name]) - {"all", *(source.stem for source in sources)}
-    if unknown:
-        raise LmdError(
-            f"sections {sorted(unknown)} in profile {name!r} of {path.name}",
-            f"all, {', '.join(source.stem for source in sources)}",
-            "Check the spelling.",
-        )
+    known = ["all", *(source.stem for source in sources)]
+    if unknown := sorted(set(profiles[name]) - set(known)):
+        found = f"sections {unknown} in profile {name!r} of {path.name}"
+        raise LmdError(found, ", ".join(known), "Check the spelling.")
     return profiles[name]
 
 
@@ -132,8 +113,8 @@ def _setting(text: str, sources: Sequence[Path]) -> tuple[Path | None, str, Any]
         expected = "NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500"
         raise LmdError(f"--set {text}", expected, "Retype it.")
     if name == OUTPUT:
-        found = f"--set {text}"
-        raise LmdError(found, "other parameters: a run has one folder", "Give it as --out FOLDER.")
+        expected = "other parameters: a run has one folder"
+        raise LmdError(f"--set {text}", expected, "Give it as --out FOLDER.")
     try:
         value = tomllib.loads(f"value = {right}")["value"]
     except tomllib.TOMLDecodeError:

@@ -26,22 +26,14 @@ from lmd.pipeline.report import KINDS, read_metrics, versions, write_report
 REDRAW_S = 30.0  # a new progress line this often where there is no terminal
 SOURCES = (".py", ".js", ".css", ".j2")  # what of the package can change a result
 NO_INPUTS = (OUTPUT, "cache")  # where a notebook writes; what can be made again
+EXPECTED = "an empty folder or one from an earlier run"
 
 
 def main(options: Options) -> int:
-    """Run the notebooks; 1 when one of them failed."""
-    return run(options)
-
-
-def run(options: Options) -> int:
     """Execute what the options ask for and write `report.html` and `metrics.json`.
 
-    Returns:
-        0, or 1 when a notebook failed (the run stops there, the report is still written).
-
-    Raises:
-        LmdError: an unknown profile, notebook or parameter, or a folder that cannot be written or
-            holds something else; nothing has been run then.
+    Returns 1 when a notebook failed: the run stops there, the report is still written. Options that
+    cannot be followed are refused before anything runs.
     """
     tasks = plan(options)
     check_folder(options.folder)
@@ -74,21 +66,8 @@ class Run:
                 raise KeyError(kept[0])
         except (ValueError, KeyError, TypeError) as error:
             found = f"files in {folder} that are not from a run ({error!r})"
-            expected = "an empty folder or one from an earlier run"
-            raise LmdError(found, expected, "Choose another --out.") from error
+            raise LmdError(found, EXPECTED, "Choose another --out.") from error
         folder.mkdir(parents=True, exist_ok=True)
-
-    def metrics(self, name: str) -> Path:
-        """The file that every notebook leaves."""
-        return self.folder / name / "metrics.json"
-
-    def executed(self, name: str) -> Path:
-        """Its executed copy."""
-        return self.folder / "executed" / f"{name}.ipynb"
-
-    def log(self, name: str) -> Path:
-        """What it printed."""
-        return self.folder / "logs" / f"{name}.log"
 
     def note(self, name: str, **values: Any) -> None:
         """Add to a notebook's record; the file on disk is replaced as a whole."""
@@ -99,64 +78,51 @@ class Run:
         draft.replace(self.record_path)
 
     def prepare(self, name: str, inputs: list[str], force: bool) -> None:
-        """An empty output folder, or the one of an unfinished attempt at the same thing.
-
-        Raises:
-            LmdError: the folder holds files that no run has written.
-        """
+        """An empty output folder, or the one of an unfinished attempt at the same thing."""
         output, record = self.folder / name, self.records.get(name)
         if output.exists() and any(output.iterdir()):
             if record is None:
-                raise LmdError(
-                    f"files in {output} that are not from a run",
-                    "an empty folder or one from an earlier run",
-                    "Choose another --out.",
-                )
+                found = f"files in {output} that are not from a run"
+                raise LmdError(found, EXPECTED, "Choose another --out.")
             if force or record.get("inputs") != inputs or record["status"] == "done":
                 shutil.rmtree(output)
-        for folder in (output, self.executed(name).parent, self.log(name).parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (output, self.folder / "executed", self.folder / "logs"):
+            folder.mkdir(exist_ok=True)
 
 
 def _run_one(current: Run, task: Task, options: Options) -> bool:
     """Run one notebook unless it is up to date; whether later ones may go on."""
-    earlier = [current.folder / name for name in current.records if name < task.name]
-    key, began_s = input_key(task, earlier, options.weights), time.perf_counter()
-    data = data_key(task, current.folder, options.weights)
-    record = current.records.get(task.name, {})
+    folder, name, began_s = current.folder, task.name, time.perf_counter()
+    key = input_key(task, [folder / n for n in current.records if n < name], options.weights)
+    data = data_key(task, folder, options.weights)
+    metrics, record = folder / name / "metrics.json", current.records.get(name, {})
     is_same = record.get("status") == "done" and (record["key"], record["data"]) == (key, data)
-    if is_same and current.metrics(task.name).is_file() and not options.force:
-        print(f"{task.name}: up to date ({record['seconds']:.0f} s when it ran)")
+    if is_same and metrics.is_file() and not options.force:
+        print(f"{name}: up to date ({record['seconds']:.0f} s when it ran)")
         return True
-    current.prepare(task.name, [key, data], options.force)
+    current.prepare(name, [key, data], options.force)
     inputs = {"key": key, "inputs": [key, data], "parameters": dict(task.parameters)}
-    current.note(task.name, status="running", error="", **inputs)
-    error = _attempt(current, task)
-    current.note(
-        task.name,
-        status="failed" if error else "done",
-        error=error,
-        seconds=round(time.perf_counter() - began_s, 2),
-        data=data_key(task, current.folder, options.weights),  # with what it wrote there itself
-    )
-    if error:
-        print(f"{task.name} failed: {error}", file=sys.stderr)
-        print(f"  executed copy  {_shown(current.executed(task.name))}", file=sys.stderr)
-        print(f"  log            {_shown(current.log(task.name))}", file=sys.stderr)
-    return not error
-
-
-def _attempt(current: Run, task: Task) -> str:
-    """Run one notebook and look at what it left; what went wrong, or an empty text."""
-    metrics = current.metrics(task.name)
+    current.note(name, status="running", error="", **inputs)
+    copy, log = folder / "executed" / f"{name}.ipynb", folder / "logs" / f"{name}.log"
     interval_s = 1.0 if sys.stderr.isatty() else REDRAW_S
-    copy, log = current.executed(task.name), current.log(task.name)
     try:
         execute(task.source, copy, task.parameters, log, interval_s)
         read_metrics(metrics)
+        error = "" if metrics.exists() else "it left no metrics.json in its output_dir"
     except (NotebookFailed, LmdError) as failure:
-        return str(failure)
-    return "" if metrics.exists() else "it left no metrics.json in its output_dir"
+        error = str(failure)
+    current.note(
+        name,
+        status="failed" if error else "done",
+        error=error,
+        seconds=round(time.perf_counter() - began_s, 2),
+        data=data_key(task, folder, options.weights),  # with what it wrote there itself
+    )
+    if error:
+        print(f"{name} failed: {error}", file=sys.stderr)
+        print(f"  executed copy  {_shown(copy)}", file=sys.stderr)
+        print(f"  log            {_shown(log)}", file=sys.stderr)
+    return not error
 
 
 def _shown(path: Path) -> str:
@@ -171,10 +137,7 @@ def _shown(path: Path) -> str:
 def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
     """A digest of cells, parameters, versions, package, shipped weights and earlier outputs.
 
-    Args:
-        task: the notebook.
-        earlier: the folders that earlier notebooks of the run have written.
-        weights: the folder of shipped weights.
+    `earlier` are the folders that earlier notebooks of the run have written.
     """
     cells = json.loads(task.source.read_text(encoding="utf-8"))["cells"]
     sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
@@ -182,8 +145,8 @@ def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
     package = [path for path in _files(PACKAGE) if path.suffix in SOURCES]
     package += sorted(task.source.parent.glob("*.py"))  # what lies beside the notebooks
-    left = [path for folder in earlier for path in _files(folder)]
-    for path in (*package, *sorted(weights.glob("*.safetensors")), *sorted(left)):
+    left = sorted(path for folder in earlier for path in _files(folder))
+    for path in (*package, *sorted(weights.glob("*.safetensors")), *left):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "blake2b").hexdigest()
         digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())
@@ -193,21 +156,15 @@ def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
 def data_key(task: Task, run: Path, weights: Path) -> str:
     """A digest of the files and folders that parameters name, outside the run and the weights.
 
-    A folder of weights may be named as FOLDER:KIND. Music may be gigabytes, so names, sizes and
-    times of change stand for contents. A notebook may write there as well, so take the digest again
-    when it has ended.
-
-    Args:
-        task: the notebook; its folder is where relative paths begin.
-        run, weights: folders whose contents `input_key` holds already.
+    A folder of weights may be named as FOLDER:KIND. Names, sizes and times of change stand for
+    contents. A notebook may write there as well, so take the digest again when it has ended.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted((parameters_of(task.source) | dict(task.parameters)).items()):
         if name in NO_INPUTS or not isinstance(value, str):
             continue
-        places = [
-            Path(task.source.parent, text) for text in (value, value.rpartition(":")[0]) if text
-        ]
+        texts = [text for text in (value, value.rpartition(":")[0]) if text]
+        places = [Path(task.source.parent, text) for text in texts]
         place = next((place.resolve() for place in places if os.path.exists(place)), None)
         if place and not any(place.is_relative_to(known.resolve()) for known in (run, weights)):
             for path in _files(place):
