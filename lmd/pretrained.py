@@ -173,9 +173,10 @@ def open_instrument(
         try:
             folder = Path(weights) if is_exported else _exported(weights)
             return _on_graphs(folder, source, precision)
-        except (LmdError, ImportError) as error:
-            if is_exported or precision not in DTYPES or "graph" in (engine, named_engine):
-                raise
+        except (OSError, ImportError) as error:  # nowhere to keep them, or no runtime for them
+            if precision not in DTYPES or "graph" in (engine, named_engine):
+                expected = "OpenVINO, and a folder that can be written in LMD_CACHE"
+                raise LmdError(str(error), expected, "Or play with engine='torch'.") from error
             print(f"{error}\nPlaying with PyTorch instead.", file=sys.stderr)
             source += "@torch"
     bundle = _bundle(weights, DTYPES[precision])
@@ -266,6 +267,7 @@ def _exported(weights: str) -> Path:
     if not (out / MANIFEST).is_file():
         print(f"exporting {weights} once, to play it faster …", file=sys.stderr)
         made = out.with_name(f"{key}.{os.getpid()}")
+        made.mkdir(parents=True, exist_ok=True)  # or it is said now that this cannot be
         seconds = export_source(weights, made)["seconds"]
         try:
             made.rename(out)

@@ -24,7 +24,7 @@ from lmd.config import WindowConfig
 from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.kv_cache import Memory
-from lmd.model.live_model import LiveModel
+from lmd.model.live_model import Passes
 from lmd.model.text import TextEncoder, describe, mix
 from lmd.model.weights import fingerprint
 from lmd.rng import normal
@@ -69,16 +69,16 @@ class Streamer:
     """Endless music, block by block.
 
     Args:
-        model: a `LiveModel`, or anything with the `Denoiser` signature.
+        model: a `LiveModel`, a `GraphModel`, or anything with the `Denoiser` signature.
         codec: anything with the `Codec` signature.
         text: encodes prompts (and remembers them).
         window: context length; the block length is a control.
     """
 
     def __init__(
-        self, model: LiveModel | Denoiser, codec: Codec, text: TextEncoder, window: WindowConfig
+        self, model: Passes | Denoiser, codec: Codec, text: TextEncoder, window: WindowConfig
     ) -> None:
-        self.denoiser = LiveDenoiser(model) if isinstance(model, LiveModel) else model
+        self.denoiser = LiveDenoiser(model) if isinstance(model, Passes) else model
         self.codec, self.text, self.window = codec, text, window
         frame_rate_hz = codec.sample_rate / codec.samples_per_frame
         self.window_s = window.window_frames / frame_rate_hz
