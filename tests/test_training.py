@@ -252,7 +252,7 @@ def test_an_out_that_is_a_file_is_refused(data, tmp_path, capsys):
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         words = ["--data", str(data), "--out", str(out)]
         assert main(["train", "base", *WORDS, *words]) == 2
-        assert "is a file; expected a folder" in capsys.readouterr().err
+        assert "which is no folder; expected a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 

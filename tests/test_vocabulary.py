@@ -14,7 +14,7 @@ from lmd.pipeline.plan import ROOT
 BANNED = {
     r"judges?": "discriminator, or ClipMetrics",
     r"desks?": "control queue",
-    r"seams?": "block boundary",
+    r'(?<!["`])seams?(?!["`])': "block boundary",
     r"doors?": "noisy-latent projection, context projection",
     r"crowds?": "samples",
     r"beliefs?": "probability",
