@@ -261,6 +261,8 @@ def _exported(weights: str) -> Path:
     if not weights.startswith("random:"):
         folder, kind = _place(weights)
         paths = (folder / f"{kind}.safetensors", folder / "codec.safetensors")
+        if kind not in MODEL_KINDS or not all(path.is_file() for path in paths):
+            _bundle(weights, torch.float32)  # refuses, and says what is wrong
         identity[2:] = [read_header(path).sha256 for path in paths]
     key = hashlib.sha256("/".join(identity).encode()).hexdigest()[:20]
     out = Path(os.environ.get("LMD_CACHE", Path.home() / ".cache" / "lmd")) / "graphs" / key
