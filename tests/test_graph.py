@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import soundfile
 import torch
@@ -249,6 +250,13 @@ def cut_graph(folder: Path) -> str:
     return "a graph of opset 18"
 
 
+def of_an_opset_unknown_here(folder: Path) -> str:
+    model = onnx.load(folder / "seconds.onnx", load_external_data=False)
+    model.opset_import[0].version = 99
+    onnx.save(model, folder / "seconds.onnx")
+    return "a graph of opset 18"
+
+
 def changed(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -278,8 +286,8 @@ def no_json(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "spoil",
-    [torn, flipped, without_a_graph, cut_graph, of_the_future, of_another_format, of_other_shapes,
-     no_json],
+    [torn, flipped, without_a_graph, of_an_opset_unknown_here, cut_graph, of_the_future,
+     of_another_format, of_other_shapes, no_json],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_with_what_to_do(graphs, tmp_path, spoil):
     folder = tmp_path / "graphs"

@@ -211,6 +211,7 @@ def export(
             write_graph(graph, partial / f"{name}.onnx", offsets)
             described[name] = {
                 "file": f"{name}.onnx",
+                "sha256": file_sha256(partial / f"{name}.onnx"),
                 "inputs": {k: shape_of(k, v, graph) for k, v in graph.inputs.items()},
                 "outputs": list(graph.outputs),
                 "max_difference": largest_difference(graph, partial / f"{name}.onnx"),

@@ -236,6 +236,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ]
         if missing:
             raise LmdError(f"{folder} without {', '.join(missing)}", "every graph it lists", AGAIN)
+        for graph in manifest["graphs"].values():
+            if file_sha256(folder / graph["file"]) != graph["sha256"]:
+                expected = f"a graph of opset {OPSET}, as exported: SHA-256 {graph['sha256'][:12]}…"
+                raise LmdError(f"{folder / graph['file']}, changed since", expected, AGAIN)
         digest = file_sha256(folder / WEIGHTS)
         if digest != manifest["weights"]["sha256"]:
             what = f"{folder / WEIGHTS} with SHA-256 {digest[:12]}…"
