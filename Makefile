@@ -21,8 +21,10 @@ export GOMP_SPINCOUNT ?= 10000
 run: install ## everything: scores to a streamed wave and outputs/quick/report.html
 	$(BIN)/python -m lmd run --profile $(PROFILE)
 
-test: lint ## everything: lint, formatting, import contract, tests in JOBS processes, notebooks
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+test: lint ## everything: lint, formatting, import contract, tests in JOBS processes, then those that must be alone
+	$(BIN)/python -m pytest -m "not alone" --numprocesses $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -m alone
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,15 +1,13 @@
 """What every test shares: offline, few threads, and shapes checked with beartype.
 
 `LMD_TEST_THREADS` says how many threads torch uses (1 unless told). `make test` has two processes
-work through the files; what is marked `alone` (real time, a limit of time) waits until nothing else
-runs.
+work through the files, and then one through what is marked `alone` (real time, a limit of time).
 """
 
 import importlib
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,53 +42,10 @@ os.environ.setdefault("LMD_CACHE", str(Path(__file__).parents[1] / ".pytest_cach
 SHAPE_CHECKS = install_import_hook("lmd", "shape_checker.check")
 
 
-HELD = pytest.StashKey[ExitStack]()
-KEPT = pytest.StashKey[bool]()
-
-
-@contextmanager
-def _locked(path: Path, exclusive: bool) -> Iterator[None]:
-    """Hold a file among the processes of a run, together with others or alone."""
-    import fcntl  # not on Windows, where one process runs all tests
-
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open still
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with minutes of work first, those that are to be alone last: nobody waits long."""
-    marks: dict[Path, set[str]] = {}
-    for item in items:
-        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
-    items.sort(key=lambda item: ("alone" in marks[item.path], "slow" not in marks[item.path]))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Beside other processes: a file's `alone` tests wait for theirs to end, and they for these."""
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    alone = item.get_closest_marker("alone") is not None
-    if HELD not in item.config.stash:
-        item.config.stash[HELD] = ExitStack()
-        item.config.add_cleanup(item.config.stash[HELD].close)  # if the run ends in the middle
-    held = item.config.stash[HELD]
-    if not item.config.stash.get(KEPT, False):
-        # Who waits to be alone keeps the door, so that nobody else enters before.
-        with _locked(Path(__file__).with_name("lab.py"), exclusive=True):
-            held.enter_context(_locked(Path(__file__), exclusive=alone))
-    more = nextitem is not None and nextitem.path == item.path
-    keep = alone and more and nextitem.get_closest_marker("alone") is not None
-    item.config.stash[KEPT] = keep
-    try:
-        return (yield)
-    finally:
-        if not keep:
-            held.close()
+    """Files with minutes of work first: no process waits long for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
