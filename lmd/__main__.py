@@ -38,6 +38,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("convert",): ("lmd.stable_audio.convert", "make weights here from a Stable Audio checkpoint"),
     ("parity",): ("lmd.stable_audio.parity", "compare a checkpoint with its expected outputs"),
     ("bench",): ("lmd.bench", "measure speed on this machine"),
+    ("bench", "live"): ("lmd.play.bench_live", "measure how soon a change is heard"),
 }
 RENAMED = {("train", "recogniser"): ("train", "tagger")}  # both work
 MOVED = {

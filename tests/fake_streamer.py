@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from lmd.codec.base import DecodeState
 from lmd.config import WindowConfig
 from lmd.model.text import HashTextEncoder
 from lmd.play.sinks import NullSink
@@ -34,16 +35,18 @@ class VirtualClock:
     def at(self, when_s: float, what: Callable[[], object]) -> None:
         heapq.heappush(self._later, (when_s, next(self._order), what))
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float, wake: threading.Event | None = None) -> None:
         until = self._now + seconds
         while self._later and self._later[0][0] <= until:
             when_s, _, what = heapq.heappop(self._later)
             self._now = max(self._now, when_s)
             what()
+            if wake is not None and wake.is_set():
+                return
         self._now = max(self._now, until)
 
     def sleep(self, seconds: float, wake: threading.Event) -> None:
-        self.spend(max(seconds, 1e-6))
+        self.spend(max(seconds, 1e-6), wake)
 
 
 class KeepingSink(NullSink):
@@ -92,7 +95,7 @@ class FakeStreamer(Streamer):
         self.codec, self.text = FakeCodec(), HashTextEncoder(4, 8)
         self.window = WindowConfig(context_frames=192, block_frames=48)
         self.denoiser = self
-        self.latent_dim = 2
+        self.latent_dim, self.device = 2, torch.device("cpu")
         self.poison: set[int] = set()
         self.n_calls = 0
 
@@ -105,8 +108,9 @@ class FakeStreamer(Streamer):
         cost_s = self.cost_s(call, controls)
         if self.clock is not None:
             self.clock.spend(cost_s)
-        n = controls.block_frames * SAMPLES_PER_FRAME
-        t = torch.arange(state.n_samples, state.n_samples + n, dtype=torch.float64) / SAMPLE_RATE
+        n_frames = state.n_frames + controls.block_frames
+        end = n_frames * SAMPLES_PER_FRAME
+        t = torch.arange(state.n_samples, end, dtype=torch.float64) / SAMPLE_RATE
         wave = (0.25 * torch.sin(2 * math.pi * tone_hz(controls) * t)).float()[None, None]
         latents = torch.full((1, 2, controls.block_frames), float(state.index))
         if call in self.poison:
@@ -121,8 +125,10 @@ class FakeStreamer(Streamer):
             state.index == 0,
             700 * cost_s,
             200 * cost_s,
+            state.decode.n_waiting * SAMPLES_PER_FRAME,
         )
-        return block, replace(state, index=state.index + 1, n_samples=state.n_samples + n)
+        following = replace(state, index=state.index + 1, n_frames=n_frames, n_samples=end)
+        return block, replace(following, decode=DecodeState())
 
 
 class LoudStreamer(FakeStreamer):

@@ -14,7 +14,7 @@ from lmd.model.kv_cache import Memory
 from lmd.model.live_model import LiveModel, add_controls
 from lmd.model.masks import attention_mask
 from lmd.model.text import mix
-from lmd.rng import normal
+from lmd.rng import frame_noise, normal
 from lmd.stream.block import BlockPlan, LiveDenoiser, both_branches
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import Guidance, sample, schedule
@@ -31,7 +31,7 @@ class Reference:
     def __init__(self, model, stream, batch):
         self.model, self.stream = model, stream
         self.known = torch.zeros(batch, model.config.latent_dim, stream.window.context_frames)
-        self.key = None
+        self.key, self.n_frames = None, 0
 
     @torch.no_grad()
     def step(self, index, controls):
@@ -55,15 +55,16 @@ class Reference:
         latents = sample(
             controls.sampler,
             velocities,
-            normal(shape, controls.seed, "noise", index),
+            frame_noise(shape, controls.seed, "noise", self.n_frames),
             schedule(controls.n_steps),
             controls.cfg_scale,
-            lambda step: normal(shape, controls.seed, "renoise", index, step),
+            lambda step: frame_noise(shape, controls.seed, "renoise", self.n_frames, step),
         )
         return latents
 
     def goes_on_from(self, latents):
         self.known = torch.cat([self.known, latents], dim=-1)
+        self.n_frames += latents.shape[-1]
 
 
 def worst_difference(stream, model, batch, plan):

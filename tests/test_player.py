@@ -245,7 +245,10 @@ def test_commands_pause_resume_drop_context_roll_restart_stop(front: Front) -> N
     front.say(kind="command", command="play")
     assert player.state == "playing"
     front.say(kind="command", command="drop_context")
-    assert front.wait_kind("applied")["text"] == "drop 96"
+    applied = front.wait_kind("applied")
+    assert applied["text"] == "drop 96"
+    counters = {"silent": 0, "underruns": 0, "lowest": 0}
+    front.say(kind="report", epoch=1, heard=applied["sample"] + 1, **counters)
     front.say(kind="command", command="roll")
     assert player.seed != 0
     first_take, n_sent = player.take_path, len(front.sent)
@@ -302,6 +305,9 @@ WRONG: dict[Any, list[Any]] = {
     "roll_seed": NO_SWITCH,
     "queue_blocks": [*NEVER, True, "2", 0.5, 9],
     "auto_steps": NO_SWITCH,
+    "answer": NO_CHOICE,
+    "commit_frames": NO_INT,
+    "hold": NO_SWITCH,
     "volume": [*NEVER, True, "1", -1, 2],
     **{name: [0, "x", None] for name in ["engine", "_esm", "state", "take_folder", None, 7]},
 }
@@ -320,6 +326,9 @@ RIGHT: dict[Any, list[Any]] = {
     "roll_seed": [True, False],
     "queue_blocks": [1, 1.5, 4],
     "auto_steps": [True, False],
+    "answer": ["at once", "next block"],
+    "commit_frames": [0, 12, 48],
+    "hold": [True, False],
     "volume": [0, 0.5, 1],
 }
 SAID = {"prompt_a": ["a prompt of"], "prompt_b": ["a prompt of"], "block_frames": ["a block of"]}
@@ -549,12 +558,20 @@ globalThis.registerProcessor = (_, processor) => { made = processor; };
 new Function(WORKLET)();
 const ring = new made({ processorOptions: { channels: 1, seconds: 2 } });
 const out = [];
-ring.take({ kind: "open", epoch: 1 });
+ring.take({ kind: "open", epoch: 1, hold_s: 0.2 });
 ring.take({ kind: "run", epoch: 1, running: true });
-ring.take({ kind: "push", epoch: 0, samples: new Float32Array(99) }); // an old epoch: ignored
-for (const n of input) {
+ring.take({ kind: "push", epoch: 0, first: 0, samples: new Float32Array(99) }); // old: ignored
+let written = 0;
+for (const step of input) {
+  if (typeof step === "boolean") {
+    ring.take({ kind: "hold", epoch: 1, on: step });
+    continue;
+  }
+  const [first, n] = Array.isArray(step) ? step : [written, step];
   if (n > 0) {
-    ring.take({ kind: "push", epoch: 1, samples: new Float32Array(n).fill(1) });
+    const tone = (_, i) => Math.sin((step[2] ?? 0.05) * (first + i));
+    ring.take({ kind: "push", epoch: 1, first, samples: Float32Array.from({ length: n }, tone) });
+    written = first + n;
   } else for (let i = 0; i < -n; i++) {
     const block = new Float32Array(128);
     ring.process([], [[block]]);
@@ -568,11 +585,21 @@ console.log(JSON.stringify({ out, heard, silent, underruns, level, lost }));
 
 def test_the_worklet_plays_exactly_what_the_python_queue_plays() -> None:
     plan = [1000, -5, 500, -20, 3000, -10, 700, -40, 64, -1, 4000, -7]
+    # Cuts: ahead of what is heard, into the end of the queue, late, too late for anything.
+    plan += [[6200, 3000, 0.03], -2, [7000, 300, 0.07], -3, [6100, 2000, 0.02], -2, [100, 50, 0.1]]
+    plan += [-9, 500, -30]
+    plan += [3000, -2, True, -20, False, -9]  # held where it is, and on
     played = node(WORKLET_RUN, plan)
-    queue, out = PlayQueue(1, 160), []
-    for n in plan:
+    queue, out, written = PlayQueue(1, 160, 1600), [], 0
+    for step in plan:
+        if isinstance(step, bool):
+            queue.hold(step)
+            continue
+        first, n, slope = step if isinstance(step, list) else (written, step, 0.05)
         if n > 0:
-            queue.push(np.ones((1, n), np.float32))
+            tone = np.sin(slope * np.arange(first, first + n)).astype(np.float32)[None]
+            queue.replace(first, tone)
+            written = first + n
         else:
             out += [queue.pull(128) for _ in range(-n)]
     expected = np.concatenate(out, axis=-1)[0]
@@ -594,7 +621,7 @@ def test_the_picture_shows_a_tone_where_it_sounds() -> None:
     const spectrum = new Spectrum(input.rate);
     const wave = Float32Array.from({ length: input.rate }, (_, i) =>
       Math.sin((2 * Math.PI * input.hz * i) / input.rate));
-    const columns = spectrum.push(wave);
+    const columns = spectrum.push(wave, 0);
     const column = Array.from(spectrum.columns.slice(5 * N_BANDS, 6 * N_BANDS));
     const edges = spectrum.edges.map((k) => (k * input.rate) / N_FFT);
     console.log(JSON.stringify({ columns, column, edges }));

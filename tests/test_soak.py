@@ -8,22 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import scipy.stats
 import soak
 import torch
 from fake_streamer import SAMPLE_RATE, FakeStreamer, VirtualClock
-from soak import latency, main, paced
+from soak import main, paced
 from soak_flat import centroid_hz, flat, round_of, slopes
 
 from lmd.checkpoint import read_header
 from lmd.config import preset
 from lmd.errors import LmdError
-from lmd.play.guard import PlayedBlock
 from lmd.play.pace import Ledger
 from lmd.play.play_queue import WallClock
 from lmd.play.player_traits import PROMPTS
 from lmd.play.takes import TakeWriter
+from lmd.play.timeline import Plan
 from lmd.pretrained import SHIPPED, Instrument, open_instrument
 from lmd.stream.controls import Controls
 
@@ -48,38 +49,17 @@ def test_a_paced_stream_is_measured_by_its_clock() -> None:
     assert slow["meters"]["underruns"] > 5
 
 
-def test_latency_grows_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "LATENCY_BLOCKS_FRAMES", (12, 48))
-    clocks: list[VirtualClock] = []
-    instrument = fake()
-
-    def clock() -> VirtualClock:
-        clocks.append(VirtualClock())
-        instrument.streamer.clock = clocks[-1]  # type: ignore[attr-defined]
-        return clocks[-1]
-
-    rows = latency(instrument, Controls(), 30, clock)["blocks"]
-    short, long = rows["12"], rows["48"]
-    assert short["underruns"] == long["underruns"] == 0
-    assert short["n_changes"] >= 25
-    # Uniform moments: half a block and the cost on average, a whole one and the cost at most.
-    for row, cost_ms in ((short, 75), (long, 300)):
-        assert 0.3 * row["block_ms"] < row["p50_ms"] < row["block_ms"] + cost_ms
-        assert row["p95_ms"] <= row["block_ms"] + cost_ms + 60 + 1
-    assert long["p50_ms"] > 2 * short["p50_ms"]
-
-
 def test_an_hour_is_played_by_the_whole_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Controls] = []
     threads: set[str] = set()
-    write_block = TakeWriter.block
+    heard = TakeWriter.heard
 
-    def noting(self: TakeWriter, played: PlayedBlock, controls: Controls) -> None:
-        seen.append(controls)
+    def noting(self: TakeWriter, plans: list[Plan], samples: np.ndarray) -> None:
+        seen.extend(plan.controls for plan in plans)
         threads.add(threading.current_thread().name)
-        write_block(self, played, controls)
+        heard(self, plans, samples)
 
-    monkeypatch.setattr(TakeWriter, "block", noting)
+    monkeypatch.setattr(TakeWriter, "heard", noting)
     start, instrument = Controls(prompt="organ"), fake()
     unhurried = SimpleNamespace(spend=lambda seconds: time.sleep(0.005))  # texts are read beside
     instrument.streamer.clock = unhurried  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from lmd.model.dit import Condition
 from lmd.model.text import HashTextEncoder
 from lmd.model.weights import fingerprint
 from lmd.pretrained import open_instrument
-from lmd.rng import normal
+from lmd.rng import frame_noise, normal
 from lmd.stream.controls import Controls, crossfade
 from lmd.stream.samplers import SAMPLERS
 from lmd.stream.streamer import Streamer
@@ -140,6 +140,66 @@ def test_batch_items_with_equal_contexts_differ_by_their_noise_alone():
     assert not torch.allclose(blocks[0].latents[0], blocks[0].latents[1])
 
 
+def test_the_noise_of_a_frame_depends_on_its_number_alone():
+    whole = frame_noise((1, 4, 200), 3, "noise", 0)
+    assert torch.equal(frame_noise((1, 4, 60), 3, "noise", 70), whole[..., 70:130])
+    assert torch.equal(frame_noise((1, 4, 48), 3, "noise", 48), normal((1, 4, 48), 3, "noise", 1))
+    assert not torch.equal(frame_noise((1, 4, 60), 4, "noise", 70), whole[..., 70:130])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_before=st.integers(0, 3),
+    kept=st.integers(0, 6),
+    boundary=st.sampled_from(["exact", "fade"]),
+    regime=st.sampled_from(["enc-dec", "block-causal"]),
+    codec=st.sampled_from(["hold", "streaming"]),
+)
+def test_a_rewound_stream_goes_on_as_if_the_block_had_been_no_longer(
+    n_before, kept, boundary, regime, codec
+):
+    stream = streamer()
+    stream.codec = convolutional() if codec == "streaming" else stream.codec
+    hop = stream.codec.samples_per_frame
+    controls = Controls(n_steps=2, block_frames=6, boundary=boundary, regime=regime)
+    state, wave = stream.start(), torch.zeros(1, stream.codec.channels, 0)
+    for _ in range(n_before):
+        block, state = stream.step(state, controls)
+        wave = torch.cat([wave, block.wave], dim=-1)
+    cut = replace(controls, drop_context_frames=6)
+    block, after = stream.step(state, cut)
+    rewound = stream.rewind(state, block, state.n_frames + kept)
+    assert rewound.n_frames == state.n_frames + kept
+    if kept == 0:
+        assert rewound is state
+    if kept == 6:  # its end: the same as never having rewound, but for keys that are made anew
+        fresh = replace(after, memory=None)
+        one, _ = stream.step(fresh, controls)
+        other, _ = stream.step(rewound, controls)
+        assert torch.equal(one.latents, other.latents)
+        n = one.wave.shape[-1] if boundary == "exact" else 0  # fading, a guess went before it
+        assert torch.allclose(other.wave[..., other.wave.shape[-1] - n :], one.wave, atol=1e-5)
+    again, following = stream.step(rewound, controls)
+    assert again.start_sample == state.n_samples
+    assert following.n_frames == rewound.n_frames + 6
+    # What is made anew is decoded with what was kept, as one stream.
+    latents = torch.cat([block.latents[..., :kept], again.latents], dim=-1)
+    expected, _ = decode_block(stream.codec, state.decode, latents, boundary)
+    assert torch.allclose(again.wave, expected, atol=1e-5)
+    n_same = max(0, kept - 2 * stream.codec.lookahead_frames) * hop
+    assert torch.allclose(again.wave[..., :n_same], block.wave[..., :n_same], atol=1e-5)
+
+
+def test_a_cut_outside_its_block_is_refused():
+    stream = streamer()
+    block, state = stream.step(stream.start(), Controls(n_steps=1, block_frames=6))
+    for frame in (-1, 7):
+        with pytest.raises(LmdError, match=r"frame -?\d; expected 0 to 6"):
+            stream.rewind(stream.start(), block, frame)
+    with pytest.raises(LmdError, match="within the block"):
+        stream.rewind(state, block, 3)
+
+
 def test_every_sampler_plays():
     for sampler in SAMPLERS:
         scale = 0.5 if sampler.endswith("++") else 2.0
@@ -191,7 +251,7 @@ def test_forgetting_everything_is_starting_from_silence():
     stream = streamer()
     _, state = play(stream, [BASE] * 3)
     forgot, _ = stream.step(state, replace(BASE, drop_context_frames=24))
-    silent, _ = stream.step(replace(stream.start(), index=3), BASE)
+    silent, _ = stream.step(replace(stream.start(), n_frames=state.n_frames), BASE)
     assert torch.equal(forgot.latents, silent.latents)
 
 

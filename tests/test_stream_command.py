@@ -110,7 +110,7 @@ def test_an_interrupted_stream_says_so_in_one_line_and_its_take_is_whole(
     if where[0] == "-o":
         assert soundfile.info(tmp_path / "out.flac").frames == take.n_samples
     again = play_again(take, open_instrument(take.header.source).streamer)
-    assert sum(played.wave.shape[-1] for played in again) == take.n_samples
+    assert sum(samples.shape[-1] for samples in again) == take.n_samples
 
 
 def test_every_command_ends_an_interrupt_in_one_line(

@@ -1,23 +1,21 @@
 """Long measurements of a live stream, with what a player plays with: its engine and its defaults.
 
-    python tools/soak.py paced|flat|latency|stalls --json FILE
+    python tools/soak.py paced|flat|stalls --json FILE
 
 paced    real time: underruns and the shortest queue
 flat     as fast as it goes, a take written, controls moved: memory, cost, loudness, brightness
-latency  slider to sound over block lengths, changes at random moments
 stalls   stalls of 0.5, 1 and 3 blocks: what is counted, how soon it is over
 
 With `--skip-waits` the clock counts computing and skips waiting (`flat` always does).
-`latency` and `flat` also draw a picture beside the JSON.
+`flat` also draws a picture beside the JSON.
 """
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from lmd.errors import LmdError
 from lmd.machine import machine_dict
 from lmd.outputs import check_outputs, write_json
 from lmd.play.engine import EngineOptions, LiveEngine
-from lmd.play.pace import Made, percentile
+from lmd.play.pace import Made
 from lmd.play.play_queue import SkippingClock, WallClock
 from lmd.play.player_traits import PROMPTS
 from lmd.play.sinks import NullSink
@@ -37,7 +35,6 @@ from lmd.stream.controls import BOUNDARIES, Controls
 from lmd.stream.state import StreamState
 from lmd.stream.streamer import Block, Streamer
 
-LATENCY_BLOCKS_FRAMES = (6, 12, 24, 48, 96)
 SETTABLE = ("n_steps", "block_frames", "boundary")
 
 
@@ -50,55 +47,6 @@ def paced(instrument: Instrument, controls: Controls, seconds: float, clock: Wal
     meters = engine.meters()
     lowest = (meters.lowest_s or 0.0) / meters.target_s
     return {"meters": asdict(meters), "lowest_queue_fraction": lowest}
-
-
-def latency(
-    instrument: Instrument, controls: Controls, n_changes: int, clock: Callable[[], WallClock]
-) -> dict:
-    """Slider to sound with a queue of one block, for several block lengths."""
-    rows = {}
-    for block_frames in LATENCY_BLOCKS_FRAMES:
-        block_s = block_frames * frame_s(instrument.streamer)
-        clock_of_changes = RandomChanges(random.Random(block_frames), block_s, clock())
-        options = EngineOptions(queue_s=block_s, limit_s=(1.5 * n_changes + 10) * block_s)
-        start = replace(controls, block_frames=block_frames)
-        engine = LiveEngine(instrument.streamer, NullSink(clock_of_changes), start, options)
-        clock_of_changes.engine = engine
-        play_out(engine, options.limit_s)
-        meters = engine.meters()
-        rows[str(block_frames)] = {
-            "block_ms": 1e3 * block_s,
-            "n_changes": meters.n_changes,
-            "p50_ms": meters.latency_p50_ms,
-            "p95_ms": meters.latency_p95_ms,
-            "rtf": meters.rtf,
-            "made_ms_p95": percentile([1e3 * m.made_s for m in engine.ledger.history], 95),
-            "underruns": meters.underruns,
-        }
-    return {"blocks": rows}
-
-
-class RandomChanges:
-    """A clock that asks for another seed at random moments while it waits."""
-
-    def __init__(self, rng: random.Random, block_s: float, clock: WallClock) -> None:
-        self.engine: LiveEngine | None = None
-        self._rng, self._block_s, self._clock = rng, block_s, clock
-        self._next_s, self._seed = clock.now() + 8 * block_s, 0
-
-    def now(self) -> float:
-        """The time; a change that is due is asked for first."""
-        now_s = self._clock.now()
-        if self.engine is not None and now_s >= self._next_s:
-            due_s, self._seed = self._next_s, self._seed + 1
-            self._next_s = now_s + self._rng.uniform(1, 2) * self._block_s
-            self.engine.control_queue.ask(due_s, seed=self._seed)
-        return now_s
-
-    def sleep(self, seconds: float, wake: Any) -> None:
-        """Wait no longer than to the next change."""
-        until_change_s = max(0.0, self._next_s - self._clock.now())
-        self._clock.sleep(min(seconds, until_change_s + 1e-4), wake)
 
 
 class _Stalling(Streamer):
@@ -145,8 +93,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result = paced(instrument, controls, args.seconds, clock())
     elif args.what == "flat":
         result = flat(instrument, controls, args.seconds)
-    elif args.what == "latency":
-        result = latency(instrument, controls, args.changes, clock)
     else:
         result = stalls(instrument, controls, clock)
     about = {"source": instrument.source, "sha256": instrument.sha256}
@@ -159,9 +105,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write JSON."""
     parser = argparse.ArgumentParser(prog="python tools/soak.py", description=__doc__)
-    parser.add_argument("what", choices=("paced", "flat", "latency", "stalls"))
+    parser.add_argument("what", choices=("paced", "flat", "stalls"))
     parser.add_argument("--seconds", type=float, default=600.0, help="of music (paced, flat)")
-    parser.add_argument("--changes", type=int, default=40, help="per block length (latency)")
     parser.add_argument("--source", default="best")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, dest="n_steps", help="(default: the weights' own)")
@@ -177,18 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lmd soak: {error}", file=sys.stderr)
         return 2
     write_json(args.json, result)
-    _draw(result, args.json.with_suffix(".png"))
+    if args.what == "flat":
+        from soak_figure import plot_flat  # matplotlib after the measurement
+
+        plot_flat(result).savefig(args.json.with_suffix(".png"), dpi=110)
     print(json.dumps({k: v for k, v in result.items() if k not in ("parts", "meters")}, indent=2))
     return 0
-
-
-def _draw(result: dict[str, Any], path: Path) -> None:
-    """The picture of what was measured, where there is one to draw."""
-    from soak_figure import plot_flat, plot_latency  # matplotlib after the measurement
-
-    plots = {"flat": plot_flat, "latency": plot_latency}
-    if result["what"] in plots:
-        plots[result["what"]](result).savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

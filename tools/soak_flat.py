@@ -135,7 +135,7 @@ def flat(instrument: Instrument, controls: Controls, seconds: float, n_parts: in
             instrument.streamer,
             sink,
             controls,
-            EngineOptions(limit_s=seconds),
+            EngineOptions(limit_s=seconds, answer="next block"),
             take=TakeWriter(path, header_of(instrument.streamer, instrument.source)),
             on_event=monitor.follow,
         )

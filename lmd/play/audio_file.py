@@ -3,9 +3,11 @@
 import math
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
+import soxr
 
 from lmd.errors import LmdError
 
@@ -23,6 +25,28 @@ def check_audio_path(path: Path) -> str:
     if not path.parent.is_dir():
         raise LmdError(f"no folder {str(path.parent)!r}", "an existing folder", "Make it first.")
     return subtype
+
+
+def read_audio(file: Path | BinaryIO, sample_rate: int, channels: int, last_s: float) -> np.ndarray:
+    """The end of a sound file, `[channel, sample]` float32, at another rate and mixed down.
+
+    Raises:
+        LmdError: not a file that libsndfile reads.
+    """
+    name = getattr(file, "name", file)
+    try:
+        with soundfile.SoundFile(file) as opened:
+            n = min(opened.frames, math.ceil((last_s + 0.1) * opened.samplerate))
+            opened.seek(opened.frames - n)
+            samples, found_rate = opened.read(n, "float32", always_2d=True), opened.samplerate
+    except (OSError, soundfile.LibsndfileError) as error:
+        found, kinds = f"{name} ({error})", "sound that can be read: wav, flac, ogg or mp3"
+        raise LmdError(found, kinds, "Convert it.") from error
+    if samples.shape[1] != channels:
+        samples = samples.mean(axis=1, keepdims=True).repeat(channels, axis=1)
+    if found_rate != sample_rate:
+        samples = soxr.resample(samples, found_rate, sample_rate, "HQ")
+    return samples.T[:, -round(last_s * sample_rate) :]
 
 
 class AudioFile:

@@ -72,6 +72,7 @@ class ControlQueue:
         controls, window: what to begin with (`LmdError` if it cannot be played), and where.
         encode: encodes texts, and remembers them (`TextEncoder.encode`).
         refused: called, from the encoding thread, with why a text could not be encoded.
+        ready: called, from there, when a text that was waited for can be played.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class ControlQueue:
         window: WindowConfig,
         encode: Callable[[Sequence[str]], object],
         refused: Callable[[str], None],
+        ready: Callable[[], object] = lambda: None,
     ) -> None:
         check_live(controls, window)
-        self.window, self._encode, self._refused = window, encode, refused
+        self.window, self._encode, self._refused, self._ready = window, encode, refused, ready
         self._asked = self._playing = controls
         self._waiting: list[Change] = []  # for a block to carry them
         self._encoded: dict[str, None] = {}  # texts that a block may use, oldest first
@@ -90,9 +92,15 @@ class ControlQueue:
         self._pending: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
 
-    def encode_first(self) -> None:
-        """Encode what may be played first, before the music starts."""
-        texts = tuple(dict.fromkeys(texts_of(self._playing.prompt) + texts_of(self._asked.prompt)))
+    def check(self, changes: dict[str, Any]) -> None:
+        """Refuse (`LmdError`) what `ask` would refuse now."""
+        check_live(with_changes(self._asked, changes), self.window)
+
+    def encode_first(self, later: Sequence[dict[str, Any]] = ()) -> None:
+        """Encode what will be played first, and later changes' texts, before the music starts."""
+        prompts = [self._playing.prompt, self._asked.prompt]
+        prompts += [changes["prompt"] for changes in later if "prompt" in changes]
+        texts = tuple(dict.fromkeys(text for prompt in prompts for text in texts_of(prompt)))
         self._encode(texts)
         with self._lock:
             self._remember(texts)
@@ -120,13 +128,15 @@ class ControlQueue:
                     self._worker.start()
         return change
 
+    def waiting(self) -> set[str]:
+        """The controls that the next block would be the first to carry."""
+        with self._lock:
+            return {name for change in self._playable()[1] for name in change.names}
+
     def take(self) -> tuple[Controls, list[Change]]:
         """Controls for the next block, and the changes that it is the first to carry."""
         with self._lock:
-            if self._is_encoded(self._asked.prompt):
-                taken, carried = self._asked, self._waiting
-            else:
-                taken, carried = self._but_the_prompt()
+            taken, carried = self._playable()
             self._waiting = [change for change in self._waiting if change not in carried]
             self._playing = replace(taken, drop_context_frames=0)
             if taken.drop_context_frames:  # handed out once
@@ -143,6 +153,12 @@ class ControlQueue:
     def close(self) -> None:
         """Let the encoding thread end."""
         self._pending.put(None)
+
+    def _playable(self) -> tuple[Controls, list[Change]]:
+        """What was asked, as far as its text is encoded, and the changes in it."""
+        if self._is_encoded(self._asked.prompt):
+            return self._asked, self._waiting
+        return self._but_the_prompt()
 
     def _but_the_prompt(self) -> tuple[Controls, list[Change]]:
         """What was asked with the prompt that plays, and the changes in it."""
@@ -176,6 +192,7 @@ class ControlQueue:
             else:
                 with self._lock:
                     self._remember(texts)
+                self._ready()
 
     def _give_up(self, texts: tuple[str, ...]) -> bool:
         """Go back to the prompt that is playing; False if others have been asked for meanwhile."""

@@ -2,13 +2,14 @@
 
     engine = LiveEngine(streamer, NullSink(), Controls(prompt="church organ"))
     engine.start()
-    engine.change(cfg_scale=2.0)   # heard from the next block on
+    engine.change(cfg_scale=2.0)   # heard a moment later
     engine.stop()
 
-The queue's target depth is counted just after a block was handed over. A block is made as late as
-its expected cost allows, so that a change of controls reaches it as late as possible. If the model
-is too slow the sink fades to silence and counts; it plays on with the next block, and since its
-clock never stopped, depth and latency are what they were.
+Much is planned ahead, so that nothing runs dry, and little of it is final. After a change the plan
+is cut a little behind what is being heard: a short block is made from there under the new controls,
+as fast as it can be, and cross-faded into; what was planned beyond is thrown away. If the model is
+too slow the sink fades to silence and counts; it plays on with the next block, and since its clock
+never stopped, depth and latency are what they were.
 
 Taught in notebook 04_play.
 """
@@ -28,12 +29,13 @@ from lmd.errors import LmdError
 from lmd.machine import release_idle_threads
 from lmd.play.audio_file import WRITING_FAILED, AudioFile
 from lmd.play.control_queue import Change, ControlQueue
-from lmd.play.guard import Guarded, guarded_step
-from lmd.play.pace import AppliedChange, EngineOptions, Ledger, Made, Meters, Pacer, Trouble
+from lmd.play.pace import AppliedChange, EngineOptions, Ledger, Made, Meters, Trouble
+from lmd.play.planner import Planned, Planner
 from lmd.play.play_queue import SinkReport
 from lmd.play.sinks import Sink
 from lmd.play.takes import TakeWriter, as_many_threads
 from lmd.stream.controls import Controls
+from lmd.stream.state import StreamState
 from lmd.stream.streamer import Streamer
 
 BAR_EVERY_S = 0.5
@@ -48,6 +50,7 @@ class LiveEngine:
     Args:
         streamer, sink: what makes the blocks and what plays them.
         controls, options: to begin with (`LmdError` if they cannot be played).
+        start: where the stream begins, e.g. behind given audio (`Streamer.start`); None: silence.
         take: where to write what is played.
         on_event: called from the engine's threads with every block, applied change and trouble, and
             with the meters when the state changes; it must not take long.
@@ -60,16 +63,18 @@ class LiveEngine:
         controls: Controls | None = None,
         options: EngineOptions | None = None,
         *,
+        start: StreamState | None = None,
         take: TakeWriter | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self.streamer, self.sink = streamer, sink
+        self.streamer, self.sink, self._start = streamer, sink, start
         self.take, self.on_event = take, on_event or (lambda event: None)
         self.control_queue = ControlQueue(
             controls or Controls(),
             streamer.window,
             streamer.text.encode,
             refused=lambda message: self._trouble("refused", message),
+            ready=lambda: self._wake.set(),
         )
         self._wake, self._stopping, self._ended = (threading.Event() for _ in range(3))
         self._thread: threading.Thread | None = None
@@ -77,9 +82,9 @@ class LiveEngine:
         self.recording: AudioFile | None = None
         self._files = threading.Lock()  # a recording is begun and ended by any thread
         self._rate = streamer.codec.sample_rate
-        frame_s = streamer.codec.samples_per_frame / self._rate
-        self._pacer = Pacer(options or EngineOptions(), self.ledger, frame_s)
-        self._n_blocks = self._n_samples = self._seen_underruns = 0
+        options = options or EngineOptions()
+        self._planner = Planner(streamer, sink, self.control_queue, options, self.ledger)
+        self._seen_underruns = 0
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
         self.failure: BaseException | None = None  # what ended the stream, if something did
@@ -92,14 +97,23 @@ class LiveEngine:
         self._thread.start()
 
     def change(self, **changes: Any) -> Change:
-        """Ask for other controls from the next block on (`ControlQueue.ask`, with its refusals)."""
+        """Ask for other controls (`ControlQueue.ask`, with its refusals)."""
         change = self.control_queue.ask(self.sink.clock.now(), **changes)
         self._wake.set()
         return change
 
+    def change_at(self, second: float, **changes: Any) -> None:
+        """Ask, before the start, for other controls from that second of the stream on.
+
+        Raises:
+            LmdError: a time that is not positive, or controls that cannot be played.
+        """
+        self._check_is_new()
+        self._planner.change_at(second, changes)
+
     def configure(self, **changes: Any) -> None:
         """Change some of `EngineOptions` while playing; an `LmdError` if a value is wrong."""
-        self._pacer.options = replace(self._pacer.options, **changes)
+        self._planner.pacer.options = replace(self._planner.pacer.options, **changes)
         self._wake.set()
 
     def pause(self) -> None:
@@ -117,6 +131,11 @@ class LiveEngine:
             self._runs_since_s = self.sink.clock.now()
             self.sink.run(True)
             self._wake.set()
+
+    def hold(self, on: bool) -> None:
+        """Repeat what was heard last and go no further, or go on (see `PlayQueue.hold`)."""
+        self.sink.hold(on)
+        self._wake.set()
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the stream, its take and its files; a `RuntimeError` if the stream had failed."""
@@ -160,16 +179,16 @@ class LiveEngine:
 
     def meters(self) -> Meters:
         """Where the stream is and how it keeps up."""
-        is_open = self._state not in ("new", "stopped", "failed") and self._n_blocks > 0
+        is_open = self._state not in ("new", "stopped", "failed") and self._planner.n_blocks > 0
         queued_s = self.sink.queued_s() if is_open else 0.0
         return self.ledger.meters(
-            self.sink.report() if self._n_blocks else SinkReport(),
+            self.sink.report() if self._planner.n_blocks else SinkReport(),
             self._rate,
             state="waiting" if queued_s == math.inf else self._state,
-            n_blocks=self._n_blocks,
-            played_s=self._n_samples / self._rate,
+            n_blocks=self._planner.n_blocks,
+            played_s=self._planner.timeline.n_samples / self._rate,
             queued_s=0.0 if queued_s == math.inf else queued_s,
-            target_s=self._pacer.depth_s(self.control_queue.asked()),
+            target_s=self._planner.pacer.depth_s(self.control_queue.asked()),
             error=self._error,
         )
 
@@ -179,10 +198,10 @@ class LiveEngine:
         try:
             self.sink.open(self._rate, self.streamer.codec.channels)
             self._set_state("priming")
-            self.control_queue.encode_first()
-            self._guarded = Guarded(self.streamer.start())
+            self._planner.begin(self._start)
             with as_many_threads(torch.get_num_threads()):  # `_learn` may take fewer meanwhile
                 self._loop()
+            self._settle(self.sink.queued_s())
             self._set_state("stopped")
         except Exception as failure:  # said in the panel, kept for `stop` to raise
             self._fail(failure)
@@ -206,19 +225,40 @@ class LiveEngine:
             raise LmdError(f"an engine that is {self._state!r}", "a new one", "Make another.")
 
     def _loop(self) -> None:
-        """Make a block whenever one is due, until the end."""
+        """Plan whenever something is due, until the end."""
+        planner, sink = self._planner, self.sink
         while not self._stopping.is_set():
             self._wake.clear()
-            if self._n_samples >= self._pacer.options.limit_s * self._rate:
-                return self._drain()
-            controls = self._pacer.effective(self.control_queue.asked(), self._n_blocks)
-            due_in_s = self._pacer.due_in_s(controls, self.sink.queued_s())
-            if due_in_s <= 0:
-                self._make_one()
+            queued_s = sink.queued_s()
+            self._settle(queued_s)
+            planned = planner.step(queued_s)
+            if isinstance(planned, Planned):
+                self._note(planned)
                 continue
+            if planner.is_complete:
+                sink.finish()
+                if queued_s <= 0 and self._primed:
+                    return
             self._let_sound()
-            self.sink.clock.sleep(min(due_in_s, NAP_S), self._wake)
+            sink.clock.sleep(min(planned, NAP_S), self._wake)
             self._count_underruns()
+
+    def _settle(self, queued_s: float) -> None:
+        """Write down what has been heard."""
+        plans, samples = self._planner.settle(queued_s)
+        if samples.size:
+            self._write("take", lambda take: take.heard(plans, samples))
+            self._write("recording", lambda file: file.write(samples))
+
+    def _note(self, planned: Planned) -> None:
+        """Keep account of a block, and tell who wants to know."""
+        self._count_underruns()
+        made = planned.made
+        applied = [self._applied(change, made) for change in planned.changes]
+        self.ledger.note(made, applied)
+        self._learn(made)
+        for event in (made, *applied):
+            self.on_event(event)
 
     def _let_sound(self) -> None:
         """The queue is full for the first time, or will get no fuller: play, unless on hold."""
@@ -226,51 +266,6 @@ class LiveEngine:
             self._primed, self._runs_since_s = True, self.sink.clock.now()
             self._set_state("paused" if self._held else "playing")
             self.sink.run(not self._held)
-
-    def _drain(self) -> None:
-        self._count_underruns()
-        self.sink.finish()
-        self._let_sound()
-        while (left_s := self.sink.queued_s()) > 0 and not self._stopping.is_set():
-            self.sink.clock.sleep(min(left_s, NAP_S), self._stopping)
-
-    def _make_one(self) -> None:
-        began_s = self.sink.clock.now()
-        asked, changes = self.control_queue.take()
-        controls = self._pacer.effective(asked, self._n_blocks)
-        played, self._guarded = guarded_step(self.streamer, self._guarded, controls)
-        made_s = self.sink.clock.now() - began_s
-        block = played.block
-        made = Made(
-            number=self._n_blocks,
-            first_sample=self._n_samples,
-            n_samples=played.wave.shape[-1],
-            own_sample=self._n_samples + (block.own_from if block else 0),
-            length_s=self._pacer.block_s(controls),
-            controls=controls,
-            made_s=made_s,
-            dit_ms=block.dit_ms if block else 0.0,
-            decode_ms=block.decode_ms if block else 0.0,
-            queued_s=self.sink.queued_s(),
-            level_db=played.level_db,
-            limited_db=played.limited_db,
-            fault=played.fault,
-        )
-        self._count_underruns()
-        self._write("take", lambda take: take.block(played, controls))
-        samples = played.wave[0].numpy()
-        self.sink.write(samples)
-        self._write("recording", lambda file: file.write(samples))
-        if played.fault is not None:
-            self.control_queue.give_back(asked, changes)
-            changes = []
-        applied = [self._applied(change, made) for change in changes]
-        self.ledger.note(made, applied)
-        self._n_blocks += 1
-        self._n_samples += made.n_samples
-        self._learn(made)
-        for event in (made, *applied):
-            self.on_event(event)
 
     def _write(self, kind: str, write: Callable[[Any], None]) -> None:
         """Write to the take or the recording; should that fail, it ends and the music goes on."""
@@ -293,7 +288,8 @@ class LiveEngine:
         if was_heard and math.isfinite(made.queued_s):
             end_s = self.sink.clock.now() + self.sink.queued_s()
             after_it = made.first_sample + made.n_samples - made.own_sample
-            latency_ms = 1e3 * (end_s - after_it / self._rate - change.asked_s)
+            heard_s = max(end_s - after_it / self._rate, self.sink.clock.now())
+            latency_ms = 1e3 * (heard_s - change.asked_s)
         return AppliedChange(change, made.number, made.own_sample, latency_ms)
 
     def _learn(self, made: Made) -> None:
@@ -301,10 +297,9 @@ class LiveEngine:
         if made.fault is not None:
             self._trouble("fault", f"Block {made.number} was not playable: {made.fault}")
             return
-        self._pacer.learn(made)
+        self._planner.pacer.learn(made)
         if torch.get_num_threads() > 1 and self.ledger.is_starved(made.controls):
             torch.set_num_threads(1)  # threads that wait for each other wait for the neighbour
-            self._write("take", lambda take: take.note(threads=1))
             self._trouble("threads", "Another program takes the cores: going on with one thread.")
 
     def _count_underruns(self) -> None:

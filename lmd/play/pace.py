@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,13 +16,18 @@ from lmd.play.control_queue import MAX_LIVE_STEPS, Change
 from lmd.play.play_queue import SinkReport
 from lmd.rng import derive_seed
 from lmd.stream.controls import Controls
+from lmd.stream.streamer import Streamer
 
 SAFETY_S = 0.04  # left in the queue when a block arrives, or a quarter of its cost
 JITTER = 0.25  # of what a block costs at most: how much more the next one may cost
 N_RECENT = 16
 COST_DEPENDS_ON = ("block_frames", "n_steps", "sampler", "regime", "is_guided")
 N_COSTS = 32  # blocks of one kind whose cost is remembered
-HEADROOM = 0.7  # of a block's length that `auto` lets its making take
+HEADROOM = 0.7  # of a block's length that `auto` lets its making take, of time that cuts may take
+ANSWERS = ("at once", "next block")
+NEXT_BLOCK = {"block_frames", "regime", "boundary"}  # controls that no cut is made for
+ANSWER_FRAMES = 12  # of a block that answers a change, beyond the codec's look-ahead
+REST_S = 0.4  # after a change: so long no more is planned than has to be
 MEDIANS = ("rtf", "dit_ms", "decode_ms")
 STARVED = 20  # times what such a block usually costs: something else has taken the cores
 
@@ -44,6 +49,7 @@ class Made:
     level_db: float  # its RMS level under full scale (−120 for silence)
     limited_db: float = 0.0  # by how much the limiter turned it down
     fault: str | None = None  # why it was replaced
+    is_cut: bool = False  # it replaces what was planned before
 
     @property
     def rtf(self) -> float:
@@ -83,9 +89,15 @@ class EngineOptions:
     queue_s: float | None = None  # target depth (None: two blocks); at least a block + SAFETY_S
     auto_steps: bool = False  # fewer steps than asked for while the model is too slow
     roll_seed: bool = False  # another seed for every block, derived from the one asked for
+    answer: Literal["at once", "next block"] = "at once"  # when a change is heard
+    commit_frames: int = 0  # so much of a plan is played before it is made again (0: all)
     limit_s: float = math.inf  # stop after so much music
 
     def __post_init__(self) -> None:
+        if self.answer not in ANSWERS:
+            raise LmdError(f"answer {self.answer!r}", " or ".join(ANSWERS), "Pick one of these.")
+        if type(self.commit_frames) is not int or self.commit_frames < 0:
+            raise LmdError(f"commit_frames {self.commit_frames!r}", "frames, 0 or more", "Set it.")
         for name, other in {"queue_s": None, "limit_s": math.inf}.items():
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -99,7 +111,7 @@ class AppliedChange:
 
     change: Change  # what was asked
     block: int  # the first that carries it
-    sample: int  # where that block's own frames begin
+    sample: int  # where that block's own frames begin, or the cut
     latency_ms: float | None  # from asking to that sample's turn; None if nothing was playing
 
 
@@ -107,7 +119,7 @@ class AppliedChange:
 class Trouble:
     """Something went wrong and was survived."""
 
-    kind: str  # fault, underrun, threads, refused (a text), recording or take (it ended)
+    kind: str  # fault, underrun, threads, late, refused (a text), recording or take (it ended)
     message: str  # for a person
 
 
@@ -140,12 +152,20 @@ class Ledger:
             self.history.append(made)
             self.applied.extend(applied)
             if made.fault is None:
-                self._costs_of(made.controls).append(made.made_s)
+                self._costs_of(made.controls, made.is_cut).append(made.made_s)
 
-    def _costs_of(self, controls: Controls) -> deque[float]:
+    def _costs_of(self, controls: Controls, is_cut: bool = False) -> deque[float]:
         """What blocks have cost that cost the same, in seconds."""
-        key = tuple(getattr(controls, name) for name in COST_DEPENDS_ON)
+        key = (is_cut, *(getattr(controls, name) for name in COST_DEPENDS_ON))
         return self._costs_s.setdefault(key, deque(maxlen=N_COSTS))
+
+    def planning_s(self, controls: Controls) -> float:
+        """How long a cut with such a block takes: the 95th percentile of the latest ones.
+
+        Before the first one it is guessed from the latest block.
+        """
+        costs = self._costs_of(controls, is_cut=True)
+        return percentile(costs, 95) or 1.5 * (self.history[-1].made_s if self.history else 0.1)
 
     def expected_s(self, controls: Controls) -> float | None:
         """The most that such a block cost lately, one stall forgiven; None if there was none."""
@@ -236,12 +256,27 @@ class Pacer:
         block_s, asked_s = self.block_s(controls), self.options.queue_s
         return max(2 * block_s if asked_s is None else asked_s, block_s + SAFETY_S)
 
-    def due_in_s(self, controls: Controls, queued_s: float) -> float:
-        """Seconds until the next block must be made; not positive: now."""
+    def due_in_s(self, controls: Controls, queued_s: float, resting_s: float = 0.0) -> float:
+        """Seconds until the next block must be made; not positive: now.
+
+        For `resting_s` more no block is made that is not needed: another change may be under way.
+        """
         block_s, expected_s = self.block_s(controls), self._ledger.expected_s(controls)
         cost_s = block_s if expected_s is None else min(expected_s, block_s)
-        left_s = max(self.depth_s(controls) - block_s, JITTER * cost_s)
-        return queued_s - (left_s + cost_s)
+        least_s = max(SAFETY_S, JITTER * cost_s)
+        left_s = max(self.depth_s(controls) - block_s, least_s)
+        due_s = queued_s - (left_s + cost_s)
+        return max(due_s, min(resting_s, queued_s - (least_s + cost_s)))
+
+    def answering(self, controls: Controls, streamer: Streamer) -> Controls:
+        """The controls for a block that answers a change: shorter, to be made soon.
+
+        The shortest legal length of `ANSWER_FRAMES` beyond the codec's look-ahead is taken, at most
+        the one that was asked for.
+        """
+        least = streamer.codec.lookahead_frames + ANSWER_FRAMES
+        legal = [n for n in streamer.window.block_lengths() if least <= n < controls.block_frames]
+        return replace(controls, block_frames=min(legal, default=controls.block_frames))
 
     def effective(self, controls: Controls, number: int) -> Controls:
         """What was asked of block `number`, as `auto_steps` and `roll_seed` change it."""

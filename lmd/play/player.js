@@ -1,6 +1,7 @@
 // The live player: buttons, fields, meters, MIDI, and the traffic with the kernel (lmd/play/player.py).
 
 const REPORT_MS = 200, SILENT_KERNEL_MS = 8000, TICK_MS = 100, TYPING_MS = 60;
+const CONTEXT_S = 12; // more than any context
 const MAX_ASKED = 64; // moves that wait for their block; those refused or overtaken never get one
 
 const METERS = [
@@ -48,7 +49,11 @@ class Player {
       button("restart", "⟲ Restart", "begin again from silence", () => this.command("restart")),
       button("stop", "■ Stop", "end the take", () => this.command("stop")),
       button("record", "● Record", "write what is played to a file", () => this.command("record")),
+      button("file", "Continue from…", "choose or drop a sound file: the music goes on from its end", () => this.file.click()),
       button("midi", "MIDI learn", "then move a control here, then one on the device", () => this.learn()));
+    this.file = make("input", { type: "file", accept: "audio/*", hidden: true, ariaLabel: "sound file to continue from" });
+    this.file.addEventListener("change", () => this.continueFrom(this.file.files[0]));
+    bar.append(this.file);
     this.state = make("span", { className: "lmd-state", role: "status" });
     this.fields = {};
     const groups = {};
@@ -83,6 +88,11 @@ class Player {
       this.canvas, meters, this.message, this.notes);
     this.root.dataset.lmSuppressShortcuts = "true"; // keys pressed here are not notebook commands
     this.root.addEventListener("keydown", (event) => event.stopPropagation());
+    this.root.addEventListener("dragover", (event) => event.preventDefault());
+    this.root.addEventListener("drop", (event) => {
+      event.preventDefault();
+      this.continueFrom(event.dataTransfer.files[0]);
+    });
     el.append(this.root);
     // Where the page does not sound, it has no volume, and no samples to draw.
     this.fields.volume.element.hidden = this.canvas.hidden = this.model.get("sink") !== "browser";
@@ -192,8 +202,8 @@ class Player {
     const pcm = new Int16Array(buffer.buffer, buffer.byteOffset, buffer.byteLength / 2);
     const samples = Float32Array.from(pcm, (x) => x / 32767), { channels } = this.audio;
     const mono = channels === 1 ? samples : samples.filter((_, i) => i % channels === 0);
-    this.picture.add(mono);
-    this.audio.post({ kind: "push", epoch: message.epoch, samples });
+    this.picture.add(mono, message.first);
+    this.audio.post({ kind: "push", epoch: message.epoch, first: message.first, samples });
   }
   applied({ ids, sample, text, block }) {
     this.picture.mark(sample, text, true);
@@ -211,22 +221,44 @@ class Player {
     if (state === "playing" || state === "priming") {
       if (this.audio || this.model.get("sink") !== "browser") return this.command("pause");
     }
-    if (this.model.get("sink") === "browser") {
-      try {
-        this.audio ??= new AudioOut(this.model.get("sample_rate"), this.model.get("channels"),
-          (report) => this.onReport(report));
-        this.setVolume();
-        await this.audio.context.resume(); // a click has called us: the browser permits it
-        await this.audio.ready;
-        this.trouble = "";
-      } catch (error) {
-        this.trouble = `This browser gives no sound: ${error.message}`;
-        this.silence();
-        this.showTraits();
-        return;
-      }
+    if (await this.openAudio()) this.command("play");
+  }
+  // Whether there is sound, or none is wanted here. Call it inside a click: the browser permits it.
+  async openAudio() {
+    if (this.model.get("sink") !== "browser") return true;
+    try {
+      this.audio ??= new AudioOut(this.model.get("sample_rate"), this.model.get("channels"),
+        (report) => this.onReport(report));
+      this.setVolume();
+      await this.audio.context.resume();
+      await this.audio.ready;
+      this.trouble = "";
+      return true;
+    } catch (error) {
+      this.trouble = `This browser gives no sound: ${error.message}`;
+      this.silence();
+      this.showTraits();
+      return false;
     }
-    this.command("play");
+  }
+  // The end of a sound file becomes the context: decoded here, whatever the browser can read.
+  async continueFrom(file) {
+    if (!file) return;
+    const rate = this.model.get("sample_rate"), channels = this.model.get("channels");
+    try {
+      const sound = await new OfflineAudioContext(channels, 1, rate).decodeAudioData(await file.arrayBuffer());
+      const n = Math.min(sound.length, Math.ceil(CONTEXT_S * rate)), out = new Float32Array(n * channels);
+      for (let c = 0; c < sound.numberOfChannels; c++) {
+        const from = sound.getChannelData(c).subarray(sound.length - n);
+        const share = channels === 1 ? 1 / sound.numberOfChannels : Number(c < channels);
+        if (share) from.forEach((x, i) => (out[(channels === 1 ? 0 : c) * n + i] += share * x));
+      }
+      if (!(await this.openAudio())) return;
+      this.model.send({ kind: "context", view: this.view }, undefined, [out.buffer]);
+      this.say(`continues from ${file.name}`);
+    } catch (error) {
+      this.say(`${file.name} cannot be read as sound: ${error.message}`);
+    }
   }
   silence() {
     this.audio?.close();

@@ -18,15 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import traitlets
 
 from lmd.errors import LmdError
+from lmd.play.audio_file import read_audio
 from lmd.play.control_queue import check_live
 from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
 from lmd.play.pace import AppliedChange, Made, Meters
 from lmd.play.play_queue import SkippingClock
 from lmd.play.player_traits import (
     CONTROL_NAMES,
+    PACING_NAMES,
     PROMPT_NAMES,
     PROMPTS,
     PlayerTraits,
@@ -34,9 +37,10 @@ from lmd.play.player_traits import (
     trait_values,
 )
 from lmd.play.sinks import BrowserSink, NullSink, Sink, SoundCardSink
-from lmd.play.takes import TakeHeader, TakeWriter, header_of
+from lmd.play.takes import begin_take
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
+from lmd.stream.state import StreamState
 
 HERE = Path(__file__).parent
 SCRIPTS = ("player_audio.js", "player_view.js", "player.js")
@@ -77,12 +81,12 @@ class LivePlayer(PlayerTraits):
         controls = controls or instrument.controls(prompts[0])
         check_live(controls, self._streamer.window)
         self.take_folder = Path(take_folder)
-        self._header: TakeHeader | None = None  # hashing the weights takes a moment
         self._page = ""  # the view that plays
         self._page_sink: BrowserSink | None = None
         self._lock, self._asking_id = threading.Lock(), 0
         # what was asked, by number: the page's ids, a word for the picture, the prompt's traits
         self._asked: dict[int, tuple[list[int], str, dict[str, Any] | None]] = {}
+        self._begin_from: StreamState | None = None
         self._playing: dict[str, Any] = {}  # the prompt's traits as they are heard
         codec = self._streamer.codec
         super().__init__(
@@ -96,7 +100,15 @@ class LivePlayer(PlayerTraits):
         )
         self.on_msg(self._on_message)
         self.observe(self._on_control, names=[*CONTROL_NAMES])
-        pacing = ["queue_blocks", "auto_steps", "roll_seed", "block_frames"]
+        pacing = [
+            "queue_blocks",
+            "auto_steps",
+            "roll_seed",
+            "block_frames",
+            "answer",
+            "commit_frames",
+        ]
+        self.observe(self._on_hold, names="hold")
         self.observe(self._on_pacing, names=pacing)
 
     def ask(self, name: str, value: Any, request: int = 0) -> bool:
@@ -165,6 +177,20 @@ class LivePlayer(PlayerTraits):
         n_frames = self.drop_context_frames
         self._change("drop_context_frames", f"drop {n_frames}", n_frames)
 
+    def continue_from(self, sound: Path | np.ndarray | None) -> None:
+        """Let the next take go on from the end of some sound; None: from silence.
+
+        Args:
+            sound: a file, or `[channel, sample]` at the codec's rate.
+
+        Raises:
+            LmdError: a file that cannot be read, or sound that cannot be gone on from.
+        """
+        streamer, codec = self._streamer, self._streamer.codec
+        if isinstance(sound, Path):
+            sound = read_audio(sound, codec.sample_rate, codec.channels, streamer.window_s)
+        self._begin_from = None if sound is None else streamer.start(context=sound)
+
     def record(self) -> None:
         """Begin a recording next to the take, or finish it."""
         if (engine := self._alive()) is None:
@@ -176,7 +202,7 @@ class LivePlayer(PlayerTraits):
             stem = f"{Path(self.take_path).stem}-{engine.meters().n_blocks:04d}"
             self.recording = str(engine.record(self.take_folder / f"{stem}.wav"))
 
-    def _on_message(self, _widget: Any, content: Any, _buffers: Any) -> None:
+    def _on_message(self, _widget: Any, content: Any, buffers: Any) -> None:
         if not isinstance(content, dict):
             return
         kind, view = content.get("kind"), str(content.get("view", ""))
@@ -189,6 +215,9 @@ class LivePlayer(PlayerTraits):
                 self._command(str(content.get("command")), view)
             elif kind == "report" and view == self._page and self._page_sink is not None:
                 self._page_sink.on_report(content)
+            elif kind == "context" and buffers:
+                self.continue_from(np.frombuffer(buffers[0], "<f4").reshape(self.channels, -1))
+                self._command("restart", view)
             elif kind == "gone" and view == self._page:  # its cell was run again, or deleted
                 self.stop()
         except (LmdError, OSError, RuntimeError) as error:  # a full disk among them
@@ -202,6 +231,7 @@ class LivePlayer(PlayerTraits):
             self.play()
         elif command == "restart":
             self.stop()
+            self._page = view or self._page
             self._start()
         elif command == "roll":
             self.seed = secrets.randbelow(2**31)
@@ -244,6 +274,10 @@ class LivePlayer(PlayerTraits):
             prompt = self.prompt_traits() if name == "prompt" else None
             self._asked[change.number] = (ids, text, prompt)
 
+    def _on_hold(self, change: Any) -> None:
+        if (engine := self._alive()) is not None:
+            engine.hold(change["new"])
+
     def _on_pacing(self, _change: Any) -> None:
         if (engine := self._alive()) is not None:
             engine.configure(**self._pacing())
@@ -252,7 +286,7 @@ class LivePlayer(PlayerTraits):
         codec = self._streamer.codec
         block_s = self.block_frames * codec.samples_per_frame / codec.sample_rate
         queue_s = self.queue_blocks * block_s
-        return {"queue_s": queue_s, "auto_steps": self.auto_steps, "roll_seed": self.roll_seed}
+        return {"queue_s": queue_s} | {name: getattr(self, name) for name in PACING_NAMES}
 
     def _alive(self) -> LiveEngine | None:
         """The engine, if it has not ended."""
@@ -268,12 +302,13 @@ class LivePlayer(PlayerTraits):
         check_live(controls, self._streamer.window)
         self.take_folder.mkdir(parents=True, exist_ok=True)
         name = f"take-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
-        self._header = self._header or header_of(self._streamer, self._source)
-        take = TakeWriter(self.take_folder / name, self._header)
-        engine = LiveEngine(self._streamer, sink, controls, options, take=take)
+        begin = self._begin_from
+        take = begin_take(self.take_folder / name, self._streamer, self._source, begin)
+        engine = LiveEngine(self._streamer, sink, controls, options, start=begin, take=take)
         engine.on_event = self._on_event
         self.engine, self.take_path, self.message = engine, str(take.path), ""
         self._asked.clear()
+        self.hold = False
         self._playing = self.prompt_traits()
         engine.start()
         threading.Thread(target=self._follow, args=(engine,), daemon=True).start()

@@ -17,49 +17,107 @@ class LmdRing extends AudioWorkletProcessor {
   }
   clear(epoch) {
     Object.assign(this, { epoch, read: 0, level: 0, gain: 0, dry: true, running: false,
-      ending: false, heard: 0, silent: 0, underruns: 0, lost: 0, lowest: this.size, since: 0 });
+      ending: false, heard: 0, silent: 0, underruns: 0, lost: 0, lowest: this.size, since: 0,
+      hold: 0, mayPlay: Infinity, loop: [], loopAt: 0 });
   }
   take(data) {
-    if (data.kind === "open") this.clear(data.epoch);
+    if (data.kind === "open") {
+      this.clear(data.epoch);
+      this.hold = Math.round((data.hold_s ?? 0) * sampleRate);
+    }
     else if (data.epoch !== this.epoch) return;
-    else if (data.kind === "push") this.push(data.samples);
+    else if (data.kind === "push") this.push(data.samples, data.first);
     else if (data.kind === "run") this.running = data.running;
     else if (data.kind === "finish") this.ending = true;
+    else if (data.kind === "hold") this.mayPlay = data.on ? this.fade : Infinity;
     this.tell();
   }
-  push(samples) {
-    const n = Math.min(samples.length / this.channels, this.size - this.level);
-    this.lost += samples.length / this.channels - n;
+  // Interleaved samples from \`first\` of the stream on. What waited there and behind fades out under
+  // them (see crossfaded in lmd/play/play_queue.py); too late, they begin with what is due now.
+  push(samples, first) {
+    const late = Math.max(0, this.heard - first), all = samples.length / this.channels - late;
+    if (all <= 0) return;
+    const kept = Math.min(first + late - this.heard, this.level);
+    const n = Math.min(all, this.size - kept), nFade = Math.min(this.level - kept, this.fade, n);
+    this.lost += all - n;
+    const gains = this.gains(samples, late, kept, nFade);
     for (let c = 0; c < this.channels; c++) {
       const ring = this.ring[c];
-      let at = (this.read + this.level) % this.size;
+      let at = (this.read + kept) % this.size;
       for (let i = 0; i < n; i++) {
-        ring[at] = samples[i * this.channels + c];
+        const x = samples[(late + i) * this.channels + c];
+        ring[at] = i < nFade ? x * gains[2 * i] + ring[at] * gains[2 * i + 1] : x;
         if (++at === this.size) at = 0;
       }
     }
-    this.level += n;
+    this.level = kept + n;
+  }
+  // Pairs (in, out) that keep the power of what is faded, whatever the two have in common.
+  gains(samples, late, kept, n) {
+    let common = 0, old = 0, fresh = 0;
+    for (let c = 0; c < this.channels; c++)
+      for (let i = 0; i < n; i++) {
+        const x = samples[(late + i) * this.channels + c];
+        const y = this.ring[c][(this.read + kept + i + this.size) % this.size];
+        common += x * y;
+        old += y * y;
+        fresh += x * x;
+      }
+    const r = old && fresh ? Math.max(0, common / Math.sqrt(old * fresh)) : 0, out = [];
+    for (let i = 0; i < n; i++) {
+      const angle = ((i + 0.5) / n) * (Math.PI / 2), a = Math.sin(angle), b = Math.cos(angle);
+      const power = Math.sqrt(1 + 2 * r * a * b);
+      out.push(a / power, b / power);
+    }
+    return out;
+  }
+  // What was played last, its beginning cross-faded from its end: it goes on into itself.
+  looped(isAhead) { // isAhead: the sample at \`read\` has been counted as heard
+    const past = Math.min(this.hold, this.heard - Number(isAhead)), n = past - this.fade;
+    if (n < this.fade) return [];
+    const from = this.read - past + 2 * this.size, at = (i) => (from + i) % this.size;
+    const whole = new Float32Array(n * this.channels);
+    for (let c = 0; c < this.channels; c++)
+      for (let i = 0; i < n; i++) whole[i * this.channels + c] = this.ring[c][at(i)];
+    const gains = this.gains(whole, 0, n - past, this.fade);
+    return this.ring.map((ring, c) => Float32Array.from({ length: n }, (_, i) => {
+      const x = whole[i * this.channels + c];
+      return i < this.fade ? x * gains[2 * i] + ring[at(n + i)] * gains[2 * i + 1] : x;
+    }));
   }
   process(_, [output]) {
     for (let i = 0; i < output[0].length; i++) {
       if (!this.running && this.gain === 0) return true;
-      if (!this.level) {
-        if (this.running && !this.dry && !this.ending) this.underruns++;
-        this.dry = true;
+      const isHeld = this.mayPlay <= 0, left = Math.min(this.level, this.mayPlay), before = this.gain;
+      if (left <= 0) {
+        if (!isHeld) {
+          if (this.running && !this.dry && !this.ending) this.underruns++;
+          this.dry = true;
+          this.silent++;
+        }
         this.gain = 0;
-        this.silent++;
-        continue;
+      } else {
+        this.dry = false;
+        this.level--;
+        this.mayPlay--;
+        this.heard++;
+        const slope = (this.running ? 1 : -1) / this.fade;
+        this.gain = Math.max(0, Math.min(this.gain + slope, (left - 1) / this.fade, 1));
       }
-      this.dry = false;
-      this.level--;
-      this.heard++;
-      const slope = (this.running ? 1 : -1) / this.fade;
-      this.gain = Math.max(0, Math.min(this.gain + slope, this.level / this.fade, 1));
-      for (let c = 0; c < output.length; c++)
-        output[c][i] = this.ring[Math.min(c, this.channels - 1)][this.read] * this.gain;
-      if (++this.read === this.size) this.read = 0;
+      if (before === 1 && this.gain < 1 && this.running) {
+        this.loop = this.looped(left > 0);
+        this.loopAt = 0;
+      }
+      const loops = this.gain < 1 && this.running && this.loop.length;
+      for (let c = 0; c < output.length; c++) {
+        const own = Math.min(c, this.channels - 1);
+        const under = loops ? this.loop[own][this.loopAt % this.loop[own].length] : 0;
+        output[c][i] = (left > 0 ? this.ring[own][this.read] * this.gain : 0) + (1 - this.gain) * under;
+      }
+      if (loops) this.loopAt++;
+      if (left > 0 && ++this.read === this.size) this.read = 0;
     }
-    if (!this.ending) this.lowest = Math.min(this.lowest, this.level);
+    if (!this.ending && this.mayPlay > 0) this.lowest = Math.min(this.lowest, this.level);
     this.since += output[0].length;
     if (this.since > 0.05 * sampleRate) this.tell();
     return true;
@@ -136,9 +194,9 @@ const N_FFT = 1024, HOP = 512, N_BANDS = 96, N_COLUMNS = 2048, LOWEST_HZ = 50, F
 class Spectrum {
   constructor(sampleRate) {
     this.columns = new Uint8Array(N_COLUMNS * N_BANDS);
-    this.pending = new Float32Array(N_FFT);
+    this.recent = new Float32Array(N_COLUMNS * HOP); // a ring of the latest samples
+    this.end = 0; // samples so far
     this.next = 0; // the column that is computed next
-    this.filled = 0;
     const top = sampleRate / 2;
     this.edges = Array.from({ length: N_BANDS + 1 }, (_, b) =>
       (LOWEST_HZ * (top / LOWEST_HZ) ** (b / N_BANDS) * N_FFT) / sampleRate);
@@ -147,21 +205,19 @@ class Spectrum {
     this.twiddle = Float32Array.from({ length: N_FFT }, (_, i) =>
       i % 2 ? -Math.sin((Math.PI * (i - 1)) / N_FFT) : Math.cos((Math.PI * i) / N_FFT));
   }
-  // Mono samples in order; returns the first and last + 1 of the new columns.
-  push(samples) {
-    const first = this.next;
-    for (const x of samples) {
-      this.pending[this.filled++] = x;
-      if (this.filled === N_FFT) {
-        this.compute();
-        this.pending.copyWithin(0, HOP);
-        this.filled = N_FFT - HOP;
-      }
-    }
-    return [first, this.next];
+  // Mono samples from `first` of the stream on; returns the first and last + 1 of the new columns.
+  push(samples, first) {
+    const n = this.recent.length;
+    this.next = Math.min(this.next, Math.max(0, Math.floor((first - N_FFT) / HOP) + 1));
+    samples.forEach((x, i) => (this.recent[(first + i) % n] = x));
+    this.end = first + samples.length;
+    const begin = this.next;
+    while (this.next * HOP + N_FFT <= this.end) this.compute();
+    return [begin, this.next];
   }
   compute() {
-    const re = this.pending.map((x, i) => x * this.window[i]), im = new Float32Array(N_FFT);
+    const from = this.next * HOP, n = this.recent.length, im = new Float32Array(N_FFT);
+    const re = this.window.map((w, i) => w * this.recent[(from + i) % n]);
     fft(re, im, this.twiddle);
     const column = (this.next++ % N_COLUMNS) * N_BANDS;
     for (let b = 0; b < N_BANDS; b++) {

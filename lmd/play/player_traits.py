@@ -8,12 +8,14 @@ import traitlets
 
 from lmd.config import REGIMES, WindowConfig
 from lmd.errors import LmdError
+from lmd.play.pace import ANSWERS
 from lmd.stream.controls import BOUNDARIES, Controls, Prompt
 from lmd.stream.samplers import SAMPLERS
 
 PROMPT_NAMES = ("prompt_a", "prompt_b", "mix")
 OTHER_NAMES = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed", "boundary")
 CONTROL_NAMES = PROMPT_NAMES + OTHER_NAMES
+PACING_NAMES = ("auto_steps", "roll_seed", "answer", "commit_frames")
 PROMPTS = (
     "church organ, slow, minor",
     "string quartet, lively, major",
@@ -23,6 +25,8 @@ PROMPTS = (
 )
 GUIDANCE = {"min": 0.5, "max": 8, "step": 0.1, "digits": 1}
 STEPS = {"min": 1, "max": 32, "step": 1, "digits": 0}
+COMMITS = [0, 3, 6, 12, 24, 48]
+COMMIT_HINT = "frames of a plan that are played before it is made again; 0: all"
 SHORTEST_BLOCK_FRAMES = 4  # shorter ones cost far more than they last
 
 
@@ -46,6 +50,11 @@ def fields_for(window: WindowConfig) -> list[dict[str, Any]]:
         _field("time number", "seed", "Seed", "of the noise", min=0, max=2**31 - 1, step=1),
         _field("time switch", "roll_seed", "roll it", "another seed for every block"),
         _field("time choice", "queue_blocks", "Queue", "in blocks: longer is safer", **queues),
+        _field("time choice", "answer", "Answer", "when a change is heard", choices=[*ANSWERS]),
+        _field(
+            "time choice", "commit_frames", "Commit", COMMIT_HINT, choices=[0, 3, 6, 12, 24, 48]
+        ),
+        _field("time switch", "hold", "hold", "repeat what was heard last, go no further"),
         _field("time switch", "auto_steps", "auto steps", "fewer while the model is too slow"),
         _field("bar range", "volume", "Volume", "of this page", **share),
     ]
@@ -100,7 +109,10 @@ class PlayerTraits(anywidget.AnyWidget):
     boundary = traitlets.Unicode("exact").tag(sync=True)
     drop_context_frames = traitlets.Int(96, min=0).tag(sync=True)  # what the button drops
     roll_seed = traitlets.Bool(False).tag(sync=True)
+    hold = traitlets.Bool(False).tag(sync=True)
     auto_steps = traitlets.Bool(False).tag(sync=True)
+    answer = traitlets.Enum(ANSWERS, ANSWERS[0]).tag(sync=True)
+    commit_frames = traitlets.Int(0, min=0).tag(sync=True)
     queue_blocks = traitlets.Float(2.0, min=1, max=8).tag(sync=True)
     volume = traitlets.Float(0.9, min=0, max=1).tag(sync=True)
     midi_map = traitlets.Dict().tag(sync=True)

@@ -1,7 +1,7 @@
 // What a person sees and touches. Texts from the kernel or the user only ever become text nodes,
 // input values or canvas text, never HTML.
 
-const PAST_S = 8, FUTURE_S = 4, MAX_MARKS = 400;
+const PAST_S = 8, FUTURE_S = 4, MAX_MARKS = 400, GHOST_MS = 900;
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -86,10 +86,18 @@ class Picture {
     this.spectrum = new Spectrum(sampleRate);
     this.store = new OffscreenCanvas(N_COLUMNS, N_BANDS);
     this.ink = this.store.getContext("2d");
+    this.ghosts = new OffscreenCanvas(N_COLUMNS, N_BANDS); // of a plan that was thrown away
+    this.ghost = null;
   }
-  add(samples) {
-    const [first, end] = this.spectrum.push(samples);
-    this.paint(first, end);
+  // Samples from `first` on. What was planned there instead is thrown away: it fades from sight.
+  add(samples, first) {
+    const replaced = this.spectrum.end - first;
+    if (replaced > 0 && this.palette) {
+      this.ghosts.getContext("2d").drawImage(this.store, 0, 0);
+      this.ghost = { from: Math.floor(first / HOP), end: this.spectrum.next, at: performance.now() };
+      this.marks = this.marks.filter((mark) => mark.strong || mark.sample < first);
+    }
+    this.paint(...this.spectrum.push(samples, first));
   }
   paint(first, end) {
     if (!this.palette) return;
@@ -143,11 +151,16 @@ class Picture {
     const foot = 15 * scale, top = 30 * scale, tall = height - foot - top;
     pen.fillStyle = this.colors.ground;
     pen.fillRect(0, 0, width, height);
-    this.blit(pen, x, top, tall, playhead);
+    this.blit(pen, this.store, x, top, tall, Math.floor((playhead - PAST_S * this.sampleRate) / HOP), this.spectrum.next);
     const now = x(playhead);
     pen.globalAlpha = 0.45;
     pen.fillStyle = this.colors.ground;
     pen.fillRect(now, top, width - now, tall); // what waits is paler
+    const left = this.ghost ? 1 - (performance.now() - this.ghost.at) / GHOST_MS : 0;
+    if (left > 0) {
+      pen.globalAlpha = 0.5 * left;
+      this.blit(pen, this.ghosts, x, top, tall, this.ghost.from, this.ghost.end);
+    }
     pen.globalAlpha = 1;
     this.annotate(pen, x, { top, tall, width, height, scale });
     pen.fillStyle = this.colors.ground;
@@ -157,13 +170,11 @@ class Picture {
     pen.textAlign = "center";
     pen.fillText("now", now, height - 4 * scale);
   }
-  blit(pen, x, top, tall, playhead) {
-    const from = Math.floor((playhead - PAST_S * this.sampleRate) / HOP);
-    const first = Math.max(0, this.spectrum.next - N_COLUMNS + 1, from);
-    for (let i = first; i < this.spectrum.next; ) {
-      const slot = i % N_COLUMNS, n = Math.min(this.spectrum.next - i, N_COLUMNS - slot);
+  blit(pen, store, x, top, tall, from, end) {
+    for (let i = Math.max(0, end - N_COLUMNS + 1, from); i < end; ) {
+      const slot = i % N_COLUMNS, n = Math.min(end - i, N_COLUMNS - slot);
       const left = x(i * HOP), right = x((i + n) * HOP);
-      pen.drawImage(this.store, slot, 0, n, N_BANDS, left, top, right - left, tall);
+      pen.drawImage(store, slot, 0, n, N_BANDS, left, top, right - left, tall);
       i += n;
     }
   }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
@@ -66,14 +67,15 @@ def _replay(take: Take, options: Options) -> str:
         if options.output is not None:
             file = AudioFile(options.output, header.sample_rate, header.channels)
             stack.callback(file.close)
-        for played in tqdm(blocks, total=take.n_blocks, unit="block"):
-            digest.update(played.wave)
+        for samples in tqdm(blocks, total=take.n_blocks, unit="block"):
+            digest.update(samples)
             if file is not None:
-                file.write(played.wave[0].numpy())
+                file.write(samples)
             if options.figure is not None:
-                waves.append(played.wave)
+                waves.append(samples)
     if waves:
         from lmd.play.take_figure import plot_take  # matplotlib where a picture is asked for
 
-        plot_take(take, torch.cat(waves, dim=-1)).savefig(options.figure, dpi=110)
+        wave = torch.from_numpy(np.concatenate(waves, axis=-1))[None]
+        plot_take(take, wave).savefig(options.figure, dpi=110)
     return digest.hexdigest()

@@ -9,6 +9,8 @@ import numpy as np
 from lmd.errors import LmdError
 from lmd.play.play_queue import FADE_S, PlayQueue, SinkReport, WallClock
 
+HOLD_S = 2.2  # of sound that a person hears again where it would fall silent
+
 
 class Sink:
     """Something that plays; opened paused, so that it can be primed.
@@ -16,6 +18,8 @@ class Sink:
     As it stands it plays nowhere and keeps no time, so nothing can be late: a stream into it is
     made as fast as it goes, e.g. to be recorded (`LiveEngine.record`).
     """
+
+    lead_s = 0.005  # so long before its turn must a sample be handed over
 
     def __init__(self, clock: WallClock | None = None) -> None:
         self.clock = clock or WallClock()
@@ -26,12 +30,18 @@ class Sink:
     def write(self, samples: np.ndarray) -> None:
         """Append `[channel, sample]` float32; never blocks."""
 
+    def replace(self, sample: int, samples: np.ndarray) -> None:
+        """Play other samples from that one of the stream on (see `PlayQueue.replace`)."""
+
     def queued_s(self) -> float:
         """Seconds written and not yet played."""
         return 0.0
 
     def run(self, running: bool) -> None:
         """Play, or pause."""
+
+    def hold(self, on: bool) -> None:
+        """Repeat what was heard last and go no further, or go on (see `PlayQueue.hold`)."""
 
     def report(self) -> SinkReport:
         """The counters."""
@@ -47,20 +57,31 @@ class Sink:
 class QueueSink(Sink):
     """What the sinks of this process share: a `PlayQueue` that something pulls from."""
 
+    hold_s = 0.0  # of sound that is repeated when the queue runs dry; 0: silence
+
     def _advance(self) -> None:
         """Play what is due, where nobody else does."""
 
     def open(self, sample_rate: int, channels: int) -> None:
         self.sample_rate = sample_rate
-        self.queue = PlayQueue(channels, round(FADE_S * sample_rate))
+        sizes = (round(seconds * sample_rate) for seconds in (FADE_S, self.hold_s))
+        self.queue, self._written = PlayQueue(channels, *sizes), 0
 
     def write(self, samples: np.ndarray) -> None:
+        self.replace(self._written, samples)
+
+    def replace(self, sample: int, samples: np.ndarray) -> None:
         self._advance()
-        self.queue.push(samples)
+        self.queue.replace(sample, samples)
+        self._written = sample + samples.shape[-1]
+
+    def hold(self, on: bool) -> None:
+        self._advance()
+        self.queue.hold(on)
 
     def queued_s(self) -> float:
         self._advance()
-        return self.queue.level / self.sample_rate
+        return max(0, self._written - self.queue.heard) / self.sample_rate
 
     def report(self) -> SinkReport:
         self._advance()
@@ -109,6 +130,7 @@ class SoundCardSink(QueueSink):
 
     def __init__(self, device: Any = None) -> None:
         super().__init__()
+        self.hold_s = HOLD_S
         try:
             import sounddevice
         except (ImportError, OSError) as error:  # OSError: without the PortAudio library
@@ -155,6 +177,8 @@ class BrowserSink(Sink):
     a message and its binary buffers to the page.
     """
 
+    lead_s = 0.04  # a message's way to the page, and the worklet's own buffer
+
     def __init__(
         self,
         send: Callable[[dict[str, Any], list[bytes]], None],
@@ -177,17 +201,19 @@ class BrowserSink(Sink):
             self.sample_rate = sample_rate
             self.epoch += 1
             self._begin()
-        self._message("open", sample_rate=sample_rate, channels=channels)
+        self._message("open", sample_rate=sample_rate, channels=channels, hold_s=HOLD_S)
 
     def _message(self, kind: str, buffers: list[bytes] | None = None, **values: Any) -> None:
         self._send({"kind": kind, "epoch": self.epoch, **values}, buffers or [])
 
     def write(self, samples: np.ndarray) -> None:
+        self.replace(self._written, samples)
+
+    def replace(self, sample: int, samples: np.ndarray) -> None:
         pcm = np.rint(np.clip(samples.T, -1, 1) * 32767).astype("<i2")
         with self._lock:
-            first = self._written
-            self._written += samples.shape[-1]
-        self._message("audio", [pcm.tobytes()], first=first, n=samples.shape[-1])
+            self._written = sample + samples.shape[-1]
+        self._message("audio", [pcm.tobytes()], first=sample, n=samples.shape[-1])
 
     def on_report(self, message: dict[str, Any]) -> None:
         """Take in what the worklet says of itself (see `player_audio.js`)."""
@@ -209,13 +235,16 @@ class BrowserSink(Sink):
                 if age_s > self._patience_s:
                     return float("inf")
                 played = min(self._written, played + age_s * self.sample_rate)
-            return (self._written - played) / self.sample_rate
+            return max(0.0, self._written - played) / self.sample_rate
 
     def run(self, running: bool) -> None:
         with self._lock:
             self._running = running
             self._reported_at = self.clock.now()
         self._message("run", running=running)
+
+    def hold(self, on: bool) -> None:
+        self._message("hold", on=on)
 
     def report(self) -> SinkReport:
         return self._report

@@ -13,12 +13,12 @@ import tyro
 
 from lmd.config import Regime
 from lmd.errors import LmdError
-from lmd.outputs import check_outputs, write_json
-from lmd.play.audio_file import check_audio_path
+from lmd.outputs import check_apart, check_outputs, write_json
+from lmd.play.audio_file import check_audio_path, read_audio
 from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
 from lmd.play.pace import Trouble, percentile
 from lmd.play.sinks import NullSink, Sink, SoundCardSink
-from lmd.play.takes import TakeWriter, header_of
+from lmd.play.takes import begin_take
 from lmd.pretrained import Instrument, open_instrument
 from lmd.stream.samplers import SamplerName
 
@@ -32,11 +32,15 @@ class Options:
     prompt: tyro.conf.Positional[str]  # What to play, e.g. "church organ, slow, minor".
     seconds: float = 60.0  # Of music.
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # Wav or flac to write.
+    prompt_at: tyro.conf.UseAppendAction[tuple[tuple[float, str], ...]] = ()  # Second, prompt.
+    continue_from: Path | None = None  # A sound file whose last seconds are the first context.
     take: Path | None = None  # JSON lines to write, for `lmd replay`.
     json: Path | None = None  # Write measurements to this file.
     paced: bool = False  # Keep real time, heard by nobody.
     play: bool = False  # Keep real time on the sound card.
     queue: float | None = None  # Seconds to make ahead (two blocks by default).
+    answer: Literal["at once", "next block"] = "at once"  # When a change is heard.
+    commit_frames: int = 0  # So much of a plan is played before it is made again (0: all).
     source: str = "best"  # best, arc, finetuned, base, FOLDER:KIND, random:PRESET:SEED, graphs.
     preset: str = "small"  # tiny, small or paper (for --source best).
     device: str = "auto"  # cpu, cuda, mps or auto.
@@ -106,18 +110,35 @@ def _check(options: Options) -> None:
         check_audio_path(options.output)
     if options.paced and options.play:
         raise LmdError("both --paced and --play", "one of them", "Drop one.")
-    check_outputs(output=options.output, take=options.take, json=options.json, json_key="rtf_all")
+    outputs = {"output": options.output, "take": options.take, "json": options.json}
+    check_outputs(**outputs, json_key="rtf_all")
+    if options.continue_from is not None:
+        read = {"continue-from": options.continue_from}
+        check_apart(**read, **{name: path for name, path in outputs.items() if path})
 
 
 def _engine(options: Options, instrument: Instrument) -> LiveEngine:
     """The engine that the options ask for."""
     asked = {name: value for name in SETTABLE if (value := getattr(options, name)) is not None}
     controls = instrument.controls(options.prompt, **asked)
-    pacing = EngineOptions(queue_s=options.queue, auto_steps=options.auto, limit_s=options.seconds)
+    pacing = EngineOptions(
+        queue_s=options.queue,
+        auto_steps=options.auto,
+        answer=options.answer,
+        commit_frames=options.commit_frames,
+        limit_s=options.seconds,
+    )
     sink = SoundCardSink() if options.play else NullSink() if options.paced else Sink()
-    engine = LiveEngine(instrument.streamer, sink, controls, pacing)
+    streamer, start = instrument.streamer, None
+    if options.continue_from is not None:
+        codec = streamer.codec
+        given = (codec.sample_rate, codec.channels, streamer.window_s)
+        start = streamer.start(context=read_audio(options.continue_from, *given))
+    engine = LiveEngine(streamer, sink, controls, pacing, start=start)
+    for second, prompt in options.prompt_at:
+        engine.change_at(second, prompt=prompt)
     if options.take is not None:  # first: it replaces nothing
-        engine.take = TakeWriter(options.take, header_of(instrument.streamer, instrument.source))
+        engine.take = begin_take(options.take, streamer, instrument.source, start)
     try:
         if options.output is not None:
             engine.record(options.output, limit_s=options.seconds)

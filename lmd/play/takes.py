@@ -1,15 +1,17 @@
 """Takes: what was played, written line by line while it plays, and read to play it again.
 
 A take is a file of JSON lines. The first says with which weights; then one for every block whose
-controls differ from those of the block before, one for every fault and underrun, and now and then
-one that counts blocks and samples. The last also holds the SHA-256 of the samples; if it is missing
-(the power went), the take still plays, up to the last line that there is.
+controls differ from those of the block before, one for every cut, fault and underrun, and now and
+then one that counts blocks and samples. What was planned and never heard does not stand in it. The
+last line also holds the SHA-256 of the samples; if it is missing (the power went), the take still
+plays, up to the last line that there is.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +26,14 @@ from lmd.machine import describe_machine
 from lmd.model.text import describe
 from lmd.model.weights import fingerprint
 from lmd.play.control_queue import with_changes
-from lmd.play.guard import Guarded, PlayedBlock, guarded_step
-from lmd.shapes import Wave
+from lmd.play.guard import Guarded
+from lmd.play.timeline import Plan, Timeline
 from lmd.stream.controls import Controls
+from lmd.stream.state import StreamState
 from lmd.stream.streamer import Streamer
 
-FORMAT = "lmd-take-1"
+FORMAT = "lmd-take-2"
+OLD_FORMAT = "lmd-take-1"  # without cuts
 COUNT_EVERY = 8  # blocks
 MAX_BLOCKS = 2_000_000  # a day of the shortest blocks
 OLD_NAMES = {"forget_frames": "drop_context_frames", "seam": "boundary"}  # in takes of before
@@ -49,6 +53,7 @@ class TakeHeader:
     torch_version: str  # for the same reason
     format: str = FORMAT
     limited: bool = False  # whether a limiter held the wave within full scale
+    start: str = ""  # a saved state beside the take that the stream began from; "": silence
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Take:
     changes: dict[int, Controls] = field(default_factory=dict)
     starts: dict[int, int] = field(default_factory=dict)  # the first sample of these blocks
     lines: dict[int, int] = field(default_factory=dict)  # where in the file they stand
+    cuts: dict[int, int] = field(default_factory=dict)  # the first sample of blocks that cut in
     faults: dict[int, str] = field(default_factory=dict)  # blocks that were not finite, and why
     threads: dict[int, int] = field(default_factory=dict)  # torch threads, from that block on
     # (block, sample) at which the sink had run dry
@@ -84,14 +90,13 @@ class SampleHash:
         self._hash = hashlib.sha256()
         self.hexdigest = self._hash.hexdigest
 
-    def update(self, wave: Wave) -> None:
-        """Add `[1, channel, sample]`."""
-        interleaved = wave[0].t().contiguous().numpy().astype("<f4", copy=False)
-        self._hash.update(np.ascontiguousarray(interleaved).tobytes())
+    def update(self, samples: np.ndarray) -> None:
+        """Add `[channel, sample]`."""
+        self._hash.update(np.ascontiguousarray(samples.T.astype("<f4", copy=False)).tobytes())
 
 
-def header_of(streamer: Streamer, source: str) -> TakeHeader:
-    """The first line of a take played by that streamer."""
+def header_of(streamer: Streamer, source: str, start: str = "") -> TakeHeader:
+    """The first line of a take played by that streamer, from a state that lies beside it."""
     return TakeHeader(
         model_sha256=fingerprint(streamer.denoiser),
         codec_sha256=fingerprint(streamer.codec),
@@ -102,6 +107,7 @@ def header_of(streamer: Streamer, source: str) -> TakeHeader:
         n_threads=torch.get_num_threads(),
         torch_version=str(torch.__version__),
         limited=True,
+        start=start,
     )
 
 
@@ -121,6 +127,7 @@ class TakeWriter:
             raise LmdError(found, "a new file in a folder that exists", "Rename it.") from error
         self._previous: Controls | None = None
         self._hash, self._n_blocks, self._n_samples = SampleHash(), 0, 0
+        self._n_threads = header.n_threads
         self._line(dataclasses.asdict(header))
 
     def _line(self, values: dict[str, Any]) -> None:
@@ -132,21 +139,36 @@ class TakeWriter:
             raise LmdError(found, "room on the disk", "Make some.") from error
 
     def note(self, **what: Any) -> None:
-        """Note something before the next block, e.g. `underrun=True` or `threads=1`."""
+        """Note something before the next block, e.g. `underrun=True`."""
         self._line({"block": self._n_blocks, "sample": self._n_samples, **what})
 
-    def block(self, played: PlayedBlock, controls: Controls) -> None:
-        """Note a block: its controls if they are new, its fault if it had one, its samples."""
-        if controls != self._previous:
-            values = dataclasses.asdict(controls)
+    def heard(self, plans: Sequence[Plan], samples: np.ndarray) -> None:
+        """Note plans whose first sample has been heard, and the samples `[channel, sample]`.
+
+        Of a plan its controls are noted if they are new, its cut and its fault if it had one.
+        """
+        for plan in plans:
+            self._plan(plan)
+        self._hash.update(samples)
+        self._n_samples += samples.shape[-1]
+
+    def _plan(self, plan: Plan) -> None:
+        """One block more."""
+        place = {"block": self._n_blocks, "sample": plan.start_sample}
+        if plan.n_threads != self._n_threads:
+            self._line(place | {"threads": plan.n_threads})
+            self._n_threads = plan.n_threads
+        if plan.controls != self._previous:
+            values = dataclasses.asdict(plan.controls)
             known = dataclasses.asdict(self._previous).items() if self._previous else ()
-            self.note(controls={k: v for k, v in values.items() if (k, v) not in known})
-            self._previous = controls
-        if played.fault is not None:
-            self.note(fault=played.fault)
-        self._hash.update(played.wave)
+            changed = {k: v for k, v in values.items() if (k, v) not in known}
+            self._line(place | {"controls": changed})
+            self._previous = plan.controls
+        if plan.cut_frame is not None:
+            self._line(place | {"cut": plan.cut_frame})
+        if plan.played.fault is not None:
+            self._line(place | {"fault": plan.played.fault})
         self._n_blocks += 1
-        self._n_samples += played.wave.shape[-1]
         if self._n_blocks % COUNT_EVERY == 0:
             self._line(self._count())
 
@@ -167,6 +189,24 @@ class TakeWriter:
                 self.path.unlink(missing_ok=True)
 
 
+def begin_take(
+    path: Path, streamer: Streamer, source: str, start: StreamState | None = None
+) -> TakeWriter:
+    """A new take; the state that the stream begins from is saved beside it.
+
+    Raises:
+        LmdError: see `TakeWriter` and `Streamer.save_state`.
+    """
+    beside = path.with_suffix(".safetensors")
+    name = "" if start is None else beside.name
+    if name and beside.exists():
+        raise LmdError(f"{beside} exists", "a new file for the take's beginning", "Rename it.")
+    writer = TakeWriter(path, header_of(streamer, source, name))
+    if start is not None:
+        streamer.save_state(start, beside)
+    return writer
+
+
 def read_take(path: str | Path) -> Take:
     """Read a take, whole or broken off.
 
@@ -181,7 +221,7 @@ def read_take(path: str | Path) -> Take:
         raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LmdError(f"{path} ({error})", f"a take ({FORMAT})", "Give another file.") from error
-    if header.format != FORMAT:
+    if header.format not in (FORMAT, OLD_FORMAT):
         raise LmdError(f"{path} of format {header.format!r}", FORMAT, "Update lmd, or play anew.")
     take = Take(path, header)
     for number, line in enumerate(lines[1:], start=2):
@@ -197,7 +237,10 @@ def read_take(path: str | Path) -> Take:
             ) from error
     if 0 not in take.changes:
         raise LmdError(f"{path} without controls for block 0", "a take that played", "Play anew.")
-    known = max([*take.changes, *take.faults, *(block - 1 for block, _ in take.underruns)]) + 1
+    known = (
+        max([*take.changes, *take.cuts, *take.faults, *(block - 1 for block, _ in take.underruns)])
+        + 1
+    )
     take.n_blocks = max(take.n_blocks, known)
     return take
 
@@ -218,6 +261,8 @@ def _take_in(take: Take, number: int, entry: Any) -> None:
         changes = {OLD_NAMES.get(k, k): v for k, v in entry["controls"].items()}
         take.changes[block] = with_changes(before, changes)
         take.starts[block], take.lines[block] = sample, number
+    elif "cut" in entry:
+        take.cuts[block] = sample
     elif "fault" in entry:
         take.faults[block] = str(entry["fault"])
     elif "threads" in entry:
@@ -249,8 +294,8 @@ def as_many_threads(n_threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def play_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
-    """Every block of a take, once more.
+def play_again(take: Take, streamer: Streamer) -> Iterator[np.ndarray]:
+    """The samples of a take, once more: `[channel, sample]`, block by block.
 
     Raises:
         LmdError: the streamer has other weights than the take was played with, or cannot play the
@@ -274,13 +319,23 @@ def play_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
     return _blocks_again(take, streamer)
 
 
-def _blocks_again(take: Take, streamer: Streamer) -> Iterator[PlayedBlock]:
-    guarded = Guarded(streamer.start())
+def _blocks_again(take: Take, streamer: Streamer) -> Iterator[np.ndarray]:
+    start = streamer.start()
+    if take.header.start:  # a name, no path: it lies beside the take
+        start = streamer.load_state(take.path.parent / Path(take.header.start).name)
+    timeline = Timeline(streamer, Guarded(start), take.header.limited)
+    end = take.n_samples if take.sha256 is not None else math.inf
     with as_many_threads(torch.get_num_threads()):
         for number, controls in enumerate(take.controls()):
             if number in take.threads:
                 torch.set_num_threads(min(take.threads[number], torch.get_num_threads()))
-            played, guarded = guarded_step(
-                streamer, guarded, controls, take.faults.get(number), take.header.limited
-            )
-            yield played
+            if number in take.cuts:
+                try:
+                    timeline.cut(take.cuts[number], controls)
+                except LmdError as error:
+                    found = f"{take.path}, block {number}: {error.found}"
+                    raise LmdError(found, error.expected, error.todo) from error
+            else:
+                timeline.append(controls, take.faults.get(number))
+            to_come = (sample for block, sample in take.cuts.items() if block > number)
+            yield timeline.settle(round(min(timeline.n_samples, end, *to_come)))[1]

@@ -17,7 +17,7 @@ from lmd.errors import LmdError
 from lmd.model.kv_cache import Memory
 from lmd.shapes import Latents
 
-STATE_FORMAT = "lmd-stream-state-3"
+STATE_FORMAT = "lmd-stream-state-4"
 CODECS_OWN = ("decode.overhang", "decode.running")  # lie where the codec computes
 
 
@@ -28,6 +28,7 @@ class StreamState:
     Attributes:
         context: the latest latents, `[batch, latent, context frame]`; zeros are silence.
         index: of the next block.
+        n_frames: the number of the next block's first frame; its noise depends on that.
         n_samples: samples handed out so far.
         memory: keys and values for the next block, valid for `memory_key`.
         memory_key: (prompt, guided, regime, block_frames) that the memory was made with.
@@ -36,6 +37,7 @@ class StreamState:
 
     context: Latents
     index: int = 0
+    n_frames: int = 0
     n_samples: int = 0
     memory: Memory | None = None
     memory_key: tuple = ()
@@ -60,6 +62,7 @@ class StreamState:
             "weights": dict(weights),
             "text": text,
             "index": self.index,
+            "n_frames": self.n_frames,
             "n_samples": self.n_samples,
             "memory_key": self.memory_key,
             "decode": _describe(self.decode, "decode", tensors),
@@ -125,6 +128,7 @@ class StreamState:
         return cls(
             context=tensors["context"],
             index=header["index"],
+            n_frames=header["n_frames"],
             n_samples=header["n_samples"],
             memory=Memory.from_tensors(memory) if memory else None,
             memory_key=_rebuild(header["memory_key"], None, tensors),

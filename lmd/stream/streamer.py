@@ -3,7 +3,11 @@
     block, state = streamer.step(state, controls)
 
 A state is a value: keep an old one and go on from there, save it, load it, and the same bytes come
-out. Randomness depends on (seed, purpose, block, step) alone.
+out. Randomness depends on (seed, purpose, frame, step) alone.
+
+A block is the most that is planned at once, not the least that can be changed: any frame is a legal
+end of the context, so `rewind` gives the state after a part of a block, and another block is made
+from there.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), inference. Taught in notebook 04_play.
 """
@@ -27,7 +31,7 @@ from lmd.model.kv_cache import Memory
 from lmd.model.live_model import Passes
 from lmd.model.text import TextEncoder, describe, mix
 from lmd.model.weights import fingerprint
-from lmd.rng import normal
+from lmd.rng import frame_noise, normal
 from lmd.shapes import BlockLatents, Latents, Wave
 from lmd.stream.block import BlockPlan, BlockSession, Denoiser, LiveDenoiser, both_branches
 from lmd.stream.controls import Controls
@@ -157,12 +161,47 @@ class Streamer:
         following = StreamState(
             context=torch.cat([context, latents], dim=-1)[..., latents.shape[-1] :],
             index=state.index + 1,
+            n_frames=state.n_frames + latents.shape[-1],
             n_samples=state.n_samples + wave.shape[-1],
             memory=session.memory,
             memory_key=memory_key(controls),
             decode=decode,
         )
         return block, following
+
+    def rewind(self, state: StreamState, block: Block, frame: int) -> StreamState:
+        """The state after the first frames of a block, as if the block had been no longer.
+
+        Nothing is computed here. The next block's wave begins where this one's did; it is the same
+        up to `frame`, less the codec's look-ahead. The context's keys are made anew.
+
+        Args:
+            state: what the block was made from.
+            block: what `step` made from it.
+            frame: the first one that is not kept, counted from the stream's beginning.
+
+        Raises:
+            LmdError: a frame before the block, or behind its end.
+        """
+        n, first = frame - state.n_frames, state.n_frames
+        if not 0 <= n <= block.latents.shape[-1]:
+            last = first + block.latents.shape[-1]
+            raise LmdError(
+                f"a cut at frame {frame}", f"{first} to {last}, within the block", "Cut there."
+            )
+        if n == 0:
+            return state
+        kept = block.latents[..., :n]
+        context = drop_context(state.context, block.controls.drop_context_frames)
+        return StreamState(
+            context=torch.cat([context, kept], dim=-1)[..., n:],
+            index=state.index + 1,
+            n_frames=frame,
+            n_samples=state.n_samples,
+            memory=None if state.memory is None else replace(state.memory, context=None),
+            memory_key=state.memory_key,
+            decode=state.decode.waiting_for(kept.to(self._codec_device())),
+        )
 
     def stream(
         self,
@@ -224,19 +263,22 @@ class Streamer:
         """The block's latents, its session, and whether the context was encoded afresh."""
         memory = usable_memory(state, controls)
         condition = self._condition(controls, context.shape[0])
-        noise_shape = (*context.shape[:-1], controls.block_frames)
+        o = controls.block_frames
+        noise_shape = (*context.shape[:-1], o)
 
         def draw(step: int) -> BlockLatents:
-            return normal(noise_shape, controls.seed, "renoise", state.index, step).to(context)
+            return frame_noise(noise_shape, controls.seed, "renoise", state.n_frames, step).to(
+                context
+            )
 
         context_noise = None
         if controls.regime == "full":
             context_noise = normal(
-                tuple(context.shape), controls.seed, "context-noise", state.index
+                tuple(context.shape), controls.seed, "context-noise", state.n_frames // o
             ).to(context)
-        plan = BlockPlan(controls.regime, controls.block_frames, _twice(context_noise, controls))
+        plan = BlockPlan(controls.regime, o, _twice(context_noise, controls))
         session = self.denoiser.open_block(_twice(context, controls), condition, plan, memory)
-        noise = normal(noise_shape, controls.seed, "noise", state.index).to(context)
+        noise = frame_noise(noise_shape, controls.seed, "noise", state.n_frames).to(context)
         latents = sample(
             controls.sampler,
             guided_velocities(session, controls.is_guided),
