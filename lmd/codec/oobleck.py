@@ -1,32 +1,108 @@
-"""Stable Audio's autoencoder as a codec: diffusers' weights and names, faster arithmetic.
+"""Stable Audio's autoencoder as a codec: diffusers' network, fed step by step.
 
-The reference is diffusers' `AutoencoderOobleck`; `oobleck_fast` computes the same function.
+`AutoencoderOobleck` pads every convolution with zeros. Here the same layers are left without
+padding: the zeros come in at the beginning and the end of a stream, and each layer keeps the
+positions that it will read again. Snake maps zero to zero, so the zeros may stand before it. A
+whole decode is one such stream, so streamed and whole decodes are the same code.
+
 Source: Stable Audio Open (arXiv 2407.14358).
 """
 
-import re
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import remove_weight_norm
 
-from lmd.codec.oobleck_fast import (
-    State,
-    decoder_stages,
-    encoder_stages,
-    step_stages,
-    to_signal,
-)
 from lmd.config import OobleckConfig
 from lmd.errors import LmdError
 from lmd.model.weights import build_loaded
 from lmd.shapes import BlockLatents, Latents, Wave
 
+Signal = Float[Tensor, "batch _ _"]  # batch, channel, position
+Memory = tuple[Signal | None, ...]  # what each layer will read again; None before its first input
+
 RESIDUAL_REACH = 3 * (1 + 3 + 9)  # positions that a block's three units see on either side
 CHUNK_FRAMES = 64  # a long wave or latent sequence goes through in chunks of this many frames
-N_WIDE = 3  # the encoder's last stages, whose weights are too large to be read once per piece
+PIECE_ELEMENTS = 1 << 19  # a layer's activations at a time: 2 MiB in float32, which a cache holds
+
+
+class StreamedLayer(nn.Module):
+    """A layer that takes a signal step by step, half its reach late.
+
+    Args:
+        layer: of diffusers' network.
+        conv: the convolution in it that reads more than one position; it loses its padding.
+    """
+
+    def __init__(self, layer: nn.Module, conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
+        super().__init__()
+        self.layer, self.n_in, self.n_out = layer, conv.in_channels, conv.out_channels
+        stride, pad = conv.stride[0], conv.padding[0]
+        if isinstance(conv, nn.ConvTranspose1d):
+            # `stride` outputs from every input and the one before it, some dropped at both ends
+            self.stride, self.reach, self.n_zeros, self.n_dropped = 1, 1, 1, pad
+            elements, conv.padding = self.n_out * stride, conv.stride
+        else:
+            self.stride, self.n_zeros, self.n_dropped = stride, pad, 0
+            self.reach = (conv.kernel_size[0] - 1) * conv.dilation[0]
+            elements, conv.padding = max(self.n_out, self.n_in * stride), (0,)
+        self.n_piece = max(1, PIECE_ELEMENTS // elements)
+
+    def step(self, x: Signal, past: Signal | None, last: bool) -> tuple[Signal, Signal | None]:
+        """The outputs that are certain now, and the inputs that will be read again."""
+        if not x.shape[-1] and not last:
+            return x.new_zeros(len(x), self.n_out, 0), past
+        zeros = x.new_zeros(len(x), self.n_in, self.n_zeros)
+        before, after = zeros if past is None else past, zeros if last else zeros[..., :0]
+        joined = torch.cat([before, x, after], dim=-1)
+        n = (joined.shape[-1] - self.reach - 1) // self.stride + 1
+        if n <= 0:
+            return x.new_zeros(len(x), self.n_out, 0), joined
+        length = (self.n_piece - 1) * self.stride + self.reach + 1
+        begins = range(0, n * self.stride, self.n_piece * self.stride)
+        y = torch.cat([self.layer(joined[..., b : b + length]) for b in begins], dim=-1)
+        end = y.shape[-1] - (self.n_dropped if last else 0)
+        begin = self.n_dropped if past is None else 0
+        return y[..., begin:end], joined[..., n * self.stride :].clone()
+
+
+def streamed_decoder(decoder: nn.Module) -> nn.ModuleList:
+    """The layers of diffusers' decoder, which is changed by it."""
+    layers = [StreamedLayer(decoder.conv1, decoder.conv1)]
+    for block in decoder.block:
+        layers.append(StreamedLayer(nn.Sequential(block.snake1, block.conv_t1), block.conv_t1))
+        units = (block.res_unit1, block.res_unit2, block.res_unit3)
+        layers += [StreamedLayer(unit, unit.conv1) for unit in units]
+    end = StreamedLayer(nn.Sequential(decoder.snake1, decoder.conv2), decoder.conv2)
+    return nn.ModuleList([*layers, end])
+
+
+def streamed_encoder(encoder: nn.Module) -> nn.ModuleList:
+    """The layers of diffusers' encoder, which is changed by it."""
+    layers = [StreamedLayer(encoder.conv1, encoder.conv1)]
+    for block in encoder.block:
+        units = (block.res_unit1, block.res_unit2, block.res_unit3)
+        layers += [StreamedLayer(unit, unit.conv1) for unit in units]
+        layers.append(StreamedLayer(nn.Sequential(block.snake1, block.conv1), block.conv1))
+    end = StreamedLayer(nn.Sequential(encoder.snake1, encoder.conv2), encoder.conv2)
+    return nn.ModuleList([*layers, end])
+
+
+def step_layers(
+    layers: nn.ModuleList, x: Signal, past: Memory, last: bool
+) -> tuple[Signal, Memory]:
+    """One step of every layer; `past` is `()` to begin."""
+    memory = []
+    for layer, before in zip(layers, past or [None] * len(layers), strict=True):
+        x, kept = cast(StreamedLayer, layer).step(x, before, last)
+        memory.append(kept)
+    return x, tuple(memory)
 
 
 @dataclass(frozen=True)
@@ -34,23 +110,21 @@ class StreamDecodeState:
     """What a streamed decode remembers; a value, never changed in place.
 
     Attributes:
-        layers: every layer's memory; None before the first step.
+        layers: what every layer will read again; `()` before the first step.
         held: samples that are certain but not yet a whole frame.
         n_frames: latent frames taken so far.
-        n_emitted: samples handed out so far.
     """
 
-    layers: tuple[State, ...] | None = None
+    layers: Memory = ()
     held: Wave | None = None
     n_frames: int = 0
-    n_emitted: int = 0
 
 
 class OobleckCodec(nn.Module):
     """Waves to latents and back, float32 at the border, `dtype` inside.
 
     Args:
-        reference: the network, its weights loaded (`reference_network`).
+        reference: the network, its weights loaded; it is copied.
         config: its sizes.
         dtype: float32, bfloat16 (fast where the processor multiplies bfloat16 matrices, or on
             CUDA) or float16. Weights are folded in float32 and then rounded.
@@ -67,13 +141,13 @@ class OobleckCodec(nn.Module):
         self.sample_rate, self.channels = config.sample_rate, config.audio_channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame
         self.lookback_frames, self.lookahead_frames = decoder_reach_frames(config)
-        self.decoder = decoder_stages(reference.decoder, dtype)
-        self.encoder = encoder_stages(reference.encoder, dtype)
+        self.decoder = streamed_decoder(folded(reference.decoder, dtype))
+        self.encoder = streamed_encoder(folded(reference.encoder, dtype))
 
     @property
     def device(self) -> torch.device:
         """Where it computes; waves and latents may come from anywhere."""
-        return self.decoder[0].layers[0].conv.weight.device
+        return next(self.decoder.parameters()).device
 
     def let_encoder_go(self) -> "OobleckCodec":
         """Free the encoder's weights, half of all, in place: a stream from silence needs none."""
@@ -93,7 +167,7 @@ class OobleckCodec(nn.Module):
         Raises:
             LmdError: lists weights that are missing, unknown or of another shape.
         """
-        return cls(reference_network(config, tensors, source), config, dtype)
+        return cls(build_loaded(lambda: build_reference(config), tensors, source), config, dtype)
 
     @torch.no_grad()
     def encode(self, wave: Wave, generator: torch.Generator | None = None) -> Latents:
@@ -118,20 +192,12 @@ class OobleckCodec(nn.Module):
     def encode_parameters(self, wave: Wave) -> Latents:
         """What the encoder says before the bottleneck: means, then scales."""
         self._check_wave(wave)
-        x = to_signal(wave.to(self.device, self.dtype))
-        narrow, wide = self.encoder[:-N_WIDE], self.encoder[-N_WIDE:]
-        states = [tuple(s.start(len(x)) for s in part) for part in (narrow, wide)]
-        outputs, n = [], CHUNK_FRAMES * self.samples_per_frame
-        for begin in range(0, x.shape[-1], n):
-            last = begin + n >= x.shape[-1]
-            y, states[0] = step_stages(narrow, x[..., begin : begin + n], states[0], last)
-            memories = []
-            for stage, memory in zip(wide, states[1], strict=True):
-                y, memory = stage.step(y, memory, last)
-                memories.append(memory)
-            states[1] = tuple(memories)
+        chunks = wave.to(self.device, self.dtype).split(CHUNK_FRAMES * self.samples_per_frame, -1)
+        outputs, memory = [], ()
+        for index, chunk in enumerate(chunks):
+            y, memory = step_layers(self.encoder, chunk, memory, index == len(chunks) - 1)
             outputs.append(y)
-        return torch.cat(outputs, dim=-1)[:, :, 0].float().contiguous()
+        return torch.cat(outputs, dim=-1).float()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Wave:
@@ -140,11 +206,10 @@ class OobleckCodec(nn.Module):
         Raises:
             LmdError: another number of latent channels, or no frames.
         """
-        state, waves = self.stream_start(), []
-        for begin in range(0, max(1, latents.shape[-1]), CHUNK_FRAMES):
-            last = begin + CHUNK_FRAMES >= latents.shape[-1]
-            chunk = latents[..., begin : begin + CHUNK_FRAMES]
-            wave, state = self.stream_decode(state, chunk, last)
+        chunks = latents.split(CHUNK_FRAMES, dim=-1)
+        waves, state = [], self.stream_start()
+        for index, chunk in enumerate(chunks):
+            wave, state = self.stream_decode(state, chunk, index == len(chunks) - 1)
             waves.append(wave)
         return torch.cat(waves, dim=-1)
 
@@ -160,20 +225,9 @@ class OobleckCodec(nn.Module):
         last: bool = False,
         guess: BlockLatents | None = None,
     ) -> tuple[Wave, StreamDecodeState]:
-        """Decode the next frames of a stream, computing nothing twice.
+        """Decode the next frames (`StreamingCodec.stream_decode`), computing nothing twice.
 
-        The samples equal those of one decode of the whole stream. They come `lookahead_frames`
-        frames late, so the first calls return less than they are given; `last` returns the rest.
-
-        Args:
-            state: what the previous call returned; `stream_start()` to begin.
-            latents: `[batch, latent, frame]`, at least one frame.
-            last: the stream ends here.
-            guess: what might follow: return the rest as if the stream ended behind it; the next
-                state knows nothing of that.
-
-        Returns:
-            The samples that are certain now (whole frames) and the next state.
+        The samples, whole frames of them, equal those of one decode of the whole stream.
 
         Raises:
             LmdError: another number of latent channels, no frames, or another batch size than
@@ -184,19 +238,14 @@ class OobleckCodec(nn.Module):
             rest, _ = self.stream_decode(state, guess, last=True)
             return torch.cat([wave, rest], dim=-1), state
         self._check_latents(latents, state)
-        layers = state.layers or tuple(stage.start(len(latents)) for stage in self.decoder)
-        x = to_signal(latents.to(self.device, self.dtype))
-        y, layers = step_stages(self.decoder, x, layers, last)
-        wave = y[:, :, 0].float()
-        if state.held is not None:
-            wave = torch.cat([state.held, wave], dim=-1)
+        x = latents.to(self.device, self.dtype)
+        y, layers = step_layers(self.decoder, x, state.layers, last)
+        wave = y.float() if state.held is None else torch.cat([state.held, y.float()], dim=-1)
         n_frames = state.n_frames + latents.shape[-1]
+        n_emitted = max(0, state.n_frames - self.lookahead_frames)
         n_certain = n_frames if last else max(0, n_frames - self.lookahead_frames)
-        n = n_certain * self.samples_per_frame - state.n_emitted
-        held = wave[..., n:].clone()
-        return wave[..., :n].contiguous(), StreamDecodeState(
-            layers, held, n_frames, state.n_emitted + n
-        )
+        n = (n_certain - n_emitted) * self.samples_per_frame
+        return wave[..., :n], StreamDecodeState(layers, wave[..., n:].clone(), n_frames)
 
     def _check_wave(self, wave: Wave) -> None:
         if not self.encoder:
@@ -278,15 +327,14 @@ def build_reference(config: OobleckConfig) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def reference_network(
-    config: OobleckConfig, tensors: Mapping[str, Tensor], source: str = "these tensors"
-) -> nn.Module:
-    """Diffusers' autoencoder with the given weights.
-
-    Raises:
-        LmdError: lists weights that are missing, unknown or of another shape.
-    """
-    return build_loaded(lambda: build_reference(config), tensors, source)
+def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with its weight norm carried out, in another precision."""
+    network = deepcopy(network)
+    for layer in network.modules():
+        if hasattr(layer, "weight_g"):
+            layer.weight = None  # which is what `remove_weight_norm` replaces
+            remove_weight_norm(layer)
+    return network.requires_grad_(False).to(dtype)
 
 
 def random_codec(
@@ -296,41 +344,3 @@ def random_codec(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return OobleckCodec(build_reference(config), config, dtype)
-
-
-def decoder_flops_per_frame(config: OobleckConfig) -> int:
-    """Floating-point operations (two per multiply-add) of decoding one frame, convolutions only."""
-    widths = [config.channels * m for m in (1, *config.c_mults)]
-    total = 7 * config.latent_dim * widths[-1]
-    positions = 1
-    for index in reversed(range(len(config.strides))):
-        total += positions * widths[index + 1] * widths[index] * 2 * config.strides[index]
-        positions *= config.strides[index]
-        total += positions * 3 * (7 + 1) * widths[index] ** 2
-    return 2 * (total + positions * 7 * widths[0] * config.audio_channels)
-
-
-STAGES = {"encoder": ("res_unit1", "res_unit2", "res_unit3", "snake1", "conv1")}
-STAGES["decoder"] = ("snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3")
-UNIT = ("snake1", "conv1", "snake2", "conv2")
-
-
-def from_stable_audio(name: str, config: OobleckConfig) -> str | None:
-    """Diffusers' name of a weight that stable-audio-tools calls `name` ("decoder.layers.1.…").
-
-    None if it is not one of this autoencoder's. Shapes agree, but for Snake's vectors: `[channel]`
-    there, `[1, channel, 1]` here.
-    """
-    match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)((?:\.layers\.\d+)*)\.(\w+)", name)
-    if not match:
-        return None
-    side, outer, parameter = match[1], int(match[2]), match[4]
-    inner = [int(part) for part in re.findall(r"\d+", match[3])]
-    n = len(config.strides)
-    ends = {0: "conv1", n + 1: "snake1", n + 2: "conv2"}
-    if outer in ends and not inner:
-        return f"{side}.{ends[outer]}.{parameter}"
-    if 1 <= outer <= n and 1 <= len(inner) <= 2 and inner[0] < 5 and max(inner[1:], default=0) < 4:
-        parts = [STAGES[side][inner[0]], *(UNIT[i] for i in inner[1:])]
-        return f"{side}.block.{outer - 1}.{'.'.join(parts)}.{parameter}"
-    return None
