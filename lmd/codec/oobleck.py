@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm
 
+from lmd.codec.base import check_latents, check_wave
 from lmd.config import OobleckConfig
 from lmd.errors import LmdError
 from lmd.model.weights import build_loaded
@@ -72,26 +73,18 @@ class StreamedLayer(nn.Module):
         return y[..., begin:end], joined[..., n * self.stride :].clone()
 
 
-def streamed_decoder(decoder: nn.Module) -> nn.ModuleList:
-    """The layers of diffusers' decoder, which is changed by it."""
-    layers = [StreamedLayer(decoder.conv1, decoder.conv1)]
-    for block in decoder.block:
-        layers.append(StreamedLayer(nn.Sequential(block.snake1, block.conv_t1), block.conv_t1))
-        units = (block.res_unit1, block.res_unit2, block.res_unit3)
-        layers += [StreamedLayer(unit, unit.conv1) for unit in units]
-    end = StreamedLayer(nn.Sequential(decoder.snake1, decoder.conv2), decoder.conv2)
-    return nn.ModuleList([*layers, end])
-
-
-def streamed_encoder(encoder: nn.Module) -> nn.ModuleList:
-    """The layers of diffusers' encoder, which is changed by it."""
-    layers = [StreamedLayer(encoder.conv1, encoder.conv1)]
-    for block in encoder.block:
-        units = (block.res_unit1, block.res_unit2, block.res_unit3)
-        layers += [StreamedLayer(unit, unit.conv1) for unit in units]
-        layers.append(StreamedLayer(nn.Sequential(block.snake1, block.conv1), block.conv1))
-    end = StreamedLayer(nn.Sequential(encoder.snake1, encoder.conv2), encoder.conv2)
-    return nn.ModuleList([*layers, end])
+def streamed(half: nn.Module) -> nn.ModuleList:
+    """The layers of diffusers' encoder or decoder in the order of their work; it is changed."""
+    of_blocks = [part for block in half.block for part in block.children()]
+    layers, snake = [], []
+    for part in [half.conv1, *of_blocks, half.snake1, half.conv2]:
+        if isinstance(part, type(half.snake1)):
+            snake = [part]
+            continue
+        conv = getattr(part, "conv1", part)  # a residual unit's, or a convolution by itself
+        layers.append(StreamedLayer(nn.Sequential(*snake, part), conv))
+        snake = []
+    return nn.ModuleList(layers)
 
 
 def step_layers(
@@ -141,8 +134,8 @@ class OobleckCodec(nn.Module):
         self.sample_rate, self.channels = config.sample_rate, config.audio_channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame
         self.lookback_frames, self.lookahead_frames = decoder_reach_frames(config)
-        self.decoder = streamed_decoder(folded(reference.decoder, dtype))
-        self.encoder = streamed_encoder(folded(reference.encoder, dtype))
+        self.decoder = streamed(folded(reference.decoder, dtype))
+        self.encoder = streamed(folded(reference.encoder, dtype))
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +173,7 @@ class OobleckCodec(nn.Module):
             generator: draws the noise; None takes the mean.
 
         Raises:
-            LmdError: not a whole number of frames, other channels, or values that are not finite.
+            LmdError: see `check_wave`.
         """
         mean, scale = self.encode_parameters(wave).chunk(2, dim=1)
         if generator is not None:
@@ -191,7 +184,11 @@ class OobleckCodec(nn.Module):
     @torch.no_grad()
     def encode_parameters(self, wave: Wave) -> Latents:
         """What the encoder says before the bottleneck: means, then scales."""
-        self._check_wave(wave)
+        if not self.encoder:
+            raise LmdError(
+                "a codec whose encoder was let go", "a whole codec", "Load the codec again."
+            )
+        check_wave(self, wave)
         chunks = wave.to(self.device, self.dtype).split(CHUNK_FRAMES * self.samples_per_frame, -1)
         outputs, memory = [], ()
         for index, chunk in enumerate(chunks):
@@ -201,11 +198,7 @@ class OobleckCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Wave:
-        """The wave of some latents, `samples_per_frame` samples a frame.
-
-        Raises:
-            LmdError: another number of latent channels, or no frames.
-        """
+        """The wave of some latents; see `Codec`."""
         chunks = latents.split(CHUNK_FRAMES, dim=-1)
         waves, state = [], self.stream_start()
         for index, chunk in enumerate(chunks):
@@ -225,19 +218,18 @@ class OobleckCodec(nn.Module):
         last: bool = False,
         guess: BlockLatents | None = None,
     ) -> tuple[Wave, StreamDecodeState]:
-        """Decode the next frames (`StreamingCodec.stream_decode`), computing nothing twice.
-
-        The samples, whole frames of them, equal those of one decode of the whole stream.
-
-        Raises:
-            LmdError: another number of latent channels, no frames, or another batch size than
-                before; the state is untouched.
-        """
+        """Decode the next frames, computing nothing twice; see `StreamingCodec`."""
         if guess is not None:
             wave, state = self.stream_decode(state, latents)
             rest, _ = self.stream_decode(state, guess, last=True)
             return torch.cat([wave, rest], dim=-1), state
-        self._check_latents(latents, state)
+        check_latents(self, latents, least=1)
+        if state.held is not None and len(state.held) != len(latents):
+            raise LmdError(
+                f"a batch of {len(latents)} in a stream of {len(state.held)}",
+                "the batch size that the stream began with",
+                "Begin a new stream with stream_start().",
+            )
         x = latents.to(self.device, self.dtype)
         y, layers = step_layers(self.decoder, x, state.layers, last)
         wave = y.float() if state.held is None else torch.cat([state.held, y.float()], dim=-1)
@@ -246,36 +238,6 @@ class OobleckCodec(nn.Module):
         n_certain = n_frames if last else max(0, n_frames - self.lookahead_frames)
         n = (n_certain - n_emitted) * self.samples_per_frame
         return wave[..., :n], StreamDecodeState(layers, wave[..., n:].clone(), n_frames)
-
-    def _check_wave(self, wave: Wave) -> None:
-        if not self.encoder:
-            raise LmdError(
-                "a codec whose encoder was let go", "a whole codec", "Load the codec again."
-            )
-        _, channels, n = wave.shape
-        if channels != self.channels or n == 0 or n % self.samples_per_frame:
-            raise LmdError(
-                f"a wave of {channels} channels and {n} samples",
-                f"{self.channels} channels and a multiple of {self.samples_per_frame} samples",
-                "Convert the channels and pad or cut the end.",
-            )
-        if not torch.isfinite(wave).all():
-            raise LmdError("audio with NaN or infinite samples", "finite ones", "Repair the file.")
-
-    def _check_latents(self, latents: Latents, state: StreamDecodeState) -> None:
-        batch, channels, n = latents.shape
-        if channels != self.latent_dim or n == 0:
-            raise LmdError(
-                f"latents of {channels} channels and {n} frames",
-                f"{self.latent_dim} channels and at least one frame",
-                "Use the codec that the model was trained with.",
-            )
-        if state.held is not None and len(state.held) != batch:
-            raise LmdError(
-                f"a batch of {batch} in a stream of {len(state.held)}",
-                "the batch size that the stream began with",
-                "Begin a new stream with StreamDecodeState().",
-            )
 
 
 def decoder_reach_frames(config: OobleckConfig) -> tuple[int, int]:
