@@ -120,23 +120,14 @@ def load_stable_audio(folder: str | Path, strict: bool = True) -> StableAudio:
     weights = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), None)
     if weights is None or not (folder / CONFIG_FILE).is_file():
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
-        raise LmdError(
-            f"{folder} holding {held}",
-            f"{CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}",
-            "Check the path.",
-        )
+        wanted = f"{CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}"
+        raise LmdError(f"{folder} holding {held}", wanted, "Check the path.")
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise LmdError(f"{CONFIG_FILE} that is not JSON ({error})", "JSON", "Repair it.") from error
-    return translate(parse_config(raw), read_weights(weights), str(weights), strict)
-
-
-def translate(
-    config: StableAudioConfig, tensors: Mapping[str, Tensor], source: str, strict: bool = True
-) -> StableAudio:
-    """Their tensors as a model and a codec of ours; see `load_stable_audio`."""
-    tensors = _plain(tensors)
+    config, source = parse_config(raw), str(weights)
+    tensors = _plain(read_weights(weights))
     config = replace(config, dit=_completed(config.dit, tensors))
     both = nn.Module()  # so that one refusal lists everything
     with torch.device("meta"):
@@ -151,7 +142,7 @@ def translate(
     unknown = {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in names and (tensor.any() or not name.endswith("_norm.beta"))
+        if name not in names and not (name.endswith("_norm.beta") and not tensor.any())
     }  # a layer norm's beta is a buffer of zeros
     fresh = () if INPUT_ADD in ours else (INPUT_ADD,)
     ours.setdefault(INPUT_ADD, own[INPUT_ADD])
@@ -185,10 +176,11 @@ def stable_audio_name(own: str, config: StableAudioConfig) -> str:
     part, own = own.split(".", 1)
     if part == "codec":
         return f"pretransform.model.{_codec_name(own, config)}"
-    place = f"conditioner.conditioners.{config.seconds_id}." if own.startswith("seconds.") else ""
+    seconds = f"conditioner.conditioners.{config.seconds_id}."
+    place = seconds if own.startswith("seconds.") else "model.model."
     for ours, theirs in RENAMES:
         own = own.replace(ours, theirs)
-    return (place or "model.model.") + own
+    return place + own
 
 
 def _codec_name(own: str, config: StableAudioConfig) -> str:
