@@ -106,22 +106,14 @@ def pick_device(name: str = "auto") -> torch.device:
         LmdError: an unknown device, or one that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise LmdError(
-            f"device {name!r}", "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'", "Pick one of these."
-        ) from error
-    missing_cuda = device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    )
-    missing_mps = device.type == "mps" and not torch.backends.mps.is_available()
-    if missing_cuda or missing_mps:
-        raise LmdError(
-            f"device {name!r} on a machine without it", "a device that is there", "Use 'auto'."
-        )
-    return device
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch is built without it
+        found = f"device {name!r} ({str(error).splitlines()[0]:.100})"
+        expected = "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', as far as this machine has it"
+        raise LmdError(found, expected, "Pick one of these.") from error
 
 
 def check_compiler() -> None:

@@ -39,7 +39,7 @@ def lively(config: OobleckConfig) -> torch.nn.Module:
 def pair(request) -> tuple[torch.nn.Module, OobleckCodec]:
     config = CONFIGS[request.param]
     network = lively(config)
-    return network, OobleckCodec(network, config)
+    return network, OobleckCodec(deepcopy(network), config)
 
 
 def latents_for(codec: OobleckCodec, n_frames: int, batch: int = 2) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_half_precision_stays_near_single(pair, dtype, tolerance):
     network, codec = pair
     latents = latents_for(codec, 40)
     wave = codec.decode(latents)
-    rough = OobleckCodec(network, codec.config, dtype).decode(latents)
+    rough = OobleckCodec(deepcopy(network), codec.config, dtype).decode(latents)
     assert rough.dtype == torch.float32
     error = (rough - wave).square().mean().sqrt() / wave.square().mean().sqrt()
     assert 0 < error < tolerance  # measured: at most 0.022 and 0.0022

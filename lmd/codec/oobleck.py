@@ -10,9 +10,7 @@ Source: Stable Audio Open (arXiv 2407.14358).
 
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -74,7 +72,7 @@ class StreamedLayer(nn.Module):
 
 
 def streamed(half: nn.Module) -> nn.ModuleList:
-    """The layers of diffusers' encoder or decoder in the order of their work; it is changed."""
+    """The layers of diffusers' encoder or decoder, which loses its padding, in their order."""
     of_blocks = [part for block in half.block for part in block.children()]
     layers, snake = [], []
     for part in [half.conv1, *of_blocks, half.snake1, half.conv2]:
@@ -88,14 +86,20 @@ def streamed(half: nn.Module) -> nn.ModuleList:
 
 
 def step_layers(
-    layers: nn.ModuleList, x: Signal, past: Memory, last: bool
+    layers: nn.ModuleList, x: Signal, past: Memory, last: bool, n_chunk: int
 ) -> tuple[Signal, Memory]:
-    """One step of every layer; `past` is `()` to begin."""
-    memory = []
-    for layer, before in zip(layers, past or [None] * len(layers), strict=True):
-        x, kept = cast(StreamedLayer, layer).step(x, before, last)
-        memory.append(kept)
-    return x, tuple(memory)
+    """One step of all layers, `n_chunk` positions of a long signal at a time.
+
+    `past` is what the step before returned, `()` to begin.
+    """
+    memory, outputs = list(past) or [None] * len(layers), []
+    chunks = x.split(n_chunk, dim=-1)
+    for number, chunk in enumerate(chunks, start=1):
+        y, ends = chunk, last and number == len(chunks)
+        for index, layer in enumerate(layers):
+            y, memory[index] = layer.step(y, memory[index], ends)
+        outputs.append(y)
+    return torch.cat(outputs, dim=-1), tuple(memory)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class OobleckCodec(nn.Module):
     """Waves to latents and back, float32 at the border, `dtype` inside.
 
     Args:
-        reference: the network, its weights loaded; it is copied.
+        reference: the network, its weights loaded; its parts are changed and used.
         config: its sizes.
         dtype: float32, bfloat16 (fast where the processor multiplies bfloat16 matrices, or on
             CUDA) or float16. Weights are folded in float32 and then rounded.
@@ -189,22 +193,13 @@ class OobleckCodec(nn.Module):
                 "a codec whose encoder was let go", "a whole codec", "Load the codec again."
             )
         check_wave(self, wave)
-        chunks = wave.to(self.device, self.dtype).split(CHUNK_FRAMES * self.samples_per_frame, -1)
-        outputs, memory = [], ()
-        for index, chunk in enumerate(chunks):
-            y, memory = step_layers(self.encoder, chunk, memory, index == len(chunks) - 1)
-            outputs.append(y)
-        return torch.cat(outputs, dim=-1).float()
+        x, n_chunk = wave.to(self.device, self.dtype), CHUNK_FRAMES * self.samples_per_frame
+        return step_layers(self.encoder, x, (), last=True, n_chunk=n_chunk)[0].float()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Wave:
         """The wave of some latents; see `Codec`."""
-        chunks = latents.split(CHUNK_FRAMES, dim=-1)
-        waves, state = [], self.stream_start()
-        for index, chunk in enumerate(chunks):
-            wave, state = self.stream_decode(state, chunk, index == len(chunks) - 1)
-            waves.append(wave)
-        return torch.cat(waves, dim=-1)
+        return self.stream_decode(self.stream_start(), latents, last=True)[0]
 
     def stream_start(self) -> StreamDecodeState:
         """The streaming state before the first latent."""
@@ -231,7 +226,7 @@ class OobleckCodec(nn.Module):
                 "Begin a new stream with stream_start().",
             )
         x = latents.to(self.device, self.dtype)
-        y, layers = step_layers(self.decoder, x, state.layers, last)
+        y, layers = step_layers(self.decoder, x, state.layers, last, CHUNK_FRAMES)
         wave = y.float() if state.held is None else torch.cat([state.held, y.float()], dim=-1)
         n_frames = state.n_frames + latents.shape[-1]
         n_emitted = max(0, state.n_frames - self.lookahead_frames)
@@ -290,8 +285,7 @@ def build_reference(config: OobleckConfig) -> nn.Module:
 
 
 def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with its weight norm carried out, in another precision."""
-    network = deepcopy(network)
+    """The network with its weight norm carried out, in another precision."""
     for layer in network.modules():
         if hasattr(layer, "weight_g"):
             layer.weight = None  # which is what `remove_weight_norm` replaces

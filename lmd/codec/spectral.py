@@ -182,13 +182,13 @@ class SpectralCodec(nn.Module):
         self.sample_rate, self.channels = config.sample_rate, config.channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame
         self.encoder, self.decoder = SpectralEncoder(config), SpectralDecoder(config)
+        per_frame, (back, ahead) = config.hops_per_frame, self.decoder.reach_steps()
         overlap = math.ceil((config.n_fft - config.hop) / 2 / config.samples_per_frame)
-        self.lookahead_frames = self.decoder.lookahead_frames + overlap
-        per_frame = config.hops_per_frame
+        self.lookahead_frames = math.ceil(ahead / per_frame) + overlap
         self.n_before = overlap * per_frame  # steps whose grains reach into samples after them
-        self.n_waiting = self.lookahead_frames * per_frame - self.decoder.lookahead_steps
+        self.n_waiting = self.lookahead_frames * per_frame - ahead
         # one step more: an onset is a rise over the step before
-        self.lookback_frames = self.decoder.lookback_frames + overlap + config.horizon_frames + 1
+        self.lookback_frames = math.ceil(back / per_frame) + overlap + config.horizon_frames + 1
         turn = phase.bin_turn(config.n_fft // 2 + 1, config.n_fft, config.hop)
         self.register_buffer("hop_turn", turn, persistent=False)
 

@@ -1,7 +1,5 @@
 """The network that decodes spectral latents, in steps: levels and phase advances, nothing twice."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -114,24 +112,14 @@ class SpectralDecoder(nn.Module):
         self.level = nn.Linear(config.step_width, n_bins)
         self.advance = nn.Linear(config.step_width, 4 * n_bins)
 
-    @property
-    def lookback_frames(self) -> int:
-        """Frames before a frame that its magnitudes and advances depend on."""
-        at_frames = 1 + sum(block.pad[0] for block in self.blocks)
-        at_steps = sum(block.pad[0] for block in self.step_blocks)
-        return at_frames + math.ceil(at_steps / self.config.hops_per_frame)
-
-    @property
-    def lookahead_frames(self) -> int:
-        """Frames after a frame that its magnitudes and advances depend on."""
-        return math.ceil(self.lookahead_steps / self.config.hops_per_frame)
-
-    @property
-    def lookahead_steps(self) -> int:
-        """So many steps later than their latents are levels and advances certain."""
-        at_frames = 1 + sum(block.pad[1] for block in self.blocks)
-        at_steps = sum(block.pad[1] for block in self.step_blocks)
-        return at_frames * self.config.hops_per_frame + at_steps
+    def reach_steps(self) -> tuple[int, int]:
+        """How many steps before and after a step its levels and advances depend on."""
+        back, ahead = (
+            self.config.hops_per_frame * (1 + sum(block.pad[side] for block in self.blocks))
+            + sum(block.pad[side] for block in self.step_blocks)
+            for side in (0, 1)
+        )
+        return back, ahead
 
     def forward(self, latents: Latents) -> Advances:
         """Levels in decibels, advances in time and to the next bin: all `[batch, bin, step]`."""

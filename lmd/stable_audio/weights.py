@@ -126,8 +126,13 @@ def load_stable_audio(folder: str | Path, strict: bool = True) -> StableAudio:
         raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise LmdError(f"{CONFIG_FILE} that is not JSON ({error})", "JSON", "Repair it.") from error
-    config, source = parse_config(raw), str(weights)
-    tensors = _plain(read_weights(weights))
+    return _translate(parse_config(raw), _plain(read_weights(weights)), str(weights), strict)
+
+
+def _translate(
+    config: StableAudioConfig, tensors: Mapping[str, Tensor], source: str, strict: bool
+) -> StableAudio:
+    """Their tensors as a model and a codec of ours."""
     config = replace(config, dit=_completed(config.dit, tensors))
     both = nn.Module()  # so that one refusal lists everything
     with torch.device("meta"):
@@ -202,10 +207,8 @@ def _completed(config: DiTConfig, tensors: Mapping[str, Tensor]) -> DiTConfig:
     if added is not None and added.ndim == 2:
         n_further = added.shape[-1] - 1 - config.latent_dim
         controls = (ControlChannel("further", n_further),) if n_further > 0 else ()
-    base, inv_freq = (
-        config.rope_base,
-        tensors.get("model.model.transformer.rotary_pos_emb.inv_freq"),
-    )
+    base = config.rope_base
+    inv_freq = tensors.get("model.model.transformer.rotary_pos_emb.inv_freq")
     if inv_freq is not None and inv_freq.ndim == 1 and len(inv_freq) > 1:
         base = float((inv_freq[0] / inv_freq[1]).double() ** len(inv_freq))
     return replace(config, controls=controls, rope_base=base)
