@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lmd.codec.base import Codec
 from lmd.codec.identity import codec_hash_of, encoder_digest
+from lmd.codec.oobleck import OobleckCodec
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import (
     OobleckConfig,
     Preset,
@@ -246,7 +248,7 @@ def load_model(path: str | Path) -> LiveModel:
         LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, *MODEL_KINDS)
-    return build_loaded(lambda: build_model(cast(Preset, header.config)), tensors, str(path))
+    return build_loaded(lambda: build_model(header.config), tensors, str(path))
 
 
 def build_model(preset: Preset) -> LiveModel:
@@ -272,13 +274,8 @@ def build_codec(
 ) -> Codec:
     """The codec that these weights are of."""
     if isinstance(config, OobleckConfig):
-        from lmd.codec.oobleck import OobleckCodec
-
         return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
-    from lmd.codec.spectral import SpectralCodec
-
-    sizes = cast(SpectralCodecConfig, config)
-    return build_loaded(lambda: SpectralCodec(sizes), tensors, str(path))
+    return build_loaded(lambda: SpectralCodec(config), tensors, str(path))
 
 
 def load_bundle(
@@ -304,7 +301,7 @@ def load_bundle(
             "the codec whose latents the model learned",
             f"Copy it there, e.g. data/pretrained/codec.safetensors to {codec_path}.",
         )
-    preset, learned = cast(Preset, header.config), codec_hash_of(header.notes)
+    preset, learned = header.config, codec_hash_of(header.notes)
     tensors, codec_header = load_tensors(codec_path, "codec")
     is_its_own = learned is None or learned == encoder_digest(codec_header.config, tensors)
     if codec_header.config != preset.codec or not is_its_own:

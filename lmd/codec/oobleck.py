@@ -166,28 +166,17 @@ class OobleckCodec(nn.Module):
         """
         return cls(build_loaded(lambda: build_reference(config), tensors, source), config, dtype)
 
-    @torch.no_grad()
-    def encode(self, wave: Wave, generator: torch.Generator | None = None) -> Latents:
-        """Latents of a wave: the mean of the bottleneck, or a sample if a generator is given.
-
-        mean + (softplus(scale) + 1e-4) · noise
-
-        Args:
-            wave: `[batch, channel, sample]`, a whole number of frames.
-            generator: draws the noise; None takes the mean.
-
-        Raises:
-            LmdError: see `check_wave`.
-        """
-        mean, scale = self.encode_parameters(wave).chunk(2, dim=1)
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-            mean = mean + (nn.functional.softplus(scale) + 1e-4) * noise
-        return mean
+    def encode(self, wave: Wave) -> Latents:
+        """Latents of a wave, the means of the bottleneck; see `Codec`."""
+        return self.encode_parameters(wave).chunk(2, dim=1)[0]
 
     @torch.no_grad()
     def encode_parameters(self, wave: Wave) -> Latents:
-        """What the encoder says before the bottleneck: means, then scales."""
+        """What the encoder says before the bottleneck: means, then scales.
+
+        Raises:
+            LmdError: see `check_wave`; or the encoder was let go.
+        """
         if not self.encoder:
             raise LmdError(
                 "a codec whose encoder was let go", "a whole codec", "Load the codec again."
