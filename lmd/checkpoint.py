@@ -5,6 +5,7 @@ content gives equal bytes. The SHA-256 of weights and config is checked whenever
 types and sizes in the entry are checked whenever it is read.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lmd.codec.base import Codec
-from lmd.codec.identity import codec_hash_of, encoder_digest
 from lmd.codec.oobleck import OobleckCodec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import (
@@ -44,6 +44,8 @@ CONFIG_OF: dict[str, Any] = {
 }
 KINDS = tuple(CONFIG_OF)
 RENAMED = {"recogniser": "tagger"}  # as older files say
+ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
+DECODER_SIZES = ("width", "depth", "step_width", "step_depth", "horizon_frames")
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
 
 
@@ -276,6 +278,29 @@ def build_codec(
     if isinstance(config, OobleckConfig):
         return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
     return build_loaded(lambda: SpectralCodec(config), tensors, str(path))
+
+
+def encoder_digest(
+    config: SpectralCodecConfig | OobleckConfig, tensors: Mapping[str, Tensor]
+) -> str:
+    """The SHA-256 of all that a codec's latents depend on; another decoder leaves it as it is.
+
+    Of the encoder's tensors and of the sizes that encoding reads, such as the transform's window.
+    """
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    sizes = to_dict(config)
+    if isinstance(config, SpectralCodecConfig):
+        sizes = {name: size for name, size in sizes.items() if name not in DECODER_SIZES}
+    text = json.dumps([sizes, tensors_sha256(encoder)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def codec_hash_of(notes: Mapping[str, Any]) -> str | None:
+    """The digest of the encoder whose latents a model learned, if its file says that."""
+    found: Any = notes
+    for name in ("data", "latent_settings", "codec"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def load_bundle(

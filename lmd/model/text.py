@@ -25,7 +25,6 @@ PromptRows = Float[Tensor, "token dim"]
 
 WEIGHT_TOLERANCE = 1e-4  # how far a mix's weights may miss 1
 WORDLLAMA_DIMS = (64, 128, 256)  # widths at which WordLlama's nested embeddings may be cut
-MAX_CACHED = 1024
 
 
 @runtime_checkable
@@ -51,7 +50,7 @@ class CachedTextEncoder:
         max_cached: how many prompts are remembered.
     """
 
-    def __init__(self, n_tokens: int, dim: int, max_cached: int = MAX_CACHED) -> None:
+    def __init__(self, n_tokens: int, dim: int, max_cached: int = 1024) -> None:
         self.n_tokens, self.dim = n_tokens, dim
         self._cached = lru_cache(max_cached)(self._padded)
 
