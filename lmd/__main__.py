@@ -5,7 +5,6 @@ class's `Attributes:` as their help), and `main(options) -> int`, which returns 
 Modules are imported only when their command is asked for.
 """
 
-import argparse
 import errno
 import gc
 import importlib
@@ -112,15 +111,8 @@ def _run(words: list[str], is_process: bool) -> int:
     with importing() if is_process else nullcontext():
         module = importlib.import_module(module_name)
     try:
-        if hasattr(module, "Options"):
-            config = (tyro.conf.FlagCreatePairsOff,)
-            options = tyro.cli(
-                module.Options, prog=prog, description=text, args=rest, config=config
-            )
-        else:  # the older form of a command
-            parser = argparse.ArgumentParser(prog=prog, description=text)
-            module.configure(parser)
-            options = parser.parse_args(rest)
+        no_pairs = (tyro.conf.FlagCreatePairsOff,)  # no --no-X beside every --X
+        options = tyro.cli(module.Options, prog=prog, description=text, args=rest, config=no_pairs)
         return module.main(options)
     except LmdError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -5,12 +5,13 @@ content gives equal bytes. The SHA-256 of weights and config is checked whenever
 types and sizes in the entry are checked whenever it is read.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,14 +19,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lmd.codec.base import Codec
-from lmd.codec.identity import codec_hash_of, encoder_digest
+from lmd.codec.oobleck import OobleckCodec
+from lmd.codec.spectral import SpectralCodec
 from lmd.config import (
     OobleckConfig,
     Preset,
     SpectralCodecConfig,
     TaggerConfig,
     from_dict,
-    restore,
     to_dict,
 )
 from lmd.errors import LmdError
@@ -43,37 +44,29 @@ CONFIG_OF: dict[str, Any] = {
 }
 KINDS = tuple(CONFIG_OF)
 RENAMED = {"recogniser": "tagger"}  # as older files say
+ENCODER = "encoder."  # both codecs call it so; the latents' mean and scale lie in it too
+DECODER_SIZES = ("width", "depth", "step_width", "step_depth", "horizon_frames")
 METADATA_KEY = "lmd"  # one key, because safetensors writes several in no fixed order
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says about itself.
+    """What a checkpoint says about itself, as it stands in the file.
 
     Attributes:
+        format: 2; in format 1 the digest does not cover kind and config.
         kind: what it is for: one of `KINDS`.
+        config_type: the class of `config`.
         config: sizes; a whole `Preset` for models, so that codec and text encoder are known too.
         notes: free JSON values: steps, data, scores, seeds.
-        sha256: digest of the tensors as stored and of the config; of the tensors alone in files
-            of the first format.
-        stored: "float32" or "float16" (matrices only; vectors always stay float32).
+        sha256: digest of the tensors as stored and of the config.
+        stored: float16 are matrices only; vectors always stay float32.
     """
-
-    kind: str
-    config: Config
-    notes: dict[str, Any]
-    sha256: str
-    stored: str
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A header as JSON. In format 1 the SHA-256 does not cover kind and config."""
 
     format: Literal[1, 2]
     kind: str
     config_type: str
-    config: dict
+    config: Config
     notes: dict
     sha256: str
     stored: Literal["float32", "float16"]
@@ -116,12 +109,7 @@ def save_checkpoint(
             too large for float16.
     """
     check_kind(kind, KINDS)
-    if not isinstance(config, CONFIG_OF[kind]):
-        raise LmdError(
-            f"a {type(config).__name__} for kind {kind!r}",
-            "a Preset for models, a codec's config for codecs",
-            "Pass the other config or another kind.",
-        )
+    _check_config(kind, config)
     packed = {name: _pack(name, tensor, stored) for name, tensor in sorted(tensors.items())}
     header = {
         "format": 2,
@@ -195,7 +183,6 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], Head
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """An open safetensors file; what cannot be read in it is said readably."""
     path = Path(path)
     if not path.is_file():
         raise LmdError(
@@ -219,7 +206,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 
 def _parse(path: Path, metadata: Mapping[str, str] | None) -> tuple[Header, dict[str, Any]]:
-    """The header in a file's metadata, with types and bounds checked, and its fields as stored."""
+    """The header in a file's metadata, types and bounds checked, and its fields as stored."""
     if not metadata or METADATA_KEY not in metadata:
         raise LmdError(
             f"{path} without this project's header",
@@ -228,22 +215,26 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> tuple[Header, dict
         )
     try:
         fields = json.loads(metadata[METADATA_KEY])
-        stored = from_dict(_Entry, fields)
+        header = from_dict(Header, fields)
     except (ValueError, TypeError, RecursionError) as error:
         raise LmdError(
             f"{path} whose {METADATA_KEY!r} entry is not ours ({error})",
             "a header as lmd.checkpoint.save_checkpoint writes it",
             "It is damaged or something else: fetch or make it again.",
         ) from error
-    kind = RENAMED.get(stored.kind, stored.kind)
-    check_kind(kind, KINDS, f"{path} of ")
-    try:
-        config = restore(CONFIG_OF[kind], "config", stored.config)
-    except LmdError as error:
-        raise LmdError(f"{path} with {error.found}", error.expected, error.todo) from error
-    except TypeError as error:
-        raise LmdError(f"{path} ({error})", "a whole config", "Fetch or make it again.") from error
-    return Header(kind, config, stored.notes, stored.sha256, stored.stored), fields
+    header = replace(header, kind=RENAMED.get(header.kind, header.kind))
+    check_kind(header.kind, KINDS, f"{path} of ")
+    _check_config(header.kind, header.config, f"{path}: ")
+    return header, fields
+
+
+def _check_config(kind: str, config: Config, what: str = "") -> None:
+    if not isinstance(config, CONFIG_OF[kind]):
+        raise LmdError(
+            f"{what}a {type(config).__name__} for kind {kind!r}",
+            "a Preset for models, a codec's config for codecs",
+            "Pass the other config or another kind.",
+        )
 
 
 def check_kind(kind: str, kinds: tuple[str, ...], what: str = "") -> None:
@@ -259,7 +250,7 @@ def load_model(path: str | Path) -> LiveModel:
         LmdError: see `load_tensors` and `build_loaded`.
     """
     tensors, header = load_tensors(path, *MODEL_KINDS)
-    return build_loaded(lambda: build_model(cast(Preset, header.config)), tensors, str(path))
+    return build_loaded(lambda: build_model(header.config), tensors, str(path))
 
 
 def build_model(preset: Preset) -> LiveModel:
@@ -268,11 +259,7 @@ def build_model(preset: Preset) -> LiveModel:
 
 
 def load_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> Codec:
-    """The codec in a file, ready for inference.
-
-    Args:
-        path: of a checkpoint.
-        dtype: in which Stable Audio's autoencoder computes; the spectral one does in float32.
+    """The codec in a file, ready for inference; `dtype` is for Stable Audio's autoencoder alone.
 
     Raises:
         LmdError: see `load_tensors` and `build_loaded`.
@@ -289,13 +276,31 @@ def build_codec(
 ) -> Codec:
     """The codec that these weights are of."""
     if isinstance(config, OobleckConfig):
-        from lmd.codec.oobleck import OobleckCodec
-
         return OobleckCodec.from_tensors(config, tensors, str(path), dtype)
-    from lmd.codec.spectral import SpectralCodec
+    return build_loaded(lambda: SpectralCodec(config), tensors, str(path))
 
-    sizes = cast(SpectralCodecConfig, config)
-    return build_loaded(lambda: SpectralCodec(sizes), tensors, str(path))
+
+def encoder_digest(
+    config: SpectralCodecConfig | OobleckConfig, tensors: Mapping[str, Tensor]
+) -> str:
+    """The SHA-256 of all that a codec's latents depend on; another decoder leaves it as it is.
+
+    Of the encoder's tensors and of the sizes that encoding reads, such as the transform's window.
+    """
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    sizes = to_dict(config)
+    if isinstance(config, SpectralCodecConfig):
+        sizes = {name: size for name, size in sizes.items() if name not in DECODER_SIZES}
+    text = json.dumps([sizes, tensors_sha256(encoder)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def codec_hash_of(notes: Mapping[str, Any]) -> str | None:
+    """The digest of the encoder whose latents a model learned, if its file says that."""
+    found: Any = notes
+    for name in ("data", "latent_settings", "codec"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def load_bundle(
@@ -321,7 +326,7 @@ def load_bundle(
             "the codec whose latents the model learned",
             f"Copy it there, e.g. data/pretrained/codec.safetensors to {codec_path}.",
         )
-    preset, learned = cast(Preset, header.config), codec_hash_of(header.notes)
+    preset, learned = header.config, codec_hash_of(header.notes)
     tensors, codec_header = load_tensors(codec_path, "codec")
     is_its_own = learned is None or learned == encoder_digest(codec_header.config, tensors)
     if codec_header.config != preset.codec or not is_its_own:

@@ -286,49 +286,37 @@ def from_dict(cls: type[T], values: Any) -> T:
     """
     if not isinstance(values, dict):
         raise TypeError(f"{values!r:.80} instead of a {cls.__name__}")
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - fields):
+    hints = get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
         raise LmdError(
             f"unknown keys {unknown} for {cls.__name__}",
-            f"a subset of {sorted(fields)}",
+            f"a subset of {sorted(hints)}",
             "Check the spelling.",
         )
-    hints = get_type_hints(cls)
-    return cls(**{name: restore(hints[name], name, value) for name, value in values.items()})
+    return cls(**{name: _restore(hints[name], name, value) for name, value in values.items()})
 
 
-def restore(hint: Any, name: str, value: Any) -> Any:
+def _restore(hint: Any, name: str, value: Any) -> Any:
     """One value in the type that is declared; see `from_dict`."""
+    kind = get_origin(hint)
     if isinstance(hint, UnionType):  # of configs: the first one that has these keys
-        options = [option for option in get_args(hint) if _has_keys(option, value)]
-        hint = options[0] if options else get_args(hint)[0]
+        keys, options = set(value) if isinstance(value, dict) else set(), get_args(hint)
+        hint = next((o for o in options if keys <= set(get_type_hints(o))), options[0])
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
-        return tuple(restore(get_args(hint)[0], name, item) for item in value)
-    expected = _expected(hint, name, value)
-    if expected:
-        raise LmdError(
-            f"{name} {value!r:.80}",
-            expected,
-            "The file is damaged, made by hand or of another version.",
-        )
-    return value
-
-
-def _has_keys(option: Any, value: Any) -> bool:
-    return isinstance(value, dict) and set(value) <= {f.name for f in dataclasses.fields(option)}
-
-
-def _expected(hint: Any, name: str, value: Any) -> str:
-    """What would have been right in place of a plain value; empty if it is."""
+    if kind is tuple and isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
+        return tuple(_restore(get_args(hint)[0], name, item) for item in value)
     if hint in (int, float):
         least, most = BOUNDS.get(name, (1, MOST))
-        kinds = (int,) if hint is int else (int, float)
-        fits = type(value) in kinds and least <= value <= most
-        return "" if fits else f"{'a whole' if hint is int else 'a'} number, {least:g} to {most:g}"
-    if get_origin(hint) is Literal:
-        return "" if value in get_args(hint) else f"one of {list(get_args(hint))}"
-    if get_origin(hint) is tuple:
-        return f"a list of at most {MOST_ITEMS}"
-    return "" if isinstance(value, hint) else f"a {hint.__name__}"
+        fits = type(value) in (int, hint) and least <= value <= most
+        expected = f"a {'whole ' if hint is int else ''}number, {least:g} to {most:g}"
+    elif kind is Literal:
+        fits, expected = value in get_args(hint), f"one of {list(get_args(hint))}"
+    elif kind is tuple:
+        fits, expected = False, f"a list of at most {MOST_ITEMS}"
+    else:
+        fits, expected = isinstance(value, hint), f"a {hint.__name__}"
+    if not fits:
+        todo = "The file is damaged, made by hand or of another version."
+        raise LmdError(f"{name} {value!r:.80}", expected, todo)
+    return value

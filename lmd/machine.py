@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,7 @@ _PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5's omp.h
 def tune_allocator() -> bool:
     """Let glibc keep freed memory: large element-wise operations are several times faster on Linux.
 
-    Call it before large tensors are made; elsewhere it does nothing.
-
-    Returns:
-        Whether the C library accepted both settings.
+    Call it before large tensors are made; elsewhere it does nothing. Whether it did something.
     """
     mallopt = _c_function("mallopt")
     if mallopt is None:
@@ -54,10 +50,7 @@ def release_idle_threads() -> bool:
 
     Every thread that computes has workers of its own; when all together are more than there are
     cores, every parallel operation begins with waking them. So a thread that hands its work to
-    another one calls this first. Measurements stand in docs/log.md.
-
-    Returns:
-        Whether there is an OpenMP runtime that could be asked, and it did.
+    another one calls this first. Whether there is an OpenMP runtime that did it.
     """
     library = openmp_library()
     if library is None:
@@ -113,22 +106,14 @@ def pick_device(name: str = "auto") -> torch.device:
         LmdError: an unknown device, or one that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise LmdError(
-            f"device {name!r}", "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'", "Pick one of these."
-        ) from error
-    missing_cuda = device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    )
-    missing_mps = device.type == "mps" and not torch.backends.mps.is_available()
-    if missing_cuda or missing_mps:
-        raise LmdError(
-            f"device {name!r} on a machine without it", "a device that is there", "Use 'auto'."
-        )
-    return device
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch is built without it
+        found = f"device {name!r} ({str(error).splitlines()[0]:.100})"
+        expected = "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', as far as this machine has it"
+        raise LmdError(found, expected, "Pick one of these.") from error
 
 
 def check_compiler() -> None:
@@ -147,43 +132,27 @@ def check_compiler() -> None:
     )
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The hardware and software behind a measurement."""
-
-    system: str
-    cpu: str
-    n_cores: int  # logical cores this process may use
-    n_threads: int  # threads that torch uses for one operation
-    memory_gib: float
-    amx: bool  # bfloat16 tiles, which make bf16 several times faster
-    avx512_bf16: bool  # dot products of bfloat16 pairs, about twice as fast as float32
-    gpu: str  # empty when there is none
-    python: str
-    torch: str
-
-
-def describe_machine() -> Machine:
-    """This machine."""
+def n_cores() -> int:
+    """Logical cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    flags = _cpu_field("flags").split()
-    return Machine(
-        system=platform.system(),
-        cpu=_cpu_field("model name") or platform.processor() or platform.machine(),
-        n_cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
-        n_threads=torch.get_num_threads(),
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        amx="amx_bf16" in flags,
-        avx512_bf16="avx512_bf16" in flags,
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        python=platform.python_version(),
-        torch=torch.__version__,
-    )
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def machine_dict() -> dict[str, str | int | float | bool]:
-    """`describe_machine` as JSON-ready values."""
-    return asdict(describe_machine())
+    """The hardware and software behind a measurement, ready for JSON."""
+    flags = _cpu_field("flags").split()
+    return {
+        "system": platform.system(),
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "n_cores": n_cores(),
+        "n_threads": torch.get_num_threads(),  # that torch uses for one operation
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "amx": "amx_bf16" in flags,  # tiles, which make bfloat16 several times faster
+        "avx512_bf16": "avx512_bf16" in flags,  # about twice as fast as float32
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def half_products(machine: Mapping[str, Any]) -> str:

@@ -17,8 +17,7 @@ from corpus_fake import HOP, RATE, make_corpus
 from torch import nn
 
 from lmd.__main__ import main
-from lmd.checkpoint import load_codec, save_checkpoint
-from lmd.codec.identity import DECODER_SIZES
+from lmd.checkpoint import DECODER_SIZES, load_codec, save_checkpoint
 from lmd.codec.oobleck import build_reference, random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset

@@ -64,10 +64,14 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(
         "lmd.stream.streamer.schedule", lambda n_steps: (1.0, 0.5, 0.0)
     )  # fakes have none
+    codec = random_codec(OOBLECK)
     with FakeTensorMode():
-        codec = random_codec(OOBLECK).to("cuda")
         with torch.device("cuda"):
             model = LiveModel(CONFIG)
+            for module in codec.modules():  # `to` cannot move fakes
+                for name, weight in module.named_parameters(recurse=False):
+                    fake = torch.nn.Parameter(torch.empty(weight.shape), requires_grad=False)
+                    setattr(module, name, fake)
         yield Streamer(model, codec, streamer().text, WINDOW)
 
 

@@ -10,9 +10,7 @@ from lmd.codec.base import Codec, DecodeState, StreamingCodec, decode_block
 from lmd.codec.oobleck import (
     OobleckCodec,
     build_reference,
-    decoder_flops_per_frame,
     decoder_reach_frames,
-    from_stable_audio,
     random_codec,
 )
 from lmd.config import OobleckConfig
@@ -41,7 +39,7 @@ def lively(config: OobleckConfig) -> torch.nn.Module:
 def pair(request) -> tuple[torch.nn.Module, OobleckCodec]:
     config = CONFIGS[request.param]
     network = lively(config)
-    return network, OobleckCodec(network, config)
+    return network, OobleckCodec(deepcopy(network), config)
 
 
 def latents_for(codec: OobleckCodec, n_frames: int, batch: int = 2) -> torch.Tensor:
@@ -74,20 +72,6 @@ def test_encoding_equals_diffusers(pair):
     assert expected.abs().max() > 0.1
     assert (latents - expected.chunk(2, dim=1)[0]).abs().max() < 1e-5  # measured: at most 8e-7
     assert (codec.encode_parameters(wave) - expected).abs().max() < 1e-5
-
-
-@torch.no_grad()
-def test_a_sampled_encoding_has_the_bottlenecks_mean_and_spread(pair):
-    _, codec = pair
-    wave = torch.randn(1, codec.channels, 2 * codec.samples_per_frame).expand(400, -1, -1)
-    mean, scale = codec.encode_parameters(wave[:1]).chunk(2, dim=1)
-    spread = torch.nn.functional.softplus(scale) + 1e-4
-    sampled = codec.encode(wave, torch.Generator().manual_seed(3))
-    again = codec.encode(wave, torch.Generator().manual_seed(3))
-    assert torch.equal(sampled, again)
-    # 400 draws: the mean's standard error is 0.05 spreads (x 4 here), the deviation's 0.035 (x 4)
-    assert ((sampled.mean(0) - mean[0]).abs() < 0.2 * spread[0]).all()
-    assert ((sampled.std(0) / spread[0] - 1).abs() < 0.15).all()
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -145,19 +129,8 @@ def test_samples_depend_on_exactly_the_stated_reach(pair):
     assert (touched.min(), touched.max()) == (28 - back, 29 + ahead)
 
 
-def test_the_real_decoder_reaches_ten_frames_and_costs_2_46_mflop_a_sample():
+def test_the_real_decoder_reaches_ten_frames():
     assert decoder_reach_frames(OobleckConfig()) == (10, 10)
-    flops = decoder_flops_per_frame(OobleckConfig()) / OobleckConfig().samples_per_frame
-    assert abs(flops / 1e6 - 2.46) < 0.01
-
-
-def test_the_flop_count_is_that_of_the_convolutions():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = CONFIGS["mono"]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_reference(config).decoder(torch.zeros(1, config.latent_dim, 5))
-    assert counter.get_total_flops() == 5 * decoder_flops_per_frame(config)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.008)])
@@ -165,28 +138,10 @@ def test_half_precision_stays_near_single(pair, dtype, tolerance):
     network, codec = pair
     latents = latents_for(codec, 40)
     wave = codec.decode(latents)
-    rough = OobleckCodec(network, codec.config, dtype).decode(latents)
+    rough = OobleckCodec(deepcopy(network), codec.config, dtype).decode(latents)
     assert rough.dtype == torch.float32
     error = (rough - wave).square().mean().sqrt() / wave.square().mean().sqrt()
     assert 0 < error < tolerance  # measured: at most 0.022 and 0.0022
-
-
-def test_names_of_stable_audio_tools_become_diffusers_names(pair):
-    network, codec = pair
-    unit = ["layers.0.alpha", "layers.1.bias", "layers.2.beta", "layers.3.weight_v"]
-    expected = ["snake1.alpha", "conv1.bias", "snake2.beta", "conv2.weight_v"]
-    for theirs, ours in zip(unit, expected, strict=True):
-        name = from_stable_audio(f"decoder.layers.2.layers.3.{theirs}", codec.config)
-        assert name == f"decoder.block.1.res_unit2.{ours}"
-        assert name in network.state_dict()
-        name = from_stable_audio(f"encoder.layers.1.layers.2.{theirs}", codec.config)
-        assert name == f"encoder.block.0.res_unit3.{ours}"
-    last = len(codec.config.strides) + 2
-    assert from_stable_audio(f"decoder.layers.{last}.weight_g", codec.config) == (
-        "decoder.conv2.weight_g"
-    )
-    for wrong in ("decoder.layers.9.bias", "decoder.layers.1.layers.7.bias", "quantizer.bias"):
-        assert from_stable_audio(wrong, codec.config) is None
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from lmd.__main__ import main
 from lmd.checkpoint import load_codec, load_model, read_header
-from lmd.codec.oobleck import build_reference, from_stable_audio
-from lmd.config import PRESETS
+from lmd.codec.oobleck import build_reference
+from lmd.config import PRESETS, TextConfig
 from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.live_model import LiveModel
-from lmd.stable_audio.config import parse_config
+from lmd.stable_audio.config import StableAudioConfig, parse_config
 from lmd.stable_audio.weights import load_stable_audio, stable_audio_name
 from lmd.training.run import start_model
 
@@ -332,20 +332,22 @@ def make_folder(folder, raw, seconds):
 
 def their_names(config, model, codec):
     """The state dicts of a model and a codec under stable-audio-tools' names."""
-    tensors = {stable_audio_name(k, config.seconds_id): v for k, v in model.items()}
-    n = len(config.codec.strides)
-    inner = ["", *(f".layers.{i}" for i in range(5))]
-    inner += [f".layers.{i}.layers.{j}" for i in range(5) for j in range(4)]
-    for side in ("encoder", "decoder"):
-        for outer in range(n + 3):
-            for deep in inner:
-                for last in ("weight_g", "weight_v", "bias", "alpha", "beta"):
-                    name = f"{side}.layers.{outer}{deep}.{last}"
-                    own = from_stable_audio(name, config.codec)
-                    if own in codec:
-                        flat = codec[own].flatten() if last in ("alpha", "beta") else codec[own]
-                        tensors[f"pretransform.model.{name}"] = flat
-    return tensors
+    flat = {k: v.flatten() if k.endswith((".alpha", ".beta")) else v for k, v in codec.items()}
+    parts = {"model": model, "codec": flat}.items()
+    return {stable_audio_name(f"{p}.{k}", config): v for p, part in parts for k, v in part.items()}
+
+
+def test_weights_are_found_under_their_numbered_names():
+    config = StableAudioConfig(PRESETS["paper"].dit, PRESETS["paper"].codec, TextConfig(), "length")
+    names = {
+        "codec.decoder.block.1.res_unit2.conv1.bias": "decoder.layers.2.layers.3.layers.1.bias",
+        "codec.encoder.block.0.res_unit3.snake2.beta": "encoder.layers.1.layers.2.layers.2.beta",
+        "codec.encoder.block.4.conv1.weight_v": "encoder.layers.5.layers.4.weight_v",
+        "codec.decoder.snake1.alpha": "decoder.layers.6.alpha",
+        "codec.decoder.conv2.weight_g": "decoder.layers.7.weight_g",
+    }
+    for ours, theirs in names.items():
+        assert stable_audio_name(ours, config) == f"pretransform.model.{theirs}"
 
 
 def test_folders_of_other_sizes_work(fixtures, tmp_path):

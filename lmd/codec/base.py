@@ -33,11 +33,11 @@ class Codec(Protocol):
     lookahead_frames: int
 
     def encode(self, wave: Wave) -> Latents:
-        """Latents of a wave whose length is a whole number of frames."""
+        """Latents of a wave whose length is a whole number of frames; refuses any other."""
         ...
 
     def decode(self, latents: Latents) -> Wave:
-        """The wave of some latents, `samples_per_frame` samples a frame."""
+        """The wave of some latents, `samples_per_frame` samples a frame; refuses what is none."""
         ...
 
 
@@ -55,11 +55,17 @@ class StreamingCodec(Codec, Protocol):
     def stream_decode(
         self, state: Any, latents: Latents, last: bool = False, guess: BlockLatents | None = None
     ) -> tuple[Wave, Any]:
-        """The samples that are certain now (`lookahead_frames` late) and the next state.
+        """Decode the next frames of a stream, exactly as one decode of the whole would.
 
-        With `last` the stream ends behind these latents, and the rest of the samples comes, too.
-        With a `guess` the rest comes as if the stream ended behind that; the next state knows
-        nothing of it.
+        Args:
+            state: what the previous call returned; `stream_start()` to begin.
+            latents: the next ones.
+            last: the stream ends behind them: return the rest of the samples, too.
+            guess: what might follow: return the rest as if the stream ended behind it. The next
+                state knows nothing of that.
+
+        Returns:
+            The samples that are certain now (`lookahead_frames` late), and the next state.
         """
         ...
 
@@ -128,8 +134,14 @@ def decode_block(
     guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
     overhang, running = state.overhang, None
     if isinstance(codec, StreamingCodec):
-        unseen = joined[..., past.shape[-1] - state.n_unseen :]
-        decoded, running = _decode_running(codec, state, unseen, guess)
+        n_seen = past.shape[-1] - state.n_unseen
+        running = state.running
+        if running is None:  # a new one is fed the latents before it
+            running = codec.stream_start()
+            if n_seen:
+                _, running = codec.stream_decode(running, past[..., :n_seen])
+        unseen = joined[..., n_seen:]
+        decoded, running = codec.stream_decode(running, unseen, guess=guess if n_guess else None)
         end = decoded.shape[-1] - n_guess * hop
     else:
         decoded = codec.decode(torch.cat([joined, guess], dim=-1))
@@ -146,17 +158,38 @@ def decode_block(
     return wave, DecodeState(tail, n_ready - n_emit, overhang, running)
 
 
-def _decode_running(
-    codec: "StreamingCodec", state: DecodeState, latents: Latents, guess: BlockLatents
-) -> tuple[Wave, Any]:
-    """Decode with the codec's own streaming state; a new one is fed the latents before it."""
-    running = state.running
-    if running is None:
-        running = codec.stream_start()
-        n_seen = 0 if state.latents is None else state.latents.shape[-1] - state.n_unseen
-        if n_seen:
-            _, running = codec.stream_decode(running, state.latents[..., :n_seen])
-    return codec.stream_decode(running, latents, guess=guess if guess.shape[-1] else None)
+def check_wave(codec: Codec, wave: Wave) -> None:
+    """Refuse a wave of other channels, of no whole number of frames, or with samples that are none.
+
+    Raises:
+        LmdError: it is one of these.
+    """
+    channels, n = wave.shape[1:]
+    if channels != codec.channels or n == 0 or n % codec.samples_per_frame:
+        raise LmdError(
+            f"a wave of {channels} channels and {n} samples",
+            f"{codec.channels} channels and a multiple of {codec.samples_per_frame} samples",
+            "Convert the channels and pad or cut the end.",
+        )
+    if not torch.isfinite(wave).all():
+        raise LmdError("samples that are not finite (NaN)", "finite ones", "Check the source.")
+
+
+def check_latents(codec: Codec, latents: Latents, least: int) -> None:
+    """Refuse latents of other channels, of fewer than `least` frames, or that are not finite.
+
+    Raises:
+        LmdError: they are one of these.
+    """
+    channels, n = latents.shape[1:]
+    if channels != codec.latent_dim or n < least:
+        raise LmdError(
+            f"latents of {channels} channels and {n} frames",
+            f"{codec.latent_dim} channels and at least {least} frames",
+            "Use the codec that made them.",
+        )
+    if not torch.isfinite(latents).all():
+        raise LmdError("latents that are not finite", "finite latents", "Check the model.")
 
 
 def equal_power_fade(n_samples: int, like: Tensor) -> tuple[Tensor, Tensor]:

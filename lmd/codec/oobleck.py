@@ -1,32 +1,105 @@
-"""Stable Audio's autoencoder as a codec: diffusers' weights and names, faster arithmetic.
+"""Stable Audio's autoencoder as a codec: diffusers' network, fed step by step.
 
-The reference is diffusers' `AutoencoderOobleck`; `oobleck_fast` computes the same function.
+`AutoencoderOobleck` pads every convolution with zeros. Here the same layers are left without
+padding: the zeros come in at the beginning and the end of a stream, and each layer keeps the
+positions that it will read again. Snake maps zero to zero, so the zeros may stand before it. A
+whole decode is one such stream, so streamed and whole decodes are the same code.
+
 Source: Stable Audio Open (arXiv 2407.14358).
 """
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import remove_weight_norm
 
-from lmd.codec.oobleck_fast import (
-    State,
-    decoder_stages,
-    encoder_stages,
-    step_stages,
-    to_signal,
-)
+from lmd.codec.base import check_latents, check_wave
 from lmd.config import OobleckConfig
 from lmd.errors import LmdError
 from lmd.model.weights import build_loaded
 from lmd.shapes import BlockLatents, Latents, Wave
 
+Signal = Float[Tensor, "batch _ _"]  # batch, channel, position
+Memory = tuple[Signal | None, ...]  # what each layer will read again; None before its first input
+
 RESIDUAL_REACH = 3 * (1 + 3 + 9)  # positions that a block's three units see on either side
 CHUNK_FRAMES = 64  # a long wave or latent sequence goes through in chunks of this many frames
-N_WIDE = 3  # the encoder's last stages, whose weights are too large to be read once per piece
+PIECE_ELEMENTS = 1 << 19  # a layer's activations at a time: 2 MiB in float32, which a cache holds
+
+
+class StreamedLayer(nn.Module):
+    """A layer that takes a signal step by step, half its reach late.
+
+    Args:
+        layer: of diffusers' network.
+        conv: the convolution in it that reads more than one position; it loses its padding.
+    """
+
+    def __init__(self, layer: nn.Module, conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
+        super().__init__()
+        self.layer, self.n_in, self.n_out = layer, conv.in_channels, conv.out_channels
+        stride, pad = conv.stride[0], conv.padding[0]
+        if isinstance(conv, nn.ConvTranspose1d):
+            # `stride` outputs from every input and the one before it, some dropped at both ends
+            self.stride, self.reach, self.n_zeros, self.n_dropped = 1, 1, 1, pad
+            elements, conv.padding = self.n_out * stride, conv.stride
+        else:
+            self.stride, self.n_zeros, self.n_dropped = stride, pad, 0
+            self.reach = (conv.kernel_size[0] - 1) * conv.dilation[0]
+            elements, conv.padding = max(self.n_out, self.n_in * stride), (0,)
+        self.n_piece = max(1, PIECE_ELEMENTS // elements)
+
+    def step(self, x: Signal, past: Signal | None, last: bool) -> tuple[Signal, Signal | None]:
+        """The outputs that are certain now, and the inputs that will be read again."""
+        if not x.shape[-1] and not last:
+            return x.new_zeros(len(x), self.n_out, 0), past
+        zeros = x.new_zeros(len(x), self.n_in, self.n_zeros)
+        before, after = zeros if past is None else past, zeros if last else zeros[..., :0]
+        joined = torch.cat([before, x, after], dim=-1)
+        n = (joined.shape[-1] - self.reach - 1) // self.stride + 1
+        if n <= 0:
+            return x.new_zeros(len(x), self.n_out, 0), joined
+        length = (self.n_piece - 1) * self.stride + self.reach + 1
+        begins = range(0, n * self.stride, self.n_piece * self.stride)
+        y = torch.cat([self.layer(joined[..., b : b + length]) for b in begins], dim=-1)
+        end = y.shape[-1] - (self.n_dropped if last else 0)
+        begin = self.n_dropped if past is None else 0
+        return y[..., begin:end], joined[..., n * self.stride :].clone()
+
+
+def streamed(half: nn.Module) -> nn.ModuleList:
+    """The layers of diffusers' encoder or decoder, which loses its padding, in their order."""
+    of_blocks = [part for block in half.block for part in block.children()]
+    layers, snake = [], []
+    for part in [half.conv1, *of_blocks, half.snake1, half.conv2]:
+        if isinstance(part, type(half.snake1)):
+            snake = [part]
+            continue
+        conv = getattr(part, "conv1", part)  # a residual unit's, or a convolution by itself
+        layers.append(StreamedLayer(nn.Sequential(*snake, part), conv))
+        snake = []
+    return nn.ModuleList(layers)
+
+
+def step_layers(
+    layers: nn.ModuleList, x: Signal, past: Memory, last: bool, n_chunk: int
+) -> tuple[Signal, Memory]:
+    """One step of all layers, `n_chunk` positions of a long signal at a time.
+
+    `past` is what the step before returned, `()` to begin.
+    """
+    memory, outputs = list(past) or [None] * len(layers), []
+    chunks = x.split(n_chunk, dim=-1)
+    for number, chunk in enumerate(chunks, start=1):
+        y, ends = chunk, last and number == len(chunks)
+        for index, layer in enumerate(layers):
+            y, memory[index] = layer.step(y, memory[index], ends)
+        outputs.append(y)
+    return torch.cat(outputs, dim=-1), tuple(memory)
 
 
 @dataclass(frozen=True)
@@ -34,23 +107,21 @@ class StreamDecodeState:
     """What a streamed decode remembers; a value, never changed in place.
 
     Attributes:
-        layers: every layer's memory; None before the first step.
+        layers: what every layer will read again; `()` before the first step.
         held: samples that are certain but not yet a whole frame.
         n_frames: latent frames taken so far.
-        n_emitted: samples handed out so far.
     """
 
-    layers: tuple[State, ...] | None = None
+    layers: Memory = ()
     held: Wave | None = None
     n_frames: int = 0
-    n_emitted: int = 0
 
 
 class OobleckCodec(nn.Module):
     """Waves to latents and back, float32 at the border, `dtype` inside.
 
     Args:
-        reference: the network, its weights loaded (`reference_network`).
+        reference: the network, its weights loaded; its parts are changed and used.
         config: its sizes.
         dtype: float32, bfloat16 (fast where the processor multiplies bfloat16 matrices, or on
             CUDA) or float16. Weights are folded in float32 and then rounded.
@@ -67,13 +138,13 @@ class OobleckCodec(nn.Module):
         self.sample_rate, self.channels = config.sample_rate, config.audio_channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame
         self.lookback_frames, self.lookahead_frames = decoder_reach_frames(config)
-        self.decoder = decoder_stages(reference.decoder, dtype)
-        self.encoder = encoder_stages(reference.encoder, dtype)
+        self.decoder = streamed(folded(reference.decoder, dtype))
+        self.encoder = streamed(folded(reference.encoder, dtype))
 
     @property
     def device(self) -> torch.device:
         """Where it computes; waves and latents may come from anywhere."""
-        return self.decoder[0].layers[0].conv.weight.device
+        return next(self.decoder.parameters()).device
 
     def let_encoder_go(self) -> "OobleckCodec":
         """Free the encoder's weights, half of all, in place: a stream from silence needs none."""
@@ -93,60 +164,31 @@ class OobleckCodec(nn.Module):
         Raises:
             LmdError: lists weights that are missing, unknown or of another shape.
         """
-        return cls(reference_network(config, tensors, source), config, dtype)
+        return cls(build_loaded(lambda: build_reference(config), tensors, source), config, dtype)
 
-    @torch.no_grad()
-    def encode(self, wave: Wave, generator: torch.Generator | None = None) -> Latents:
-        """Latents of a wave: the mean of the bottleneck, or a sample if a generator is given.
-
-        mean + (softplus(scale) + 1e-4) · noise
-
-        Args:
-            wave: `[batch, channel, sample]`, a whole number of frames.
-            generator: draws the noise; None takes the mean.
-
-        Raises:
-            LmdError: not a whole number of frames, other channels, or values that are not finite.
-        """
-        mean, scale = self.encode_parameters(wave).chunk(2, dim=1)
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-            mean = mean + (nn.functional.softplus(scale) + 1e-4) * noise
-        return mean
+    def encode(self, wave: Wave) -> Latents:
+        """Latents of a wave, the means of the bottleneck; see `Codec`."""
+        return self.encode_parameters(wave).chunk(2, dim=1)[0]
 
     @torch.no_grad()
     def encode_parameters(self, wave: Wave) -> Latents:
-        """What the encoder says before the bottleneck: means, then scales."""
-        self._check_wave(wave)
-        x = to_signal(wave.to(self.device, self.dtype))
-        narrow, wide = self.encoder[:-N_WIDE], self.encoder[-N_WIDE:]
-        states = [tuple(s.start(len(x)) for s in part) for part in (narrow, wide)]
-        outputs, n = [], CHUNK_FRAMES * self.samples_per_frame
-        for begin in range(0, x.shape[-1], n):
-            last = begin + n >= x.shape[-1]
-            y, states[0] = step_stages(narrow, x[..., begin : begin + n], states[0], last)
-            memories = []
-            for stage, memory in zip(wide, states[1], strict=True):
-                y, memory = stage.step(y, memory, last)
-                memories.append(memory)
-            states[1] = tuple(memories)
-            outputs.append(y)
-        return torch.cat(outputs, dim=-1)[:, :, 0].float().contiguous()
+        """What the encoder says before the bottleneck: means, then scales.
+
+        Raises:
+            LmdError: see `check_wave`; or the encoder was let go.
+        """
+        if not self.encoder:
+            raise LmdError(
+                "a codec whose encoder was let go", "a whole codec", "Load the codec again."
+            )
+        check_wave(self, wave)
+        x, n_chunk = wave.to(self.device, self.dtype), CHUNK_FRAMES * self.samples_per_frame
+        return step_layers(self.encoder, x, (), last=True, n_chunk=n_chunk)[0].float()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Wave:
-        """The wave of some latents, `samples_per_frame` samples a frame.
-
-        Raises:
-            LmdError: another number of latent channels, or no frames.
-        """
-        state, waves = self.stream_start(), []
-        for begin in range(0, max(1, latents.shape[-1]), CHUNK_FRAMES):
-            last = begin + CHUNK_FRAMES >= latents.shape[-1]
-            chunk = latents[..., begin : begin + CHUNK_FRAMES]
-            wave, state = self.stream_decode(state, chunk, last)
-            waves.append(wave)
-        return torch.cat(waves, dim=-1)
+        """The wave of some latents; see `Codec`."""
+        return self.stream_decode(self.stream_start(), latents, last=True)[0]
 
     def stream_start(self) -> StreamDecodeState:
         """The streaming state before the first latent."""
@@ -160,73 +202,26 @@ class OobleckCodec(nn.Module):
         last: bool = False,
         guess: BlockLatents | None = None,
     ) -> tuple[Wave, StreamDecodeState]:
-        """Decode the next frames of a stream, computing nothing twice.
-
-        The samples equal those of one decode of the whole stream. They come `lookahead_frames`
-        frames late, so the first calls return less than they are given; `last` returns the rest.
-
-        Args:
-            state: what the previous call returned; `stream_start()` to begin.
-            latents: `[batch, latent, frame]`, at least one frame.
-            last: the stream ends here.
-            guess: what might follow: return the rest as if the stream ended behind it; the next
-                state knows nothing of that.
-
-        Returns:
-            The samples that are certain now (whole frames) and the next state.
-
-        Raises:
-            LmdError: another number of latent channels, no frames, or another batch size than
-                before; the state is untouched.
-        """
+        """Decode the next frames, computing nothing twice; see `StreamingCodec`."""
         if guess is not None:
             wave, state = self.stream_decode(state, latents)
             rest, _ = self.stream_decode(state, guess, last=True)
             return torch.cat([wave, rest], dim=-1), state
-        self._check_latents(latents, state)
-        layers = state.layers or tuple(stage.start(len(latents)) for stage in self.decoder)
-        x = to_signal(latents.to(self.device, self.dtype))
-        y, layers = step_stages(self.decoder, x, layers, last)
-        wave = y[:, :, 0].float()
-        if state.held is not None:
-            wave = torch.cat([state.held, wave], dim=-1)
-        n_frames = state.n_frames + latents.shape[-1]
-        n_certain = n_frames if last else max(0, n_frames - self.lookahead_frames)
-        n = n_certain * self.samples_per_frame - state.n_emitted
-        held = wave[..., n:].clone()
-        return wave[..., :n].contiguous(), StreamDecodeState(
-            layers, held, n_frames, state.n_emitted + n
-        )
-
-    def _check_wave(self, wave: Wave) -> None:
-        if not self.encoder:
+        check_latents(self, latents, least=1)
+        if state.held is not None and len(state.held) != len(latents):
             raise LmdError(
-                "a codec whose encoder was let go", "a whole codec", "Load the codec again."
-            )
-        _, channels, n = wave.shape
-        if channels != self.channels or n == 0 or n % self.samples_per_frame:
-            raise LmdError(
-                f"a wave of {channels} channels and {n} samples",
-                f"{self.channels} channels and a multiple of {self.samples_per_frame} samples",
-                "Convert the channels and pad or cut the end.",
-            )
-        if not torch.isfinite(wave).all():
-            raise LmdError("audio with NaN or infinite samples", "finite ones", "Repair the file.")
-
-    def _check_latents(self, latents: Latents, state: StreamDecodeState) -> None:
-        batch, channels, n = latents.shape
-        if channels != self.latent_dim or n == 0:
-            raise LmdError(
-                f"latents of {channels} channels and {n} frames",
-                f"{self.latent_dim} channels and at least one frame",
-                "Use the codec that the model was trained with.",
-            )
-        if state.held is not None and len(state.held) != batch:
-            raise LmdError(
-                f"a batch of {batch} in a stream of {len(state.held)}",
+                f"a batch of {len(latents)} in a stream of {len(state.held)}",
                 "the batch size that the stream began with",
-                "Begin a new stream with StreamDecodeState().",
+                "Begin a new stream with stream_start().",
             )
+        x = latents.to(self.device, self.dtype)
+        y, layers = step_layers(self.decoder, x, state.layers, last, CHUNK_FRAMES)
+        wave = y.float() if state.held is None else torch.cat([state.held, y.float()], dim=-1)
+        n_frames = state.n_frames + latents.shape[-1]
+        n_emitted = max(0, state.n_frames - self.lookahead_frames)
+        n_certain = n_frames if last else max(0, n_frames - self.lookahead_frames)
+        n = (n_certain - n_emitted) * self.samples_per_frame
+        return wave[..., :n], StreamDecodeState(layers, wave[..., n:].clone(), n_frames)
 
 
 def decoder_reach_frames(config: OobleckConfig) -> tuple[int, int]:
@@ -278,15 +273,13 @@ def build_reference(config: OobleckConfig) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def reference_network(
-    config: OobleckConfig, tensors: Mapping[str, Tensor], source: str = "these tensors"
-) -> nn.Module:
-    """Diffusers' autoencoder with the given weights.
-
-    Raises:
-        LmdError: lists weights that are missing, unknown or of another shape.
-    """
-    return build_loaded(lambda: build_reference(config), tensors, source)
+def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network with its weight norm carried out, in another precision."""
+    for layer in network.modules():
+        if hasattr(layer, "weight_g"):
+            layer.weight = None  # which is what `remove_weight_norm` replaces
+            remove_weight_norm(layer)
+    return network.requires_grad_(False).to(dtype)
 
 
 def random_codec(
@@ -296,41 +289,3 @@ def random_codec(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return OobleckCodec(build_reference(config), config, dtype)
-
-
-def decoder_flops_per_frame(config: OobleckConfig) -> int:
-    """Floating-point operations (two per multiply-add) of decoding one frame, convolutions only."""
-    widths = [config.channels * m for m in (1, *config.c_mults)]
-    total = 7 * config.latent_dim * widths[-1]
-    positions = 1
-    for index in reversed(range(len(config.strides))):
-        total += positions * widths[index + 1] * widths[index] * 2 * config.strides[index]
-        positions *= config.strides[index]
-        total += positions * 3 * (7 + 1) * widths[index] ** 2
-    return 2 * (total + positions * 7 * widths[0] * config.audio_channels)
-
-
-STAGES = {"encoder": ("res_unit1", "res_unit2", "res_unit3", "snake1", "conv1")}
-STAGES["decoder"] = ("snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3")
-UNIT = ("snake1", "conv1", "snake2", "conv2")
-
-
-def from_stable_audio(name: str, config: OobleckConfig) -> str | None:
-    """Diffusers' name of a weight that stable-audio-tools calls `name` ("decoder.layers.1.…").
-
-    None if it is not one of this autoencoder's. Shapes agree, but for Snake's vectors: `[channel]`
-    there, `[1, channel, 1]` here.
-    """
-    match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)((?:\.layers\.\d+)*)\.(\w+)", name)
-    if not match:
-        return None
-    side, outer, parameter = match[1], int(match[2]), match[4]
-    inner = [int(part) for part in re.findall(r"\d+", match[3])]
-    n = len(config.strides)
-    ends = {0: "conv1", n + 1: "snake1", n + 2: "conv2"}
-    if outer in ends and not inner:
-        return f"{side}.{ends[outer]}.{parameter}"
-    if 1 <= outer <= n and 1 <= len(inner) <= 2 and inner[0] < 5 and max(inner[1:], default=0) < 4:
-        parts = [STAGES[side][inner[0]], *(UNIT[i] for i in inner[1:])]
-        return f"{side}.block.{outer - 1}.{'.'.join(parts)}.{parameter}"
-    return None

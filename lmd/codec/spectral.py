@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmd.codec import phase
+from lmd.codec.base import check_latents, check_wave
 from lmd.codec.spectral_decoder import DB_SCALE, Advances, Decibels, Past, SpectralDecoder
 from lmd.config import SpectralCodecConfig
 from lmd.errors import LmdError
@@ -181,13 +182,13 @@ class SpectralCodec(nn.Module):
         self.sample_rate, self.channels = config.sample_rate, config.channels
         self.latent_dim, self.samples_per_frame = config.latent_dim, config.samples_per_frame
         self.encoder, self.decoder = SpectralEncoder(config), SpectralDecoder(config)
+        per_frame, (back, ahead) = config.hops_per_frame, self.decoder.reach_steps()
         overlap = math.ceil((config.n_fft - config.hop) / 2 / config.samples_per_frame)
-        self.lookahead_frames = self.decoder.lookahead_frames + overlap
-        per_frame = config.hops_per_frame
+        self.lookahead_frames = math.ceil(ahead / per_frame) + overlap
         self.n_before = overlap * per_frame  # steps whose grains reach into samples after them
-        self.n_waiting = self.lookahead_frames * per_frame - self.decoder.lookahead_steps
+        self.n_waiting = self.lookahead_frames * per_frame - ahead
         # one step more: an onset is a rise over the step before
-        self.lookback_frames = self.decoder.lookback_frames + overlap + config.horizon_frames + 1
+        self.lookback_frames = math.ceil(back / per_frame) + overlap + config.horizon_frames + 1
         turn = phase.bin_turn(config.n_fft // 2 + 1, config.n_fft, config.hop)
         self.register_buffer("hop_turn", turn, persistent=False)
 
@@ -198,34 +199,13 @@ class SpectralCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, wave: Wave) -> Latents:
-        """Latents of a wave, one frame per `samples_per_frame` samples.
-
-        Raises:
-            LmdError: another number of channels, a length that is not a whole number of frames,
-                or samples that are not finite.
-        """
-        hop = self.samples_per_frame
-        if wave.shape[1] != self.channels:
-            raise LmdError(
-                f"a wave of {wave.shape[1]} channels", f"{self.channels}", "Mix it down first."
-            )
-        if wave.shape[-1] == 0 or wave.shape[-1] % hop:
-            raise LmdError(
-                f"a wave of {wave.shape[-1]} samples",
-                f"a positive multiple of {hop} (one latent frame)",
-                "Cut it, or pad it with zeros.",
-            )
-        if not torch.isfinite(wave).all():
-            raise LmdError("samples that are not finite", "finite samples", "Check the source.")
+        """Latents of a wave; see `Codec`."""
+        check_wave(self, wave)
         return self.encoder(wave.to(self.device, torch.float32))
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Wave:
-        """The wave of some latents.
-
-        Raises:
-            LmdError: another number of latent channels, or values that are not finite.
-        """
+        """The wave of some latents; see `Codec`."""
         return self.stream_decode(SpectralStream(), latents, last=True)[0]
 
     def stream_start(self) -> SpectralStream:
@@ -240,33 +220,12 @@ class SpectralCodec(nn.Module):
         last: bool = False,
         guess: BlockLatents | None = None,
     ) -> tuple[Wave, SpectralStream]:
-        """Decode the next frames of a stream, computing nothing twice.
-
-        The samples equal those of one decode of the whole stream; they come `lookahead_frames`
-        late.
-
-        Args:
-            state: what the previous call returned; `stream_start()` to begin.
-            latents: `[batch, latent, frame]`.
-            last: the stream ends here: return the rest, too.
-            guess: what might follow: return the rest as if the stream ended behind it; the next
-                state knows nothing of that.
-
-        Raises:
-            LmdError: another number of latent channels, or values that are not finite.
-        """
+        """Decode the next frames, computing nothing twice; see `StreamingCodec`."""
         n_guessed = 0
         if guess is not None:
             n_guessed, last = guess.shape[-1], True
             latents = torch.cat([latents, guess], dim=-1)
-        if latents.shape[1] != self.latent_dim:
-            raise LmdError(
-                f"latents of {latents.shape[1]} channels",
-                f"{self.latent_dim}",
-                "Use the codec that made them.",
-            )
-        if not torch.isfinite(latents).all():
-            raise LmdError("latents that are not finite", "finite latents", "Check the model.")
+        check_latents(self, latents, least=0)
         latents = latents.to(self.device, torch.float32)
         if not latents.shape[-1] and not (last and state.layers):  # and nothing held back
             return latents.new_zeros(len(latents), self.channels, 0), state

@@ -1,7 +1,5 @@
 """The network that decodes spectral latents, in steps: levels and phase advances, nothing twice."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -23,7 +21,9 @@ CACHED = 128  # frames that stay in the cache while all taps of a convolution pa
 
 
 def same_linear(
-    layer: nn.Linear, x: Float[Tensor, "*rows inputs"]
+    x: Float[Tensor, "*rows inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"],
 ) -> Float[Tensor, "*rows outputs"]:
     """A linear layer whose rows do not depend, not even in rounding, on how many there are.
 
@@ -31,13 +31,13 @@ def same_linear(
     make that audible. So without gradients rows are taken `TILE` at a time.
     """
     if torch.is_grad_enabled() or torch.compiler.is_exporting():
-        return layer(x)
+        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
-    out = x.new_empty(len(padded), layer.out_features)
+    out = x.new_empty(len(padded), len(weight))
     for tile, part in zip(padded.split(TILE), out.split(TILE), strict=True):
-        torch.addmm(layer.bias, tile, layer.weight.T, out=part)
-    return out[: len(rows)].reshape(*x.shape[:-1], layer.out_features)
+        torch.addmm(bias, tile, weight.T, out=part)
+    return out[: len(rows)].reshape(*x.shape[:-1], len(weight))
 
 
 def same_depthwise(
@@ -84,15 +84,13 @@ class ConvBlock(nn.Module):
         seen = torch.cat([past, x, end.expand(-1, -1, x.shape[-1])], dim=1)
         y = same_depthwise(self.depthwise, seen)
         skipped = seen[:, self.pad[0] : self.pad[0] + y.shape[1]]
-        y = F.gelu(same_linear(self.expand, self.norm(y)))
-        return skipped + self.scale * same_linear(self.contract, y), seen
+        y = F.gelu(same_linear(self.norm(y), self.expand.weight, self.expand.bias))
+        y = same_linear(y, self.contract.weight, self.contract.bias)
+        return skipped + self.scale * y, seen
 
 
 class SpectralDecoder(nn.Module):
-    """Latents to magnitudes and phase advances.
-
-    Blocks at the latent rate, then at the STFT rate. One frame of look-ahead each for the first
-    convolution, the first block, and four steps at the STFT rate.
+    """Latents to magnitudes and phase advances: blocks at the latent rate, then at the STFT rate.
 
     It decodes in steps: every convolution keeps the frames that it will see again, and gives out
     what is certain. A whole decode is one step that is the last, so both are the same code.
@@ -114,24 +112,14 @@ class SpectralDecoder(nn.Module):
         self.level = nn.Linear(config.step_width, n_bins)
         self.advance = nn.Linear(config.step_width, 4 * n_bins)
 
-    @property
-    def lookback_frames(self) -> int:
-        """Frames before a frame that its magnitudes and advances depend on."""
-        at_frames = 1 + sum(block.pad[0] for block in self.blocks)
-        at_steps = sum(block.pad[0] for block in self.step_blocks)
-        return at_frames + math.ceil(at_steps / self.config.hops_per_frame)
-
-    @property
-    def lookahead_frames(self) -> int:
-        """Frames after a frame that its magnitudes and advances depend on."""
-        return math.ceil(self.lookahead_steps / self.config.hops_per_frame)
-
-    @property
-    def lookahead_steps(self) -> int:
-        """So many steps later than their latents are levels and advances certain."""
-        at_frames = 1 + sum(block.pad[1] for block in self.blocks)
-        at_steps = sum(block.pad[1] for block in self.step_blocks)
-        return at_frames * self.config.hops_per_frame + at_steps
+    def reach_steps(self) -> tuple[int, int]:
+        """How many steps before and after a step its levels and advances depend on."""
+        back, ahead = (
+            self.config.hops_per_frame * (1 + sum(block.pad[side] for block in self.blocks))
+            + sum(block.pad[side] for block in self.step_blocks)
+            for side in (0, 1)
+        )
+        return back, ahead
 
     def forward(self, latents: Latents) -> Advances:
         """Levels in decibels, advances in time and to the next bin: all `[batch, bin, step]`."""
@@ -186,14 +174,14 @@ class SpectralDecoder(nn.Module):
         for block, before in zip(self.blocks, pasts, strict=False):
             x, saw = block(before, x, end.repeat(1, block.pad[1], 1))
             seen.append(saw)
-        x = rearrange(
-            same_linear(self.split, x), "b n (hop w) -> b (n hop) w", w=self.config.step_width
-        )
+        x = same_linear(x, self.split.weight, self.split.bias)
+        x = rearrange(x, "b n (hop w) -> b (n hop) w", w=self.config.step_width)
         for block, before in zip(self.step_blocks, pasts[len(self.blocks) :], strict=True):
             x, saw = block(before, x, end.repeat(1, block.pad[1], 1))
             seen.append(saw)
         x = self.norm(x)
-        return same_linear(self.level, x), same_linear(self.advance, x), *seen
+        level = same_linear(x, self.level.weight, self.level.bias)
+        return level, same_linear(x, self.advance.weight, self.advance.bias), *seen
 
     def _silence(self, latents: Latents) -> tuple[Past, ...]:
         """What the convolutions see before the first frame."""
@@ -212,13 +200,9 @@ class SpectralDecoder(nn.Module):
 
     def _enter(self, seen: Past) -> Steps:
         """The first convolution, as one linear map of three frames."""
+        weight, bias = self.enter.weight, self.enter.bias
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
-            return F.conv1d(seen.transpose(1, 2), self.enter.weight, self.enter.bias).transpose(
-                1, 2
-            )
+            return F.conv1d(seen.transpose(1, 2), weight, bias).transpose(1, 2)
         n = max(0, seen.shape[1] - 2)
         x = torch.stack([seen[:, tap : tap + n] for tap in range(3)], dim=-1).flatten(2)
-        weights = nn.Linear(x.shape[-1], self.config.width, device="meta")
-        weights.weight = nn.Parameter(self.enter.weight.flatten(1), requires_grad=False)
-        weights.bias = self.enter.bias
-        return same_linear(weights, x)
+        return same_linear(x, weight.flatten(1), bias)

@@ -25,7 +25,6 @@ PromptRows = Float[Tensor, "token dim"]
 
 WEIGHT_TOLERANCE = 1e-4  # how far a mix's weights may miss 1
 WORDLLAMA_DIMS = (64, 128, 256)  # widths at which WordLlama's nested embeddings may be cut
-MAX_CACHED = 1024
 
 
 @runtime_checkable
@@ -48,10 +47,10 @@ class CachedTextEncoder:
     Args:
         n_tokens: rows per prompt.
         dim: width of a row.
-        max_cached: how many prompts are remembered before the least recently used is dropped.
+        max_cached: how many prompts are remembered.
     """
 
-    def __init__(self, n_tokens: int, dim: int, max_cached: int = MAX_CACHED) -> None:
+    def __init__(self, n_tokens: int, dim: int, max_cached: int = 1024) -> None:
         self.n_tokens, self.dim = n_tokens, dim
         self._cached = lru_cache(max_cached)(self._padded)
 
@@ -61,12 +60,6 @@ class CachedTextEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Tokens:
         """Embed prompts, each padded with zeros or cut to `n_tokens` rows.
-
-        Args:
-            prompts: texts; an empty one gives zeros.
-
-        Returns:
-            Float32 `[prompt, n_tokens, dim]`, a fresh tensor.
 
         Raises:
             LmdError: a bare string instead of a list of them, or nothing at all.
@@ -102,18 +95,15 @@ class WordLlamaTextEncoder(CachedTextEncoder):
     Args:
         n_tokens: rows per prompt.
         dim: 64, 128 or 256: the embeddings are trained so that their first dimensions stand alone.
-        max_cached: how many prompts are remembered.
 
     Raises:
         LmdError: another width, or the package or its files are missing.
     """
 
-    def __init__(self, n_tokens: int = 32, dim: int = 256, max_cached: int = MAX_CACHED) -> None:
-        super().__init__(n_tokens, dim, max_cached)
+    def __init__(self, n_tokens: int = 32, dim: int = 256) -> None:
+        super().__init__(n_tokens, dim)
         if dim not in WORDLLAMA_DIMS:
-            raise LmdError(
-                f"text width {dim}", f"one of {WORDLLAMA_DIMS}", "Change TextConfig.dim."
-            )
+            raise LmdError(f"text width {dim}", f"one of {WORDLLAMA_DIMS}", "Change its `dim`.")
         try:
             import wordllama
 
@@ -147,20 +137,13 @@ class T5TextEncoder(CachedTextEncoder):
         n_tokens: rows per prompt.
         dim: the model's width.
         model: name or folder.
-        max_cached: how many prompts are remembered.
 
     Raises:
         LmdError: (when first used) the model cannot be had, or has another width.
     """
 
-    def __init__(
-        self,
-        n_tokens: int = 64,
-        dim: int = 768,
-        model: str = "t5-base",
-        max_cached: int = MAX_CACHED,
-    ) -> None:
-        super().__init__(n_tokens, dim, max_cached)
+    def __init__(self, n_tokens: int = 64, dim: int = 768, model: str = "t5-base") -> None:
+        super().__init__(n_tokens, dim)
         self.model = model
 
     def embed(self, prompt: str) -> PromptRows:
@@ -173,7 +156,7 @@ class T5TextEncoder(CachedTextEncoder):
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        """Tokenizer and encoder, or a refusal that says where to get them."""
+        """Tokenizer and encoder."""
         try:
             from transformers import AutoTokenizer, T5EncoderModel
 
@@ -184,13 +167,10 @@ class T5TextEncoder(CachedTextEncoder):
             raise LmdError(
                 f"no T5 called {self.model!r} ({reason})",
                 "its tokenizer and weights in a folder or in the local cache",
-                "Fetch it once where there is a network (hf download t5-base), pass its folder as "
-                "`model`, or use the 'wordllama' encoder, which needs no download.",
+                "Fetch it once (hf download t5-base), or use 'wordllama', which needs no download.",
             ) from error
         if (width := encoder.config.d_model) != self.dim:
-            raise LmdError(
-                f"T5 {self.model!r} of width {width}", f"{self.dim}", "Change TextConfig.dim."
-            )
+            raise LmdError(f"T5 {self.model!r} of width {width}", f"{self.dim}", "Change `dim`.")
         return tokenizer, encoder.eval().requires_grad_(False)
 
 
@@ -212,11 +192,11 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
     """A prompt as (text, weight) pairs, checked; a plain text has weight 1.
 
     Raises:
-        LmdError: no texts, what is no text, a weight that is negative or not finite, or weights
-            that do not sum to 1 within 1e-4.
+        LmdError: no texts, what is no text or cannot be written down, a weight that is negative or
+            not finite, or weights that do not sum to 1 within 1e-4.
     """
     if isinstance(prompt, str):
-        return ((_readable(prompt), 1.0),)
+        prompt = ((prompt, 1.0),)
     if not isinstance(prompt, tuple) or not all(is_weighted_text(part) for part in prompt):
         raise LmdError(
             f"prompt {prompt!r}",
@@ -234,18 +214,12 @@ def as_mix(prompt: Prompt) -> tuple[tuple[str, float], ...]:
             "a sum of 1",
             "Divide each weight by their sum.",
         )
-    return tuple(
-        (_readable(text), weight) for (text, _), weight in zip(prompt, weights, strict=True)
-    )
-
-
-def _readable(text: str) -> str:
-    """The text, refused if it holds bytes that were no text (it could not be written down)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise LmdError(f"prompt {text!r} ({error.reason})", "text", "Type it anew.") from error
-    return text
+    for text, _ in prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise LmdError(f"prompt {text!r} ({error.reason})", "text", "Type it anew.") from error
+    return tuple((text, weight) for (text, _), weight in zip(prompt, weights, strict=True))
 
 
 def is_weighted_text(part: object) -> bool:
@@ -267,15 +241,11 @@ def describe(encoder: TextEncoder) -> str:
 def mix(encoder: TextEncoder, prompt: Prompt) -> Tokens:
     """Token embeddings of a prompt or of a weighted mix: Σ weight · embedding, row by row.
 
-    Args:
-        encoder: any text encoder.
-        prompt: a text, or (text, weight) pairs with weights ≥ 0 that sum to 1 ± 1e-4.
-
     Returns:
         `[1, n_tokens, dim]`.
 
     Raises:
-        LmdError: bad weights.
+        LmdError: see `as_mix`.
     """
     pairs = as_mix(prompt)
     rows = encoder.encode([text for text, _ in pairs])

@@ -78,14 +78,10 @@ def tensors_sha256(tensors: Mapping[str, Tensor], covered: str = "") -> str:
     """The SHA-256 of names, types, shapes and values, in the order of the names.
 
     Args:
-        tensors: on the CPU, as stored.
+        tensors: as stored.
         covered: a text to cover, too.
     """
-    digest = hashlib.sha256(covered.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return _sha256(covered, tensors, "{}|{}|{}|")
 
 
 def fingerprint(part: object) -> str:
@@ -97,10 +93,13 @@ def fingerprint(part: object) -> str:
     holder = part if hasattr(part, "state_dict") else getattr(part, "model", part)
     if hasattr(holder, "fingerprint"):  # of weights that were exported
         return holder.fingerprint
-    digest = hashlib.sha256(type(part).__name__.encode())
-    if hasattr(holder, "state_dict"):
-        for name, tensor in sorted(holder.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(raw.numpy())
+    tensors = holder.state_dict() if hasattr(holder, "state_dict") else {}
+    return _sha256(type(part).__name__, tensors, "{} {} {}")
+
+
+def _sha256(start: str, tensors: Mapping[str, Tensor], heading: str) -> str:
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(heading.format(name, tensor.dtype, tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from lmd.errors import LmdError
-from lmd.machine import describe_machine
+from lmd.machine import n_cores
 from lmd.outputs import check_outputs
 from lmd.play.audio_file import AudioFile, check_audio_path
 from lmd.play.takes import SampleHash, Take, as_many_threads, play_again, read_take
@@ -42,9 +42,9 @@ def main(options: Options) -> int:
         check_audio_path(options.output)
     check_outputs(take=options.take, output=options.output, figure=options.figure)
     take = read_take(options.take)
-    n_threads, n_cores = take.header.n_threads, describe_machine().n_cores
-    if n_threads > n_cores:
-        print(f"{n_threads} threads in the take, {n_cores} cores here: the last bit may differ")
+    n_threads = take.header.n_threads
+    if n_threads > n_cores():
+        print(f"{n_threads} threads in the take, {n_cores()} cores here: the last bit may differ")
     with as_many_threads(n_threads):  # opening computes, too
         sha256 = _replay(take, options)
     if take.sha256 is None:

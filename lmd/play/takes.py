@@ -22,7 +22,7 @@ import torch
 
 from lmd.config import from_dict
 from lmd.errors import LmdError
-from lmd.machine import describe_machine
+from lmd.machine import n_cores
 from lmd.model.text import describe
 from lmd.model.weights import fingerprint
 from lmd.play.control_queue import with_changes
@@ -284,7 +284,7 @@ def _counts(entry: dict[str, Any], **most: int) -> list[int]:
 def as_many_threads(n_threads: int) -> Iterator[None]:
     """Torch with so many threads, as far as this machine has them; afterwards as before."""
     before = torch.get_num_threads()
-    wanted = min(n_threads, max(before, describe_machine().n_cores))
+    wanted = min(n_threads, max(before, n_cores()))
     try:
         if wanted != before:
             torch.set_num_threads(wanted)

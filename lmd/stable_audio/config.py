@@ -1,11 +1,11 @@
 """The config of a stable-audio-tools model in our terms.
 
-What it asks for is either understood or refused: nothing is taken to be the default in silence.
+Its sizes are read first. Then everything it says is held against what a model of these sizes says
+that our code computes: nothing is taken to be the default in silence.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,92 +14,9 @@ from lmd.errors import LmdError
 
 CONFIG_FILE = "model_config.json"
 ADDED = ["inpaint_mask", "inpaint_masked_input"]  # what the input-add projection reads first
-
-# What a section may say: a tuple lists the values that mean what our code computes (None: absent
-# is fine), by themselves or by one of these checks; `...` marks what changes nothing in the
-# networks, or is checked apart.
-WHOLE, NUMBER, WHOLES, LIST = "a whole number", "a number", "whole numbers", "a list"
-CHECKS: dict[str, Callable[[Any], bool]] = {
-    WHOLE: lambda value: type(value) is int and value > 0,
-    NUMBER: lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    WHOLES: lambda value: isinstance(value, list) and all(map(CHECKS[WHOLE], value)),
-    LIST: lambda value: isinstance(value, list),
-}
-DIT = {
-    **dict.fromkeys(("io_channels", "embed_dim", "depth", "num_heads"), (WHOLE,)),
-    **dict.fromkeys(("cond_token_dim", "global_cond_dim"), (WHOLE,)),
-    **dict.fromkeys(("postpend", "input_add_dim", "input_add_dims"), ...),
-    **dict.fromkeys(("diffusion_objective", "zero_init_branch_outputs"), ...),
-    "ff_kwargs": {
-        "mult": (None, WHOLE),
-        "no_bias": (None, False),
-        "glu": (None, True),
-        "use_conv": (None, False),
-    },
-    "transformer_type": (None, "continuous_transformer"),
-    "attn_kwargs": ({"qk_norm": "ln"},),
-    "global_cond_type": (None, "prepend"),
-    "timestep_cond_type": (None, "global"),
-    "patch_size": (None, 1),
-    **dict.fromkeys(("project_cond_tokens", "project_global_cond"), (None, True)),
-    **dict.fromkeys(("rotary_pos_emb", "cross_attend"), (None, True)),
-    **dict.fromkeys(("input_concat_dim", "prepend_cond_dim", "num_memory_tokens"), (None, 0)),
-    **dict.fromkeys(("causal", "conformer"), (None, False)),
-    **dict.fromkeys(("use_sinusoidal_emb", "use_abs_pos_emb"), (None, False)),
-}
-RULES = {
-    "model_type": ("diffusion_cond", "diffusion_cond_inpaint"),
-    **dict.fromkeys(("sample_size", "sample_rate"), (WHOLE,)),
-    "audio_channels": (None, WHOLE),
-    "training": ...,
-    "model": {
-        "io_channels": (WHOLE,),
-        "pretransform": ...,
-        "conditioning": {"configs": (LIST,), "cond_dim": (WHOLE,), "default_keys": ...},
-        "diffusion": {
-            "type": ("dit",),
-            "diffusion_objective": ("rectified_flow", "rf_denoiser"),
-            **dict.fromkeys(("cross_attention_cond_ids", "global_cond_ids"), (LIST,)),
-            "input_add_ids": ...,
-            **dict.fromkeys(("prepend_cond_ids", "input_concat_ids"), (None, [])),
-            "distribution_shift_options": ...,
-            "config": DIT,
-        },
-    },
-}
-HALF = {  # of the autoencoder
-    **dict.fromkeys(("channels", "latent_dim"), (WHOLE,)),
-    **dict.fromkeys(("c_mults", "strides"), (WHOLES,)),
-    "use_snake": (True,),
-    "antialias_activation": (None, False),
-}
-DECODER = {
-    **HALF,
-    "out_channels": (WHOLE,),
-    "use_nearest_upsample": (None, False),
-    "final_tanh": (False,),  # absent would mean True
-}
-OUTER = {"type": ("oobleck",), "requires_grad": ...}
-AUTOENCODER = {
-    "type": ("autoencoder",),
-    "scale": (None, 1),
-    **dict.fromkeys(("iterate_batch", "model_half", "chunked", "enable_grad"), ...),
-    "config": {
-        **dict.fromkeys(("latent_dim", "downsampling_ratio", "io_channels"), (WHOLE,)),
-        "encoder": {**OUTER, "config": {**HALF, "in_channels": (WHOLE,)}},
-        "decoder": {**OUTER, "config": DECODER},
-        "bottleneck": {"type": ("vae",), "config": (None, {})},
-    },
-}
-CONDITIONERS = {
-    "t5": {
-        "t5_model_name": (None, "t5-base"),  # absent means that, too
-        "max_length": (None, WHOLE),
-        "enable_grad": ...,
-        "project_out": (None, False),
-    },
-    "number": {"min_val": (0,), "max_val": (NUMBER,), "fourier_features_type": (None, "learned")},
-}
+CODEC = "model.pretransform.config.decoder.config."
+DIT = "model.diffusion.config."
+Rules = Mapping[str, Any]  # see `problems`
 
 
 @dataclass(frozen=True)
@@ -130,29 +47,6 @@ class StableAudioConfig:
         return replace(PRESETS["paper"], dit=self.dit, codec=self.codec, text=self.text)
 
 
-def problems(values: Any, rules: Mapping[str, Any], where: str) -> list[str]:
-    """Each key of a section that is unknown, missing or asks for something not built here."""
-    if not isinstance(values, dict):
-        return [f"{where} {values!r:.40} (a section is expected)"]
-    found = [f"unknown key {where}.{key}" for key in sorted(set(values) - set(rules))]
-    for key, rule in rules.items():
-        value, place = values.get(key), f"{where}.{key}".removeprefix(".")
-        if isinstance(rule, dict):
-            found += problems(values.get(key, {}), rule, place)
-        elif rule is not ... and not any(_fits(value, allowed) for allowed in rule):
-            wanted = " or ".join(
-                allowed if str(allowed) in CHECKS else json.dumps(allowed)
-                for allowed in rule
-                if allowed is not None
-            )
-            found.append(f"{place} {json.dumps(value):.40} ({wanted} is expected)")
-    return found
-
-
-def _fits(value: Any, allowed: Any) -> bool:
-    return CHECKS[allowed](value) if str(allowed) in CHECKS else value == allowed
-
-
 def parse_config(raw: Any) -> StableAudioConfig:
     """Translate a `model_config.json`.
 
@@ -160,88 +54,172 @@ def parse_config(raw: Any) -> StableAudioConfig:
         LmdError: a model of another kind, keys that are unknown or missing, sizes that do not fit
             together.
     """
-    found = problems(raw, RULES, "")
-    if not found:
-        model, conditioning = raw["model"], raw["model"]["conditioning"]["configs"]
-        if model.get("pretransform"):
-            found += problems(model["pretransform"], AUTOENCODER, "pretransform")
-        for entry in conditioning:
-            kind = entry.get("type") if isinstance(entry, dict) else None
-            parts = CONDITIONERS.get(str(kind), {})
-            rules = {"id": ..., "type": tuple(CONDITIONERS), "config": parts}
-            found += problems(entry, rules, "conditioning.configs")
-    if found:
-        raise LmdError(
-            f"{CONFIG_FILE} with {'; '.join(found)}",
-            "a model of Stable Audio Open Small's kind",
-            "Another kind of model cannot be loaded; check the spelling.",
-        )
-    dit, ff = model["diffusion"]["config"], model["diffusion"]["config"].get("ff_kwargs", {})
     sizes = {
-        "latent_dim": dit["io_channels"],
-        "width": dit["embed_dim"],
-        "depth": dit["depth"],
-        "n_heads": dit["num_heads"],
-        "text_dim": dit["cond_token_dim"],
-        "global_dim": dit["global_cond_dim"],
-        "ff_mult": ff.get("mult", 4),
+        "latent_dim": _at(raw, DIT + "io_channels"),
+        "width": _at(raw, DIT + "embed_dim"),
+        "depth": _at(raw, DIT + "depth"),
+        "n_heads": _at(raw, DIT + "num_heads"),
+        "text_dim": _at(raw, DIT + "cond_token_dim"),
+        "global_dim": _at(raw, DIT + "global_cond_dim"),
+        "ff_mult": _at(raw, DIT + "ff_kwargs.mult", 4),
     }
-    given = {entry["type"]: entry["config"] for entry in conditioning}
-    names = {entry["type"]: entry.get("id") for entry in conditioning}
-    ids = [names.get(kind) for kind in CONDITIONERS]  # the prompt's and the length's
-    cond_dim = model["conditioning"]["cond_dim"]
-    _must_agree(
-        {
-            "conditioning.configs' types": ([e["type"] for e in conditioning], list(CONDITIONERS)),
-            "cross_attention_cond_ids": (model["diffusion"]["cross_attention_cond_ids"], ids),
-            "global_cond_ids": (model["diffusion"]["global_cond_ids"], ids[1:]),
-            "input_add_ids": ((model["diffusion"].get("input_add_ids", ADDED) or [])[:2], ADDED),
-            "cond_token_dim": (dit["cond_token_dim"], cond_dim),
-            "global_cond_dim": (dit["global_cond_dim"], cond_dim),
-            "model.io_channels": (model["io_channels"], dit["io_channels"]),
-        }
-    )
-    text = {
-        "encoder": "t5-base",
-        "n_tokens": given["t5"].get("max_length", 128),
-        "dim": cond_dim,
-        "max_seconds": float(given["number"]["max_val"]),
+    dit, codec = from_dict(DiTConfig, sizes), None
+    if raw["model"].get("pretransform"):
+        names = ("channels", "c_mults", "strides", "latent_dim")
+        of_codec = {name: _at(raw, CODEC + name) for name in names}
+        of_codec["audio_channels"] = _at(raw, CODEC + "out_channels")
+        codec = from_dict(OobleckConfig, of_codec | {"sample_rate": _at(raw, "sample_rate")})
+    conditions = _at(raw, "model.conditioning.configs")
+    kinds = [_at(entry, "type") for entry in conditions] if isinstance(conditions, list) else None
+    if kinds != ["t5", "number"]:
+        _refuse([f"conditioning.configs of the types {kinds} (['t5', 'number'] are expected)"])
+    ids = [_at(entry, "id") for entry in conditions]
+    given = {
+        "n_tokens": _at(conditions[0], "config.max_length", 128),
+        "max_seconds": _at(conditions[1], "config.max_val"),
+        "dim": dit.text_dim,
     }
-    codec = (
-        _parse_codec(model["pretransform"]["config"], raw) if model.get("pretransform") else None
+    text = from_dict(TextConfig, given)
+    found = problems(raw, _model_rules(dit, codec, ids), "")
+    for entry, rules in zip(conditions, CONDITIONS, strict=True):
+        found += problems(entry, rules, "conditioning.configs")
+    added = _at(raw, "model.diffusion.input_add_ids", ADDED)
+    if not isinstance(added, list) or added[: len(ADDED)] != ADDED:
+        found.append(f"input_add_ids {added!r:.80} ({ADDED} are expected first)")
+    if found:
+        _refuse(found)
+    return StableAudioConfig(dit, codec, replace(text, max_seconds=float(text.max_seconds)), ids[1])
+
+
+def _at(section: Any, path: str, default: Any = None) -> Any:
+    """What a section says at that path of keys; refused if there is neither that nor a default."""
+    for name in path.split("."):
+        if not isinstance(section, dict) or name not in section:
+            return default if default is not None else _refuse([f"no {path}"])
+        section = section[name]
+    return section
+
+
+def _refuse(found: list[str]) -> None:
+    raise LmdError(
+        f"{CONFIG_FILE} with {'; '.join(found)}",
+        "a model of Stable Audio Open Small's kind",
+        "Another kind of model cannot be loaded; check the spelling.",
     )
-    return StableAudioConfig(
-        from_dict(DiTConfig, sizes), codec, from_dict(TextConfig, text), ids[1]
-    )
 
 
-def _parse_codec(config: dict[str, Any], raw: dict[str, Any]) -> OobleckConfig:
-    """The autoencoder's sizes; both halves must be mirror images."""
-    encoder, decoder = config["encoder"]["config"], config["decoder"]["config"]
-    sizes = {name: decoder[name] for name in ("channels", "c_mults", "strides", "latent_dim")}
-    sizes |= {"sample_rate": raw["sample_rate"], "audio_channels": decoder["out_channels"]}
-    built, latent_dim = from_dict(OobleckConfig, sizes), raw["model"]["io_channels"]
-    mirrored = {n: (encoder[n], decoder[n]) for n in ("channels", "c_mults", "strides")}
-    _must_agree(
-        {
-            **{f"encoder.{name}": pair for name, pair in mirrored.items()},
-            "encoder.in_channels": (encoder["in_channels"], decoder["out_channels"]),
-            "encoder.latent_dim": (encoder["latent_dim"], 2 * latent_dim),
-            "decoder.latent_dim": (decoder["latent_dim"], latent_dim),
-            "pretransform.latent_dim": (config["latent_dim"], latent_dim),
-            "pretransform.io_channels": (config["io_channels"], decoder["out_channels"]),
-            "downsampling_ratio": (config["downsampling_ratio"], built.samples_per_frame),
-        }
-    )
-    return built
+def problems(values: Any, rules: Rules, where: str) -> list[str]:
+    """Each key of a section that is unknown, missing or asks for something not built here.
+
+    Args:
+        values: the section.
+        rules: for every key the rules of a section, or a tuple of the values that mean what our
+            code computes (None: absent is fine; int: any positive number), or `...`: it changes
+            nothing in the networks, or is checked apart.
+        where: the section's name.
+    """
+    if not isinstance(values, dict):
+        return [f"{where} {values!r:.40} (a section is expected)"]
+    found = [f"unknown key {where}.{key}" for key in sorted(set(values) - set(rules))]
+    for key, rule in rules.items():
+        value, place = values.get(key), f"{where}.{key}".removeprefix(".")
+        if isinstance(rule, dict):
+            found += problems(values.get(key, {}), rule, place)
+        elif rule is not ... and value not in rule:
+            if int in rule and type(value) is int and value > 0:
+                continue
+            wanted = [a if a is int else json.dumps(a) for a in rule if a is not None]
+            expected = " or ".join("a whole number" if a is int else a for a in wanted)
+            found.append(f"{place} {json.dumps(value):.40} ({expected} is expected)")
+    return found
 
 
-def _must_agree(pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuse a config whose parts contradict each other, all of it at once."""
-    wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if wrong:
-        raise LmdError(
-            ", ".join(f"{name} {found}" for name, (found, _) in wrong.items()),
-            ", ".join(f"{expected}" for _, expected in wrong.values()),
-            f"Check {CONFIG_FILE}.",
-        )
+def _model_rules(dit: DiTConfig, codec: OobleckConfig | None, ids: list[str]) -> Rules:
+    """What a model of these sizes may say."""
+    transformer = {
+        **dict.fromkeys(("embed_dim", "depth", "num_heads", "io_channels"), ...),
+        **dict.fromkeys(("cond_token_dim", "postpend", "input_add_dim", "input_add_dims"), ...),
+        **dict.fromkeys(("diffusion_objective", "zero_init_branch_outputs"), ...),
+        "global_cond_dim": (dit.text_dim,),
+        "ff_kwargs": {
+            "mult": ...,
+            "no_bias": (None, False),
+            "glu": (None, True),
+            "use_conv": (None, False),
+        },
+        "transformer_type": (None, "continuous_transformer"),
+        "attn_kwargs": ({"qk_norm": "ln"},),
+        "global_cond_type": (None, "prepend"),
+        "timestep_cond_type": (None, "global"),
+        "patch_size": (None, 1),
+        **dict.fromkeys(("project_cond_tokens", "project_global_cond"), (None, True)),
+        **dict.fromkeys(("rotary_pos_emb", "cross_attend"), (None, True)),
+        **dict.fromkeys(("input_concat_dim", "prepend_cond_dim", "num_memory_tokens"), (None, 0)),
+        **dict.fromkeys(("causal", "conformer"), (None, False)),
+        **dict.fromkeys(("use_sinusoidal_emb", "use_abs_pos_emb"), (None, False)),
+    }
+    diffusion = {
+        "type": ("dit",),
+        "diffusion_objective": ("rectified_flow", "rf_denoiser"),
+        "cross_attention_cond_ids": (ids,),
+        "global_cond_ids": (ids[1:],),
+        "input_add_ids": ...,
+        **dict.fromkeys(("prepend_cond_ids", "input_concat_ids"), (None, [])),
+        "distribution_shift_options": ...,
+        "config": transformer,
+    }
+    model = {
+        "io_channels": (dit.latent_dim,),
+        "pretransform": _codec_rules(codec, dit.latent_dim) if codec else ...,
+        "conditioning": {"configs": ..., "cond_dim": (dit.text_dim,), "default_keys": ...},
+        "diffusion": diffusion,
+    }
+    return {
+        "model_type": ("diffusion_cond", "diffusion_cond_inpaint"),
+        **dict.fromkeys(("sample_size", "sample_rate"), (int,)),
+        "audio_channels": (None, int),
+        "training": ...,
+        "model": model,
+    }
+
+
+def _codec_rules(codec: OobleckConfig, latent_dim: int) -> Rules:
+    """What an autoencoder of these sizes may say; its halves are mirror images."""
+    half = {
+        "channels": (codec.channels,),
+        "c_mults": (list(codec.c_mults),),
+        "strides": (list(codec.strides),),
+        "use_snake": (True,),
+        "antialias_activation": (None, False),
+    }
+    decoder = {
+        "out_channels": ...,
+        "latent_dim": (latent_dim,),
+        "use_nearest_upsample": (None, False),
+        "final_tanh": (False,),  # absent would mean True
+    }
+    encoder = {"in_channels": (codec.audio_channels,), "latent_dim": (2 * latent_dim,)}
+    outer = {"type": ("oobleck",), "requires_grad": ...}
+    return {
+        "type": ("autoencoder",),
+        "scale": (None, 1),
+        **dict.fromkeys(("iterate_batch", "model_half", "chunked", "enable_grad"), ...),
+        "config": {
+            "latent_dim": (latent_dim,),
+            "downsampling_ratio": (codec.samples_per_frame,),
+            "io_channels": (codec.audio_channels,),
+            "encoder": {**outer, "config": {**half, **encoder}},
+            "decoder": {**outer, "config": {**half, **decoder}},
+            "bottleneck": {"type": ("vae",), "config": (None, {})},
+        },
+    }
+
+
+PROMPT = {
+    "t5_model_name": (None, "t5-base"),  # absent means that, too
+    "max_length": ...,
+    "enable_grad": ...,
+    "project_out": (None, False),
+}
+SECONDS = {"min_val": (0,), "max_val": ..., "fourier_features_type": (None, "learned")}
+CONDITIONS = [{"id": ..., "type": ..., "config": rules} for rules in (PROMPT, SECONDS)]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmd.errors import LmdError
 from lmd.model.dit import Condition
-from lmd.outputs import check_outputs
+from lmd.outputs import check_outputs, write_json
 from lmd.stable_audio.weights import StableAudio, load_stable_audio, read_weights
 
 EXPECTED_FILE = "expected.safetensors"
@@ -36,8 +36,7 @@ def velocity(loaded: StableAudio, given: Tensors, cfg_scale: float = 1.0) -> Ten
     guided = loaded.model(given["latents"], given["t"], condition)
     if cfg_scale == 1:
         return guided
-    null = loaded.model.null_condition(condition)
-    free = loaded.model(given["latents"], given["t"], null)
+    free = loaded.model(given["latents"], given["t"], loaded.model.null_condition(condition))
     return free + cfg_scale * (guided - free)
 
 
@@ -59,6 +58,8 @@ INPUTS = sorted({name for needs, _ in OUTPUTS.values() for name in needs})
 def compare(loaded: StableAudio, expected: Tensors) -> list[dict[str, Any]]:
     """Compute every output again: one row for each, with the largest absolute difference.
 
+    The difference is None where it is no number, or where the shapes differ.
+
     Raises:
         LmdError: unknown names, inputs missing, or no outputs at all.
     """
@@ -74,36 +75,21 @@ def compare(loaded: StableAudio, expected: Tensors) -> list[dict[str, Any]]:
                 f"inputs {INPUTS} and outputs {[*OUTPUTS, 'velocity_cfgN']}",
                 "Rename it, leave it out, or add its inputs.",
             )
-        rows.append(_row(name, compute(loaded, expected), expected[name]))
+        wanted, computed = expected[name], compute(loaded, expected)
+        same = computed.shape == wanted.shape
+        diff = float((computed - wanted).abs().max()) if same else math.inf
+        rows.append(
+            {
+                "name": name,
+                "shape": tuple(wanted.shape),
+                "max_abs_expected": float(wanted.nan_to_num().abs().max()),
+                "max_abs_diff": diff if math.isfinite(diff) else None,
+                "ok": diff <= TOLERANCE,
+            }
+        )
     if not rows:
         raise LmdError(f"{EXPECTED_FILE} without outputs", "at least one", "Write the file again.")
     return rows
-
-
-def _row(name: str, computed: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Another shape counts as an infinite difference."""
-    same = computed.shape == expected.shape
-    diff = float((computed - expected).abs().max()) if same else math.inf
-    return {
-        "name": name,
-        "shape": tuple(expected.shape),
-        "max_abs_expected": float(expected.abs().max()),
-        "max_abs_diff": diff,
-        "ok": diff <= TOLERANCE,
-    }
-
-
-def report(loaded: StableAudio, rows: list[dict[str, Any]], folder: Path) -> str:
-    """The rows and what was left out, as JSON; a difference that is no number becomes null."""
-    content = {
-        "folder": folder.name,
-        "tolerance": TOLERANCE,
-        "rows": json.loads(pd.DataFrame(rows).to_json(orient="records", double_precision=15)),
-        "unmatched": loaded.unmatched,
-        "fresh": loaded.fresh,
-        "ok": all(row["ok"] for row in rows),
-    }
-    return json.dumps(content, indent=1, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -128,16 +114,23 @@ def main(options: Options) -> int:
     if not (options.folder / EXPECTED_FILE).is_file():
         raise LmdError(f"no {EXPECTED_FILE} in {options.folder}", "one", "Check the path.")
     rows = compare(loaded, read_weights(options.folder / EXPECTED_FILE))
-    figures = report(loaded, rows, options.folder)
+    report = {
+        "folder": options.folder.name,
+        "tolerance": TOLERANCE,
+        "rows": rows,
+        "unmatched": loaded.unmatched,
+        "fresh": loaded.fresh,
+        "ok": all(row["ok"] for row in rows),
+    }
     if options.json == "-":
-        print(figures)
+        print(json.dumps(report, indent=1))
     else:
         print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3g"))
         for title, names in (("left out", loaded.unmatched), ("not in the file", loaded.fresh)):
             if names:
                 print(f"{title}: {', '.join(names)}")
     if options.json not in ("", "-"):
-        Path(options.json).write_text(figures + "\n", encoding="utf-8")
+        write_json(options.json, report)
     if failed := [row["name"] for row in rows if not row["ok"]]:
         print(f"differs by more than {TOLERANCE:g}: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return int(not report["ok"])

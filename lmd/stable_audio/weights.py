@@ -12,18 +12,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lmd.codec.oobleck import OobleckCodec, build_reference, from_stable_audio
-from lmd.config import ControlChannel, DiTConfig, OobleckConfig
+from lmd.codec.oobleck import OobleckCodec, build_reference
+from lmd.config import ControlChannel, DiTConfig
 from lmd.errors import LmdError
 from lmd.model.live_model import LiveModel
 from lmd.model.weights import build_loaded, check_names_and_shapes
 from lmd.stable_audio.config import CONFIG_FILE, StableAudioConfig, parse_config
 
 WEIGHT_FILES = ("model.safetensors", "model.ckpt")
-INPUT_ADD = "dit.to_input_add.weight"
-PRETRANSFORM = "pretransform.model."
-TRANSFORMER = "model.model."
+INPUT_ADD = "model.dit.to_input_add.weight"
 
+# Their layers are numbered: a half's blocks' parts in order, and those of a residual unit.
+PARTS = {
+    "encoder": ("res_unit1", "res_unit2", "res_unit3", "snake1", "conv1"),
+    "decoder": ("snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3"),
+}
+UNIT = ("snake1", "conv1", "snake2", "conv2")
 # Names of weights of the transformer and of the embedding of seconds, ours to theirs.
 RENAMES = (
     ("dit.blocks.", "transformer.layers."),
@@ -116,46 +120,46 @@ def load_stable_audio(folder: str | Path, strict: bool = True) -> StableAudio:
     weights = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), None)
     if weights is None or not (folder / CONFIG_FILE).is_file():
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
-        raise LmdError(
-            f"{folder} holding {held}",
-            f"{CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}",
-            "Check the path.",
-        )
+        wanted = f"{CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}"
+        raise LmdError(f"{folder} holding {held}", wanted, "Check the path.")
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise LmdError(f"{CONFIG_FILE} that is not JSON ({error})", "JSON", "Repair it.") from error
-    return translate(parse_config(raw), read_weights(weights), str(weights), strict)
+    return _translate(parse_config(raw), _plain(read_weights(weights)), str(weights), strict)
 
 
-def translate(
-    config: StableAudioConfig, tensors: Mapping[str, Tensor], source: str, strict: bool = True
+def _translate(
+    config: StableAudioConfig, tensors: Mapping[str, Tensor], source: str, strict: bool
 ) -> StableAudio:
-    """Their tensors as a model and a codec of ours; see `load_stable_audio`."""
-    tensors = _plain(tensors)
+    """Their tensors as a model and a codec of ours."""
     config = replace(config, dit=_completed(config.dit, tensors))
     both = nn.Module()  # so that one refusal lists everything
     with torch.device("meta"):
         both.model = LiveModel(config.dit, config.text.max_seconds)
         both.codec = build_reference(config.codec) if config.codec else None
-    names = {stable_audio_name(own, config.seconds_id): own for own in both.model.state_dict()}
-    model, codec, unknown = {}, {}, {}
-    for name, tensor in tensors.items():
-        if name in names:
-            model[names[name]] = tensor
-        elif own := config.codec and _codec_name(name, config.codec):
-            is_snake = own.endswith((".alpha", ".beta"))
-            codec[own] = tensor.reshape(1, -1, 1) if is_snake else tensor
-        elif not (name.endswith("_norm.beta") and not tensor.any()):  # a buffer of zeros
-            unknown[name] = tensor
-    fresh = () if INPUT_ADD in model else (INPUT_ADD,)
-    model.setdefault(INPUT_ADD, both.model.dit.to_input_add.weight)
-    ours = {f"model.{k}": v for k, v in model.items()} | {f"codec.{k}": v for k, v in codec.items()}
+    own = both.state_dict()
+    names = {stable_audio_name(name, config): name for name in own}
+    ours = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+    for name, tensor in ours.items():
+        if name.endswith((".alpha", ".beta")):  # vectors there
+            ours[name] = tensor.reshape(1, -1, 1)
+    unknown = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in names and not (name.endswith("_norm.beta") and not tensor.any())
+    }  # a layer norm's beta is a buffer of zeros
+    fresh = () if INPUT_ADD in ours else (INPUT_ADD,)
+    ours.setdefault(INPUT_ADD, own[INPUT_ADD])
     check_names_and_shapes(both, ours | (unknown if strict else {}), source)
-    if fresh:
-        model[INPUT_ADD] = torch.zeros(model[INPUT_ADD].shape)
+    ours |= {name: torch.zeros(own[name].shape) for name in fresh}
+    model, codec = (
+        {name.removeprefix(part): ours[name] for name in ours if name.startswith(part)}
+        for part in ("model.", "codec.")
+    )
     loaded = build_loaded(lambda: LiveModel(config.dit, config.text.max_seconds), model, source)
-    return StableAudio(config, loaded, codec, tuple(sorted(unknown)), fresh)
+    left_zero = tuple(name.removeprefix("model.") for name in fresh)
+    return StableAudio(config, loaded, codec, tuple(sorted(unknown)), left_zero)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,28 +176,39 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def stable_audio_name(own: str, seconds_id: str) -> str:
-    """Their name of a weight of `LiveModel`."""
-    is_seconds = own.startswith("seconds.")
+def stable_audio_name(own: str, config: StableAudioConfig) -> str:
+    """Their name of one of our weights: `model.…` of `LiveModel`, `codec.…` as diffusers has it."""
+    part, own = own.split(".", 1)
+    if part == "codec":
+        return f"pretransform.model.{_codec_name(own, config)}"
+    seconds = f"conditioner.conditioners.{config.seconds_id}."
+    place = seconds if own.startswith("seconds.") else "model.model."
     for ours, theirs in RENAMES:
         own = own.replace(ours, theirs)
-    return (f"conditioner.conditioners.{seconds_id}." if is_seconds else TRANSFORMER) + own
+    return place + own
 
 
-def _codec_name(name: str, config: OobleckConfig) -> str | None:
-    """Diffusers' name of one of their weights, None if it is not the autoencoder's."""
-    inner = name.removeprefix(PRETRANSFORM)
-    return from_stable_audio(inner, config) if inner != name else None
+def _codec_name(own: str, config: StableAudioConfig) -> str:
+    """`decoder.block.1.res_unit2.conv1.bias` is `decoder.layers.2.layers.3.layers.1.bias`."""
+    side, *parts, parameter = own.split(".")
+    if parts[0] == "block":
+        _, index, part, *inner = parts
+        numbers = [int(index) + 1, PARTS[side].index(part), *map(UNIT.index, inner)]
+    else:
+        n = len(config.codec.strides) if config.codec else 0
+        numbers = [{"conv1": 0, "snake1": n + 1, "conv2": n + 2}[parts[0]]]
+    return ".".join([side, *(f"layers.{number}" for number in numbers), parameter])
 
 
 def _completed(config: DiTConfig, tensors: Mapping[str, Tensor]) -> DiTConfig:
     """What only the weights say: further input-add channels, and the rotary base."""
     controls: tuple[ControlChannel, ...] = ()
-    added = tensors.get(stable_audio_name(INPUT_ADD, ""))
+    added = tensors.get("model.model.to_input_add_embed.weight")
     if added is not None and added.ndim == 2:
         n_further = added.shape[-1] - 1 - config.latent_dim
         controls = (ControlChannel("further", n_further),) if n_further > 0 else ()
-    base, inv_freq = config.rope_base, tensors.get(stable_audio_name("dit.rope.inv_freq", ""))
+    base = config.rope_base
+    inv_freq = tensors.get("model.model.transformer.rotary_pos_emb.inv_freq")
     if inv_freq is not None and inv_freq.ndim == 1 and len(inv_freq) > 1:
         base = float((inv_freq[0] / inv_freq[1]).double() ** len(inv_freq))
     return replace(config, controls=controls, rope_base=base)
