@@ -26,7 +26,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("replay",): ("lmd.play.replay", "play a recorded take again"),
     ("export",): ("lmd.play.export_command", "write graphs that play"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
-    ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
+    ("data", "check"): ("lmd.data.check", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
     ("train", "codec"): ("lmd.training.codec.train", "train the spectral codec"),
     ("train", "base"): ("lmd.training.train_base", "train the bidirectional base model"),

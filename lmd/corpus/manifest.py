@@ -1,6 +1,5 @@
 """A corpus on disk: a manifest, one WAV per sound, stems stored or played again."""
 
-import math
 import wave as riff
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,14 +10,13 @@ import numpy as np
 
 from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
 from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
-from lmd.corpus.tables import file_sha256, read_rows, read_settings, write_rows
+from lmd.corpus.tables import read_rows, read_settings, write_rows
 from lmd.corpus.tones import shared_bank
 from lmd.errors import LmdError
+from lmd.outputs import file_sha256
 
 MANIFEST = "manifest.csv"
 SETTINGS = "corpus.json"
-MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000  # Hz
-MIN_WINDOW_S = 1.0
 _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
 
 
@@ -60,23 +58,6 @@ COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 def new_row(**known: Any) -> Row:
     """A row of what is known; the rest is empty or zero."""
     return Row(**{**{field.name: field.type() for field in fields(Row)}, **known})
-
-
-def check_format(sample_rate: int, channels: int, max_seconds: float) -> None:
-    """Refuse a format that no corpus can have, before anything is written in it.
-
-    Raises:
-        LmdError: a rate, a number of channels or a longest sound out of range.
-    """
-    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-        expected = f"{MIN_SAMPLE_RATE} … {MAX_SAMPLE_RATE} Hz"
-        hint = "22050 is what the shipped weights take."
-        raise LmdError(f"--sample-rate {sample_rate}", expected, hint)
-    if channels not in (1, 2):
-        raise LmdError(f"--channels {channels}", "1 or 2", "Give one of these.")
-    if not MIN_WINDOW_S <= max_seconds < math.inf:
-        expected = f"{MIN_WINDOW_S:g} or more, but not without end"
-        raise LmdError(f"--max-seconds {max_seconds}", expected, "Give seconds.")
 
 
 def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:

@@ -1,12 +1,10 @@
 """The files in which a corpus and its latents keep their rows and settings: CSV, JSON, logs."""
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,13 +101,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, read once in a process while it stays as it is."""
-    state = path.stat()
-    return _sha256(path.absolute(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def append_log(path: Path, entry: dict[str, Any]) -> None:
+    """Add an object to a log."""
+    with path.open("a") as log:
+        log.write(json.dumps(entry, sort_keys=True) + "\n")

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from lmd.corpus.tables import file_sha256, read_rows, read_settings
+from lmd.corpus.tables import read_rows, read_settings
 from lmd.errors import LmdError
-from lmd.outputs import write_atomic
+from lmd.outputs import file_sha256, write_atomic
 
 SHARD_FORMAT = 1
 INDEX = "index.csv"
