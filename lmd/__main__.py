@@ -14,8 +14,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
 
 from lmd import __version__
 from lmd.errors import LmdError
@@ -48,6 +54,29 @@ MOVED = {
 }
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+
+PATHS = ConstructorRegistry()
+
+
+@PATHS.primitive_rule
+def named_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads a path: an empty one, which would be the folder one stands in, is refused."""
+
+    def path(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("found ''; expected a file or folder; '.' is the one you are in")
+        return Path(words[0])
+
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def usage() -> str:
@@ -113,9 +142,8 @@ def _run(words: list[str], is_process: bool) -> int:
     try:
         if hasattr(module, "Options"):
             config = (tyro.conf.FlagCreatePairsOff,)
-            options = tyro.cli(
-                module.Options, prog=prog, description=text, args=rest, config=config
-            )
+            about = {"prog": prog, "description": text, "config": config, "registry": PATHS}
+            options = tyro.cli(module.Options, args=rest, **about)
         else:  # the older form of a command
             parser = argparse.ArgumentParser(prog=prog, description=text)
             module.configure(parser)

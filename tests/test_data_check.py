@@ -237,6 +237,22 @@ def test_an_empty_name_is_not_the_folder_one_stands_in(
     assert "found ''; expected a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"data {name}" for name in ("build", "encode")), "evaluate", "export", "convert folder",
+        *(f"train {name}" for name in ("codec", "base", "finetune", "distill", "arc", "tagger")),
+    ],
+)  # fmt: skip
+def test_an_empty_out_is_not_the_folder_one_stands_in(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*words.split(), "--out", ""])
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Error parsing --out: found ''; expected a file or folder" in said
+
+
 def without_xing(path: Path) -> bytes:
     """An MP3's frames alone."""
     data = path.read_bytes()

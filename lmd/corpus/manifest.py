@@ -103,7 +103,7 @@ class Corpus:
         self.folder = Path(folder)
         self.rows = [row for row in read_manifest(self.folder) if split in (None, row.split)]
         if not self.rows:
-            found = f"no {split or ''} rendition in {self.folder}"
+            found = f"no {split or ''} sound in {self.folder}"
             todo = "Build more hours: python -m lmd data build --hours H."
             raise LmdError(found, "at least one", todo)
         self.sample_rate, self.channels = self.rows[0].sample_rate, self.rows[0].channels

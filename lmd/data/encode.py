@@ -43,7 +43,7 @@ class EncodeSettings:
 
     Attributes:
         stems: encode every voice too.
-        rows_per_shard: renditions in one shard.
+        rows_per_shard: sounds in one shard, with their stems.
         cache: where parsed scores are kept (stems are played again).
     """
 
@@ -140,11 +140,6 @@ def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry
         shared["caption"] = stem_caption(row, voice)
         shared["instruments"] = row.instruments.split("|")[voice]
     return Entry(**shared, voice=voice, shard=shard, start_frame=start, n_frames=n_frames)
-
-
-def shard_name(number: int) -> str:
-    """The file name of a shard."""
-    return f"shard-{number:05d}.safetensors"
 
 
 def encode_corpus(
