@@ -107,27 +107,17 @@ def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rende
     how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
     key, mode = find_key(sound.notes[:, 2], sound.notes[:, 1])
     duration_s = sound.wave.shape[-1] / settings.sample_rate
-    return new_row(
-        name=_row_name(piece, rendition),
-        piece_id=piece.piece_id,
-        composer=piece.composer,
-        title=piece.title,
-        split=piece.split,
-        rendition=rendition,
-        seed=settings.seed,
-        family=how.family,
-        instruments="|".join(how.instruments),
-        tempo_bpm=how.tempo_bpm,
-        key=key,
-        mode=mode,
-        metre=piece.metre,
-        transposition=how.transposition,
-        articulation=how.articulation,
-        dynamics=how.dynamics,
-        density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
-        brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
-        sample_rate=settings.sample_rate,
-    )
+    sources = (piece, how, settings)
+    known = {name: getattr(s, name) for s in sources for name in COLUMNS if hasattr(s, name)}
+    known |= {
+        "name": _row_name(piece, rendition),
+        "instruments": "|".join(how.instruments),
+        "key": key,
+        "mode": mode,
+        "density_hz": round(onset_density(sound.notes[:, 0], duration_s), 3),
+        "brightness_hz": round(brightness_hz(sound.wave, settings.sample_rate), 1),
+    }
+    return new_row(**known)
 
 
 def _row_name(piece: Piece, rendition: int) -> str:

@@ -30,8 +30,6 @@ MIN_SAMPLE_RATE = 16_000  # Hz; below, there is nothing over 8 kHz to learn from
 MAX_CHANNELS = 2
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's word for a header that does not tell the length
 TOLERANCE_S = 0.01  # encoders of Opus announce up to some milliseconds more than there is
-MAX_REJECTED = 0.05  # of all files; more stop a build …
-FEWEST_FILES = 20  # … of so many files or more
 SILENT_PEAK = 1e-4  # -80 dB under full scale
 
 
@@ -68,12 +66,6 @@ class Report:
     accepted: list[Path] = field(default_factory=list)  # sorted
     rejected: dict[Path, str] = field(default_factory=dict)  # and why
     not_read: Counter[str] = field(default_factory=Counter)  # passed over, by ending (`.mid`)
-
-    @property
-    def too_many_rejected(self) -> bool:
-        """Whether more than 5 % of 20 files or more are rejected."""
-        n_files = len(self.accepted) + len(self.rejected)
-        return n_files >= FEWEST_FILES and len(self.rejected) > MAX_REJECTED * n_files
 
     def reject(self, path: Path, reason: str) -> None:
         """Move a file from the accepted ones to the rejected."""

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -181,7 +180,17 @@ def encode_corpus(
         raise LmdError(f"no stems in {corpus.folder}", "some, for --stems", todo)
     if alone:
         fabric.print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone")
-    hold_settings(out / SETTINGS, _settings(corpus, codec, how, codec_id), free=("silence",))
+    settings = {
+        "format": SHARD_FORMAT,
+        "codec": codec_id,
+        "corpus": hashlib.sha256("\n".join(row.sha256 for row in corpus.rows).encode()).hexdigest(),
+        "stems": how.stems,
+        "rows_per_shard": how.rows_per_shard,
+        "silence": silence_frame(codec),
+    }
+    sizes = ("latent_dim", "sample_rate", "channels", "samples_per_frame")
+    settings |= {name: getattr(codec, name) for name in sizes}
+    hold_settings(out / SETTINGS, settings, free=("silence",))
     step = how.rows_per_shard
     shards = {
         out / f"shard-{number:05d}.safetensors": range(len(corpus))[first : first + step]
@@ -214,23 +223,6 @@ def encode_corpus(
     return torn
 
 
-def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) -> dict[str, Any]:
-    """What the latents were made from, for the folder's settings file."""
-    digest = hashlib.sha256("\n".join(row.sha256 for row in corpus.rows).encode()).hexdigest()
-    return {
-        "format": SHARD_FORMAT,
-        "codec": codec_id,
-        "corpus": digest,
-        "stems": how.stems,
-        "rows_per_shard": how.rows_per_shard,
-        "latent_dim": codec.latent_dim,
-        "sample_rate": codec.sample_rate,
-        "channels": codec.channels,
-        "samples_per_frame": codec.samples_per_frame,
-        "silence": silence_frame(codec),
-    }
-
-
 def _write_index(out: Path, shards: Sequence[Path], corpus: Corpus) -> None:
     """One line per sound over all shards: where it lies, and what the corpus says of it now.
 
@@ -239,11 +231,9 @@ def _write_index(out: Path, shards: Sequence[Path], corpus: Corpus) -> None:
     entries, row = [], -1
     known = [entry for path in shards for entry in shard_entries(path)]
     for old in tqdm(known, desc="captions", mininterval=2):
-        row += old.voice < 0  # a rendition's mix comes before its stems
-        place = (old.shard, old.start_frame, old.n_frames)
-        entry = _entry(corpus.rows[row], old.voice, *place)
-        if old.voice < 0:
-            also = further_captions(corpus.rows[row], FURTHER_CAPTIONS)
-            entry = replace(entry, also="|".join(also))
-        entries.append(entry)
+        row += old.voice < 0  # a mix comes before its stems
+        about = corpus.rows[row]
+        entry = _entry(about, old.voice, old.shard, old.start_frame, old.n_frames)
+        also = further_captions(about, FURTHER_CAPTIONS) if old.voice < 0 else ()
+        entries.append(replace(entry, also="|".join(also)))
     write_rows(out / INDEX, Entry, entries)

@@ -30,7 +30,7 @@ from lmd.corpus.manifest import (
 )
 from lmd.corpus.scores import mapped
 from lmd.corpus.tables import append_log, hold_settings, read_log
-from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Report, survey, unreadable
+from lmd.data.check import MIN_SECONDS, Report, survey, unreadable
 from lmd.data.layouts import Track
 from lmd.data.sound_files import Scan, load_segment, open_sound, scan
 from lmd.data.splits import with_splits
@@ -40,6 +40,8 @@ from lmd.outputs import check_folder, write_json
 AUDIO_FORMAT = 2
 SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
 MAX_GAIN = 10 ** (30 / 20)  # what is softer stays soft: more would lift noise, not music
+MAX_REJECTED = 0.05  # of all files; more stop a build …
+FEWEST_FILES = 20  # … of so many files or more
 MOST_CAPTIONS = 20  # shown after a build
 
 
@@ -156,10 +158,11 @@ def build_audio(
             expected = "a folder outside: the next run would take in its own output"
             raise LmdError(found, expected, "Choose another --out.")
     tracks, report = survey(folder)
-    if (report.too_many_rejected and not keep_going) or not tracks:
-        n_rejected, n_accepted = len(report.rejected), len(report.accepted)
+    n_rejected, n_files = len(report.rejected), len(report.accepted) + len(report.rejected)
+    too_many = n_files >= FEWEST_FILES and n_rejected > MAX_REJECTED * n_files
+    if (too_many and not keep_going) or not tracks:
         listed = "".join(f"\n  {line}" for line in report.lines())
-        found = f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n"
+        found = f"{n_rejected} of {n_files} files rejected:{listed}\n"
         expected = f"at most {MAX_REJECTED:.0%}" if tracks else "music"
         todo = "Repair or remove them, or use --keep-going." if tracks else "Repair them."
         raise LmdError(found, expected, todo)

@@ -58,9 +58,10 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
     if path.suffix.lower() != ".mp3" or not size:
         return 0, b""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        id3 = [byte & 0x7F for byte in data[6:10]] if data[:3] == b"ID3" else []
-        n_tag = 10 + sum(part << 7 * (3 - i) for i, part in enumerate(id3)) if id3 else 0
-        first = _next_frame(data, n_tag)
+        at, n_frames = 0, 0
+        if data[:3] == b"ID3":
+            at = 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
+        first = at = _next_frame(data, at)
         if first < 0:
             return 0, b""
         head = bytearray(data[first : first + 4])
@@ -69,12 +70,9 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
         tag = data[first + 4 + side : first + 8 + side]
         if tag in (b"Xing", b"Info") and data[first + 11 + side] & 1:  # it states the length
             return 0, b""
-        at, n_frames = first, 0
-        while at >= 0 and at + _frame_bytes(data, at) <= size:
-            n_frames += 1
-            at += _frame_bytes(data, at)
-            if not _frame_bytes(data, at):  # the end, or something else than sound
-                at = _next_frame(data, at)
+        while at >= 0 and (end := at + _frame_bytes(data, at)) <= size:
+            n_frames += 1  # behind it the next, the end, or something else than sound
+            at = end if _frame_bytes(data, end) else _next_frame(data, end)
     head[1] |= 1  # no checksum
     head[2] = 9 << 4 | head[2] & 0b1100  # room for the header, no padding byte
     body = bytes(head) + bytes(side) + b"Xing" + struct.pack(">II", 1, n_frames)
@@ -98,8 +96,7 @@ def _frame_bytes(data: mmap.mmap | bytes, at: int) -> int:
     version, kbps, rate = data[at + 1] >> 3 & 3, data[at + 2] >> 4, data[at + 2] >> 2 & 3
     if version == 1 or kbps in (0, 15) or rate == 3:
         return 0
-    hz = _MPEG_HZ[rate] >> (0 if version == 3 else 1 if version == 2 else 2)
-    is_mpeg1 = version == 3
+    is_mpeg1, hz = version == 3, _MPEG_HZ[rate] >> {3: 0, 2: 1, 0: 2}[version]
     return (144 if is_mpeg1 else 72) * 1000 * _KBPS[is_mpeg1][kbps] // hz + (data[at + 2] >> 1 & 1)
 
 
@@ -136,9 +133,9 @@ def to_mono(wave: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file sounds like from its first sample to its last."""
+    """What a file sounds like from its first sample to the last that can be read."""
 
-    n_samples: int  # how many could be read
+    n_samples: int
     sample_rate: int  # Hz
     step_s: float  # length of a step in seconds, a whole number of the file's samples
     steps: np.ndarray  # [step]: highest absolute value in any channel (in a mix they may cancel)
