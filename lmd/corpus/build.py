@@ -70,12 +70,7 @@ def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piec
     """Which renditions make up so many hours: every piece once, shuffled, then every piece again.
 
     More hours extend the plan; they change nothing of its beginning. Scores are parsed as far as
-    they are likely to be needed.
-
-    Args:
-        shelf: the scores.
-        hours: at least this much at the written tempo (fermatas make it a little longer).
-        settings: for the seed and the longest excerpt.
+    they are likely to be needed. Fermatas make it a little longer.
 
     Raises:
         LmdError: none of the scores can be used.

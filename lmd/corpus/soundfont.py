@@ -1,9 +1,7 @@
 """SoundFont 2 files: which sample plays a key, and that sample held for as long as it is wanted.
 
-Written because symusic 0.5.9, the renderer that this project began with, plays several programs of
-the built-in soundfont out of tune (its piano sounds 3 to 14 semitones off, its harpsichord 8 too
-low) and knows neither velocity nor decay. `tests/test_data_render.py` holds every instrument's
-pitch against the key that was asked for.
+symusic 0.5.9 plays programs of the built-in soundfont out of tune (its piano by 3 to 14 semitones)
+and knows neither velocity nor decay. `tests/test_data_render.py` holds every instrument to its key.
 
 Source: SoundFont Technical Specification 2.04, sections 5 to 8; `.sf3` keeps samples as Ogg Vorbis.
 """
