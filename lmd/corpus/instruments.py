@@ -19,9 +19,7 @@ class Instrument:
     low: int  # MIDI pitches; a note under the lowest or over the highest is moved by octaves
     high: int
     attack_ms: float  # rise time added to the sample's own
-    fade_s: (
-        float  # a held middle C falls by 60 dB; half as long two octaves up; 0 = sustained
-    )
+    fade_s: float  # a held middle C falls by 60 dB; half as long two octaves up; 0 = sustained
     release_ms: float  # time in which a released note falls by 60 dB
     cutoff_hz: float  # of a two-pole low-pass, about as the built-in soundfont asks for; 0 = none
 
