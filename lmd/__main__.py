@@ -13,8 +13,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
 
 from lmd import __version__
 from lmd.errors import LmdError
@@ -25,7 +31,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("replay",): ("lmd.play.replay", "play a recorded take again"),
     ("export",): ("lmd.play.export_command", "write graphs that play"),
     ("data", "build"): ("lmd.data.build", "render the corpus, or read a folder of audio"),
-    ("data", "check"): ("lmd.data.check_command", "report which files of a folder can be used"),
+    ("data", "check"): ("lmd.data.check", "report which files of a folder can be used"),
     ("data", "encode"): ("lmd.data.encode", "encode a built corpus into latent shards"),
     ("train", "codec"): ("lmd.training.codec.train", "train the spectral codec"),
     ("train", "base"): ("lmd.training.train_base", "train the bidirectional base model"),
@@ -48,6 +54,29 @@ MOVED = {
 }
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+
+PATHS = ConstructorRegistry()
+
+
+@PATHS.primitive_rule
+def named_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads a path: an empty one, which would be the folder one stands in, is refused."""
+
+    def path(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("found ''; expected a file or folder; '.' is the one you are in")
+        return Path(words[0])
+
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def usage() -> str:
@@ -111,8 +140,9 @@ def _run(words: list[str], is_process: bool) -> int:
     with importing() if is_process else nullcontext():
         module = importlib.import_module(module_name)
     try:
-        no_pairs = (tyro.conf.FlagCreatePairsOff,)  # no --no-X beside every --X
-        options = tyro.cli(module.Options, prog=prog, description=text, args=rest, config=no_pairs)
+        config = (tyro.conf.FlagCreatePairsOff,)  # no --no-X beside every --X
+        about = {"prog": prog, "description": text, "config": config, "registry": PATHS}
+        options = tyro.cli(module.Options, args=rest, **about)
         return module.main(options)
     except LmdError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -1,9 +1,11 @@
 """What commands write: asked before the work, never one file over another or over other things."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ def check_folder(folder: Path, n_bytes: int = 0) -> None:
 
     Args:
         folder: where results are to go.
-        n_bytes: about how much will be in it, with what is there already.
+        n_bytes: about how much will be in it; what an earlier run left there counts.
 
     Raises:
         LmdError: it is, or lies in, something else; it cannot be written; the disk is too full.
@@ -33,10 +35,13 @@ def check_folder(folder: Path, n_bytes: int = 0) -> None:
     except OSError as error:
         found = f"{there} ({error.strerror})"
         raise LmdError(found, "a folder that can be written and has room", todo) from error
+    if not n_bytes:
+        return
+    n_bytes -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free
     if free < n_bytes:
         found = f"{free / 1e9:.2f} GB free for {folder}"
-        raise LmdError(found, f"about {n_bytes / 1e9:.2f} GB", "Free some. " + todo)
+        raise LmdError(found, f"about {n_bytes / 1e9:.2f} GB more", "Free some. " + todo)
 
 
 def check_outputs(
@@ -108,6 +113,18 @@ def write_json(path: str | Path, values: Any) -> None:
     except OSError as error:
         found = f"{path} ({error.strerror})"
         raise LmdError(found, "a file that can be written", "Make room.") from error
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, read once in a process while it stays as it is."""
+    state = path.stat()
+    return _sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_json(path: Path, key: str) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import soundfile
 
 RATE = 22_050
+FORMATS = {".aif": "AIFF", ".aifc": "AIFF", ".oga": "OGG", ".snd": "AU"}  # what names do not tell
 
 
 def tone(seconds: float, rate: int = RATE, channels: int = 1, hz: float = 440) -> np.ndarray:

@@ -20,7 +20,7 @@ from lmd.codec.base import Codec, DecodeState, StreamingCodec, decode_block
 from lmd.codec.oobleck import random_codec
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, preset
-from lmd.data.encode import QUIET, EncodeSettings, encode_corpus, encode_wave
+from lmd.data.encode import EncodeSettings, encode_corpus, encode_wave
 from lmd.data.shards import LatentShards
 from lmd.evaluation.clips import through_codec
 from lmd.evaluation.drift import drift_of, frame_statistics, play_streams
@@ -144,8 +144,8 @@ def test_a_corpus_is_encoded_drawn_and_decoded(instrument: Instrument, tmp_path:
     """What 01 does."""
     codec = instrument.streamer.codec
     corpus = make_corpus(tmp_path / "corpus", n_rows=2, channels=codec.channels)
-    trainer = L.Trainer(**QUIET, accelerator="cpu", devices=1, enable_progress_bar=False)
-    encode_corpus(corpus, codec, tmp_path / "latents", EncodeSettings(stems=True), trainer)
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    encode_corpus(corpus, codec, tmp_path / "latents", EncodeSettings(stems=True), fabric)
     assert len(LatentShards(tmp_path / "latents").entries) == 6
     wave = torch.from_numpy(corpus.wave(0))[None]
     latents = encode_wave(codec, wave)

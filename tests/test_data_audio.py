@@ -10,23 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from audio_files import RATE, make_bad, tone, write
+from audio_files import FORMATS, RATE, make_bad, tone, write
 
 from lmd.__main__ import main
+from lmd.corpus.build import BuildSettings
 from lmd.corpus.levels import TARGET_LUFS, loudness_lufs
 from lmd.corpus.manifest import Corpus, write_manifest
 from lmd.data import own_audio
-from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
-from lmd.data.own_audio import AudioSettings, build_audio, windows_of
-from lmd.data.sound_files import load_segment, scan, sounding
+from lmd.data.check import fault, survey
+from lmd.data.own_audio import build_audio, windows_of
+from lmd.data.sound_files import AUDIO_SUFFIXES, load_segment, scan, sounding
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
 
 
 @pytest.mark.parametrize("suffix", AUDIO_SUFFIXES)
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
-    how = {".aif": {"format": "AIFF"}, ".opus": {"format": "OGG", "subtype": "OPUS"}}
-    how |= {".aifc": {"format": "AIFF"}, ".oga": {"format": "OGG"}}
+    how = {suffix: {"format": name} for suffix, name in FORMATS.items()}
+    how[".opus"] = {"format": "OGG", "subtype": "OPUS"}
     rate = 48_000 if suffix == ".opus" else 44_100  # Opus knows no other
     path = tmp_path / f"in/a{suffix}"
     path.parent.mkdir()
@@ -40,7 +41,7 @@ def test_names_in_any_script_are_welcome(tmp_path: Path) -> None:
     names = ["Übung Nr. 1.wav", "交響曲.flac", "песня – ♭.ogg", "sp ace'quote.wav"]
     for name in names:
         write(tmp_path / "音楽" / name, tone(5))
-    report = check_folder(tmp_path, progress=False)
+    report = survey(tmp_path)[1]
     assert sorted(p.name for p in report.accepted) == sorted(names)
     rows, _ = build_audio(tmp_path, tmp_path.parent / "corpus")
     assert len({row.name for row in rows}) == 4
@@ -60,7 +61,7 @@ def test_a_long_file_is_taken_in_piece_by_piece(
         return load_segment(*args, **kwargs)
 
     monkeypatch.setattr(own_audio, "load_segment", noted)
-    rows, _ = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(window_s=6.0))
+    rows, _ = build_audio(tmp_path / "in", tmp_path / "out", BuildSettings(max_seconds=6.0))
     assert max(sizes) == round(9.4 * RATE)  # five equal stretches, no short remainder
     assert sum(row.n_samples for row in rows) == 47 * RATE
     assert max(row.duration_s for row in rows) <= 6
@@ -93,7 +94,7 @@ def test_music_arrives_resampled_at_the_stated_loudness(tmp_path: Path) -> None:
     write(tmp_path / "in/quiet.wav", quiet, 48_000, subtype="FLOAT")
     for channels in (1, 2):
         out = tmp_path / f"out{channels}"
-        build_audio(tmp_path / "in", out, AudioSettings(channels=channels))
+        build_audio(tmp_path / "in", out, BuildSettings(channels=channels))
         corpus = Corpus(out)
         for index in range(2):
             wave = corpus.wave(index)
@@ -164,14 +165,13 @@ def test_a_long_file_keeps_its_dynamics_across_its_segments(
 
 
 def test_windows_cover_everything_once_and_none_is_too_long() -> None:
-    settings = AudioSettings(window_s=10.0)
     for seconds in (4, 9.9, 10.1, 25, 301):
-        windows = windows_of(round(seconds * RATE), settings)
+        windows = windows_of(round(seconds * RATE), 10.0 * RATE)
         assert windows[0][0] == 0
         assert windows[-1][1] == round(seconds * RATE)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(windows))
         assert max(end - start for start, end in windows) <= 10 * RATE + 1
-    assert windows_of(0, settings) == []
+    assert windows_of(0, 10.0 * RATE) == []
 
 
 def test_a_second_run_takes_in_only_what_is_new(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_second_run_takes_in_only_what_is_new(tmp_path: Path) -> None:
     assert all((tmp_path / "out" / p).stat().st_mtime_ns == t for p, t in stamps.items())
     assert "validation" in {row.split for row in more}
     with pytest.raises(LmdError, match="other channels"):
-        build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(channels=2))
+        build_audio(tmp_path / "in", tmp_path / "out", BuildSettings(channels=2))
 
 
 def test_a_file_that_was_replaced_or_lost_is_taken_in_again(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from audio_files import RATE, make_bad, tone, write
+from audio_files import FORMATS, RATE, make_bad, tone, write
 
 from lmd.__main__ import main
-from lmd.data.check import AUDIO_SUFFIXES, check_folder, fault
+from lmd.data.check import fault, survey
 from lmd.data.own_audio import build_audio
-from lmd.data.sound_files import _frame_bytes, load_segment, scan
+from lmd.data.sound_files import AUDIO_SUFFIXES, _frame_bytes, load_segment, scan
 from lmd.errors import LmdError
 
 BAD = {
@@ -38,18 +38,16 @@ BAD = {
 def test_each_bad_file_is_refused_for_its_own_reason(tmp_path: Path, kind: str) -> None:
     path = make_bad(tmp_path, kind)
     write(tmp_path / "good.wav", tone(2))
-    report = check_folder(tmp_path, progress=False)
-    assert [item.path for item in report.rejected] == [path]
-    assert re.search(BAD[kind], report.rejected[0].reason), report.rejected[0].reason
+    report = survey(tmp_path)[1]
+    assert list(report.rejected) == [path]
+    assert re.search(BAD[kind], report.rejected[path]), report.rejected[path]
     assert report.accepted == [tmp_path / "good.wav"]
 
 
 WRITERS: dict[str, tuple[int, dict[str, str]]] = {  # rate, and what soundfile must be told
     suffix: (44_100, {}) for suffix in AUDIO_SUFFIXES
 } | {
-    ".aif": (44_100, {"format": "AIFF"}),
-    ".aifc": (44_100, {"format": "AIFF"}),
-    ".oga": (44_100, {"format": "OGG"}),
+    **{suffix: (44_100, {"format": name}) for suffix, name in FORMATS.items()},
     ".opus": (48_000, {"format": "OGG", "subtype": "OPUS"}),
     ".rf64.wav": (44_100, {"format": "RF64"}),
 }
@@ -95,7 +93,7 @@ def test_the_check_accepts_what_the_build_takes_in_and_nothing_else(tmp_path: Pa
     pauses = np.concatenate([tone(0.3), 0 * tone(2)] * 4)
     for name, wave in {**waves, "pauses": pauses, "hardly": pauses[: 2 * RATE]}.items():
         write(tmp_path / f"in/{name}.wav", wave)
-    checked = check_folder(tmp_path / "in", progress=False)
+    checked = survey(tmp_path / "in")[1]
     rows, built = build_audio(tmp_path / "in", tmp_path / "out", keep_going=True)
     assert [path.stem for path in checked.accepted] == ["brief", "long", "pauses"]
     assert sorted(row.title for row in rows) == ["brief", "long", "pauses"]
@@ -113,9 +111,15 @@ def test_a_file_that_may_not_be_opened_is_refused(
     path = write(tmp_path / "mine.wav", tone(2))
     path.chmod(0)
     if os.access(path, os.R_OK):  # nothing is forbidden to an administrator
-        refuse_to(monkeypatch, "open", path)
-    (reject,) = check_folder(tmp_path, progress=False).rejected
-    assert (reject.path, reject.reason) == (path, "unreadable as audio: Permission denied")
+        real = Path.open
+
+        def refuse(self: Path, *args: object) -> object:
+            if self == path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return real(self, *args)
+
+        monkeypatch.setattr(Path, "open", refuse)
+    assert survey(tmp_path)[1].rejected == {path: "unreadable as audio: Permission denied"}
 
 
 def test_a_folder_that_may_not_be_opened_is_reported(
@@ -123,38 +127,33 @@ def test_a_folder_that_may_not_be_opened_is_reported(
 ) -> None:
     write(tmp_path / "a.wav", tone(2))
     (tmp_path / "closed").mkdir()
-    refuse_to(monkeypatch, "iterdir", tmp_path / "closed")
-    report = check_folder(tmp_path, progress=False)
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path) == tmp_path / "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    report = survey(tmp_path)[1]
     assert report.accepted == [tmp_path / "a.wav"]
-    (reject,) = report.rejected
-    assert reject.path == tmp_path / "closed"
-    assert reject.reason == "folder cannot be opened: Permission denied"
-
-
-def refuse_to(monkeypatch: pytest.MonkeyPatch, what: str, path: Path) -> None:
-    """Make one method of one path fail as the system does."""
-    real = getattr(Path, what)
-
-    def method(self: Path, *args: object) -> object:
-        if self == path:
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return real(self, *args)
-
-    monkeypatch.setattr(Path, what, method)
+    assert report.rejected == {tmp_path / "closed": "folder cannot be opened: Permission denied"}
 
 
 def test_a_symlink_loop_is_reported_once_and_ends(tmp_path: Path) -> None:
     write(tmp_path / "album/a.wav", tone(2))
     (tmp_path / "album/again").symlink_to(tmp_path)
-    report = check_folder(tmp_path, progress=False)
+    report = survey(tmp_path)[1]
     assert report.accepted == [tmp_path / "album/a.wav"]
-    assert [(r.path.name, "symlink loop" in r.reason) for r in report.rejected] == [("again", True)]
+    ((path, reason),) = report.rejected.items()
+    assert path.name == "again"
+    assert "symlink loop" in reason
 
 
 def test_a_folder_linked_twice_is_read_once(tmp_path: Path) -> None:
     write(tmp_path / "a/x.wav", tone(2))
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    report = check_folder(tmp_path, progress=False)
+    report = survey(tmp_path)[1]
     assert len(report.accepted) == 1
     assert not report.rejected
 
@@ -202,10 +201,9 @@ def test_music_in_a_format_that_cannot_be_read_is_reported(tmp_path: Path) -> No
     write(tmp_path / "in/a.wav", tone(2))
     (tmp_path / "in/b.m4a").write_bytes(b"ftyp")
     (tmp_path / "in/cover.jpg").write_bytes(b"picture")
-    report = check_folder(tmp_path / "in", progress=False)
-    assert [(r.path.name, r.reason) for r in report.rejected] == [
-        ("b.m4a", ".m4a cannot be read: convert it to WAV or FLAC")
-    ]
+    report = survey(tmp_path / "in")[1]
+    reason = ".m4a cannot be read: convert it to WAV or FLAC"
+    assert report.rejected == {tmp_path / "in/b.m4a": reason}
 
 
 def test_kinds_that_are_passed_over_are_counted_by_name(
@@ -237,6 +235,22 @@ def test_an_empty_name_is_not_the_folder_one_stands_in(
 ) -> None:
     assert main(["data", *words]) == 2
     assert "found ''; expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"data {name}" for name in ("build", "encode")), "evaluate", "export", "convert folder",
+        *(f"train {name}" for name in ("codec", "base", "finetune", "distill", "arc", "tagger")),
+    ],
+)  # fmt: skip
+def test_an_empty_out_is_not_the_folder_one_stands_in(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*words.split(), "--out", ""])
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Error parsing --out: found ''; expected a file or folder" in said
 
 
 def without_xing(path: Path) -> bytes:
@@ -320,8 +334,8 @@ def test_whatever_a_file_raises_while_it_is_taken_in_is_its_own_reject(
     monkeypatch.setattr("lmd.data.own_audio.load_segment", load)
     rows, report = build_audio(tmp_path / "in", tmp_path / "out")
     assert [row.title for row in rows] == ["a", "c"]
-    assert [item.path.name for item in report.rejected] == ["bad.wav"]
-    assert report.rejected[0].reason.startswith("unreadable as audio: ")
+    assert list(report.rejected) == [tmp_path / "in/bad.wav"]
+    assert report.rejected[tmp_path / "in/bad.wav"].startswith("unreadable as audio: ")
     assert json.loads((tmp_path / "out/rejected.json").read_text())["rejected"]
 
 

@@ -20,6 +20,7 @@ from lmd.corpus.manifest import COLUMNS, Corpus, read_manifest, write_wav
 from lmd.corpus.render import sum_stems
 from lmd.corpus.scores import Shelf
 from lmd.errors import LmdError
+from lmd.outputs import check_folder
 
 SETTINGS = BuildSettings(collections=("corelli", "ciconia", "luca"), max_seconds=6.0)
 HOURS = 18 / 3600
@@ -282,6 +283,17 @@ def test_a_disk_that_is_too_small_or_closed_is_refused_before_the_work(
     for words in (["--hours", "0.001"], ["--audio", str(tmp_path / "in")]):
         assert main(["data", "build", "--out", "/proc/out", *words]) == 2
         assert "expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_what_an_interrupted_build_left_needs_no_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "half.wav").open("wb") as file:
+        file.truncate(2 * 10**9)  # a sparse file
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    check_folder(tmp_path, 3 * 10**9)
+    with pytest.raises(LmdError, match=r"1\.00 GB free .* expected about 1\.10 GB more"):
+        check_folder(tmp_path, 31 * 10**8)
 
 
 def test_16_bit_files_hold_what_was_given(tmp_path: Path) -> None:

@@ -18,15 +18,13 @@ from torch import nn
 
 from lmd.__main__ import main
 from lmd.checkpoint import DECODER_SIZES, load_codec, save_checkpoint
-from lmd.codec.oobleck import build_reference, random_codec
+from lmd.codec.oobleck import build_reference
 from lmd.codec.spectral import SpectralCodec
 from lmd.config import OobleckConfig, SpectralCodecConfig, preset
 from lmd.corpus.captions import further_captions
 from lmd.corpus.manifest import Corpus, write_manifest
 from lmd.data.codec_fit import codec_error_db, expectation
 from lmd.data.encode import (
-    QUIET,
-    Encoder,
     EncodeSettings,
     encode_corpus,
     encode_wave,
@@ -63,17 +61,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def encode(corpus: Corpus, out: Path, **changes: object) -> list[str]:
     how = EncodeSettings(**{"stems": True, "rows_per_shard": 2, **changes})
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    return encode_corpus(corpus, MeanCodec(), out, how, trainer, "mean")
-
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*treespec, LeafSpec.*",  # inside Lightning
-    "ignore:.*does not have many workers.*",  # Lightning's advice; here there is no need
-)
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    return encode_corpus(corpus, MeanCodec(), out, how, fabric, "mean")
 
 
 @pytest.fixture(scope="module")
@@ -382,34 +371,6 @@ def test_the_command_names_the_encoder_and_not_the_file(
     assert encode_with("decoder.norm.bias") == 0
     assert encode_with("encoder.latent_mean") != 0
     assert "other codec" in capsys.readouterr().err
-
-
-class PlainCodec:
-    """A codec that is no module, as Stable Audio's is: nobody moves it but its owner."""
-
-    sample_rate, channels, latent_dim, samples_per_frame = RATE, 1, DIM, HOP
-    lookback_frames = lookahead_frames = 0
-
-    def __init__(self) -> None:
-        self.moved_to: list[torch.device] = []
-        self.encode = MeanCodec().encode
-
-    def to(self, device: torch.device) -> None:
-        assert not torch.is_inference_mode_enabled()
-        self.moved_to.append(device)
-
-
-def test_a_codec_that_is_no_module_is_brought_to_where_it_computes(
-    corpus: Corpus, tmp_path: Path
-) -> None:
-    codec = PlainCodec()
-    trainer = L.Trainer(**QUIET, accelerator="cpu", devices=1, enable_progress_bar=False)
-    encode_corpus(corpus, codec, tmp_path, trainer=trainer)
-    assert codec.moved_to == [torch.device("cpu")]
-    oobleck = random_codec(OobleckConfig(channels=8, c_mults=(1, 2), strides=(2, 4), latent_dim=4))
-    encoder = Encoder(oobleck, corpus, tmp_path).to("meta")
-    encoder.on_predict_start()
-    assert oobleck.device == torch.device("meta")
 
 
 def test_music_without_stems_is_encoded_among_music_that_has_them(

@@ -10,10 +10,12 @@ import yaml
 from audio_files import RATE, tone, write
 
 from lmd.__main__ import main
+from lmd.corpus.build import BuildSettings
 from lmd.corpus.captions import stem_caption
 from lmd.corpus.manifest import Corpus
-from lmd.data.layouts import caption_of, survey
-from lmd.data.own_audio import AudioSettings, build_audio
+from lmd.data.check import survey
+from lmd.data.layouts import caption_of
+from lmd.data.own_audio import build_audio
 from lmd.data.splits import songs_of
 
 
@@ -55,9 +57,9 @@ def test_slakh_tracks_bring_their_named_stems_and_their_split(
     tmp_path: Path, place: str, suffix: str, rate: int, split: str
 ) -> None:
     make_slakh(tmp_path / "in" / place / "Track00001", suffix, rate)
-    tracks, _ = survey(tmp_path / "in", progress=False)
+    tracks, _ = survey(tmp_path / "in")
     assert [track.split for track in tracks] == [split]
-    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(stems=True))
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out", BuildSettings(stems=True))
     assert not report.rejected
     assert [(row.instruments, row.split) for row in rows] == [
         ("bass|piano|drums", split or "train")
@@ -78,8 +80,8 @@ def test_a_slakh_track_that_lacks_an_announced_stem_is_rejected(tmp_path: Path) 
     (track / "stems/S01.flac").unlink()
     write(tmp_path / "in/other.wav", tone(5))
     _, report = build_audio(tmp_path / "in", tmp_path / "out")
-    assert [item.path for item in report.rejected] == [track / "mix.flac"]
-    assert "S01.flac" in report.rejected[0].reason
+    assert list(report.rejected) == [track / "mix.flac"]
+    assert "S01.flac" in report.rejected[track / "mix.flac"]
 
 
 @pytest.mark.parametrize("torn", ["stems: {S00: [", "- a list", "stems: \xff"])
@@ -87,9 +89,9 @@ def test_a_slakh_track_with_a_torn_description_is_rejected(tmp_path: Path, torn:
     track = make_slakh(tmp_path / "in/train/Track00001")
     (track / "metadata.yaml").write_bytes(torn.encode("latin-1"))
     write(tmp_path / "in/other.wav", tone(5))
-    rows, report = build_audio(tmp_path / "in", tmp_path / "out", AudioSettings(), keep_going=True)
+    rows, report = build_audio(tmp_path / "in", tmp_path / "out", BuildSettings(), keep_going=True)
     assert [row.path for row in rows] != []
-    assert any("cannot be read" in reject.reason for reject in report.rejected)
+    assert any("cannot be read" in reason for reason in report.rejected.values())
 
 
 def test_musdb_tracks_bring_four_stems(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_musdb_tracks_bring_four_stems(tmp_path: Path) -> None:
         write(song / f"{name}.wav", wave, 44_100)
     write(song / "mixture.wav", sum(parts), 44_100)
     rows, report = build_audio(
-        tmp_path / "in", tmp_path / "out", AudioSettings(channels=2, stems=True)
+        tmp_path / "in", tmp_path / "out", BuildSettings(channels=2, stems=True)
     )
     assert not report.rejected  # silent vocals are no fault
     assert [(row.instruments, row.split) for row in rows] == [("drums|bass|other|vocals", "test")]
@@ -234,9 +236,9 @@ def test_the_folder_one_stands_in_has_a_name_too(
 def test_a_sidecar_that_is_no_json_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "in/x.wav", tone(5))
     path.with_suffix(".json").write_text('{"caption": "an air",}')
-    tracks, report = survey(tmp_path / "in", progress=False)
+    tracks, report = survey(tmp_path / "in")
     assert (tracks, report.accepted) == ([], [])
-    assert "x.json is not JSON" in report.rejected[0].reason
+    assert "x.json is not JSON" in report.rejected[path]
     assert main(["data", "check", str(tmp_path / "in")]) == 1
 
 
@@ -253,8 +255,8 @@ def test_sidecars_in_utf16_are_read(tmp_path: Path, name: str, suffix: str, text
 def test_a_sidecar_that_is_no_text_is_reported(tmp_path: Path, name: str, suffix: str) -> None:
     path = write(tmp_path / "in/x.wav", tone(5))
     path.with_suffix(suffix).write_bytes(b'"slow piano"'.decode().encode(name))
-    _, report = survey(tmp_path / "in", progress=False)
-    assert f"NUL in x{suffix}; expected a text in UTF-8" in report.rejected[0].reason
+    _, report = survey(tmp_path / "in")
+    assert f"NUL in x{suffix}; expected a text in UTF-8" in report.rejected[path]
 
 
 def test_half_a_character_in_a_sidecar_does_not_stop_the_build(tmp_path: Path) -> None:
@@ -267,10 +269,10 @@ def test_half_a_character_in_a_sidecar_does_not_stop_the_build(tmp_path: Path) -
 def test_a_text_beside_stems_makes_them_no_stems(tmp_path: Path) -> None:
     write(tmp_path / "in/stems/a.wav", tone(5))
     (tmp_path / "in/mix.txt").write_text("songs")
-    tracks, report = survey(tmp_path / "in", progress=False)
+    tracks, report = survey(tmp_path / "in")
     assert [track.mix.name for track in tracks] == ["a.wav"]
     write(tmp_path / "in/stems/silent.wav", 0 * tone(5))
-    assert [r.reason for r in survey(tmp_path / "in", False)[1].rejected] == ["silent"]
+    assert list(survey(tmp_path / "in")[1].rejected.values()) == ["silent"]
     write(tmp_path / "in/mix.WAV", tone(5))
-    tracks, report = survey(tmp_path / "in", progress=False)
-    assert ([track.mix.name for track in tracks], report.rejected) == (["mix.WAV"], [])
+    tracks, report = survey(tmp_path / "in")
+    assert ([track.mix.name for track in tracks], report.rejected) == (["mix.WAV"], {})

@@ -58,7 +58,7 @@ def test_stems_sum_exactly_to_the_mix_before_the_limiter(bank: ToneBank, channel
 def test_a_rendition_is_the_same_bytes_whatever_was_rendered_before(bank: ToneBank) -> None:
     piece = hymn()
     how = draw_rendition(piece, 3, seed=5)
-    first = render(piece, how, ToneBank(sample_rate=RATE, max_bytes=1)).wave  # evicts every tone
+    first = render(piece, how, ToneBank(sample_rate=RATE, max_tones=1)).wave  # evicts every tone
     for other in range(3):
         render(piece, draw_rendition(piece, other, seed=5), bank)
     assert np.array_equal(render(piece, how, bank).wave, first)

@@ -102,7 +102,7 @@ def test_an_odd_chunk_is_read_with_its_pad_byte_and_without(tmp_path: Path, name
     """Debian's FluidR3Mono is made without; these two have all chunks and no program."""
     path = Path(__file__).parent / f"fixtures/soundfonts/{name}.sf3"
     with pytest.raises(LmdError, match=rf"no program 0 in {name}\.sf3"):
-        Soundfont(path).zones(0, 60)
+        Soundfont(path).hold(0, 60, 9, RATE)
     with pytest.raises(LmdError, match=rf"no programs \[0, .*\] in {name}\.sf3"):
         build_corpus(tmp_path / "out", 1, BuildSettings(soundfont=str(path)), cache=tmp_path)
     assert not (tmp_path / "out").exists()
@@ -110,7 +110,7 @@ def test_an_odd_chunk_is_read_with_its_pad_byte_and_without(tmp_path: Path, name
 
 def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(LmdError, match=r"program 7 in a\.sf2"):
-        Soundfont(write_soundfont(tmp_path / "a.sf2")).zones(7, 60)
+        Soundfont(write_soundfont(tmp_path / "a.sf2")).hold(7, 60, 9, RATE)
 
 
 @pytest.mark.parametrize("suffix", [".sf2", ".sf3"])

@@ -38,7 +38,7 @@ def test_weights_lie_on_the_line_and_say_what_they_are(ends, tmp_path):
     assert (header.kind, header.config) == ("arc", preset("tiny"))
     assert header.notes["data"] == learned
     card = out.with_suffix(".md").read_text()
-    assert f"| data | 7 renditions, 0.5 h, corpus `{'c' * 12}` |" in card
+    assert f"| data | 7 sounds, 0.5 h, corpus `{'c' * 12}` |" in card
     for said in ("25% of the way", header.sha256, header.notes["command"], "As it was trained."):
         assert said in card
     assert "made by `finetuned`" in card

@@ -453,7 +453,7 @@ def test_a_card_claims_nothing_that_was_not_done(data, straight, tmp_path, stage
     text = card.read_text(encoding="utf-8")
     for untrue in ("music21", "soundfont", "licence", "published", "Measured"):
         assert untrue not in text
-    assert "4 renditions" in text
+    assert "4 sounds" in text
     assert "holds no evaluation" in text
     assert ("| started from |" in text) == bool(init)
 

@@ -105,7 +105,7 @@ def card_of(weights: Path, second_card: Path) -> str:
         facts[which] = f"`{origin['file']}` ({origin['sha256'][:12]}…){made}"
     if data := notes.get("data"):
         corpus = str(data["latent_settings"].get("corpus", "unknown"))[:12]
-        facts["data"] = f"{data['renditions']} renditions, {data['hours']} h, corpus `{corpus}`"
+        facts["data"] = f"{data['renditions']} sounds, {data['hours']} h, corpus `{corpus}`"
     facts["command"] = f"`{notes['command']}`"
     head = f"# {weights.stem}\n\nOn the straight line between two files of weights, "
     rows = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())

@@ -1,8 +1,7 @@
 """Scores rendered into a corpus: the same settings give the same bytes."""
 
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from lmd.corpus.manifest import (
     COLUMNS,
     SETTINGS,
     Row,
-    check_format,
     is_whole,
     new_row,
     write_manifest,
@@ -24,34 +22,45 @@ from lmd.corpus.manifest import (
 from lmd.corpus.render import MAX_SECONDS, Rendered, draw_rendition, render
 from lmd.corpus.scores import COLLECTIONS, DEFAULT_CACHE, TRAINED_ON, Piece, Shelf, mapped
 from lmd.corpus.soundfont import Soundfont
-from lmd.corpus.tables import file_sha256, hold_settings, read_log, read_settings
+from lmd.corpus.tables import append_log, hold_settings, read_log, read_settings
 from lmd.corpus.tones import default_soundfont, shared_bank
 from lmd.errors import LmdError
-from lmd.outputs import write_json
+from lmd.outputs import check_apart, check_folder, file_sha256, write_json
 from lmd.rng import generator
 
 CORPUS_FORMAT = 1
+SAMPLE_RATES = (8_000, 192_000)  # Hz, lowest and highest
+STEMS_SHARE = 4  # a rendition's stems take about so many times the room of its mix
 FEWEST_SCORES, MOST_SCORES = 3, 32  # parsed at once; so few need no further process
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a rendered corpus depends on; the same settings give the same bytes.
-
-    Raises:
-        LmdError: a value out of range.
-    """
+    """What a corpus depends on; the same settings give the same bytes."""
 
     seed: int = 0
     sample_rate: int = 22_050
     channels: int = 1
-    max_seconds: float = MAX_SECONDS
+    max_seconds: float = MAX_SECONDS  # longest sound in one file
     soundfont: str = ""  # path; empty = the one inside pretty_midi
     stems: bool = False  # write the stems too (they can be played again at any time)
     collections: tuple[str, ...] = COLLECTIONS
 
-    def __post_init__(self) -> None:
-        check_format(self.sample_rate, self.channels, self.max_seconds)
+    def check(self) -> None:
+        """Refuse a format that no corpus can have, before anything is written in it.
+
+        Raises:
+            LmdError: a rate, a number of channels or a longest sound out of range.
+        """
+        low, high = SAMPLE_RATES
+        if not low <= self.sample_rate <= high:
+            todo = "22050 is what the shipped weights take."
+            raise LmdError(f"--sample-rate {self.sample_rate}", f"{low} … {high} Hz", todo)
+        if self.channels not in (1, 2):
+            raise LmdError(f"--channels {self.channels}", "1 or 2", "Give one of these.")
+        if not 1 <= self.max_seconds < math.inf:
+            expected = "1 or more, but not without end"
+            raise LmdError(f"--max-seconds {self.max_seconds}", expected, "Give seconds.")
 
 
 Job = tuple[Piece, int, BuildSettings, Path]  # a rendition, by its number, and where it goes
@@ -61,12 +70,7 @@ def plan(shelf: Shelf, hours: float, settings: BuildSettings) -> list[tuple[Piec
     """Which renditions make up so many hours: every piece once, shuffled, then every piece again.
 
     More hours extend the plan; they change nothing of its beginning. Scores are parsed as far as
-    they are likely to be needed.
-
-    Args:
-        shelf: the scores.
-        hours: at least this much at the written tempo (fermatas make it a little longer).
-        settings: for the seed and the longest excerpt.
+    they are likely to be needed. Fermatas make it a little longer.
 
     Raises:
         LmdError: none of the scores can be used.
@@ -98,27 +102,17 @@ def describe(piece: Piece, rendition: int, settings: BuildSettings, sound: Rende
     how = draw_rendition(piece, rendition, settings.seed, settings.max_seconds)
     key, mode = find_key(sound.notes[:, 2], sound.notes[:, 1])
     duration_s = sound.wave.shape[-1] / settings.sample_rate
-    return new_row(
-        name=_row_name(piece, rendition),
-        piece_id=piece.piece_id,
-        composer=piece.composer,
-        title=piece.title,
-        split=piece.split,
-        rendition=rendition,
-        seed=settings.seed,
-        family=how.family,
-        instruments="|".join(how.instruments),
-        tempo_bpm=how.tempo_bpm,
-        key=key,
-        mode=mode,
-        metre=piece.metre,
-        transposition=how.transposition,
-        articulation=how.articulation,
-        dynamics=how.dynamics,
-        density_hz=round(onset_density(sound.notes[:, 0], duration_s), 3),
-        brightness_hz=round(brightness_hz(sound.wave, settings.sample_rate), 1),
-        sample_rate=settings.sample_rate,
-    )
+    sources = (piece, how, settings)
+    known = {name: getattr(s, name) for s in sources for name in COLUMNS if hasattr(s, name)}
+    known |= {
+        "name": _row_name(piece, rendition),
+        "instruments": "|".join(how.instruments),
+        "key": key,
+        "mode": mode,
+        "density_hz": round(onset_density(sound.notes[:, 0], duration_s), 3),
+        "brightness_hz": round(brightness_hz(sound.wave, settings.sample_rate), 1),
+    }
+    return new_row(**known)
 
 
 def _row_name(piece: Piece, rendition: int) -> str:
@@ -150,8 +144,13 @@ def build_corpus(
         LmdError: the folder holds a corpus built with other settings.
     """
     settings = settings or BuildSettings()
+    settings.check()
     if not 0 < hours < 10_000:
         raise LmdError(f"{hours} hours", "more than 0 and less than 10,000", "Give --hours H.")
+    check_apart(out=out, cache=cache)
+    n_bytes = int(2 * 3600 * hours * settings.sample_rate) * settings.channels
+    check_folder(out, n_bytes * (1 + STEMS_SHARE * settings.stems))
+    check_folder(cache)
     shelf = Shelf(settings.collections, cache, workers)
     _hold_settings(out, settings, hours)
     jobs = {
@@ -161,27 +160,21 @@ def build_corpus(
     rejected = [{"piece_id": i, "reason": text} for i, text in sorted(shelf.rejected.items())]
     write_json(out / "rejected_scores.json", rejected)
     rows: dict[str, Row] = {}
-    for entry in read_log(out / "rows.jsonl"):
+    log = out / "rows.jsonl"
+    for entry in read_log(log):
         if entry.keys() == set(COLUMNS) and is_whole(out, row := Row(**entry)):
             # Of a build, perhaps, that knew fewer versions.
             rows[row.name] = replace(row, split="train") if row.piece_id in TRAINED_ON else row
-
-    def ordered() -> list[Row]:
-        """The finished rows in the order of the plan, then those of an earlier, longer build."""
-        return [rows[name] for name in dict.fromkeys([*jobs, *rows]) if name in rows]
-
     missing = [job for name, job in jobs.items() if name not in rows]
-    progress = {"total": len(jobs), "initial": len(jobs) - len(missing), "mininterval": 1}
-    with (out / "rows.jsonl").open("a") as log:
-        done = tqdm(mapped(build_row, missing, workers), desc="rendering", **progress)
-        for count, row in enumerate(done, 1):
-            rows[row.name] = row
-            log.write(json.dumps(asdict(row), sort_keys=True) + "\n")
-            log.flush()
-            if count % 100 == 0:
-                write_manifest(out, ordered())
-    write_manifest(out, ordered())
-    return ordered()
+    n_done = len(jobs) - len(missing)
+    made = mapped(build_row, missing, workers)
+    for row in tqdm(made, "rendering", len(jobs), initial=n_done, mininterval=1):
+        rows[row.name] = row
+        append_log(log, asdict(row))
+    # In the order of the plan, then those of an earlier, longer build.
+    ordered = [rows[name] for name in dict.fromkeys([*jobs, *rows])]
+    write_manifest(out, ordered)
+    return ordered
 
 
 def _hold_settings(out: Path, settings: BuildSettings, hours: float) -> None:
@@ -197,5 +190,6 @@ def _hold_settings(out: Path, settings: BuildSettings, hours: float) -> None:
     path = out / SETTINGS
     if path.is_file():
         hours = max(hours, read_settings(path).get("hours", 0.0))
-    values = {"format": CORPUS_FORMAT, **asdict(settings), "hours": hours}
-    hold_settings(path, {**values, "soundfont_sha256": file_sha256(soundfont)}, free=("hours",))
+    values = {field.name: getattr(settings, field.name) for field in fields(BuildSettings)}
+    values |= {"format": CORPUS_FORMAT, "hours": hours, "soundfont_sha256": file_sha256(soundfont)}
+    hold_settings(path, values, free=("hours",))

@@ -12,28 +12,16 @@ import yaml
 
 @dataclass(frozen=True)
 class Instrument:
-    """How one General MIDI program is played.
+    """How one General MIDI program is played."""
 
-    Attributes:
-        name: what captions and manifests call it.
-        program: General MIDI program, counted from 0.
-        low, high: playable MIDI pitches; a note outside is moved by octaves.
-        attack_ms: rise time added to the sample's own.
-        fade_s: time in which a held note falls by 60 dB at middle C; 0 = it is sustained.
-            Strings twice as long fade half as fast: the time halves every two octaves up.
-        release_ms: time in which a released note falls by 60 dB.
-        cutoff_hz: corner of a two-pole low-pass, near what the built-in soundfont asks for at the
-            height of its filter envelope; 0 = none.
-    """
-
-    name: str
-    program: int
-    low: int
+    name: str  # what captions and manifests call it
+    program: int  # of General MIDI, counted from 0
+    low: int  # MIDI pitches; a note under the lowest or over the highest is moved by octaves
     high: int
-    attack_ms: float
-    fade_s: float
-    release_ms: float
-    cutoff_hz: float
+    attack_ms: float  # rise time added to the sample's own
+    fade_s: float  # a held middle C falls by 60 dB; half as long two octaves up; 0 = sustained
+    release_ms: float  # time in which a released note falls by 60 dB
+    cutoff_hz: float  # of a two-pole low-pass, about as the built-in soundfont asks for; 0 = none
 
 
 _LISTS = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text("utf-8"))

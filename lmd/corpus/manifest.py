@@ -1,24 +1,22 @@
 """A corpus on disk: a manifest, one WAV per sound, stems stored or played again."""
 
-import math
-import wave as riff
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from lmd.corpus.render import Rendered, Rendition, draw_rendition, note_times, render
 from lmd.corpus.scores import DEFAULT_CACHE, Piece, Split, cached_piece
-from lmd.corpus.tables import file_sha256, read_rows, read_settings, write_rows
+from lmd.corpus.tables import read_rows, read_settings, write_rows
 from lmd.corpus.tones import shared_bank
 from lmd.errors import LmdError
+from lmd.outputs import file_sha256
 
 MANIFEST = "manifest.csv"
 SETTINGS = "corpus.json"
-MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000  # Hz
-MIN_WINDOW_S = 1.0
 _HEADER_BYTES = 44  # RIFF, fmt and data headers of a plain 16-bit PCM file
 
 
@@ -62,31 +60,12 @@ def new_row(**known: Any) -> Row:
     return Row(**{**{field.name: field.type() for field in fields(Row)}, **known})
 
 
-def check_format(sample_rate: int, channels: int, max_seconds: float) -> None:
-    """Refuse a format that no corpus can have, before anything is written in it.
-
-    Raises:
-        LmdError: a rate, a number of channels or a longest sound out of range.
-    """
-    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-        expected = f"{MIN_SAMPLE_RATE} … {MAX_SAMPLE_RATE} Hz"
-        hint = "22050 is what the shipped weights take."
-        raise LmdError(f"--sample-rate {sample_rate}", expected, hint)
-    if channels not in (1, 2):
-        raise LmdError(f"--channels {channels}", "1 or 2", "Give one of these.")
-    if not MIN_WINDOW_S <= max_seconds < math.inf:
-        expected = f"{MIN_WINDOW_S:g} or more, but not without end"
-        raise LmdError(f"--max-seconds {max_seconds}", expected, "Give seconds.")
-
-
 def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
     """Write float `[channel, sample]` as 16-bit PCM; the same samples give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = np.round(np.clip(wave, -1, 1) * 32767).astype("<i2").T
+    data = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16).T
     partial = path.with_suffix(".tmp")
-    with riff.open(str(partial), "wb") as file:
-        file.setparams((wave.shape[0], 2, sample_rate, 0, "NONE", ""))
-        file.writeframes(np.ascontiguousarray(data).tobytes())
+    soundfile.write(partial, data, sample_rate, "PCM_16", format="WAV")
     partial.replace(path)
 
 
@@ -111,7 +90,7 @@ class Corpus:
     """A built corpus. Waves are memory-mapped: a window costs no more than its own samples.
 
     Args:
-        folder: what `python -m lmd data build --out` wrote.
+        folder: what `lmd data build --out` wrote.
         split: only this split; None = everything.
 
     Raises:
@@ -122,9 +101,8 @@ class Corpus:
         self.folder = Path(folder)
         self.rows = [row for row in read_manifest(self.folder) if split in (None, row.split)]
         if not self.rows:
-            found = f"no {split or ''} rendition in {self.folder}"
-            todo = "Build more hours: python -m lmd data build --hours H."
-            raise LmdError(found, "at least one", todo)
+            found = f"no {split or ''} sound in {self.folder}"
+            raise LmdError(found, "at least one", "Build more hours: lmd data build --hours H.")
         self.sample_rate, self.channels = self.rows[0].sample_rate, self.rows[0].channels
         self._maps: dict[str, np.memmap] = {}
 
@@ -136,13 +114,15 @@ class Corpus:
         """All of it, in seconds."""
         return sum(row.duration_s for row in self.rows)
 
-    def wave(self, index: int, start: int = 0, n_samples: int | None = None) -> np.ndarray:
-        """Samples of a mix, float32 `[channel, sample]`, -1 … 1.
+    def settings(self) -> dict[str, Any]:
+        """What the corpus was built with; empty where nothing says so."""
+        path = self.folder / SETTINGS
+        return read_settings(path) if path.is_file() else {}
 
-        Args:
-            index: row of the manifest.
-            start: first sample.
-            n_samples: how many; None = to the end. Beyond the end there is silence.
+    def wave(self, index: int, start: int = 0, n_samples: int | None = None) -> np.ndarray:
+        """Samples of a row's mix, float32 `[channel, sample]`, -1 … 1.
+
+        So many from `start` on, None = to the end; beyond the end there is silence.
         """
         pcm = self._map(self.rows[index].path, self.rows[index])
         n_samples = len(pcm) - start if n_samples is None else n_samples
@@ -150,7 +130,7 @@ class Corpus:
         return np.pad(part, ((0, 0), (0, n_samples - part.shape[1])))
 
     def stems(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
-        """The voices of a rendition before the limiter, float32 `[voice, channel, sample]`.
+        """The voices of a row before the limiter, float32 `[voice, channel, sample]`.
 
         Stored stems are read (16 bit); others are played again, bit for bit as they were.
 
@@ -167,11 +147,12 @@ class Corpus:
 
     def without_stems(self) -> list[int]:
         """The rows of which there are no stems: own music that brought none."""
-        is_rendered = "soundfont" in self.settings()  # then scores are played again
-        return [i for i, row in enumerate(self.rows) if not (is_rendered or row.stem_paths)]
+        if "soundfont" in self.settings():
+            return []  # scores are played again
+        return [index for index, row in enumerate(self.rows) if not row.stem_paths]
 
     def notes(self, index: int, cache: Path = DEFAULT_CACHE) -> np.ndarray:
-        """The notes of a rendition as they were played, float64 `[note, 5]`: see `note_times`.
+        """A row's notes as they were played, float64 `[note, 5]`: see `note_times`.
 
         Raises:
             LmdError: own music, of which there is no score.
@@ -192,17 +173,11 @@ class Corpus:
         return render(*played, bank, settings["channels"])
 
     def _drawn_again(self, index: int, cache: Path) -> tuple[Piece, Rendition]:
-        """The score of a row, and how it was played."""
         row, settings = self.rows[index], self.settings()
         if "soundfont" not in settings:
             raise LmdError(f"no score of {row.name}", "a rendered corpus", "Use one.")
         piece = cached_piece(row.piece_id, cache)
         return piece, draw_rendition(piece, row.rendition, row.seed, settings["max_seconds"])
-
-    def settings(self) -> dict[str, Any]:
-        """What the corpus was built with; empty where nothing says so."""
-        path = self.folder / SETTINGS
-        return read_settings(path) if path.is_file() else {}
 
     def _map(self, path: str, row: Row) -> np.ndarray:
         """A WAV's samples, mapped once; the file's length is checked against the manifest."""
@@ -229,12 +204,8 @@ def is_whole(folder: Path, row: Row) -> bool:
 
 
 def read_manifest(folder: Path) -> list[Row]:
-    """The rows of a corpus, in the order of the plan.
-
-    Raises:
-        LmdError: there is no manifest, or it is not whole.
-    """
-    return read_rows(folder / MANIFEST, Row, "python -m lmd data build")
+    """The rows of a corpus, in the order of the plan; `LmdError` if there is no whole manifest."""
+    return read_rows(folder / MANIFEST, Row, "lmd data build")
 
 
 def write_manifest(folder: Path, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -94,7 +94,8 @@ def intervals(table: np.ndarray, voice: int) -> list[int]:
     return steps[steps != 0].tolist()
 
 
-def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Path]]:
+@lru_cache(maxsize=64)
+def corpus_files(collections: tuple[str, ...] = COLLECTIONS) -> dict[str, Path]:
     """Identifiers and paths of the scores in some of music21's collections, sorted.
 
     Raises:
@@ -112,7 +113,7 @@ def corpus_files(collections: Sequence[str] = COLLECTIONS) -> list[tuple[str, Pa
             if path.suffix in _SUFFIXES and "_old" not in path.stem:
                 relative = path.relative_to(root)
                 found.setdefault(relative.with_suffix("").as_posix(), path)
-    return sorted(found.items())
+    return dict(sorted(found.items()))
 
 
 def parse_piece(piece_id: str, path: Path) -> Piece | str:
@@ -204,15 +205,16 @@ def _fault(notes: list[Note], n_voices: int) -> str | None:
     return None
 
 
+@lru_cache(maxsize=2048)
 def _read_table(path: Path) -> Piece | str:
     """One cached note table, or the reason why there is none."""
     values = json.loads(path.read_text())
     if "rejected" in values:
         return values["rejected"]
-    values.pop("format")
+    del values["format"]
     for key in ("voices", "measures"):
         values[key] = tuple(values[key])
-    values["notes"] = tuple(tuple(row) for row in values["notes"])
+    values["notes"] = tuple(map(tuple, values["notes"]))
     return Piece(**values)
 
 
@@ -241,36 +243,24 @@ class Shelf:
         cache: Path = DEFAULT_CACHE,
         workers: int = 1,
     ) -> None:
-        self.files = dict(corpus_files(collections))
+        from music21 import __version__
+
+        self.files = corpus_files(tuple(collections))
         self.ids = tuple(self.files)
         self.rejected: dict[str, str] = {}  # reasons by name
-        self._cache, self._workers = cache, workers
-        self._pieces: dict[str, Piece] = {}
+        self._folder = cache / f"scores-{TABLE_FORMAT}-music21-{__version__}"
+        self._workers = workers
 
     def pieces(self, piece_ids: Sequence[str]) -> list[Piece]:
         """The usable ones among some pieces, in their order; the others join `rejected`."""
-        paths = {i: _table_path(i, self._cache) for i in piece_ids}
+        paths = {i: self._folder / f"{i.replace('/', '__')}.json" for i in piece_ids}
         jobs = [(i, self.files[i], path) for i, path in paths.items() if not path.is_file()]
         if jobs:
             parsed = mapped(_parse_to_cache, jobs, self._workers if len(jobs) > 3 else 1)
             list(tqdm(parsed, "parsing scores", len(jobs), mininterval=1))
-        for piece_id, path in paths.items():
-            if piece_id in self._pieces or piece_id in self.rejected:
-                continue
-            found = _read_table(path)
-            if isinstance(found, str):
-                self.rejected[piece_id] = found
-            else:
-                self._pieces[piece_id] = found
-        return [self._pieces[i] for i in piece_ids if i in self._pieces]
-
-
-def _table_path(piece_id: str, cache: Path) -> Path:
-    """Where a piece's note table is kept."""
-    from music21 import __version__
-
-    folder = cache / f"scores-{TABLE_FORMAT}-music21-{__version__}"
-    return folder / f"{piece_id.replace('/', '__')}.json"
+        tables = {piece_id: _read_table(path) for piece_id, path in paths.items()}
+        self.rejected |= {i: found for i, found in tables.items() if isinstance(found, str)}
+        return [found for found in tables.values() if isinstance(found, Piece)]
 
 
 def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
@@ -279,16 +269,13 @@ def cached_piece(piece_id: str, cache: Path = DEFAULT_CACHE) -> Piece:
     Raises:
         LmdError: no such piece in the installed corpus, or one that is rejected.
     """
-    target = _table_path(piece_id, cache)
-    if not target.is_file():
-        files = dict(corpus_files((piece_id.split("/")[0],)))
-        if piece_id not in files:
-            raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "Check its name.")
-        _parse_to_cache((piece_id, files[piece_id], target))
-    found = _read_table(target)
-    if isinstance(found, str):
-        raise LmdError(f"piece {piece_id!r}: {found}", "a usable score", "Take another.")
-    return found
+    shelf = Shelf((piece_id.split("/")[0],), cache)
+    if piece_id not in shelf.files:
+        raise LmdError(f"piece {piece_id!r}", "one of the installed corpus", "Check its name.")
+    for piece in shelf.pieces([piece_id]):
+        return piece
+    found = f"piece {piece_id!r}: {shelf.rejected[piece_id]}"
+    raise LmdError(found, "a usable score", "Take another.")
 
 
 def mapped(

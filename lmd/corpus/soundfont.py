@@ -1,16 +1,13 @@
 """SoundFont 2 files: which sample plays a key, and that sample held for as long as it is wanted.
 
-Written because symusic 0.5.9, the renderer that this project began with, plays several programs of
-the built-in soundfont out of tune (its piano sounds 3 to 14 semitones off, its harpsichord 8 too
-low) and knows neither velocity nor decay. `tests/test_data_render.py` holds every instrument's
-pitch against the key that was asked for.
+symusic 0.5.9 plays programs of the built-in soundfont out of tune (its piano by 3 to 14 semitones)
+and knows neither velocity nor decay. `tests/test_data_render.py` holds every instrument to its key.
 
 Source: SoundFont Technical Specification 2.04, sections 5 to 8; `.sf3` keeps samples as Ogg Vorbis.
 """
 
 import io
 import struct
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -37,18 +34,6 @@ _ADDED = (_COARSE, _FINE, _ATTENUATION)  # a preset's values are added to its in
 _OFFSETS = ((0, 4), (1, 12), (2, 45), (3, 50))  # start, end, loop start, loop end: fine, coarse
 _VORBIS = 0x10
 VELOCITY = 100  # softer and louder notes are made from this one
-
-
-@dataclass(frozen=True)
-class Zone:
-    """A sample as one key plays it."""
-
-    sample: int  # its number
-    ratio: float  # source samples per second of sound
-    gain: float  # linear
-    loop: tuple[int, int] | None  # first and last source sample; None = it plays once
-    start: int  # of the part that is used
-    end: int
 
 
 class Soundfont:
@@ -82,59 +67,77 @@ class Soundfont:
         presets = reversed(list(pairwise(self._lists[b"phdr"])))
         return {p[1]: (p[3], after[3]) for p, after in presets if p[2] == 0 and p[3] < after[3]}
 
-    def zones(self, program: int, key: int, velocity: int = VELOCITY) -> list[Zone]:
-        """What sounds when a key of a program (bank 0) is pressed.
+    def hold(self, program: int, key: int, n_samples: int, sample_rate: int) -> np.ndarray:
+        """A key held, at constant strength, mono float32 `[sample]` (silence if nothing sounds).
 
         Raises:
-            LmdError: the soundfont has no such program.
+            LmdError: the soundfont has no such program in bank 0.
         """
+        wave, zones = np.zeros(n_samples), self._zones(program, key)
+        for zone in zones:
+            gain = 10.0 ** (-0.4 * zone.get(_ATTENUATION, 0) / 200)
+            wave += gain * self._play(zone, key, n_samples, sample_rate)
+        return (wave / max(1, len(zones))).astype(np.float32)
+
+    def _zones(self, program: int, key: int) -> list[dict[int, int]]:
+        """What sounds when a key is pressed: each zone's values, by their generators' numbers."""
         if program not in self.programs:
             fault = f"no program {program} in {self.path.name}"
             raise LmdError(fault, "a General MIDI set", "Give another soundfont.")
-        first, last = self.programs[program]
-        found: list[Zone] = []
-        for above in self._bags(b"pbag", b"pgen", first, last, _INSTRUMENT):
-            if not _inside(above, key, velocity):
-                continue
+        found = []
+        for above in self._bags(b"pbag", b"pgen", *self.programs[program], _INSTRUMENT, key):
             instruments, number = self._lists[b"inst"], above[_INSTRUMENT]
             bags = instruments[number][1], instruments[number + 1][1]
-            for zone in self._bags(b"ibag", b"igen", *bags, _SAMPLE):
-                if _inside(zone, key, velocity):
-                    added = {g: zone.get(g, 0) + above.get(g, 0) for g in _ADDED}
-                    found.append(self._zone({**zone, **added}, key))
+            for zone in self._bags(b"ibag", b"igen", *bags, _SAMPLE, key):
+                found.append({**zone, **{g: zone.get(g, 0) + above.get(g, 0) for g in _ADDED}})
         return found
 
-    def hold(self, program: int, key: int, n_samples: int, sample_rate: int) -> np.ndarray:
-        """A key held, at constant strength, mono float32 `[sample]` (silence if nothing sounds)."""
-        wave = np.zeros(n_samples)
-        zones = self.zones(program, key)
-        for zone in zones:
-            wave += zone.gain * self._play(zone, n_samples, sample_rate)
-        return (wave / max(1, len(zones))).astype(np.float32)
+    def _bags(
+        self, bags: bytes, generators: bytes, first: int, last: int, target: int, key: int
+    ) -> list[dict[int, int]]:
+        """The zones of a preset or an instrument that hold a key.
 
-    def _play(self, zone: Zone, n_samples: int, sample_rate: int) -> np.ndarray:
-        """One zone: the loop unrolled, what would alias taken away, then read at its own pace."""
-        step = zone.ratio / sample_rate
-        source = self._unrolled(zone, int(n_samples * step) + 4)
+        A first one without a target is the default of the others.
+        """
+        edges = pairwise(start for start, _ in self._lists[bags][first : last + 1])
+        rows = [dict(self._lists[generators][a:b]) for a, b in edges]
+        default = rows[0] if rows and target not in rows[0] else {}
+        zones = [{**default, **row} for row in rows if target in row]
+        return [
+            zone
+            for zone in zones
+            if _holds(zone, _KEYS, key) and _holds(zone, _VELOCITIES, VELOCITY)
+        ]
+
+    def _play(self, zone: dict[int, int], key: int, n_samples: int, sample_rate: int) -> np.ndarray:
+        """One zone: its loop unrolled, what would alias taken away, then read at its own pace."""
+        header, data = self._lists[b"shdr"][zone[_SAMPLE]], self._sample(zone[_SAMPLE])
+        _, begin, _, loop_begin, loop_end, rate, pitch, correction, _, kind = header
+        root = zone.get(_ROOT, -1)
+        root = root if root >= 0 else pitch if pitch < 128 else 60
+        cents = (key - root) * zone.get(_SCALE, 100)
+        cents += 100 * zone.get(_COARSE, 0) + zone.get(_FINE, 0) + correction
+        step = rate * 2.0 ** (cents / 1200) / sample_rate  # source samples per sample of sound
+        n_source = int(n_samples * step) + 4
+        shift = [zone.get(fine, 0) + 32768 * zone.get(more, 0) for fine, more in _OFFSETS]
+        base = 0 if kind & _VORBIS else begin  # in .sf3 the loop counts from the sample's start
+        start, end = max(0, shift[0]), max(1, len(data) + shift[1])
+        first, last = loop_begin - base + shift[2], loop_end - base + shift[3]
+        part = data[start:end]
+        if zone.get(_MODE, 0) in (1, 3) and 0 <= first < last <= len(data):
+            n_turns = max(0, n_source - (last - start)) // (last - first) + 1
+            part = np.concatenate([data[start:last], np.tile(data[first:last], n_turns)])
+        part = part[:n_source]
+        silence = np.zeros(n_source + 4 - len(part))
+        source = np.concatenate([[0], part, silence]).astype(np.float32)
         if step > 1:
             source = sosfilt(_anti_alias(round(0.92 / step, 3)), source)
         at = np.arange(n_samples) * step + 1
-        base = at.astype(np.int64)
-        x = (at - base).astype(np.float32)
-        a, b, c, d = (source[base + k].astype(np.float32) for k in (-1, 0, 1, 2))
+        floor = at.astype(np.int64)
+        x = (at - floor).astype(np.float32)
+        a, b, c, d = (source[floor + k].astype(np.float32) for k in (-1, 0, 1, 2))
         # Catmull-Rom: the cubic through b and c whose slopes there are those of the neighbours.
         return b + 0.5 * x * (c - a + x * (2 * a - 5 * b + 4 * c - d + x * (3 * (b - c) + d - a)))
-
-    def _unrolled(self, zone: Zone, n_source: int) -> np.ndarray:
-        """The zone's sample from its start, looping, float32, one sample of silence in front."""
-        data = self._sample(zone.sample)
-        part = data[zone.start : zone.end]
-        if zone.loop is not None:
-            first, last = zone.loop
-            n_turns = max(0, n_source - (last - zone.start)) // (last - first) + 1
-            part = np.concatenate([data[zone.start : last], np.tile(data[first:last], n_turns)])
-        part = part[:n_source]
-        return np.concatenate([[0], part, np.zeros(n_source + 4 - len(part))]).astype(np.float32)
 
     def _sample(self, number: int) -> np.ndarray:
         """A sample's values, float32, -1 … 1; its neighbours in the file are not part of it."""
@@ -154,50 +157,11 @@ class Soundfont:
             self._samples[number] = wave
         return self._samples[number]
 
-    def _zone(self, values: dict[int, int], key: int) -> Zone:
-        """Pitch, level and loop of a zone for one key."""
-        number = values[_SAMPLE]
-        _, start, _, loop_start, loop_end, rate, pitch, correction, _, kind = self._lists[b"shdr"][
-            number
-        ]
-        root = values.get(_ROOT, -1)
-        root = root if root >= 0 else pitch if pitch < 128 else 60
-        cents = (key - root) * values.get(_SCALE, 100)
-        cents += 100 * values.get(_COARSE, 0) + values.get(_FINE, 0) + correction
-        shift = [values.get(fine, 0) + 32768 * values.get(more, 0) for fine, more in _OFFSETS]
-        base = 0 if kind & _VORBIS else start  # in .sf3 the loop counts from the sample's start
-        length = len(self._sample(number))
-        loop = (loop_start - base + shift[2], loop_end - base + shift[3])
-        looped = values.get(_MODE, 0) in (1, 3) and 0 <= loop[0] < loop[1] <= length
-        return Zone(
-            sample=number,
-            ratio=rate * 2.0 ** (cents / 1200),
-            gain=10.0 ** (-0.4 * values.get(_ATTENUATION, 0) / 200),
-            loop=loop if looped else None,
-            start=max(0, shift[0]),
-            end=max(1, length + shift[1]),
-        )
 
-    def _bags(
-        self, bags: bytes, generators: bytes, first: int, last: int, target: int
-    ) -> list[dict[int, int]]:
-        """The zones of a preset or an instrument; a first one without a target is their default."""
-        starts = self._lists[bags]
-        rows = [
-            dict(self._lists[generators][starts[i][0] : starts[i + 1][0]])
-            for i in range(first, last)
-        ]
-        default = rows[0] if rows and target not in rows[0] else {}
-        return [{**default, **row} for row in rows if target in row]
-
-
-def _inside(zone: dict[int, int], key: int, velocity: int) -> bool:
-    """Whether a zone's key and velocity ranges (low byte, high byte) hold a note."""
-    for generator, value in ((_KEYS, key), (_VELOCITIES, velocity)):
-        span = zone.get(generator)
-        if span is not None and not (span & 0xFF) <= value <= ((span >> 8) & 0xFF):
-            return False
-    return True
+def _holds(zone: dict[int, int], generator: int, value: int) -> bool:
+    """Whether a zone's range of keys or velocities (low byte, high byte) holds one."""
+    span = zone.get(generator)
+    return span is None or span & 0xFF <= value <= (span >> 8) & 0xFF
 
 
 def _chunks(data: bytes) -> dict[bytes, bytes]:

@@ -1,19 +1,17 @@
 """The files in which a corpus and its latents keep their rows and settings: CSV, JSON, logs."""
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import MISSING, asdict, fields
-from functools import lru_cache
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
 from lmd.errors import LmdError
-from lmd.outputs import write_atomic
+from lmd.outputs import write_atomic, write_json
 
 T = TypeVar("T")
 
@@ -53,8 +51,7 @@ def read_rows(path: Path, kind: type[T], command: str) -> list[T]:
 
 def write_rows(path: Path, kind: type[T], rows: Sequence[T]) -> None:
     """Write dataclasses as the CSV file that `read_rows` reads, in one stroke."""
-    names = [field.name for field in fields(kind)]
-    table = pd.DataFrame([asdict(row) for row in rows], columns=names)
+    table = pd.DataFrame(rows, columns=[field.name for field in fields(kind)])
     write_atomic(path, table.to_csv(index=False, lineterminator="\n").encode())
 
 
@@ -88,7 +85,7 @@ def hold_settings(path: Path, values: dict[str, Any], free: Collection[str] = ()
             found = f"{path.parent} made with other {', '.join(differing)}"
             todo = "Choose another --out, or remove that folder."
             raise LmdError(found, "the same settings, to go on with it", todo)
-    write_atomic(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+    write_json(path, dict(sorted(values.items())))
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -103,13 +100,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, read once in a process while it stays as it is."""
-    state = path.stat()
-    return _sha256(path.absolute(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def append_log(path: Path, entry: dict[str, Any]) -> None:
+    """Add an object to a log."""
+    with path.open("a") as log:
+        log.write(json.dumps(entry, sort_keys=True) + "\n")

@@ -1,6 +1,5 @@
 """Single tones from a soundfont, and the shape that a played note gives them."""
 
-from collections import OrderedDict
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,20 +27,19 @@ class ToneBank:
     Args:
         soundfont: an `.sf2` or `.sf3` file; None = the one inside pretty_midi.
         sample_rate: Hz.
-        max_bytes: tones kept in memory; the least recently used go first.
+        max_tones: kept in memory; the least recently used go first.
     """
 
     def __init__(
         self,
         soundfont: Path | str | None = None,
         sample_rate: int = 22_050,
-        max_bytes: int = 200 << 20,
+        max_tones: int = 1024,
     ) -> None:
         self.soundfont = Path(soundfont) if soundfont else default_soundfont()
-        self.sample_rate, self.max_bytes = sample_rate, max_bytes
+        self.sample_rate = sample_rate
         self._font = Soundfont(self.soundfont)
-        self._tones: OrderedDict[tuple[int, int, int, int, float], np.ndarray] = OrderedDict()
-        self._n_bytes = 0
+        self._kept = lru_cache(max_tones)(self._tone)
 
     def tone(
         self, program: int, pitch: int, n_samples: int, darkness: int = 0, cutoff_hz: float = 0
@@ -54,21 +52,16 @@ class ToneBank:
         seconds = 1
         while seconds * self.sample_rate < n_samples:
             seconds *= 2
-        key = (program, pitch, seconds, darkness, cutoff_hz)
-        if key in self._tones:
-            self._tones.move_to_end(key)
-            return self._tones[key]
+        return self._kept(program, pitch, seconds, darkness, cutoff_hz)
+
+    def _tone(
+        self, program: int, pitch: int, seconds: int, darkness: int, cutoff_hz: float
+    ) -> np.ndarray:
         wave = self._font.hold(program, pitch, seconds * self.sample_rate, self.sample_rate)
         if 0 < cutoff_hz < 0.45 * self.sample_rate:
             low_pass = butter(2, cutoff_hz, fs=self.sample_rate, output="sos")
             wave = sosfilt(low_pass, wave.astype(np.float64)).astype(np.float32)
-        if darkness:
-            wave = darkened(wave, darkness / 5, self.sample_rate)
-        self._tones[key] = wave
-        self._n_bytes += wave.nbytes
-        while self._n_bytes > self.max_bytes and len(self._tones) > 1:
-            self._n_bytes -= self._tones.popitem(last=False)[1].nbytes
-        return wave
+        return darkened(wave, darkness / 5, self.sample_rate) if darkness else wave
 
 
 def darkened(wave: np.ndarray, amount: float, sample_rate: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which files of a folder can be used, and why others cannot."""
+"""`lmd data check FOLDER`: which files of a folder can be used, and why others cannot."""
 
 import os
 from collections import Counter
@@ -8,44 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
-from lmd.data.sound_files import open_sound, scan, truncation
+from lmd.data.layouts import Track, is_stem, track_of
+from lmd.data.sound_files import AUDIO_SUFFIXES, open_sound, scan, truncation
 from lmd.errors import LmdError
+from lmd.outputs import check_outputs, write_json
 
-AUDIO_SUFFIXES = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc",
-)  # fmt: skip
+STEM_MP4 = ".stem.mp4"  # MUSDB18's packed form, which soundfile cannot open
 UNREAD_AUDIO = (
-    ".m4a", ".aac", ".wma", ".ape", ".wv", ".mpc", ".dsf", ".dff", ".mka", ".caf", ".w64", ".au",
-    ".snd", ".amr", ".ac3", ".tta", ".tak", ".m4b",
+    ".m4a", ".aac", ".wma", ".ape", ".wv", ".mpc", ".dsf", ".dff", ".mka", ".amr", ".ac3", ".tta",
+    ".tak", ".m4b", STEM_MP4,
 )  # fmt: skip
 COMPANIONS = (
     ".txt", ".json", ".yaml", ".yml", ".csv", ".md", ".jpg", ".jpeg", ".png", ".gif", ".webp",
     ".bmp", ".pdf", ".log", ".cue", ".m3u", ".m3u8", ".pls", ".nfo", ".ini", ".db", ".html", ".lrc",
 )  # fmt: skip  # what lies beside music and holds none
-STEM_MP4 = ".stem.mp4"  # MUSDB18's packed form, which soundfile cannot open
 MIN_SECONDS = 1.0  # of a file, and of what sounds in it
 MIN_SAMPLE_RATE = 16_000  # Hz; below, there is nothing over 8 kHz to learn from
 MAX_CHANNELS = 2
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's word for a header that does not tell the length
 TOLERANCE_S = 0.01  # encoders of Opus announce up to some milliseconds more than there is
-MAX_REJECTED = 0.05  # of all files; more stop a build …
-FEWEST_FILES = 20  # … of so many files or more
 SILENT_PEAK = 1e-4  # -80 dB under full scale
-MUSDB_STEMS = ("drums", "bass", "other", "vocals")
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A file that is not used, and why."""
+class Options:
+    """Flags of the command.
 
-    path: Path
-    reason: str
+    Attributes:
+        folder: folder of audio.
+        json: write the report here as JSON.
+    """
 
-    def __str__(self) -> str:
-        """A line that any terminal takes, whatever bytes the name has."""
-        return f"{os.fsencode(self.path).decode('utf-8', 'backslashreplace')}: {self.reason}"
+    folder: tyro.conf.Positional[str]
+    json: Path | None = None
+
+
+def main(options: Options) -> int:
+    """Report on a folder; status 1 if anything was rejected."""
+    check_outputs(json=options.json, json_key="accepted", make_folders=True)
+    _, report = survey(named_folder(options.folder))
+    for line in report.lines():
+        print(line)
+    n_accepted, n_rejected = len(report.accepted), len(report.rejected)
+    print(f"{n_accepted} accepted, {n_rejected} rejected in {options.folder}")
+    if options.json is not None:
+        write_json(options.json, report.as_dict())
+    return 1 if report.rejected else 0
 
 
 @dataclass
@@ -53,32 +64,66 @@ class Report:
     """What a folder holds."""
 
     accepted: list[Path] = field(default_factory=list)  # sorted
-    rejected: list[Reject] = field(default_factory=list)
+    rejected: dict[Path, str] = field(default_factory=dict)  # and why
     not_read: Counter[str] = field(default_factory=Counter)  # passed over, by ending (`.mid`)
-
-    @property
-    def too_many_rejected(self) -> bool:
-        """Whether more than 5 % of 20 files or more are rejected."""
-        n_files = len(self.accepted) + len(self.rejected)
-        return n_files >= FEWEST_FILES and len(self.rejected) > MAX_REJECTED * n_files
 
     def reject(self, path: Path, reason: str) -> None:
         """Move a file from the accepted ones to the rejected."""
         self.accepted.remove(path)
-        self.rejected.append(Reject(path, reason))
+        self.rejected[path] = reason
 
     def lines(self) -> Iterator[str]:
-        """A line for every reject, and one about the kinds that are not read."""
-        yield from (f"rejected  {item}" for item in self.rejected)
+        """A line for every reject, and one about the kinds that are not read.
+
+        Any terminal takes them, whatever bytes a name has.
+        """
+        for path, reason in self.rejected.items():
+            name = os.fsencode(path).decode("utf-8", "backslashreplace")
+            yield f"rejected  {name}: {reason}"
         if self.not_read:
             kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self.not_read.items()))
             yield f"{self.not_read.total()} files of kinds not read ({kinds})"
 
     def as_dict(self) -> dict[str, Any]:
         """`{"accepted": [path…], "rejected": [{"path", "reason"}…], "not_read": {".mid": 2}}`."""
-        rejected = [{"path": str(item.path), "reason": item.reason} for item in self.rejected]
+        rejected = [{"path": str(path), "reason": text} for path, text in self.rejected.items()]
         accepted = [str(path) for path in self.accepted]
         return {"accepted": accepted, "rejected": rejected, "not_read": self.not_read}
+
+
+def survey(folder: Path) -> tuple[list[Track], Report]:
+    """What a folder of music holds: its tracks, and the report on all its files.
+
+    Raises:
+        LmdError: not a folder, or nothing in it that could be used or refused.
+    """
+    report, tracks = Report(), []
+    files, report.rejected = _walk(named_folder(str(folder)))
+    for path in tqdm(files, desc="checking", mininterval=1):
+        if not path.name.lower().endswith((*AUDIO_SUFFIXES, *UNREAD_AUDIO)):
+            report.not_read[path.suffix.lower()] += 1
+        elif reason := fault(path):
+            report.rejected[path] = reason
+        else:
+            report.accepted.append(path)
+    if not report.accepted and not report.rejected:
+        found = ": ".join([f"no music in {folder}", *report.lines()])
+        expected = f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}"
+        raise LmdError(found, expected, "Check the path, or convert them.")
+    usable = set(report.accepted)
+    for path in filter(lambda path: not is_stem(path), sorted(usable)):
+        try:
+            track = track_of(folder, path)
+        except Exception as error:  # of whatever kind: the other tracks go on
+            reason = " ".join(str(error).split())
+            report.reject(path, f"a file that describes it cannot be read: {reason}")
+            continue
+        lost = [stem.name for _, stem in track.stems if stem not in usable]
+        if lost:
+            report.reject(path, f"stems missing or unusable: {', '.join(lost)}")
+        else:
+            tracks.append(track)
+    return tracks, report
 
 
 def named_folder(text: str) -> Path:
@@ -92,33 +137,27 @@ def named_folder(text: str) -> Path:
     return Path(text)
 
 
-def _walk(folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[Path | Reject]:
-    """Every file that may hold music, sorted, links followed; loops and closed folders as rejects.
+def _walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Every file that may hold music, sorted, links followed; loops and closed folders."""
+    files, rejected, seen = [], {}, {os.path.realpath(folder)}
 
-    `above` are the real folders that led here, `seen` all so far.
-    """
-    try:
-        children = sorted(folder.iterdir())
-    except OSError as error:
-        yield Reject(folder, f"folder cannot be opened: {error.strerror}")
-        return
-    for child in children:
-        try:
-            is_folder = child.is_dir()
-        except OSError:
-            is_folder = False
-        name = child.name.lower()
-        if is_folder and child.suffix.lower() not in AUDIO_SUFFIXES:
-            real = os.path.realpath(child)
-            if real in above:
-                yield Reject(child, "symlink loop: it leads back to a folder that contains it")
+    def closed(error: OSError) -> None:
+        rejected[Path(error.filename)] = f"folder cannot be opened: {error.strerror}"
+
+    for place, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+        inside, folders[:] = sorted(folders), []
+        for name in inside:
+            real = os.path.realpath(os.path.join(place, name))
+            if name.lower().endswith(AUDIO_SUFFIXES):
+                names.append(name)
             elif real not in seen:
                 seen.add(real)
-                yield from _walk(child, (*above, real), seen)
-        elif name.endswith(UNREAD_AUDIO):
-            yield Reject(child, f"{child.suffix} cannot be read: convert it to WAV or FLAC")
-        elif child.suffix and not name.endswith(COMPANIONS):
-            yield child
+                folders.append(name)
+            elif Path(os.path.realpath(place)).is_relative_to(real):
+                rejected[Path(place, name)] = "symlink loop: it leads back to where it lies"
+        paths = (Path(place, name) for name in names)
+        files += [p for p in paths if p.suffix and not p.name.lower().endswith(COMPANIONS)]
+    return sorted(files), rejected
 
 
 def fault(path: Path) -> str | None:
@@ -131,18 +170,17 @@ def fault(path: Path) -> str | None:
     """
     try:
         str(path).encode()
-    except UnicodeEncodeError:
-        return "its name is not valid UTF-8: rename it"
-    if path.name.lower().endswith(STEM_MP4):
-        return "MP4 stems cannot be read: use the WAV form of the data set (MUSDB18-HQ)"
-    try:
+        if path.name.lower().endswith(STEM_MP4):
+            return "MP4 stems cannot be read: use the WAV form of the data set (MUSDB18-HQ)"
+        if path.name.lower().endswith(UNREAD_AUDIO):
+            return f"{path.suffix} cannot be read: convert it to WAV or FLAC"
         if not path.exists():
             return "broken or looping link" if path.is_symlink() else "it is gone"
         if not path.is_file():
             return "not a file"
-        if path.stat().st_size == 0:
-            return "empty file (0 bytes)"
-        return truncation(path) or _sound_fault(path)
+        return _sound_fault(path) if path.stat().st_size else "empty file (0 bytes)"
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8: rename it"
     except Exception as error:  # of whatever kind: it is this file's, and the others go on
         return unreadable(error)
 
@@ -157,6 +195,9 @@ def _sound_fault(path: Path) -> str | None:
     """What is wrong with a file's rate, channels, length or samples; it is read to its end."""
     with open_sound(path) as sound:
         announced, rate, channels = sound.frames, sound.samplerate, sound.channels
+        lost = truncation(path, sound)
+    if lost:
+        return f"truncated: {lost}"
     if announced == UNKNOWN_FRAMES:
         return "its header does not tell how long it is: encode it again (flac, ffmpeg)"
     if rate < MIN_SAMPLE_RATE:
@@ -177,35 +218,3 @@ def _sound_fault(path: Path) -> str | None:
     if scanned.sounding_s < MIN_SECONDS:
         return f"{scanned.sounding_s:.2f} s of sound without its silences, under {MIN_SECONDS:g} s"
     return None
-
-
-def is_stem(path: Path) -> bool:
-    """Whether a file lies where Slakh2100 or MUSDB18 keep stems; those may be silent."""
-    if path.stem in MUSDB_STEMS:
-        return path.with_name("mixture" + path.suffix).is_file()
-    beside = path.parent.parent.glob("mix.*") if path.parent.name == "stems" else ()
-    return any(mix.stem == "mix" and mix.suffix.lower() in AUDIO_SUFFIXES for mix in beside)
-
-
-def check_folder(folder: Path, progress: bool = True) -> Report:
-    """Look at every audio file of a folder.
-
-    Raises:
-        LmdError: not a folder, or nothing in it that could be used or refused.
-    """
-    real = os.path.realpath(named_folder(str(folder)))
-    report, found = Report(), list(_walk(folder, (real,), {real}))
-    for item in tqdm(found, desc="checking", mininterval=1, disable=not progress):
-        if isinstance(item, Reject):
-            report.rejected.append(item)
-        elif not item.name.lower().endswith((*AUDIO_SUFFIXES, STEM_MP4)):
-            report.not_read[item.suffix.lower()] += 1
-        elif reason := fault(item):
-            report.rejected.append(Reject(item, reason))
-        else:
-            report.accepted.append(item)
-    if not report.accepted and not report.rejected:
-        found = ": ".join([f"no music in {folder}", *report.lines()])
-        expected = f"files of these kinds: {' '.join(AUDIO_SUFFIXES)}"
-        raise LmdError(found, expected, "Check the path, or convert them.")
-    return report

@@ -25,24 +25,16 @@ def check_fit(codec: Codec, corpus: Corpus) -> None:
     Raises:
         LmdError: they differ.
     """
-    found = (corpus.sample_rate, corpus.channels)
-    wanted = (codec.sample_rate, codec.channels)
-    if found != wanted:
-        raise LmdError(
-            "a corpus at {} Hz with {} channels".format(*found),
-            "{} Hz with {} channels, as the codec takes".format(*wanted),
-            "Build it with --sample-rate {} --channels {}.".format(*wanted),
-        )
+    rate, channels = codec.sample_rate, codec.channels
+    if (corpus.sample_rate, corpus.channels) != (rate, channels):
+        found = f"a corpus at {corpus.sample_rate} Hz with {corpus.channels} channels"
+        todo = f"Build it with --sample-rate {rate} --channels {channels}."
+        raise LmdError(found, f"{rate} Hz with {channels} channels, as the codec takes", todo)
 
 
 @torch.inference_mode()
 def codec_error_db(codec: Codec, corpus: Corpus) -> float:
-    """How far some of a corpus is from itself after the codec: mean over 80 mel bands, decibels.
-
-    Args:
-        codec: what encodes, on the CPU.
-        corpus: windows from the middle of some sounds are taken.
-    """
+    """How far the middle of some sounds is from itself after the codec (on the CPU), decibels."""
     hop, errors = codec.samples_per_frame, []
     for index in np.linspace(0, len(corpus) - 1, min(CHECKED_WINDOWS, len(corpus))).astype(int):
         n_samples = corpus.rows[index].n_samples
@@ -90,11 +82,11 @@ def log_mel_db(output: Mono, target: Mono, sample_rate: int) -> float:
 
 def expectation(error_db: float, corpus: Path) -> str:
     """What an error of the codec means, and what to do about it."""
-    line = f"this codec on this music: {error_db:.2f} dB of log-mel error"
+    line = f"this codec on this music: {error_db:.2f} dB of log-mel error; the shipped one has "
+    line += f"{GOOD_DB:g} on music of its own kind"
     if error_db < POOR_DB:
-        return f"{line}; {GOOD_DB:g} is what the shipped one has on music of its own kind"
+        return line
     return (
-        f"{line}, {error_db / GOOD_DB:.1f} times that of the shipped one on music of its own kind. "
-        "Expect dull or rough sound, whatever is trained on these latents. A codec for this music: "
-        f"python -m lmd train codec --data {corpus}; then encode with --codec and that one."
+        f"{line}. Expect dull or rough sound, whatever is trained on these latents. Train a codec "
+        f"for this music (lmd train codec --data {corpus}) and encode with --codec and that one."
     )

@@ -1,18 +1,14 @@
 """`lmd data encode`: a corpus through a codec into latent shards."""
 
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lmd.checkpoint import encoder_digest, load_codec, load_tensors
@@ -38,7 +34,6 @@ from lmd.shapes import Latents, Wave
 MAX_CHUNK_FRAMES = 2048  # longer sounds are encoded piece by piece …
 MARGIN_FRAMES = 64  # … with so much more on either side, which is thrown away
 FURTHER_CAPTIONS = 7  # of every rendition, so that training hears it asked for in many ways
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class EncodeSettings:
 
     Attributes:
         stems: encode every voice too.
-        rows_per_shard: renditions in one shard.
+        rows_per_shard: sounds in one shard, with their stems.
         cache: where parsed scores are kept (stems are played again).
     """
 
@@ -82,13 +77,12 @@ class Options(EncodeSettings):
 def main(options: Options) -> int:
     """Encode a corpus and say what to expect of it, and what came out."""
     corpus, codec = Corpus(options.data), load_codec(options.codec)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    trainer = _trainer(options)
     check_fit(codec, corpus)
-    if trainer.is_global_zero:
+    fabric = _fabric(options)
+    if fabric.is_global_zero:
         print(expectation(codec_error_db(codec, corpus), options.data), flush=True)
-    encode_corpus(corpus, codec, options.out, options, trainer, encoder_sha256(options.codec))
-    if trainer.is_global_zero:
+    encode_corpus(corpus, codec, options.out, options, fabric, encoder_sha256(options.codec))
+    if fabric.is_global_zero:
         entries = read_rows(options.out / INDEX, Entry, "lmd data encode")
         hours = sum(entry.duration_s for entry in entries) / 3600
         n_frames = sum(entry.n_frames for entry in entries)
@@ -96,17 +90,17 @@ def main(options: Options) -> int:
     return 0
 
 
-def _trainer(options: Options) -> L.Trainer:
-    """Lightning's trainer on the machines that were asked for; `LmdError` where there are none."""
+def _fabric(options: Options) -> L.Fabric:
+    """The processes that were asked for, started; `LmdError` where there are no such machines."""
     asked = {n: getattr(options, n) for n in ("accelerator", "devices", "num_nodes", "strategy")}
-    if options.devices.isdigit():
-        asked["devices"] = int(options.devices)
     try:
-        return L.Trainer(**asked, **QUIET)
+        fabric = L.Fabric(**asked)
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         found = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items())
         todo = f"Lightning says: {' '.join(str(error).split())}"
         raise LmdError(found, "what this machine has", todo) from error
+    fabric.launch()
+    return fabric
 
 
 def encode_wave(codec: Codec, wave: Wave) -> Latents:
@@ -138,58 +132,6 @@ def silence_frame(codec: Codec) -> list[float]:
         return codec.encode(quiet)[0, :, 32].to(torch.float16).tolist()
 
 
-class _ShardJobs(Dataset):
-    """The renditions of each shard that is to be made; loading them is the workers' work."""
-
-    def __init__(self, corpus: Corpus, jobs: list[tuple[int, range]], how: EncodeSettings) -> None:
-        self.corpus, self.jobs, self.how = corpus, jobs, how
-        self.alone = set(corpus.without_stems())
-
-    def __len__(self) -> int:
-        return len(self.jobs)
-
-    def __getitem__(self, index: int) -> tuple[int, list[tuple[int, int, np.ndarray]]]:
-        number, rows = self.jobs[index]
-        return number, [sound for row in rows for sound in self._sounds(row)]
-
-    def _sounds(self, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Row, voice and wave: the mix, then its stems, if there are any."""
-        yield row, -1, self.corpus.wave(row)
-        if self.how.stems and row not in self.alone:
-            for voice, stem in enumerate(self.corpus.stems(row, self.how.cache)):
-                yield row, voice, stem
-
-
-class Encoder(L.LightningModule):
-    """Writes one shard per predicted batch; holds no state but the codec."""
-
-    def __init__(self, codec: Codec, corpus: Corpus, out: Path) -> None:
-        super().__init__()
-        self.codec, self.corpus, self.out = codec, corpus, out
-
-    def on_predict_start(self) -> None:
-        """Bring a codec to this process's device, if it can be moved: Lightning moves modules."""
-        move = getattr(self.codec, "to", None)
-        if move is not None:
-            with torch.inference_mode(False):  # elsewhere gradients may go through its weights
-                move(self.device)
-
-    @torch.inference_mode()
-    def predict_step(self, batch: Any, batch_idx: int) -> int:
-        """Encode the sounds of one shard and write it; returns the shard's number."""
-        number, sounds = batch
-        latents, entries, at = [], [], 0
-        for row, voice, wave in sounds:
-            encoded = encode_wave(self.codec, torch.from_numpy(wave)[None].to(self.device))
-            frames = encoded[0].T.cpu()
-            place = (shard_name(number), at, len(frames))
-            entries.append(_entry(self.corpus.rows[row], voice, *place))
-            latents.append(frames)
-            at += len(frames)
-        write_shard(self.out / shard_name(number), latents, entries)
-        return number
-
-
 def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry:
     """The index line of one encoded sound."""
     shared = {f.name: getattr(row, f.name) for f in fields(Entry) if hasattr(row, f.name)}
@@ -199,27 +141,22 @@ def _entry(row: Row, voice: int, shard: str, start: int, n_frames: int) -> Entry
     return Entry(**shared, voice=voice, shard=shard, start_frame=start, n_frames=n_frames)
 
 
-def shard_name(number: int) -> str:
-    """The file name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
 def encode_corpus(
     corpus: Corpus,
     codec: Codec,
     out: Path,
     how: EncodeSettings | None = None,
-    trainer: L.Trainer | None = None,
+    fabric: L.Fabric | None = None,
     codec_id: str = "",
 ) -> list[str]:
     """Encode a corpus; shards that are there and whole are kept.
 
     Args:
         corpus: what to encode.
-        codec: at the corpus's sample rate and channels.
+        codec: at the corpus's sample rate and channels; it is brought to the processes' device.
         out: the folder to fill.
         how: stems or not, size of the shards.
-        trainer: a Lightning trainer; its processes share the shards. None = one, on this device.
+        fabric: Lightning's, launched; its processes share the shards. None = one, on this device.
         codec_id: names what encodes (`encoder_sha256`); another one is refused in the same folder.
 
     Returns:
@@ -229,7 +166,7 @@ def encode_corpus(
         LmdError: no rows in a shard, a codec that does not fit, not one stem where they are wanted,
             or a folder that cannot be written or was encoded from something else.
     """
-    how = how or EncodeSettings()
+    how, fabric = how or EncodeSettings(), fabric or L.Fabric(devices=1)
     if how.rows_per_shard < 1:
         raise LmdError(f"--rows-per-shard {how.rows_per_shard}", "1 or more", "Raise it.")
     check_apart(out=out, data=corpus.folder)
@@ -237,66 +174,66 @@ def encode_corpus(
     n_frames = sum(row.n_samples for row in corpus.rows) // codec.samples_per_frame
     check_folder(out, 2 * codec.latent_dim * n_frames * n_voices)
     check_fit(codec, corpus)
-    alone = corpus.without_stems() if how.stems else []
+    alone = set(corpus.without_stems()) if how.stems else set()
     if len(alone) == len(corpus):
         todo = "Build it with --stems from music that has them, or leave the option out here."
         raise LmdError(f"no stems in {corpus.folder}", "some, for --stems", todo)
     if alone:
-        print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone", flush=True)
-    settings = _settings(corpus, codec, how, codec_id)
+        fabric.print(f"{len(alone)} of {len(corpus)} sounds have no stems: their mixes alone")
+    settings = {
+        "format": SHARD_FORMAT,
+        "codec": codec_id,
+        "corpus": hashlib.sha256("\n".join(row.sha256 for row in corpus.rows).encode()).hexdigest(),
+        "stems": how.stems,
+        "rows_per_shard": how.rows_per_shard,
+        "silence": silence_frame(codec),
+    }
+    sizes = ("latent_dim", "sample_rate", "channels", "samples_per_frame")
+    settings |= {name: getattr(codec, name) for name in sizes}
     hold_settings(out / SETTINGS, settings, free=("silence",))
     step = how.rows_per_shard
-    jobs, torn = [], []
-    for number, first in enumerate(range(0, len(corpus), step)):
-        fault = shard_fault(out / shard_name(number))
-        if fault:
-            jobs.append((number, range(first, min(first + step, len(corpus)))))
-        if fault not in (None, "missing"):
-            torn.append(f"{shard_name(number)}: {fault}; encoded again")
-            print(torn[-1], flush=True)
-    trainer = trainer or L.Trainer(**QUIET, devices=1)
-    if jobs:
-        sounds = _ShardJobs(corpus, jobs, how)
-        data = DataLoader(sounds, batch_size=None, collate_fn=lambda item: item)  # as they are
-        trainer.predict(Encoder(codec, corpus, out), data, return_predictions=False)
-        trainer.strategy.barrier()
-    if trainer.is_global_zero:
-        names = [shard_name(n) for n in range(-(-len(corpus) // step))]
-        _write_index(out, names, corpus)
-    trainer.strategy.barrier()  # nobody goes on before there is an index
+    shards = {
+        out / f"shard-{number:05d}.safetensors": range(len(corpus))[first : first + step]
+        for number, first in enumerate(range(0, len(corpus), step))
+    }
+    faults = {path: fault for path in shards if (fault := shard_fault(path))}
+    torn = [f"{p.name}: {f}; encoded again" for p, f in faults.items() if f != "missing"]
+    for line in torn:
+        fabric.print(line)
+    fabric.barrier()  # nobody writes before all have looked
+    if isinstance(codec, nn.Module):
+        codec.to(fabric.device)
+    own = list(faults)[fabric.global_rank :: fabric.world_size]
+    for path in tqdm(own, "encoding", mininterval=1, delay=2, disable=not fabric.is_global_zero):
+        latents, entries, at = [], [], 0
+        for row in shards[path]:
+            stems = corpus.stems(row, how.cache) if how.stems and row not in alone else ()
+            for voice, sound in enumerate((corpus.wave(row), *stems), -1):
+                wave = torch.from_numpy(sound)[None].to(fabric.device)
+                with torch.inference_mode():
+                    frames = encode_wave(codec, wave)[0].T.cpu()
+                entries.append(_entry(corpus.rows[row], voice, path.name, at, len(frames)))
+                latents.append(frames)
+                at += len(frames)
+        write_shard(path, latents, entries)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        _write_index(out, list(shards), corpus)
+    fabric.barrier()  # nobody goes on before there is an index
     return torn
 
 
-def _settings(corpus: Corpus, codec: Codec, how: EncodeSettings, codec_id: str) -> dict[str, Any]:
-    """What the latents were made from, for the folder's settings file."""
-    digest = hashlib.sha256("\n".join(row.sha256 for row in corpus.rows).encode()).hexdigest()
-    return {
-        "format": SHARD_FORMAT,
-        "codec": codec_id,
-        "corpus": digest,
-        "stems": how.stems,
-        "rows_per_shard": how.rows_per_shard,
-        "latent_dim": codec.latent_dim,
-        "sample_rate": codec.sample_rate,
-        "channels": codec.channels,
-        "samples_per_frame": codec.samples_per_frame,
-        "silence": silence_frame(codec),
-    }
-
-
-def _write_index(out: Path, names: Sequence[str], corpus: Corpus) -> None:
+def _write_index(out: Path, shards: Sequence[Path], corpus: Corpus) -> None:
     """One line per sound over all shards: where it lies, and what the corpus says of it now.
 
     Captions and splits may have changed since a shard was written; the sounds have not.
     """
     entries, row = [], -1
-    known = [entry for name in names for entry in shard_entries(out / name)]
+    known = [entry for path in shards for entry in shard_entries(path)]
     for old in tqdm(known, desc="captions", mininterval=2):
-        row += old.voice < 0  # a rendition's mix comes before its stems
-        place = (old.shard, old.start_frame, old.n_frames)
-        entry = _entry(corpus.rows[row], old.voice, *place)
-        if old.voice < 0:
-            also = further_captions(corpus.rows[row], FURTHER_CAPTIONS)
-            entry = replace(entry, also="|".join(also))
-        entries.append(entry)
+        row += old.voice < 0  # a mix comes before its stems
+        about = corpus.rows[row]
+        entry = _entry(about, old.voice, old.shard, old.start_frame, old.n_frames)
+        also = further_captions(about, FURTHER_CAPTIONS) if old.voice < 0 else ()
+        entries.append(replace(entry, also="|".join(also)))
     write_rows(out / INDEX, Entry, entries)

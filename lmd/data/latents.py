@@ -29,7 +29,7 @@ class LatentWindows:
     Args:
         folder: encoded latents.
         split: which pieces.
-        window_frames: latent frames of a window.
+        window_frames: length of a window.
         seed: of the order.
         kinds: "mix", "stem" or both.
         lead_frames: windows may begin so many frames before the sound (silence).
@@ -72,13 +72,9 @@ class LatentWindows:
         return entry, int(number - self._first[entry]) - self.lead_frames
 
     def batch(self, step: int, positions: Sequence[int]) -> LatentBatch:
-        """The windows of a step: a pure function of (seed, step, positions).
+        """The windows at some positions of a step's batch: a pure function of them, step and seed.
 
         A sound shorter than the window is followed by silence. Of several captions one is drawn.
-
-        Args:
-            step: global step, counted from 0.
-            positions: places in the global batch.
         """
         picks = [self.pick(step, position) for position in positions]
         shape = (len(picks), self.window_frames, self.shards.latent_dim)

@@ -4,17 +4,16 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lmd.data.check import AUDIO_SUFFIXES, MUSDB_STEMS, Reject, Report, check_folder, is_stem
-from lmd.data.sound_files import decoded, tags
+from lmd.data.sound_files import AUDIO_SUFFIXES, decoded, tags
 from lmd.errors import LmdError
 
+MUSDB_STEMS = ("drums", "bass", "other", "vocals")
 _CAPTION_KEYS = ("caption", "prompt", "description", "text", "title")
 _SPLIT_FOLDERS = ("train", "validation", "test")
 _EMPTY_TAG = re.compile(  # says nothing of the music
@@ -41,83 +40,53 @@ class Track:
     caption: str  # what it says about itself
 
 
-def survey(folder: Path, progress: bool = True) -> tuple[list[Track], Report]:
-    """What a folder of music holds: its tracks, and the report on all its files.
+def is_stem(path: Path) -> bool:
+    """Whether a file lies where Slakh2100 or MUSDB18 keep stems; those may be silent."""
+    if path.stem in MUSDB_STEMS:
+        return path.with_name("mixture" + path.suffix).is_file()
+    beside = path.parent.parent.glob("mix.*") if path.parent.name == "stems" else ()
+    return any(mix.stem == "mix" and mix.suffix.lower() in AUDIO_SUFFIXES for mix in beside)
 
-    Raises:
-        LmdError: not a folder.
+
+def track_of(folder: Path, mix: Path) -> Track:
+    """A file with its stems, if it lies as in a data set that has them.
+
+    MUSDB18-HQ: `train/Artist - Title/mixture.wav` beside drums, bass, other, vocals.
     """
-    report, tracks = check_folder(folder, progress), []
-    for item in list(_find_tracks(folder, report.accepted)):
-        if isinstance(item, Reject):
-            report.reject(item.path, item.reason)
-        else:
-            tracks.append(item)
-    return tracks, report
+    stems, otherwise = [], ""
+    if mix.stem == "mix" and (mix.parent / "stems").is_dir():
+        stems = _slakh_stems(mix)
+        otherwise = ", ".join(sorted({name for name, _ in stems}))
+    elif mix.stem == "mixture":
+        stems = [(name, mix.with_name(name + mix.suffix)) for name in MUSDB_STEMS]
+        stems = stems if any(path.exists() for _, path in stems) else []
+    parts = [part.lower() for part in mix.relative_to(folder).parts[:-1]]
+    split = next((part for part in parts if part in _SPLIT_FOLDERS), "")
+    return Track(mix, tuple(stems), split, caption_of(mix, otherwise))
 
 
-def _find_tracks(folder: Path, accepted: Sequence[Path]) -> Iterator[Track | Reject]:
-    """Gather accepted files into tracks; one without a stem or with a torn sidecar is rejected."""
-    usable = set(accepted)
-    for path in accepted:
-        if is_stem(path):
-            continue
-        try:
-            track = _slakh(folder, path) or _musdb(folder, path)
-            track = track or Track(path, (), _own_split(folder, path), caption_of(path))
-        except json.JSONDecodeError as error:
-            yield Reject(path, f"{path.with_suffix('.json').name} is not JSON: {error}")
-            continue
-        except Exception as error:  # of whatever kind: the other tracks go on
-            reason = " ".join(str(error).split())
-            yield Reject(path, f"a file that describes it cannot be read: {reason}")
-            continue
-        lost = [stem.name for _, stem in track.stems if stem not in usable]
-        yield Reject(path, f"stems missing or unusable: {', '.join(lost)}") if lost else track
-
-
-def _slakh(folder: Path, mix: Path) -> Track | None:
+def _slakh_stems(mix: Path) -> list[tuple[str, Path]]:
     """Slakh2100, BabySlakh: `Track00001/mix.flac`, `stems/S00.flac` …, `metadata.yaml`."""
-    stems_folder, about = mix.parent / "stems", mix.parent / "metadata.yaml"
-    if mix.stem != "mix" or not stems_folder.is_dir():
-        return None
+    folder, about = mix.parent / "stems", mix.parent / "metadata.yaml"
     values: Any = yaml.safe_load(about.read_text(encoding="utf-8")) if about.is_file() else {}
     if not isinstance(values, dict):
         raise yaml.YAMLError(f"{about.name} holds a {type(values).__name__}, expected a mapping")
     listed = values.get("stems") or {}
-    files = {p.stem: p for p in sorted(stems_folder.iterdir()) if p.suffix in AUDIO_SUFFIXES}
+    files = {path.stem: path for path in folder.iterdir() if path.suffix in AUDIO_SUFFIXES}
     stems = []
     for key in sorted(set(files) | set(listed)):
         entry = listed.get(key) or {}
         if entry.get("audio_rendered", True):
-            path = files.get(key, stems_folder / f"{key}{mix.suffix}")
+            path = files.get(key, folder / f"{key}{mix.suffix}")
             stems.append((str(entry.get("inst_class") or key).lower(), path))
-    named = sorted({name for name, _ in stems})
-    return Track(mix, tuple(stems), _own_split(folder, mix), caption_of(mix, ", ".join(named)))
-
-
-def _musdb(folder: Path, mix: Path) -> Track | None:
-    """MUSDB18-HQ: `train/Artist - Title/mixture.wav` beside drums, bass, other, vocals."""
-    if mix.stem != "mixture":
-        return None
-    stems = [(name, mix.with_name(name + mix.suffix)) for name in MUSDB_STEMS]
-    if not any(path.exists() for _, path in stems):
-        return None
-    return Track(mix, tuple(stems), _own_split(folder, mix), caption_of(mix))
-
-
-def _own_split(folder: Path, path: Path) -> str:
-    """The split that a data set's own folders name; empty if they name none."""
-    parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
-    return next((part for part in parts if part in _SPLIT_FOLDERS), "")
+    return stems
 
 
 def caption_of(path: Path, otherwise: str = "") -> str:
     """A file's caption: its `.txt`, its `.json`, its tags, `otherwise`, or its folder's name.
 
     Raises:
-        json.JSONDecodeError: there is a JSON sidecar, and it is none.
-        LmdError: a sidecar is no text.
+        LmdError: a sidecar is no text, or the JSON one no JSON.
     """
     text = path.with_suffix(".txt")
     found = _words(_read_text(text)) if text.is_file() else ""
@@ -149,7 +118,10 @@ def _json_caption(path: Path) -> str:
     """The caption in a JSON sidecar; empty if there is none."""
     if not path.is_file():
         return ""
-    values = json.loads(_read_text(path))
+    try:
+        values = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise LmdError(f"{path.name} is not JSON: {error}", "JSON", "Repair it.") from error
     found = [values.get(key) for key in _CAPTION_KEYS] if isinstance(values, dict) else [values]
     return next((words for v in found if isinstance(v, str) and (words := _words(v))), "")
 

@@ -2,37 +2,36 @@
 
 import errno
 import hashlib
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from lmd.corpus.analysis import brightness_hz
+from lmd.corpus.build import BuildSettings
 from lmd.corpus.levels import block_powers, gain_of, gated_lufs, limit
 from lmd.corpus.manifest import (
     MANIFEST,
     SETTINGS,
     Row,
-    check_format,
     is_whole,
     new_row,
     read_manifest,
     write_manifest,
     write_sounds,
 )
-from lmd.corpus.render import MAX_SECONDS
 from lmd.corpus.scores import mapped
-from lmd.corpus.tables import hold_settings, read_log
-from lmd.data.check import MAX_REJECTED, MIN_SECONDS, Reject, Report, unreadable
-from lmd.data.layouts import Track, survey
+from lmd.corpus.tables import append_log, hold_settings, read_log
+from lmd.data.check import MIN_SECONDS, Report, survey, unreadable
+from lmd.data.layouts import Track
 from lmd.data.sound_files import Scan, load_segment, open_sound, scan
 from lmd.data.splits import with_splits
 from lmd.errors import LmdError
@@ -41,81 +40,85 @@ from lmd.outputs import check_folder, write_json
 AUDIO_FORMAT = 2
 SEGMENT_S = 600.0  # longer files are taken in in equal stretches of at most so many seconds
 MAX_GAIN = 10 ** (30 / 20)  # what is softer stays soft: more would lift noise, not music
+MAX_REJECTED = 0.05  # of all files; more stop a build …
+FEWEST_FILES = 20  # … of so many files or more
 MOST_CAPTIONS = 20  # shown after a build
 
 
-@dataclass(frozen=True)
-class AudioSettings:
-    """What a corpus of own music depends on, beside the files; LmdError: a value out of range."""
-
-    sample_rate: int = 22_050
-    channels: int = 1  # stereo is averaged to mono, mono is doubled to stereo
-    window_s: float = MAX_SECONDS  # longest stretch in one file of the corpus
-    stems: bool = False  # keep stems where a data set brings them
-
-    def __post_init__(self) -> None:
-        check_format(self.sample_rate, self.channels, self.window_s)
-
-
-def windows_of(n_samples: int, settings: AudioSettings) -> list[tuple[int, int]]:
-    """Equal stretches, none longer than the window."""
-    n_windows = math.ceil(n_samples / (settings.window_s * settings.sample_rate))
+def windows_of(n_samples: int, longest: float) -> list[tuple[int, int]]:
+    """Equal stretches, none longer than so many samples."""
+    n_windows = math.ceil(n_samples / longest)
     edges = [round(i * n_samples / max(1, n_windows)) for i in range(n_windows + 1)]
     return list(pairwise(edges))
 
 
-def take_in(job: tuple[Track, Path, Path, AudioSettings]) -> list[Row] | Reject:
-    """Read, trim, level, cut and write one track; whatever its file raises is its own reject."""
+def take_in(job: tuple[Track, Path, Path, BuildSettings]) -> list[Row] | str:
+    """Read, trim, level, cut and write one track; what its file raises is why it is not used."""
     track, folder, out, settings = job
+    rate = settings.sample_rate
     try:
         scanned = scan(track.mix)
         load = lru_cache(maxsize=1)(  # the only stretch of a short file is read once
-            partial(load_segment, sample_rate=settings.sample_rate, channels=settings.channels)
+            partial(load_segment, sample_rate=rate, channels=settings.channels)
         )
-        whole = _segments([track.mix], scanned, settings, load)
-        blocks = [block_powers(segment[0], settings.sample_rate) for segment in whole]
+        whole = _segments([track.mix], scanned, rate, load)
+        blocks = [block_powers(segment[0], rate) for segment in whole]
         # One factor brings a whole mix, however long, to the corpus's loudness.
         gain = np.float32(min(gain_of(gated_lufs(np.concatenate(blocks))), MAX_GAIN))
-        paths = [track.mix, *(path for _, path in track.stems if settings.stems)]
-        rows: list[Row] = []
-        for segment in _joined(_segments(paths, scanned, settings, load), settings):
-            mix, *stems = gain * segment
-            mix = limit(mix, settings.sample_rate)
-            for start, end in windows_of(mix.shape[-1], settings):
-                window, parts = mix[:, start:end], [stem[:, start:end] for stem in stems]
-                rows.append(_write(track, folder, len(rows), window, parts, out, settings))
+        stems = track.stems if settings.stems else ()
+        rows, about = [], _about(track, folder)
+        about |= {"instruments": "|".join(name for name, _ in stems), "sample_rate": rate}
+        segments = _segments([track.mix, *(path for _, path in stems)], scanned, rate, load)
+        for segment in _joined(segments, MIN_SECONDS * rate):
+            mix, *parts = gain * segment
+            mix = limit(mix, rate)
+            for start, end in windows_of(mix.shape[-1], settings.max_seconds * rate):
+                window = mix[:, start:end]
+                row = new_row(**about, brightness_hz=round(brightness_hz(window, rate), 1))
+                row = replace(row, name=f"{row.name}__w{len(rows)}")
+                rows.append(write_sounds(out, row, window, [part[:, start:end] for part in parts]))
         return rows
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise  # that is not this file's fault
-        return Reject(track.mix, unreadable(error))
+        return unreadable(error)
+
+
+def _about(track: Track, folder: Path) -> dict[str, Any]:
+    """What all rows of a track say."""
+    piece_id = track.mix.relative_to(folder).as_posix()
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
+    digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
+    return {
+        "name": f"{slug}-{digest[:10]}",
+        "piece_id": piece_id,
+        "title": track.mix.stem,
+        "split": track.split,
+        "family": "own music",
+        "caption": track.caption,
+    }
 
 
 def _segments(
-    paths: Sequence[Path],
-    scanned: Scan,
-    settings: AudioSettings,
-    load: Callable[..., np.ndarray],
+    paths: Sequence[Path], scanned: Scan, rate: int, load: Callable[..., np.ndarray]
 ) -> Iterator[np.ndarray]:
     """A track's equal stretches without the silences of its mix `[mix and stems, channel, sample]`.
 
-    `load` is `load_segment` in the corpus's format.
+    `load` is `load_segment` in the corpus's format, whose sample rate is `rate` Hz.
     """
     duration_s = scanned.n_samples / scanned.sample_rate
     n_segments = math.ceil(duration_s / SEGMENT_S)
     length_s = duration_s / n_segments
-    for number in range(n_segments):
-        start_s = number * length_s
+    for start_s in (number * length_s for number in range(n_segments)):
         waves = [load(path, start_s=start_s, seconds=length_s) for path in paths]
-        keep = scanned.kept(waves[0].shape[-1], settings.sample_rate, start_s)
+        keep = scanned.kept(waves[0].shape[-1], rate, start_s)
         n = len(keep)
         padded = (np.pad(w[:, :n], ((0, 0), (0, max(0, n - w.shape[-1])))) for w in waves)
         yield np.stack([wave[:, keep] for wave in padded])
 
 
-def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator[np.ndarray]:
-    """The same sound; of what is under a second, nothing stands alone."""
-    shortest = MIN_SECONDS * settings.sample_rate
+def _joined(segments: Iterator[np.ndarray], shortest: float) -> Iterator[np.ndarray]:
+    """The same sound; of what is under so many samples, nothing stands alone."""
     held = next(segments)
     for segment in segments:
         if min(held.shape[-1], segment.shape[-1]) < shortest:
@@ -126,37 +129,10 @@ def _joined(segments: Iterator[np.ndarray], settings: AudioSettings) -> Iterator
     yield held
 
 
-def _write(
-    track: Track,
-    folder: Path,
-    number: int,
-    wave: np.ndarray,
-    stems: list[np.ndarray],
-    out: Path,
-    settings: AudioSettings,
-) -> Row:
-    """Write one window and say what it is."""
-    piece_id = track.mix.relative_to(folder).as_posix()
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", track.mix.with_suffix("").name).strip("-")[:40] or "x"
-    digest = hashlib.sha256(piece_id.encode(errors="surrogateescape")).hexdigest()
-    row = new_row(
-        name=f"{slug}-{digest[:10]}__w{number}",
-        piece_id=piece_id,
-        title=track.mix.stem,
-        split=track.split,
-        family="own music",
-        instruments="|".join(name for name, _ in track.stems) if stems else "",
-        brightness_hz=round(brightness_hz(wave, settings.sample_rate), 1),
-        sample_rate=settings.sample_rate,
-        caption=track.caption,
-    )
-    return write_sounds(out, row, wave, stems)
-
-
 def build_audio(
     folder: Path,
     out: Path,
-    settings: AudioSettings | None = None,
+    settings: BuildSettings | None = None,
     keep_going: bool = False,
     workers: int = 1,
 ) -> tuple[list[Row], Report]:
@@ -165,7 +141,7 @@ def build_audio(
     Args:
         folder: where to look.
         out: the corpus to fill.
-        settings: format of the corpus.
+        settings: its format, longest windows, and whether stems that a data set brings are kept.
         keep_going: go on when more than 5 % of 20 files or more are rejected.
         workers: processes.
 
@@ -173,27 +149,32 @@ def build_audio(
         LmdError: too many rejects, nothing usable, a corpus made with other settings, or one
             inside the folder that is taken in.
     """
-    settings = settings or AudioSettings()
+    settings = settings or BuildSettings()
+    settings.check()
+    check_folder(out)
     for written in (out, out / "audio", out / "stems"):
         if written.resolve().is_relative_to(folder.resolve()):
             found = f"the corpus's {written} inside {folder}, which is taken in"
             expected = "a folder outside: the next run would take in its own output"
             raise LmdError(found, expected, "Choose another --out.")
     tracks, report = survey(folder)
-    if (report.too_many_rejected and not keep_going) or not tracks:
-        listed = "".join(f"\n  {item}" for item in report.rejected)
-        n_rejected, n_accepted = len(report.rejected), len(report.accepted)
-        found = f"{n_rejected} of {n_accepted + n_rejected} files rejected:{listed}\n"
+    n_rejected, n_files = len(report.rejected), len(report.accepted) + len(report.rejected)
+    too_many = n_files >= FEWEST_FILES and n_rejected > MAX_REJECTED * n_files
+    if (too_many and not keep_going) or not tracks:
+        listed = "".join(f"\n  {line}" for line in report.lines())
+        found = f"{n_rejected} of {n_files} files rejected:{listed}\n"
         expected = f"at most {MAX_REJECTED:.0%}" if tracks else "music"
         todo = "Repair or remove them, or use --keep-going." if tracks else "Repair them."
         raise LmdError(found, expected, todo)
     check_folder(out, sum(_n_bytes(track, settings) for track in tracks))
-    hold_settings(out / SETTINGS, {"format": AUDIO_FORMAT, "kind": "audio", **asdict(settings)})
+    about = {"format": AUDIO_FORMAT, "kind": "audio", "window_s": settings.max_seconds}
+    about |= {name: getattr(settings, name) for name in ("sample_rate", "channels", "stems")}
+    hold_settings(out / SETTINGS, about)
     before = read_manifest(out) if (out / MANIFEST).is_file() else []
     rows = []
     for track, taken in zip(tracks, _taken_in(tracks, folder, out, settings, workers), strict=True):
-        if isinstance(taken, Reject):
-            report.reject(track.mix, taken.reason)
+        if isinstance(taken, str):
+            report.reject(track.mix, taken)
         else:
             rows += taken
     write_json(out / "rejected.json", report.as_dict())
@@ -204,7 +185,7 @@ def build_audio(
     return rows, report
 
 
-def _n_bytes(track: Track, settings: AudioSettings) -> int:
+def _n_bytes(track: Track, settings: BuildSettings) -> int:
     """About how much room a track will take."""
     with open_sound(track.mix) as sound:
         n_samples = sound.frames * settings.sample_rate // sound.samplerate
@@ -212,17 +193,17 @@ def _n_bytes(track: Track, settings: AudioSettings) -> int:
 
 
 def _taken_in(
-    tracks: Sequence[Track], folder: Path, out: Path, settings: AudioSettings, workers: int
-) -> list[list[Row] | Reject]:
+    tracks: Sequence[Track], folder: Path, out: Path, settings: BuildSettings, workers: int
+) -> list[list[Row] | str]:
     """The rows of every track, those of an earlier run first read from its log.
 
     A piece's files have the same names whatever it was, so the last entry of each alone counts.
     """
-    last: dict[str, tuple[str, list[Row]]] = {}
-    for entry in read_log(out / "tracks.jsonl"):
+    log, last = out / "tracks.jsonl", {}
+    for entry in read_log(log):
         rows = [Row(**row) for row in entry["rows"]]
         last[rows[0].piece_id if rows else entry["key"]] = (entry["key"], rows)
-    done: dict[str, list[Row] | Reject] = {
+    done: dict[str, list[Row] | str] = {
         key: rows for key, rows in last.values() if all(is_whole(out, row) for row in rows)
     }
     keys = [_key(track, folder) for track in tracks]
@@ -230,13 +211,10 @@ def _taken_in(
     jobs = [(track, folder, out, settings) for track in missing.values()]
     # One thread each, as in the command: copies must give the same bytes.
     results = tqdm(mapped(take_in, jobs, workers, 1), "taking in", len(jobs), mininterval=1)
-    with (out / "tracks.jsonl").open("a") as log:
-        for key, taken in zip(missing, results, strict=True):
-            done[key] = taken
-            if not isinstance(taken, Reject):
-                entry = {"key": key, "rows": [asdict(row) for row in taken]}
-                log.write(json.dumps(entry, sort_keys=True) + "\n")
-                log.flush()
+    for key, taken in zip(missing, results, strict=True):
+        done[key] = taken
+        if not isinstance(taken, str):
+            append_log(log, {"key": key, "rows": [asdict(row) for row in taken]})
     return [done[key] for key in keys]
 
 

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from lmd.corpus.tables import file_sha256, read_rows, read_settings
+from lmd.corpus.tables import read_rows, read_settings
 from lmd.errors import LmdError
-from lmd.outputs import write_atomic
+from lmd.outputs import file_sha256, write_atomic
 
 SHARD_FORMAT = 1
 INDEX = "index.csv"
@@ -58,32 +58,28 @@ def write_shard(path: Path, latents: list[Tensor], entries: list[Entry]) -> None
     joined = torch.cat([part.to(torch.float16) for part in latents])
     if not torch.isfinite(joined).all():
         names = ", ".join(sorted({entry.name for entry in entries})[:3])
-        todo = f"Check the codec's normalisation and the audio of {names}."
         found = f"latents that are not finite in float16 for {path.name}"
+        todo = f"Check the codec's normalisation and the audio of {names}."
         raise LmdError(found, "finite values, at unit scale", todo)
     data = save({"latents": joined.contiguous()}, metadata={"format": str(SHARD_FORMAT)})
     write_atomic(path, data)
-    side = {"sha256": hashlib.sha256(data).hexdigest(), "n_bytes": len(data)}
-    side |= {"entries": [asdict(entry) for entry in entries]}
+    side: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest(), "n_bytes": len(data)}
+    side["entries"] = [asdict(entry) for entry in entries]
     write_atomic(path.with_suffix(".json"), (json.dumps(side, sort_keys=True) + "\n").encode())
 
 
 def shard_fault(path: Path, checksum: bool = True) -> str | None:
-    """What is wrong with a shard; None if it is whole.
+    """What is wrong with a `.safetensors` file; None if it is whole.
 
-    Args:
-        path: the `.safetensors` file.
-        checksum: also read every byte, once in a process; otherwise only the length is compared.
+    Without `checksum`, for which every byte is read, only its length is compared.
     """
-    side_path = path.with_suffix(".json")
-    if not path.is_file() or not side_path.is_file():
-        return "missing"
     try:
-        side = json.loads(side_path.read_text())
+        size, side = path.stat().st_size, json.loads(path.with_suffix(".json").read_text())
         n_bytes, digest = side["n_bytes"], side["sha256"]
+    except FileNotFoundError:
+        return "missing"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "its side file is torn"
-    size = path.stat().st_size
     if size != n_bytes:
         return f"{size} bytes instead of {n_bytes}"
     if checksum and file_sha256(path) != digest:
@@ -104,7 +100,7 @@ def map_shard(path: Path, checksum: bool = False) -> Float[np.ndarray, "frame la
     """
     fault = shard_fault(path, checksum)
     if fault:
-        todo = "Run python -m lmd data encode again: it encodes torn shards anew."
+        todo = "Run lmd data encode again: it encodes torn shards anew."
         raise LmdError(f"shard {path.name}: {fault}", "a whole shard", todo)
     with path.open("rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
@@ -114,10 +110,7 @@ def map_shard(path: Path, checksum: bool = False) -> Float[np.ndarray, "frame la
 
 
 class LatentShards:
-    """A folder of encoded latents, every shard of it whole.
-
-    Args:
-        folder: what `python -m lmd data encode --out` wrote.
+    """A folder that `lmd data encode --out` wrote, every shard of it whole.
 
     Raises:
         LmdError: no index there, a torn one, a shard that is missing or damaged, or an entry
@@ -126,7 +119,7 @@ class LatentShards:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.entries = read_rows(self.folder / INDEX, Entry, "python -m lmd data encode")
+        self.entries = read_rows(self.folder / INDEX, Entry, "lmd data encode")
         self.settings = read_settings(self.folder / SETTINGS)
         try:
             self.latent_dim = int(self.settings["latent_dim"])
@@ -142,19 +135,14 @@ class LatentShards:
             is_inside = 0 <= entry.start_frame < last <= n_frames and width == self.latent_dim
             if not (is_inside and 0 < entry.duration_s < math.inf):
                 found = f"frames {entry.start_frame} to {last}, {entry.duration_s:g} s"
-                raise LmdError(
-                    f"{self.folder / INDEX}, line {line}: {found}",
-                    f"some of the {n_frames} frames of {entry.shard}, {self.latent_dim} wide",
-                    "Run python -m lmd data encode again.",
-                )
+                expected = f"some of {n_frames} frames of {entry.shard}, {self.latent_dim} wide"
+                found = f"{self.folder / INDEX}, line {line}: {found}"
+                raise LmdError(found, expected, "Run lmd data encode again.")
 
     def frames(self, entry: Entry, start: int = 0, n_frames: int | None = None) -> np.ndarray:
         """Frames of one entry, float16 `[frame, latent]`, not copied if they all exist.
 
-        Args:
-            entry: which sound.
-            start: first frame; negative = silence before it.
-            n_frames: how many; None = to its end. Beyond the end there is silence.
+        So many from `start` on (None = to the end); before its first and after its last: silence.
         """
         n_frames = entry.n_frames - start if n_frames is None else n_frames
         first, last = max(start, 0), min(start + n_frames, entry.n_frames)

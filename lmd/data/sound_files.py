@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,17 @@ import numpy as np
 import soundfile
 import soxr
 
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".caf", ".w64",
+    ".au", ".snd",
+)  # fmt: skip
+UNKNOWN_BYTES = (0, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 STEP_S = 0.05  # silence is looked for in steps of about this
 QUIET_DB = -55.0  # below the file's peak level: silence
 KEEP_QUIET_S = 0.5  # of a silence, so much stays
 CANCELLED = 1e-3  # of the channels' energy; a mean with less is no mix of them
 _BLOCK_STEPS = 128  # read at once: a three-hour file takes no more memory than a short one
+_CORRECTED = re.compile(r"(?i)(?:riff|riff size|form|data|data size) *: (\d+) \(should be (\d+)\)")
 _OGG_HEADER = 27  # bytes of a page before its table of lengths
 _LAST_PAGE = 0x04  # flag of the page that ends a stream
 # MPEG-1 and MPEG-2 layer III, kbit/s by the header's index (ISO 11172-3, 13818-3).
@@ -51,9 +58,10 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
     if path.suffix.lower() != ".mp3" or not size:
         return 0, b""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        id3 = [byte & 0x7F for byte in data[6:10]] if data[:3] == b"ID3" else []
-        n_tag = 10 + sum(part << 7 * (3 - i) for i, part in enumerate(id3)) if id3 else 0
-        first = _next_frame(data, n_tag)
+        at, n_frames = 0, 0
+        if data[:3] == b"ID3":
+            at = 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
+        first = at = _next_frame(data, at)
         if first < 0:
             return 0, b""
         head = bytearray(data[first : first + 4])
@@ -62,12 +70,9 @@ def _missing_header(path: Path, size: int, changed_ns: int) -> tuple[int, bytes]
         tag = data[first + 4 + side : first + 8 + side]
         if tag in (b"Xing", b"Info") and data[first + 11 + side] & 1:  # it states the length
             return 0, b""
-        at, n_frames = first, 0
-        while at >= 0 and at + _frame_bytes(data, at) <= size:
-            n_frames += 1
-            at += _frame_bytes(data, at)
-            if not _frame_bytes(data, at):  # the end, or something else than sound
-                at = _next_frame(data, at)
+        while at >= 0 and (end := at + _frame_bytes(data, at)) <= size:
+            n_frames += 1  # behind it the next, the end, or something else than sound
+            at = end if _frame_bytes(data, end) else _next_frame(data, end)
     head[1] |= 1  # no checksum
     head[2] = 9 << 4 | head[2] & 0b1100  # room for the header, no padding byte
     body = bytes(head) + bytes(side) + b"Xing" + struct.pack(">II", 1, n_frames)
@@ -91,8 +96,7 @@ def _frame_bytes(data: mmap.mmap | bytes, at: int) -> int:
     version, kbps, rate = data[at + 1] >> 3 & 3, data[at + 2] >> 4, data[at + 2] >> 2 & 3
     if version == 1 or kbps in (0, 15) or rate == 3:
         return 0
-    hz = _MPEG_HZ[rate] >> (0 if version == 3 else 1 if version == 2 else 2)
-    is_mpeg1 = version == 3
+    is_mpeg1, hz = version == 3, _MPEG_HZ[rate] >> {3: 0, 2: 1, 0: 2}[version]
     return (144 if is_mpeg1 else 72) * 1000 * _KBPS[is_mpeg1][kbps] // hz + (data[at + 2] >> 1 & 1)
 
 
@@ -129,9 +133,9 @@ def to_mono(wave: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file sounds like from its first sample to its last."""
+    """What a file sounds like from its first sample to the last that can be read."""
 
-    n_samples: int  # how many could be read
+    n_samples: int
     sample_rate: int  # Hz
     step_s: float  # length of a step in seconds, a whole number of the file's samples
     steps: np.ndarray  # [step]: highest absolute value in any channel (in a mix they may cancel)
@@ -186,33 +190,19 @@ def scan(path: Path) -> Scan:
         return Scan(n_samples, rate, step / rate, np.concatenate(steps))
 
 
-def truncation(path: Path) -> str | None:
-    """What a WAV, an AIFF or an Ogg file lacks of what it announces; None for other formats.
+def truncation(path: Path, sound: soundfile.SoundFile) -> str | None:
+    """What an open file lacks of what its header announces; None if nothing is known to be.
 
-    FLAC and MP3 need no help: reading them to their end tells.
+    libsndfile's log says it of formats with plain samples. FLAC and MP3 need no help: reading them
+    to their end tells. Writers that stream leave the length at 0 or at its maximum.
     """
-    lost = _bytes_lost(path)
-    if lost:
-        return f"truncated: {lost} bytes of sound are missing"
-    return "truncated: an Ogg stream without its end" if _ogg_is_cut(path) else None
-
-
-def _bytes_lost(path: Path) -> int:
-    """How many bytes a WAV or AIFF lacks of what its header announces.
-
-    Writers that stream leave the length at 0 or at its maximum: those announce nothing. RF64, for
-    more than 4 GiB, has its maximum there and states the length in its first chunk.
-    """
-    with path.open("rb") as file:
-        head = file.read(28)
-    order = {b"RIFF": "little", b"RF64": "little", b"FORM": "big"}.get(head[:4])
-    if order is None or len(head) < 12 or head[8:12] not in (b"WAVE", b"AIFF", b"AIFC"):
-        return 0
-    place = slice(20, 28) if head[:4] == b"RF64" else slice(4, 8)
-    announced = int.from_bytes(head[place], order)
-    if announced in (0, 0xFFFFFFFF):
-        return 0
-    return max(0, announced + 8 - path.stat().st_size - announced % 2)
+    if sound.format == "OGG":
+        return "an Ogg stream without its end" if _ogg_is_cut(path) else None
+    for announced, found in _CORRECTED.findall(sound.extra_info):
+        lost = int(announced) - int(found)
+        if lost > 1 and int(announced) not in UNKNOWN_BYTES:  # 1: the pad byte at the end
+            return f"{lost} bytes of sound are missing"
+    return None
 
 
 def _ogg_is_cut(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Which of a person's own music is trained on, and which is kept for validation and test."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -111,14 +111,12 @@ def _drawn(sounds: Collection[str], taken: Collection[str]) -> dict[str, str]:
     return splits
 
 
-def copies(rows: Sequence[Row]) -> list[str]:
-    """Pieces that sound the same under several names, and their splits, a line each."""
-    names: dict[str, list[str]] = {}
+def copies(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each sound that has several names: the names, and their splits."""
+    split, names = {row.piece_id: row.split for row in rows}, {}
     for piece, sound in _music(rows).items():
         names.setdefault(sound, []).append(piece)
-    split = {row.piece_id: row.split for row in rows}
-    return [
-        f"{', '.join(sorted(same))} ({', '.join(sorted({split[piece] for piece in same}))})"
-        for same in names.values()
-        if len(same) > 1
-    ]
+    for same in names.values():
+        if len(same) > 1:
+            splits = sorted({split[piece] for piece in same})
+            yield f"the same music  {', '.join(sorted(same))} ({', '.join(splits)})"

@@ -31,10 +31,11 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import Preset, check_block, to_dict
 from lmd.errors import LmdError
 from lmd.graph import CODEC, FORMAT, MANIFEST, OPSET, WEIGHTS
-from lmd.graph.runtime import CompiledGraph, file_sha256
+from lmd.graph.runtime import CompiledGraph
 from lmd.model.dit import KeyValues, frame_positions
 from lmd.model.live_model import LiveModel
 from lmd.model.weights import fingerprint
+from lmd.outputs import file_sha256
 from lmd.rng import normal
 from lmd.stream.block import LiveDenoiser
 

@@ -5,7 +5,6 @@ are passed without a copy; outputs are copied, since the runtime writes them int
 the next time.
 """
 
-import hashlib
 import json
 import threading
 from pathlib import Path
@@ -27,6 +26,7 @@ from lmd.graph import FORMAT, MANIFEST, OPSET, WEIGHTS
 from lmd.model.dit import KeyValues
 from lmd.model.live_model import Passes
 from lmd.model.rotary import RotaryEmbedding
+from lmd.outputs import file_sha256
 
 AGAIN = "Export it again: lmd export --source SOURCE --out FOLDER."
 MIN_WEIGHTS = 1 << 14  # matrices smaller than this stay in float32 with `int8`
@@ -247,9 +247,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise LmdError(f"{path}: {error}", "a folder that lmd export wrote", AGAIN) from error
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

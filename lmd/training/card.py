@@ -92,7 +92,7 @@ def run_facts(weights: Path) -> dict[str, str]:
         **facts,
         "seed": notes["seed"],
         "hardware": machine_text(notes["hardware"]),
-        "data": f"{data['renditions']} renditions, {data['hours']} h, corpus `{corpus}`",
+        "data": f"{data['renditions']} sounds, {data['hours']} h, corpus `{corpus}`",
         "command": f"`{notes['command']}`",
         "steps": notes["steps"],
     }
