@@ -247,7 +247,7 @@ def test_a_finished_notebook_runs_again_with_other_versions(
     monkeypatch.setattr("lmd.pipeline.report.version", lambda name: "99.0")
     assert input_key(task, [], weights) != before
     assert run(project) == 0
-    assert records(project)["02_second"]["key"] != first["key"]
+    assert records(project)["02_second"]["inputs"] != first["inputs"]
 
 
 def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(

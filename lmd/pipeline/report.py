@@ -18,6 +18,7 @@ from jinja2 import StrictUndefined, Template
 
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
+from lmd.outputs import write_json
 
 PACKAGES = ("lmd", "torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
 PACKAGES += ("pretty_midi", "soundfile", "wordllama", "transformers", "diffusers")
@@ -43,8 +44,7 @@ def write_report(folder: Path, profile: str, records: Mapping[str, Mapping[str, 
         with suppress(LmdError):  # an unreadable file has already failed its notebook
             entry["metrics"] = read_metrics(folder / name / "metrics.json")
         summary["notebooks"][name] = entry
-    metrics = json.dumps(summary, indent=2, sort_keys=True)
-    (folder / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", summary)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = Template(template, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     media = {name: _media(folder / name) for name in summary["notebooks"]}
