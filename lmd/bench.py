@@ -158,8 +158,7 @@ def open_streamer(options: Options, engine: str, dtype: str, graphs: Path) -> St
 def compile_blocks(streamer: Streamer, block_frames: int) -> dict[str, float]:
     """Compile every transformer block (CUDA graphs on a GPU): warm-up time, distance from eager.
 
-    Two blocks of each regime: the second one's first pass absorbs the first where that is done. The
-    distance is the largest of any latent of these, as a share of the largest latent.
+    Two blocks of each regime: the second one's first pass absorbs the first where that is done.
     """
     once = [Controls("organ", regime=r, n_steps=2, block_frames=block_frames) for r in REGIMES]
     plans = [controls for controls in once for _ in range(2)]
@@ -266,10 +265,7 @@ def tokens_of(regime: str, n_context: int, block_frames: int, n_steps: int) -> i
 
 
 def random_model(chosen: Preset) -> LiveModel:
-    """Random weights of the preset's shape that keep the scale of what goes through them.
-
-    Latents far from unit scale would slow the codec down: sines of huge numbers are dear.
-    """
+    """Random weights that keep the scale of what goes through: sines of huge numbers are dear."""
     model, generator = LiveModel(chosen.dit), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -294,14 +290,10 @@ def table(report: Mapping[str, Any]) -> str:
         frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
         for frame in (rows[COLUMNS], rebuilt)
     ]
-    lines = [
-        f"preset {report['preset']}, {report['threads']} threads, {report['device']}; "
-        f"block {report['block_s']:.2f} s, at most {report['peak_mb']:.0f} MiB held",
-        grids[0],
-        "",
-        "ms of a block whose context is encoded afresh, by the control that changed",
-        grids[1],
-    ]
+    head = f"preset {report['preset']}, {report['threads']} threads, {report['device']}; "
+    head += f"block {report['block_s']:.2f} s, at most {report['peak_mb']:.0f} MiB held"
+    about = "ms of a block whose context is encoded afresh, by the control that changed"
+    lines = [head, grids[0], "", about, grids[1]]
     for dtype, made in report.get("compiled", {}).items():
         lines.append(
             f"compiled {dtype} in {made['seconds']:.0f} s; furthest from eager, of the largest "

@@ -89,12 +89,11 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
 
 def max_silence_s() -> float:
     """For how many seconds a cell may say nothing; what is no number of seconds is refused."""
-    text, seconds = os.environ.get(SILENCE_VARIABLE, ""), math.nan
+    text = os.environ.get(SILENCE_VARIABLE) or f"{MAX_SILENCE_S}"
     with suppress(ValueError):
-        seconds = float(text or MAX_SILENCE_S)
-    if not seconds > 0:
-        raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
-    return seconds
+        if (seconds := float(text)) > 0:
+            return seconds
+    raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
 
 
 class Log:

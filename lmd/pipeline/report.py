@@ -9,18 +9,19 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import StrictUndefined, Template
 
+from lmd import __version__
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
 from lmd.outputs import write_json
 
-PACKAGES = ("lmd", "torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
+PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
 PACKAGES += ("pretty_midi", "soundfile", "wordllama", "transformers", "diffusers")
 KINDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".png": "image/png"}
 EMBED_LIMIT = 12_000_000  # bytes of one file; a longer sound is named, not embedded
@@ -67,12 +68,8 @@ def _media(folder: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
-    found = dict.fromkeys(PACKAGES, "not installed")
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    """Versions of the packages that decide results."""
+    return {"lmd": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
