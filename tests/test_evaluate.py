@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_tagger import f1, tempo_labels  # tools/train_tagger.py
+from train_tagger import f1, tagger_card, tempo_labels  # tools/train_tagger.py
 
 from lmd.__main__ import main as command_line
-from lmd.checkpoint import save_checkpoint
+from lmd.checkpoint import read_header, save_checkpoint
 from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
@@ -640,6 +640,15 @@ def test_f1_of_all_labels_together() -> None:
     said, true = np.array([[True, True], [False, False]]), np.array([[True, False], [True, False]])
     assert f1(said, true) == pytest.approx(2 * 1 / (2 + 2))
     assert f1(true, true) == 1.0
+
+
+def test_the_taggers_card_says_what_was_fitted_and_measured() -> None:
+    path = ROOT / "data/pretrained/tagger.safetensors"
+    card, header = tagger_card(path), read_header(path)
+    assert header.sha256 in card
+    assert f"{header.notes['plan']['steps']} × {header.notes['plan']['batch']}" in card
+    found = header.notes["scores"]["as rendered"]["family_piece"]
+    assert re.search(rf"family recognised, per piece +\| +{found:.4g}", card)
 
 
 def test_a_tempo_label_is_read_back() -> None:
