@@ -256,12 +256,8 @@ def rebuilds(
 
 def tokens_of(regime: str, n_context: int, block_frames: int, n_steps: int) -> int:
     """Tokens that go through the transformer for one block; the global token counts."""
-    step = block_frames + 1
-    if regime == "full":
-        return n_steps * (n_context + step)
-    if regime == "enc-dec":
-        return n_context + 1 + n_steps * step
-    return block_frames + n_steps * step
+    context = {"full": n_steps * n_context, "enc-dec": n_context + 1, "block-causal": block_frames}
+    return context[regime] + n_steps * (block_frames + 1)
 
 
 def random_model(chosen: Preset) -> LiveModel:
