@@ -152,6 +152,11 @@ class _KernelClient(AsyncKernelClient):
     shell_channel_class = Type(PatientChannel)
     iopub_channel_class = Type(PatientChannel)
 
+    def connect_iopub(self, identity: bytes | None = None) -> zmq.Socket:
+        """Messages wait here, in any number: what waits at the kernel is dropped in a flood."""
+        self.context.rcvhwm = 0
+        return super().connect_iopub(identity)
+
 
 class _Client(PapermillNotebookClient):
     """papermill's client, with a progress line, a limit of silence and errors that name a cell.
