@@ -38,16 +38,16 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train", "finetune"): ("lmd.training.train_finetune", "turn a base into a live model"),
     ("train", "distill"): ("lmd.training.train_distill", "fewer steps, no guidance, same music"),
     ("train", "arc"): ("lmd.arc.train", "adversarial post-training on rollouts"),
-    ("train", "tagger"): ("lmd.evaluation.train_tagger", "fit the network that measures music"),
     ("evaluate",): ("lmd.evaluation.run", "measure generated music"),
     ("convert",): ("lmd.stable_audio.convert", "make weights here from a Stable Audio checkpoint"),
     ("parity",): ("lmd.stable_audio.parity", "compare a checkpoint with its expected outputs"),
     ("bench",): ("lmd.bench", "measure speed on this machine"),
     ("bench", "live"): ("lmd.play.bench_live", "measure how soon a change is heard"),
 }
-RENAMED = {("train", "recogniser"): ("train", "tagger")}  # both work
 MOVED = {
     ("interpolate",): "python tools/interpolate.py",
+    ("train", "recogniser"): "python tools/train_tagger.py",
+    ("train", "tagger"): "python tools/train_tagger.py",
     ("bench", "data"): "python tools/bench_data.py",
     ("bench", "train"): "python tools/bench_train.py",
     ("bench", "arc"): "python tools/bench_arc.py",
@@ -125,18 +125,16 @@ def _run(words: list[str], is_process: bool) -> int:
         print(f"lmd {__version__}")
         return 0
     beginnings = [tuple(words[:n]) for n in (2, 1)]
-    name = next((b for b in beginnings if b in COMMANDS or b in RENAMED or b in MOVED), None)
+    name = next((b for b in beginnings if b in COMMANDS or b in MOVED), None)
     if name is None:
         asked_for_help = words[:1] in (["-h"], ["--help"])
         print(usage(), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    if name in MOVED or name in RENAMED:
-        now = MOVED.get(name) or f"lmd {' '.join(RENAMED[name])}"
-        print(f"lmd {' '.join(name)} is called `{now}` now", file=sys.stderr)
-        if name in MOVED:
-            return 2
-    rest, name = words[len(name) :], RENAMED.get(name, name)
-    (module_name, text), prog = COMMANDS[name], f"lmd {' '.join(name)}"
+    rest, prog = words[len(name) :], f"lmd {' '.join(name)}"
+    if name in MOVED:
+        print(f"{prog} is called `{MOVED[name]}` now", file=sys.stderr)
+        return 2
+    module_name, text = COMMANDS[name]
     with importing() if is_process else nullcontext():
         module = importlib.import_module(module_name)
     try:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from train_tagger import f1, tagger_card, tempo_labels  # tools/train_tagger.py
 
 from lmd.__main__ import main as command_line
-from lmd.checkpoint import save_checkpoint
+from lmd.checkpoint import read_header, save_checkpoint
 from lmd.config import TaggerConfig
 from lmd.corpus.instruments import FAMILIES
 from lmd.corpus.manifest import Corpus, Row, write_manifest, write_wav
@@ -29,7 +30,7 @@ from lmd.evaluation.clips import (
 from lmd.evaluation.held_out import PIECES
 from lmd.evaluation.metrics import frechet, gaussian
 from lmd.evaluation.plan import BUDGETS, METHODS, WITH_EULER, Budget, Options, Unit, units_of
-from lmd.evaluation.report import format_interval, read_result, report, write_result
+from lmd.evaluation.report import format_interval, report, write_result
 from lmd.evaluation.run import Evaluation, main
 from lmd.evaluation.summary import (
     PER_CLIP,
@@ -49,7 +50,6 @@ from lmd.evaluation.tagger import (
     load_tagger,
     tempo_bpm,
 )
-from lmd.evaluation.train_tagger import f1, tempo_labels
 from lmd.pretrained import open_instrument
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("generated although it was there")
 
-    for name in ("generate", "long_stream", "through_codec"):
+    for name in ("generate", "through_codec"):
         monkeypatch.setattr(f"lmd.evaluation.run.{name}", refuse)
     again = run(world, tmp_path, methods=MEASURED)
     assert again == json.loads((results / "evaluation.json").read_text())
@@ -447,7 +447,7 @@ def test_every_seed_follows_long_streams_of_other_prompts(
         asked.append(prompts)
         return torch.zeros(1, 30 * RATE)
 
-    monkeypatch.setattr("lmd.evaluation.run.long_stream", follow)
+    monkeypatch.setattr("lmd.evaluation.run.generate", follow)
     evaluation.line(Unit(METHODS[2], 1, "drift"))
     assert len(asked) == 2
     assert asked[0] != asked[1]
@@ -473,7 +473,7 @@ def test_the_reference_is_all_held_out_music_and_of_long_streams_other_pieces(
 
     monkeypatch.setattr(evaluation.metrics, "over_time", over_time)
     wave = torch.zeros(1, 30 * RATE)
-    monkeypatch.setattr("lmd.evaluation.run.long_stream", lambda *rest: wave)
+    monkeypatch.setattr("lmd.evaluation.run.generate", lambda *rest: wave)
     evaluation.part(Unit(METHODS[2], 1, "drift"), 0)
     for name in ("real", "codec", "shuffled"):
         evaluation.anchor(name, 0, is_long=True)
@@ -490,7 +490,7 @@ spec.loader.exec_module(criteria)
 
 def test_the_published_criteria_follow_from_the_published_figures(tmp_path: Path) -> None:
     published = ROOT / "outputs/published/evaluation.json"
-    result = read_result(published)
+    result = criteria.read_result(published)
     assert criteria.criteria(result) == result["aims"]
     text = report(result)
     for row in result["drift"]:
@@ -522,7 +522,6 @@ def a_line(method: str, fd: list[float], family: float = 1.0, key: float = 0.95)
         "family": interval | {"mean": family},
         "key_share": {"mean": key, "low": key - 0.01, "high": key + 0.01},
         "tempo": {"mean": 0.4, "low": 0.3, "high": 0.5},
-        "by_seed": {"fd": fd},
         "pooled": pooled,
     }
 
@@ -641,6 +640,15 @@ def test_f1_of_all_labels_together() -> None:
     said, true = np.array([[True, True], [False, False]]), np.array([[True, False], [True, False]])
     assert f1(said, true) == pytest.approx(2 * 1 / (2 + 2))
     assert f1(true, true) == 1.0
+
+
+def test_the_taggers_card_says_what_was_fitted_and_measured() -> None:
+    path = ROOT / "data/pretrained/tagger.safetensors"
+    card, header = tagger_card(path), read_header(path)
+    assert header.sha256 in card
+    assert f"{header.notes['plan']['steps']} × {header.notes['plan']['batch']}" in card
+    found = header.notes["scores"]["as rendered"]["family_piece"]
+    assert re.search(rf"family recognised, per piece +\| +{found:.4g}", card)
 
 
 def test_a_tempo_label_is_read_back() -> None:

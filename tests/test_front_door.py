@@ -327,23 +327,6 @@ def test_the_pages_show_pictures_and_play_sounds() -> None:
     assert all(np.abs(soundfile.read(path)[0]).max() > 0.05 for path in sounds)
 
 
-PRIVATE = "judge|desk|doors?|crowd|law|belief|listener|recogniser|seam|panels|begun|in its ears"
-PRIVATE += "|is told|if it is silent|who sees whom"
-
-
-def test_pages_and_notebooks_use_the_fields_terms() -> None:
-    """None of the project's former private words, outside of names of files and of the code."""
-    texts = {path.name: text for path, text in PAGES.items()}
-    texts |= {f"{page}/README.md": (ROOT / page / "README.md").read_text() for page in FOLDERS}
-    for path in NOTEBOOKS:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-        texts[path.name] = "\n".join(prose)
-    for name, text in texts.items():
-        found = re.findall(rf"\b(?:{PRIVATE})s?\b", re.sub(r"`[^`\n]*`", "", text), re.IGNORECASE)
-        assert not found, f"{found} in {name}"
-
-
 def test_links_of_the_pages_lead_somewhere() -> None:
     pages = [*PAGES, *(ROOT / folder / "README.md" for folder in FOLDERS)]
     for page in pages:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from jupyter_client.session import Session
 
 from lmd.__main__ import main
 from lmd.errors import LmdError
-from lmd.pipeline.notebook import Log, PatientChannel, max_silence_s
+from lmd.pipeline.notebook import Log, NotebookFailed, PatientChannel, max_silence_s
 from lmd.pipeline.plan import Options, plan
 from lmd.pipeline.report import read_metrics
 from lmd.pipeline.run import data_key, input_key
@@ -49,6 +50,23 @@ def project(tmp_path: Path) -> Options:
         profiles=profiles,
         weights=tmp_path / "weights",
     )
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run here, without a kernel: for what a run decides, not how it executes."""
+
+    def execute(source: Path, target: Path, parameters: dict, *_: object) -> None:
+        names: dict = {}
+        try:
+            with contextlib.chdir(source.parent):
+                for cell in nbformat.read(source, as_version=4).cells:
+                    exec(cell.source, names)
+                    names.update(parameters if "tags" in cell.metadata else {})
+        except Exception as error:
+            raise NotebookFailed(source.stem, repr(error)) from error
+
+    monkeypatch.setattr("lmd.pipeline.run.execute", execute)
 
 
 def write_notebook(project: Options, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
@@ -123,6 +141,7 @@ def test_a_run_executes_in_order_and_ends_with_a_report_that_holds_everything(
     assert "01_first: cell 4/4" in printed.err  # papermill adds a cell with the values
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: Options) -> None:
     count = "p = pathlib.Path('../{}'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
     write_notebook(project, "01_first", WRITE, count.format("one"))
@@ -145,9 +164,11 @@ def test_a_finished_notebook_runs_again_only_when_its_inputs_changed(project: Op
     assert runs() == (2, 3)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_finished_notebook_runs_again_when_what_it_left_is_gone(project: Options) -> None:
     write_notebook(project, "01_first", WRITE, "(out / 'music').write_text('x')")
-    write_notebook(project, "02_second", "open('../outputs/quick/01_first/music')", WRITE)
+    listen = "import pathlib; pathlib.Path('../outputs/quick/01_first/music').read_text()"
+    write_notebook(project, "02_second", listen, WRITE)
     assert run(project) == 0
     assert project.out is not None
     shutil.rmtree(project.out / "01_first")
@@ -162,6 +183,7 @@ def test_a_run_does_not_begin_where_a_file_is(project: Options, tmp_path: Path) 
         run(with_(project, out=tmp_path / "file"))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
     project: Options,
 ) -> None:
@@ -192,6 +214,7 @@ def test_a_finished_notebook_runs_again_when_data_outside_the_run_changed(
     assert [n_runs("02.data=../other"), n_runs("02.data=../other")] == [5, 5]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_failed_notebook_does_not_go_on_with_what_other_data_left(project: Options) -> None:
     """The same data: it finds its own half-made work; other data: an empty folder."""
     count = (
@@ -232,6 +255,7 @@ def test_weights_that_a_notebook_is_to_play_are_among_its_inputs(project: Option
     assert key() == keys[-1]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_finished_notebook_runs_again_with_other_versions(
     project: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +271,7 @@ def test_a_finished_notebook_runs_again_with_other_versions(
     monkeypatch.setattr("lmd.pipeline.report.version", lambda name: "99.0")
     assert input_key(task, [], weights) != before
     assert run(project) == 0
-    assert records(project)["02_second"]["key"] != first["key"]
+    assert records(project)["02_second"]["inputs"] != first["inputs"]
 
 
 def test_a_failure_stops_the_run_and_names_cell_and_error_and_a_fix_resumes(
@@ -283,12 +307,14 @@ def test_a_killed_kernel_is_a_failure_and_not_a_hang(
 
 
 def test_a_flood_of_outputs_is_read_to_its_end(project: Options) -> None:
-    """Jupyter's client gives up after four seconds of reading what a cell has left."""
+    """Left to itself, Jupyter loses some of it, gives up after four seconds or waits for ever."""
     flood = "for i in range(6_000): display({'text/plain': 'x' * 3000}, raw=True)"
     write_notebook(project, "02_second", WRITE, flood, "print('after')")
     assert run(project) == 0
     assert project.out is not None
     assert (project.out / "logs/02_second.log").read_text() == "after\n"
+    executed = nbformat.read(project.out / "executed/02_second.ipynb", as_version=4)
+    assert len(executed.cells[-2].outputs) == 6_000
 
 
 def test_an_error_of_jupyters_own_names_the_cell(
@@ -429,6 +455,7 @@ def test_settings_reach_the_plan_with_their_types(project: Options) -> None:
         (WRITE.replace("json.dumps({'n_steps': n_steps, 'seed': seed})", "'[1]'"), "found a list"),
     ],
 )
+@pytest.mark.usefixtures("in_process")
 def test_a_notebook_that_leaves_no_metrics_fails(
     project: Options, capsys: pytest.CaptureFixture[str], cell: str, message: str
 ) -> None:

@@ -8,6 +8,7 @@ Two lines of a result are compared on the seeds that both have (the same prompts
 all their clips together, extrapolated to endless samples, with the jackknife's interval over seeds.
 """
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 from lmd.evaluation.metrics import Interval, jackknife
 from lmd.evaluation.plan import BY_EULER, FEW_STEPS
-from lmd.evaluation.report import format_interval, name_of, read_result, table, write_result
+from lmd.evaluation.report import format_interval, name_of, table, write_result
 from lmd.pretrained import PLAYED_BEST
 
 Line = Mapping[str, Any]  # of a result
@@ -37,6 +38,19 @@ PAPER_FD = (
     (("ED", 50, False), ("BC", 50, False), (61.06, 64.87)),
     (("ED+AF", 8, False), ("BC+AF", 2, False), (35.88, 47.26)),
 )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `lmd evaluate` wrote, nan for what was not finite."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [known(each) for each in value]
+        return math.nan if value is None else value
+
+    return known(json.loads(path.read_text()))
 
 
 def lines_of(result: Mapping[str, Any]) -> Lines:

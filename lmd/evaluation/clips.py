@@ -59,11 +59,8 @@ def of_one_family(rows: Sequence[Row]) -> list[int]:
 def choose_rows(rows: Sequence[Row], n: int, shortest_s: float, seed: int) -> list[int]:
     """Rows of one family each that are long enough: `n` for each seed, or all if there are fewer.
 
-    They are dealt out in one random order, so that seeds share none until all were dealt; after the
-    last comes the first again.
-
-    Raises:
-        LmdError: fewer than two such rows.
+    They are dealt out in one random order, so that seeds share none until all were dealt. Fewer
+    than two are refused.
     """
     suited = [k for k in of_one_family(rows) if rows[k].duration_s >= shortest_s]
     if len(suited) < 2:
@@ -94,7 +91,7 @@ class PromptedStreamer(Streamer):
 
     def __init__(self, one: Streamer, prompts: Sequence[Prompt]) -> None:
         super().__init__(one.denoiser, one.codec, one.text, one.window)
-        self.prompts = tuple(prompts)
+        self.prompts = prompts
 
     def _condition(self, controls: Controls, batch: int) -> Condition:
         """One row per stream, the unguided branch behind them where guidance is on."""
@@ -122,15 +119,6 @@ def generate(
     blocks = many.stream(controls, n_blocks=n_blocks, state=state)
     shown = tqdm(blocks, total=n_blocks, desc="blocks", mininterval=2, delay=5, leave=False)
     return torch.cat([block.wave.mean(1) for block in shown], dim=-1)
-
-
-def long_stream(
-    streamer: Streamer, prompts: Sequence[Prompt], controls: Controls, seconds: float
-) -> Waves:
-    """Streams from silence, that long."""
-    codec, n_samples = streamer.codec, round(seconds * streamer.codec.sample_rate)
-    n_blocks = math.ceil(n_samples / (controls.block_frames * codec.samples_per_frame)) + 1
-    return generate(streamer, prompts, controls, n_blocks)[:, :n_samples]
 
 
 @torch.no_grad()

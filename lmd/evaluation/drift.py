@@ -39,7 +39,7 @@ class Drift:
 
     @property
     def mean_distance(self) -> float:
-        """Distance from the data, over the whole stream."""
+        """Over the whole stream."""
         return float(np.mean(self.distance))
 
 
@@ -50,8 +50,7 @@ def frame_statistics(latents: Latents) -> Gaussian:
 
 def data_windows(shards: LatentShards, n_windows: int, n_frames: int, seed: int = 0) -> Latents:
     """Windows of the corpus, the same for a seed."""
-    windows = LatentWindows(shards, window_frames=n_frames, seed=seed)
-    return windows.batch(0, range(n_windows))["latents"]
+    return LatentWindows(shards, "train", n_frames, seed).batch(0, range(n_windows))["latents"]
 
 
 def drift_of(latents: Latents, wave: Wave, sample_rate: int, reference: Gaussian) -> Drift:
@@ -76,12 +75,11 @@ def play_streams(
     streamer: Streamer, prompts: Sequence[str], seconds: float, controls: Controls
 ) -> tuple[Latents, Wave]:
     """One stream from silence per prompt, otherwise under the same controls."""
-    rate = streamer.codec.sample_rate / streamer.codec.samples_per_frame
+    rate, streams = streamer.codec.sample_rate / streamer.codec.samples_per_frame, []
     n_blocks = math.ceil(seconds * rate / controls.block_frames)
-    played, found = [], []
     for number, prompt in enumerate(prompts):
         asked = replace(controls, prompt=prompt, seed=controls.seed + number)
-        blocks = list(streamer.stream(asked, n_blocks=n_blocks))
-        played.append(torch.cat([block.latents for block in blocks], dim=-1))
-        found.append(torch.cat([block.wave for block in blocks], dim=-1))
-    return torch.cat(played), torch.cat(found)
+        streams.append(list(streamer.stream(asked, n_blocks=n_blocks)))
+    latents = [torch.cat([block.latents for block in blocks], dim=-1) for blocks in streams]
+    waves = [torch.cat([block.wave for block in blocks], dim=-1) for blocks in streams]
+    return torch.cat(latents), torch.cat(waves)

@@ -68,24 +68,19 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     no covariance (not symmetric, negative by more than rounding) is refused.
     """
     for covariance in (a.covariance, b.covariance):
+        lowest, found = np.linalg.eigvalsh(covariance)[0], ""
         if not np.allclose(covariance, covariance.T, rtol=1e-9, atol=1e-12):
-            raise LmdError("a covariance that is not symmetric", "one that is", "Use gaussian().")
+            found = "a covariance that is not symmetric"
+        elif lowest < -TOLERANCE * abs(np.trace(covariance)):
+            found = f"a covariance with the eigenvalue {lowest:.3g}"
+        if found:
+            raise LmdError(found, "symmetric, none below zero", "Fit it with gaussian().")
     values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(_not_negative(values, a))) @ vectors.T
-    inner = root @ b.covariance @ root
-    eigenvalues = _not_negative(np.linalg.eigvalsh((inner + inner.T) / 2), a, b)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0))
     gap = a.mean - b.mean
-    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(eigenvalues).sum()
+    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared.sum()
     return float(gap @ gap + max(trace, 0.0))
-
-
-def _not_negative(values: np.ndarray, *of: Gaussian) -> np.ndarray:
-    """Eigenvalues with rounding below zero removed; more than rounding is refused."""
-    scale = float(np.prod([np.trace(g.covariance) for g in of]))
-    if values.min() < -TOLERANCE * max(scale, 1e-300):
-        found = f"an eigenvalue of {values.min():.3g} where the trace is {scale:.3g}"
-        raise LmdError(found, "none below zero", "Fit the covariance in float64 with gaussian().")
-    return values.clip(0)
 
 
 def typicality(embeddings: Embeddings, reference: Gaussian) -> Float[np.ndarray, " sample"]:
@@ -134,37 +129,26 @@ def jackknife(whole: float, without: Sequence[float]) -> Interval:
 def slope(times_s: np.ndarray, values: Float[np.ndarray, "stream time"]) -> Interval:
     """Change per second, with its 95 % interval: a least-squares line per stream.
 
-    With several streams the interval is Student's over their slopes, so nothing is assumed about
-    the noise within a stream; of a single one it is the regression's (independent residuals).
-
-    Raises:
-        LmdError: fewer than three times, or shapes that do not fit.
+    The interval is Student's over the streams' slopes, so nothing is assumed about the noise within
+    a stream. Fewer than three times, or shapes that do not fit, are refused.
     """
     t, y = np.asarray(times_s, np.float64), np.asarray(values, np.float64)
     if y.ndim != 2 or y.shape[1] != len(t) or len(t) < 3:
         found = f"values {y.shape} at {len(t)} times"
         raise LmdError(found, "[stream, time], at least 3 times", "Run longer.")
-    lines = [stats.linregress(t, row) for row in y]
-    if len(y) > 1:
-        return mean_interval([line.slope for line in lines])
-    half = float(stats.t.ppf(0.975, len(t) - 2) * lines[0].stderr)
-    mean = float(lines[0].slope)
-    return Interval(mean, mean - half, mean + half, 1)
-
-
-def flux(wave: Mono, sample_rate: int) -> Float[Tensor, " step"]:
-    """Mean rise of 40 mel bands in dB from one step of 256 samples to the next, 80 dB deep."""
-    level = 10 * torch.log10(mel_matrix(513, sample_rate, 40).T @ power(wave, 1024, 256) + 1e-12)
-    level = level.clamp_min(float(level.max()) - 80)
-    return torch.nn.functional.pad((level[:, 1:] - level[:, :-1]).clamp_min(0).mean(0), (1, 0))
+    offset = t - t.mean()
+    return mean_interval(y @ offset / (offset @ offset))
 
 
 def boundary_ratio(wave: Mono, boundaries: Sequence[int], sample_rate: int) -> float:
     """Spectral flux around block boundaries over that everywhere else; 1 = they are not heard.
 
+    Flux is the mean rise of 40 mel bands, 80 dB deep, from one step of 256 samples to the next.
     Around = steps whose window of 1024 samples reaches the boundary. nan where nothing moves.
     """
-    rise = flux(wave, sample_rate)
+    level = 10 * torch.log10(mel_matrix(513, sample_rate, 40).T @ power(wave, 1024, 256) + 1e-12)
+    level = level.clamp_min(float(level.max()) - 80)
+    rise = torch.nn.functional.pad((level[:, 1:] - level[:, :-1]).clamp_min(0).mean(0), (1, 0))
     gaps = torch.arange(len(rise))[:, None] * 256 - torch.tensor(boundaries)
     near = (gaps.abs() <= 512 + 256).any(1)
     if not near.any() or near.all() or not float(rise[~near].mean()) > 0:
@@ -185,14 +169,12 @@ def click_ratio(wave: Mono, boundaries: Sequence[int], reach: int = 64) -> float
     return float(torch.stack(peaks).median()) / elsewhere if peaks and elsewhere else math.nan
 
 
-# --- is it tonal? ---------------------------------------------------------------------------------
-# Measures of sound, not of a score: overtones count as pitches (the third partial of every note is
-# its fifth), so no value means much alone. Each is read against that of held-out music.
-
-
 @dataclass(frozen=True)
 class Tonality:
-    """What the pitch classes of a piece have to do with each other."""
+    """What the pitch classes of a piece have to do with each other.
+
+    Measured in sound, where overtones count as pitches: read each against that of held-out music.
+    """
 
     key: str  # e.g. "A minor": the best of 24 by correlation with probe-tone profiles
     key_clarity: float  # that correlation, at most 1

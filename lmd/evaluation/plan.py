@@ -30,22 +30,20 @@ class Method:
     name: str
     weights: str
     regime: Regime
-    sampler: SamplerName
+    sampler: SamplerName = "dpmpp"
 
 
 METHODS = (
-    Method("naive", "finetuned", "full", "dpmpp"),
-    Method("ED", "finetuned", "enc-dec", "dpmpp"),
-    Method("BC", "finetuned", "block-causal", "dpmpp"),
-    Method("ED+AF", "arc", "enc-dec", "dpmpp"),
-    Method("BC+AF", "arc", "block-causal", "dpmpp"),
+    Method("naive", "finetuned", "full"),
+    Method("ED", "finetuned", "enc-dec"),
+    Method("BC", "finetuned", "block-causal"),
+    Method("ED+AF", "arc", "enc-dec"),
+    Method("BC+AF", "arc", "block-causal"),
 )
 # The paper plays what is not ARC-Forced with Euler's method: both sides with it show what
 # ARC-Forcing is worth to somebody who has no solver of second order.
 BY_EULER = "-Euler"  # ends these methods' names
-WITH_EULER = tuple(
-    replace(method, name=method.name + BY_EULER, sampler="euler") for method in METHODS[1:]
-)
+WITH_EULER = tuple(replace(m, name=m.name + BY_EULER, sampler="euler") for m in METHODS[1:])
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """What is measured; what does not fit is refused as soon as it is asked for."""
 
     weights: Path = Path("data/pretrained")  # folder of the weights
     data: Path = Path("data/corpus")  # a built corpus
@@ -109,11 +107,7 @@ class Options:
 
     @property
     def sizes(self) -> Budget:
-        """The budget, with the long streams that were asked for.
-
-        Raises:
-            LmdError: two budgets, streams too short for a slope, or no number of steps.
-        """
+        """The budget, with the long streams that were asked for."""
         if self.quick and self.budget not in ("full", "quick"):
             raise LmdError(f"--quick and --budget {self.budget}", "one of them", "Drop the other.")
         budget = BUDGETS["quick" if self.quick else self.budget]
@@ -127,16 +121,11 @@ class Options:
 
     @property
     def chosen_methods(self) -> list[Method]:
-        """Those that were asked for; none named: all that the budget has rows for.
-
-        Raises:
-            LmdError: one that it has no rows for.
-        """
+        """Those that were asked for; none named: all that the budget has rows for."""
         there = {method.name: method for method in self.sizes.methods}
-        for name in self.methods:
-            if name not in there:
-                found, expected = f"--methods {name}", f"of {', '.join(there)}"
-                raise LmdError(found, expected, "Other budgets have its rows: full.")
+        if unknown := ", ".join(name for name in self.methods if name not in there):
+            expected, todo = f"of {', '.join(there)}", "Other budgets have its rows: full."
+            raise LmdError(f"--methods {unknown}", expected, todo)
         return [there[name] for name in there if not self.methods or name in self.methods]
 
     @property
@@ -182,7 +171,5 @@ def units_of(method: Method, budget: Budget) -> list[Unit]:
     is_naive = method.name == "naive"
     kinds: tuple[Kind, ...] = ("silence", "primed") if budget.primed else ("silence",)
     steps = budget.naive_steps if is_naive else budget.steps
-    units = [Unit(method, n_steps, kind) for kind in kinds for n_steps in steps]
-    if not is_naive:
-        units += [Unit(method, n_steps, "drift") for n_steps in budget.drift_steps]
-    return units
+    long = [] if is_naive else [Unit(method, n_steps, "drift") for n_steps in budget.drift_steps]
+    return [Unit(method, n_steps, kind) for kind in kinds for n_steps in steps] + long

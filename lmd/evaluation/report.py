@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from lmd.evaluation.plan import BY_EULER, FEW_STEPS, METHODS, WITH_EULER
-from lmd.outputs import write_atomic
-from lmd.show import plot_bands, plot_intervals
+from lmd.outputs import write_atomic, write_json
 
 Result = Mapping[str, Any]
+Row = Mapping[str, Any]
 ANCHOR_WORDS = {
     "real": "real music",
     "codec": "real music through the codec: the floor",
@@ -45,7 +45,6 @@ DRIFT_WORDS = {
 
 def write_report(result: Result, out: Path) -> str:
     """Write `evaluation.json`, `.md` and figures into a folder; the Markdown comes back."""
-    out.mkdir(parents=True, exist_ok=True)
     write_result(out / "evaluation.json", result)
     markdown = report(result)
     write_atomic(out / "evaluation.md", (markdown + "\n").encode())
@@ -60,22 +59,7 @@ def write_report(result: Result, out: Path) -> str:
 
 def write_result(path: Path, result: Result) -> None:
     """As plain JSON: what is not finite becomes null."""
-    text = json.dumps(_replace(result, math.isfinite, None), indent=1, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """What `write_result` wrote, nan for what was not finite."""
-    return _replace(json.loads(path.read_text()), lambda number: True, math.nan)
-
-
-def _replace(value: Any, is_kept: Callable[[float], bool], other: float | None) -> Any:
-    """Values with all numbers that are not kept, and None, replaced."""
-    if isinstance(value, Mapping):
-        return {key: _replace(each, is_kept, other) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace(each, is_kept, other) for each in value]
-    return other if value is None or (isinstance(value, float) and not is_kept(value)) else value
+    write_json(path, json.loads(json.dumps(result), parse_constant=lambda _: None))
 
 
 def report(result: Result) -> str:
@@ -97,22 +81,22 @@ def report(result: Result) -> str:
     )
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
+def table(rows: Iterable[Row]) -> str:
     """Rows as a Markdown table; what a row does not have stays empty."""
     frame = pd.DataFrame(rows, dtype=object).fillna("")
     return frame.to_markdown(index=False, disable_numparse=True)
 
 
-def name_of(row: Mapping[str, Any]) -> str:
+def name_of(row: Row) -> str:
     """What a line is called in a sentence."""
     return f"{row['method']}, {row['n_steps']} steps{', primed' if row['primed'] else ''}"
 
 
-def _named_lines(result: Result, anchors: str, rows: str) -> Iterable[tuple[dict, Mapping]]:
+def _named_lines(anchors: Mapping[str, Row], rows: Sequence[Row]) -> Iterable[tuple[dict, Row]]:
     """The first cells of a table's lines, anchors first, and what was measured of each."""
-    for name, anchor in result[anchors].items():
+    for name, anchor in anchors.items():
         yield {" ": f"*{ANCHOR_WORDS[name]}*", "steps": ""}, anchor
-    for row in result[rows]:
+    for row in rows:
         yield {" ": f"**{row['method']}**", "steps": row["n_steps"]}, row
 
 
@@ -123,14 +107,14 @@ def quality_table(result: Result) -> str:
         cells
         | {"begins with": begins[row.get("primed")]}
         | {words: format_interval(row[n], k, *ends) for n, (words, k, ends) in COLUMNS.items()}
-        for cells, row in _named_lines(result, "anchors", "rows")
+        for cells, row in _named_lines(result["anchors"], result["rows"])
     )
 
 
 def drift_table(result: Result) -> str:
     """Levels of long streams, and their slopes, which anchors are too short for."""
     rows = []
-    for cells, row in _named_lines(result, "drift_anchors", "drift"):
+    for cells, row in _named_lines(result["drift_anchors"], result["drift"]):
         cells["distance from real"] = format_interval(row["distance"]["level"])
         if cells["steps"]:
             cells["seconds"] = f"{row['times_s'][-1] + row['times_s'][0]:.0f}"
@@ -144,16 +128,16 @@ def drift_table(result: Result) -> str:
 
 
 def format_interval(
-    interval: Mapping[str, Any],
+    interval: Mapping[str, float],
     scale: float = 1.0,
     least: float = -math.inf,
     most: float = math.inf,
 ) -> str:
     """`1.23 (1.10 – 1.36)`, cut to what is possible (after scaling)."""
-    mean = interval["mean"] * scale
-    low, high = max(least, interval["low"] * scale), min(most, interval["high"] * scale)
+    mean, low, high = (interval[end] * scale for end in ("mean", "low", "high"))
     if not math.isfinite(mean):
         return "–"
+    low, high = max(least, low), min(most, high)
     if not math.isfinite(low) or low == high:
         return _number(mean)
     return f"{_number(mean)} ({_number(low)} – {_number(high)})"
@@ -181,30 +165,41 @@ def _command(result: Result) -> str:
 
 
 def _distances(result: Result) -> Figure:
-    """Every method's distance; Euler's rows are in the table, too many for a picture."""
+    """Every method's distance with its interval; Euler's rows are too many for a picture."""
     anchors = result["anchors"]
-    shown = [row for row in result["rows"] if not row["method"].endswith(BY_EULER)]
-    estimates = {name_of(row): row["fd"] for row in shown}
-    names = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
-    levels = {words: anchors[name]["fd"]["mean"] for name, words in names.items()}
-    ax = plot_intervals(estimates or {"real music": anchors["real"]["fd"]}, levels)
-    ax.set(xlim=(0, None), xlabel="Fréchet distance from held-out music (lower is nearer)")
-    return ax.figure
+    rows = [row for row in result["rows"] if not row["method"].endswith(BY_EULER)]
+    names = [name_of(row) for row in rows] or ["real music"]
+    estimates = pd.DataFrame([row["fd"] for row in rows] or [anchors["real"]["fd"]])
+    ends = estimates[["low", "high"]].replace([-math.inf, math.inf], math.nan)
+    size = {"figsize": (7, 0.7 + 0.24 * len(names)), "layout": "constrained"}
+    figure, ax = plt.subplots(**size)
+    ax.hlines(names, ends["low"], ends["high"], color="C0", alpha=0.4, lw=3)
+    ax.plot(estimates["mean"], names, "o", color="C0", markersize=4)
+    levels = {"real": "real music", "codec": "codec floor", "shuffled": "frames shuffled"}
+    for number, (name, words) in enumerate(levels.items(), start=1):
+        ax.axvline(anchors[name]["fd"]["mean"], color=f"C{number}", ls="--", lw=1, label=words)
+    ax.tick_params("y", labelsize=8)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, None))
+    ax.set_xlabel("Fréchet distance from held-out music (lower is nearer)")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
 
 
-def _drifts(rows: list[Mapping[str, Any]]) -> Figure:
+def _drifts(rows: Sequence[Row]) -> Figure:
     """A row of pictures for each number of steps, the same axis for each measure."""
     steps = list(dict.fromkeys(row["n_steps"] for row in rows))
     size = {"figsize": (12, 0.6 + 2.1 * len(steps)), "layout": "constrained"}
     figure, axes = plt.subplots(
         len(steps), len(DRIFT_WORDS), sharex=True, sharey="col", squeeze=False, **size
     )
-    for line, n_steps in zip(axes, steps, strict=True):
-        line[0].set_ylabel(f"{n_steps} steps")
-        some = [row for row in rows if row["n_steps"] == n_steps]
+    for row in rows:
+        line = axes[steps.index(row["n_steps"])]
+        line[0].set_ylabel(f"{row['n_steps']} steps")
         for ax, name in zip(line, DRIFT_WORDS, strict=True):
-            curves = {row["method"]: (row["times_s"], row[name]["curve"]) for row in some}
-            plot_bands(curves, ax, legend=False)
+            curve = pd.DataFrame(row[name]["curve"]).replace([-math.inf, math.inf], math.nan)
+            (drawn,) = ax.plot(row["times_s"], curve["mean"], label=row["method"])
+            band = {"color": drawn.get_color(), "alpha": 0.15, "lw": 0}
+            ax.fill_between(row["times_s"], curve["low"], curve["high"], **band)
     for top, bottom, words in zip(axes[0], axes[-1], DRIFT_WORDS.values(), strict=True):
         top.set_title(words)
         bottom.set_xlabel("seconds")

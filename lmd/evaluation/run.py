@@ -10,12 +10,13 @@ that arrive later add their rows. What is missing is named, not invented.
 import gc
 import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -33,7 +34,6 @@ from lmd.evaluation.clips import (
     choose_rows,
     cut_clips,
     generate,
-    long_stream,
     of_one_family,
     through_codec,
 )
@@ -51,7 +51,7 @@ ANCHORS = ("real", "context", "codec", "shuffled")
 LONG_ANCHORS = ("real", "codec", "shuffled")
 MADE_ON = "made_on"  # in a part: the hardware
 CONTEXT_FRAMES = 192  # that a primed stream continues
-MORE_HOURS = "Build more hours: python -m lmd data build --hours H."
+REBUILD = "Evaluate with a rendered corpus: python -m lmd data build --hours H"
 
 
 def main(options: Options) -> int:
@@ -84,13 +84,10 @@ class Evaluation:
         self.families = self.tagger.config.families
         self.corpus = Corpus(options.data, "test")
         rows = self.corpus.rows
-        unknown = {rows[index].family for index in of_one_family(rows)} - set(self.families)
-        if unknown:
-            raise LmdError(
-                f"{options.data} with test pieces played by {', '.join(sorted(unknown))}",
-                f"families that the tagger knows: {', '.join(self.families)}",
-                "Evaluate with a rendered corpus: python -m lmd data build --hours H.",
-            )
+        if unknown := {rows[k].family for k in of_one_family(rows)} - set(self.families):
+            found = f"{options.data} with test pieces played by {', '.join(sorted(unknown))}"
+            expected = f"families that the tagger knows: {', '.join(self.families)}"
+            raise LmdError(found, expected, f"{REBUILD}.")
         codec_path = options.weights / "codec.safetensors"
         if options.random:
             self.codec = open_instrument(f"random:{options.random}:0", device="cpu").streamer.codec
@@ -99,8 +96,8 @@ class Evaluation:
         rate, hop = self.codec.sample_rate, self.codec.samples_per_frame
         self.metrics = ClipMetrics(self.tagger, rate)
         if self.corpus.sample_rate != rate:
-            found, todo = f"a corpus at {self.corpus.sample_rate} Hz", "Build it again with"
-            raise LmdError(found, f"{rate} Hz, the codec's rate", f"{todo} --sample-rate {rate}.")
+            found = f"a corpus at {self.corpus.sample_rate} Hz"
+            raise LmdError(found, f"{rate} Hz, the codec's", f"{REBUILD} --sample-rate {rate}.")
         block = self.budget.block_frames * hop
         self.n_samples = self.budget.n_blocks * block - self.codec.lookahead_frames * hop
         self.boundaries = [k * block for k in range(1, self.budget.n_blocks)]
@@ -120,7 +117,7 @@ class Evaluation:
         (self.parts / "key.json").write_text(text + "\n")
         self.made_on: set[str] = set()  # the hardware of all parts that were asked for
 
-    def kept(self, name: str, make: Callable[[], Mapping[str, Any]]) -> Measures:
+    def kept(self, name: str, make: Callable[[], Measures]) -> Measures:
         """The part of that name, made now if it is not on disk."""
         path = self.parts / f"{name}.npz"
         if not path.is_file():
@@ -131,6 +128,16 @@ class Evaluation:
             arrays = dict(file)
         self.made_on.add(str(arrays.pop(MADE_ON)))
         return arrays
+
+    def measured(self, name: str, make: Callable[[], Waves], is_long: bool) -> Measures:
+        """The part that has the measures of some clips or long streams."""
+
+        def measure() -> Measures:
+            if is_long:
+                return self.metrics.over_time(make(), self.other_pieces, BIN_S)
+            return self.metrics.measure(make(), self.boundaries)
+
+        return self.kept(name, measure)
 
     def sha256(self, kind: str) -> str:
         """That of the weights of a kind; "" where there are none."""
@@ -173,7 +180,7 @@ class Evaluation:
     def held_out(self, split: Split) -> np.ndarray:
         """Embeddings of a split's music `[window, size]`, pieces of one family each."""
 
-        def embed() -> dict[str, np.ndarray]:
+        def embed() -> Measures:
             corpus, found = Corpus(self.options.data, split), []
             for index in tqdm(of_one_family(corpus.rows), desc=f"{split} pieces", mininterval=2):
                 row = corpus.rows[index]
@@ -181,7 +188,7 @@ class Evaluation:
                 wave = corpus.wave(index, (row.n_samples - n) // 2, n)
                 found.append(self.metrics.tags(torch.from_numpy(wave).mean(0)).embedding.numpy())
             if not found:
-                raise LmdError(f"no {split} piece played by one family", "some", MORE_HOURS)
+                raise LmdError(f"no {split} piece played by one family", "some", f"{REBUILD}.")
             return {"embedding": np.concatenate(found)}
 
         return self.kept(f"reference-{split}", embed)["embedding"]
@@ -202,21 +209,16 @@ class Evaluation:
     def anchor(self, name: str, seed: int, is_long: bool = False) -> Measures:
         """One of `ANCHORS`, or of `LONG_ANCHORS`: context and continuation as a long stream."""
 
-        def measure() -> Measures:
+        def waves() -> Waves:
             clips = self.clips(seed)
-            waves = torch.stack([c.context if name == "context" else c.real for c in clips])
+            found = torch.stack([c.context if name == "context" else c.real for c in clips])
             if is_long:
-                waves = torch.cat([torch.stack([c.context for c in clips]), waves], dim=1)
+                found = torch.cat([torch.stack([c.context for c in clips]), found], dim=1)
             if name in ("codec", "shuffled"):
-                waves = through_codec(self.codec, waves, seed if name == "shuffled" else None)
-            return self._measured(waves, is_long)
+                return through_codec(self.codec, found, seed if name == "shuffled" else None)
+            return found
 
-        return self.kept(f"{'drift-' * is_long}{name}-{seed}", measure)
-
-    def _measured(self, waves: Waves, is_long: bool) -> Measures:
-        if is_long:
-            return self.metrics.over_time(waves, self.other_pieces, BIN_S)
-        return self.metrics.measure(waves, self.boundaries)
+        return self.measured(f"{'drift-' * is_long}{name}-{seed}", waves, is_long)
 
     # --- generated music ---------------------------------------------------------------------
 
@@ -225,39 +227,39 @@ class Evaluation:
         method, budget, is_long = unit.method, self.budget, unit.kind == "drift"
         controls = unit.controls(budget, seed, self.options.cfg_scale)
 
-        def measure() -> Measures:
+        def waves() -> Waves:
             streamer = self.instrument(method.weights).streamer
             if is_long:
                 rows = [self.corpus.rows[k] for k in self.chosen(budget.drift_clips, seed)]
+                n_samples = round(budget.drift_s * self.codec.sample_rate)
+                block = budget.block_frames * self.codec.samples_per_frame
+                n_blocks = math.ceil(n_samples / block) + 1  # the decoder holds frames back
                 prompts = [row.caption for row in rows]
-                waves = long_stream(streamer, prompts, controls, budget.drift_s)
-            else:
-                clips = self.clips(seed)
-                prompts = [clip.row.caption for clip in clips]
-                contexts = [clip.context for clip in clips] if unit.kind == "primed" else []
-                waves = generate(streamer, prompts, controls, budget.n_blocks, contexts)
-            return self._measured(waves, is_long)
+                return generate(streamer, prompts, controls, n_blocks)[:, :n_samples]
+            clips = self.clips(seed)
+            contexts = [clip.context for clip in clips] if unit.kind == "primed" else []
+            prompts = [clip.row.caption for clip in clips]
+            return generate(streamer, prompts, controls, budget.n_blocks, contexts)
 
         engine, dtype = self.options.chosen_engine, self.options.dtype
         how = f"{controls.n_steps}-{controls.sampler}-cfg{controls.cfg_scale:g}"
         how += f"-{engine}-{dtype}" * ((engine, dtype) != ("torch", "float32"))
         size = f"-{budget.drift_s:g}s-{budget.drift_clips}" * is_long
         name = f"{method.name}-{self.sha256(method.weights)[:8]}-{how}-{unit.kind}{size}-{seed}"
-        return self.kept(name, measure)
+        return self.measured(name, waves, is_long)
 
     def line(self, unit: Unit) -> dict[str, Any]:
         """A unit's line, without timings."""
-        seeds = range(unit.n_seeds(self.budget))
+        seeds, method = range(unit.n_seeds(self.budget)), unit.method
         parts = [self.part(unit, seed) for seed in seeds]
-        line: dict[str, Any] = {"method": unit.method.name, "n_steps": unit.n_steps}
+        line: dict[str, Any] = {"method": method.name, "n_steps": unit.n_steps}
         if unit.kind == "drift":
             return line | drift_row(parts, BIN_S)
-        controls = unit.controls(self.budget, 0, self.options.cfg_scale)
         line |= {
-            "weights": unit.method.weights,
-            "sha256": self.sha256(unit.method.weights),
-            "sampler": controls.sampler,
-            "cfg_scale": controls.cfg_scale,
+            "weights": method.weights,
+            "sha256": self.sha256(method.weights),
+            "sampler": method.sampler,
+            "cfg_scale": unit.controls(self.budget, 0, self.options.cfg_scale).cfg_scale,
             "primed": unit.kind == "primed",
         }
         return line | row_of(parts, [self.truth(k) for k in seeds], gaussian(self.reference_points))
@@ -265,9 +267,8 @@ class Evaluation:
 
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Everything as plain values, ready for JSON; what was left out is in `not_measured`."""
-    options, budget = evaluation.options, evaluation.budget
-    seeds, long_seeds = range(budget.n_seeds), range(budget.drift_seeds)
-    methods = options.chosen_methods
+    options, budget, corpus = evaluation.options, evaluation.budget, Corpus(evaluation.options.data)
+    seeds, methods = range(budget.n_seeds), options.chosen_methods
     present = [method for method in methods if evaluation.sha256(method.weights)]
     kinds = sorted({method.weights for method in methods if method not in present})
     absent = [f"{kind}: no such weights" for kind in kinds]
@@ -279,12 +280,11 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     anchors = {name: [evaluation.anchor(name, seed) for seed in seeds] for name in shown}
     truths, reference = [evaluation.truth(k) for k in seeds], gaussian(evaluation.reference_points)
     long_anchors = {
-        name: drift_row([evaluation.anchor(name, k, is_long=True) for k in long_seeds], BIN_S)
+        name: [evaluation.anchor(name, k, is_long=True) for k in range(budget.drift_seeds)]
         for name in tqdm(LONG_ANCHORS, desc="real streams", mininterval=2)
     }
     lines = [(unit.kind, evaluation.line(unit)) for unit in tqdm(units, desc="rows and streams")]
     used = {index for seed in seeds for index in evaluation.chosen(budget.n_clips, seed)}
-    corpus, header = Corpus(options.data), evaluation.tagger_header
     return {
         "budget": asdict(budget),
         "version": VERSION,
@@ -292,9 +292,8 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         "engine": options.chosen_engine,
         "dtype": options.dtype,
         "tagger": {
-            "sha256": header.sha256,
+            "sha256": evaluation.tagger_header.sha256,
             "embedding": evaluation.tagger.config.embedding,
-            "scores": header.notes.get("scores", {}),
         },
         "random_weights": bool(options.random),
         "reference_windows": len(evaluation.reference_points),
@@ -306,7 +305,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         "corpus_asked_hours": corpus.settings().get("hours"),
         "clip_s": evaluation.n_samples / evaluation.codec.sample_rate,
         "anchors": anchor_rows(anchors, truths, reference),
-        "drift_anchors": long_anchors,
+        "drift_anchors": {name: drift_row(parts, BIN_S) for name, parts in long_anchors.items()},
         "made_on": sorted(evaluation.made_on),
         "rows": [line for kind, line in lines if kind != "drift"],
         "drift": [line for kind, line in lines if kind == "drift"],
@@ -314,32 +313,30 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-Job = tuple[str, tuple[Any, ...]]  # a method of `Evaluation` and its arguments
-_mine: list[Evaluation] = []  # of this process
-
-
 def make_parts(evaluation: Evaluation, units: list[Unit]) -> None:
     """Leave all parts of units and anchors on disk, by processes of one thread each."""
     options, budget = evaluation.options, evaluation.budget
-    first: list[Job] = [("held_out", ("validation",)), ("held_out", ("test",))]  # others need them
-    then: list[Job] = [("anchor", (n, k)) for n in ANCHORS for k in range(budget.n_seeds)]
-    then += [("anchor", (n, k, True)) for n in LONG_ANCHORS for k in range(budget.drift_seeds)]
-    then += [("part", (unit, k)) for unit in units for k in range(unit.n_seeds(budget))]
+    first = [("held_out", "validation"), ("held_out", "test")]  # others need them
+    then = [("anchor", name, k) for name in ANCHORS for k in range(budget.n_seeds)]
+    then += [("anchor", name, k, True) for name in LONG_ANCHORS for k in range(budget.drift_seeds)]
+    then += [("part", unit, k) for unit in units for k in range(unit.n_seeds(budget))]
     for kind in {unit.method.weights for unit in units}:
         evaluation.instrument(kind)  # graphs that are not there yet are exported once
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(options.workers, spawn, _open, (options,)) as pool:
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         for jobs in (first, then):
-            list(tqdm(pool.map(_do, jobs), total=len(jobs), desc="parts", mininterval=2))
+            made = pool.map(partial(_make, options), jobs)
+            list(tqdm(made, total=len(jobs), desc="parts", mininterval=2))
 
 
-def _open(options: Options) -> None:
+def _make(options: Options, job: tuple[Any, ...]) -> None:
+    """Call the method of this process's evaluation that a job names."""
+    name, *arguments = job
+    getattr(_evaluation(options), name)(*arguments)
+
+
+@cache
+def _evaluation(options: Options) -> Evaluation:
     gc.freeze()  # what was imported; the process then ends seconds sooner
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # bars of several processes would mix
-    _mine.append(Evaluation(options))
-
-
-def _do(job: Job) -> None:
-    name, arguments = job
-    getattr(_mine[0], name)(*arguments)
+    return Evaluation(options)

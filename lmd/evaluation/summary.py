@@ -1,8 +1,8 @@
 """From clips to lines of a table: what is measured of each, and its interval over seeds."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,24 +12,12 @@ from torch import Tensor
 
 from lmd.corpus.analysis import brightness_hz
 from lmd.corpus.levels import loudness_lufs
+from lmd.evaluation import metrics
 from lmd.evaluation.clips import Waves
-from lmd.evaluation.metrics import (
-    Gaussian,
-    boundary_ratio,
-    click_ratio,
-    frechet,
-    gaussian,
-    jackknife,
-    kl_divergence,
-    mean_interval,
-    peak_chroma,
-    slope,
-    tonality,
-    typicality,
-)
+from lmd.evaluation.metrics import Gaussian, frechet, gaussian, kl_divergence, mean_interval
 from lmd.evaluation.tagger import Tagger, Tags, tempo_bpm
 
-Measures = dict[str, np.ndarray]  # by name; the first axis is the clip, nan: nothing to measure
+Measures = Mapping[str, np.ndarray]  # by name; the first axis is the clip, nan: nothing to measure
 TONALITY = ("key_share", "key_clarity", "consonance", "classes_at_once")
 OVER_TIME = ("distance", "loudness_lufs", "centroid_hz", "key_clarity")
 PER_CLIP = (*TONALITY, "joins", "clicks", "loudness_lufs", "centroid_hz")
@@ -37,11 +25,7 @@ QUIET_LUFS = -70.0  # silence is given this loudness
 
 
 class ClipMetrics:
-    """Applies all measures to a batch of clips, at the tagger's sample rate.
-
-    Raises:
-        LmdError: clips at another rate.
-    """
+    """Applies all measures to a batch of clips, at the tagger's sample rate; refuses another."""
 
     def __init__(self, tagger: Tagger, sample_rate: int) -> None:
         tagger.check_rate(sample_rate)
@@ -56,24 +40,24 @@ class ClipMetrics:
 
         Returns:
             `embedding` `[clip, window, size]`; `family`, mean probabilities `[clip, family]`; and
-            `[clip]` each: `tempo_bpm`, those of `TONALITY`, `joins` and `clicks` (ratios at the
-            boundaries), `loudness_lufs`, `centroid_hz`.
+            `tempo_bpm` and those of `PER_CLIP`, `[clip]` each.
         """
-        clips = [self._clip(wave, boundaries) for wave in waves]
+        rate, clips = self.sample_rate, []
+        for wave in waves:
+            tags, mono = self.tags(wave), wave[None].numpy()
+            tonality = metrics.tonality(metrics.peak_chroma(wave, rate))
+            clip = {
+                "embedding": tags.embedding.numpy(),
+                "family": tags.family.mean(0).numpy(),
+                "tempo_bpm": tempo_bpm(tags.tempo),
+                **{name: getattr(tonality, name, np.nan) for name in TONALITY},
+                "joins": metrics.boundary_ratio(wave, boundaries, rate),
+                "clicks": metrics.click_ratio(wave, boundaries),
+                "loudness_lufs": max(QUIET_LUFS, loudness_lufs(mono, rate)),
+                "centroid_hz": brightness_hz(mono, rate),
+            }
+            clips.append(clip)
         return {name: np.array([clip[name] for clip in clips]) for name in clips[0]}
-
-    def _clip(self, wave: Float[Tensor, " sample"], boundaries: Sequence[int]) -> dict[str, Any]:
-        tags, found = self.tags(wave), tonality(peak_chroma(wave, self.sample_rate))
-        return {
-            "embedding": tags.embedding.numpy(),
-            "family": tags.family.mean(0).numpy(),
-            "tempo_bpm": tempo_bpm(tags.tempo),
-            **{name: getattr(found, name, np.nan) for name in TONALITY},
-            "joins": boundary_ratio(wave, boundaries, self.sample_rate),
-            "clicks": click_ratio(wave, boundaries),
-            "loudness_lufs": max(QUIET_LUFS, loudness_lufs(wave[None].numpy(), self.sample_rate)),
-            "centroid_hz": brightness_hz(wave[None].numpy(), self.sample_rate),
-        }
 
     def over_time(self, waves: Waves, reference: Gaussian, bin_s: float) -> Measures:
         """Every `bin_s` seconds of long streams: those of `OVER_TIME`, `[stream, bin]` each.
@@ -81,11 +65,11 @@ class ClipMetrics:
         `distance` is the mean `typicality` against the reference; silence has no clear key.
         """
         size = round(bin_s * self.sample_rate)
-        parts = rearrange(
-            waves[:, : waves.shape[1] // size * size], "stream (bin n) -> (stream bin) n", n=size
-        )
-        bins = self.measure(parts, boundaries=())
-        bins["distance"] = np.array([typicality(e, reference).mean() for e in bins["embedding"]])
+        whole = waves[:, : waves.shape[1] // size * size]
+        parts = rearrange(whole, "stream (bin n) -> (stream bin) n", n=size)
+        bins = dict(self.measure(parts, boundaries=()))
+        points = bins["embedding"]
+        bins["distance"] = np.array([metrics.typicality(x, reference).mean() for x in points])
         bins["key_clarity"] = np.nan_to_num(bins["key_clarity"])
         return {name: bins[name].reshape(len(waves), -1) for name in OVER_TIME}
 
@@ -112,46 +96,38 @@ def row_of(
 
     Returns:
         Intervals over seeds (`mean`, `low`, `high`, `n`) of `fd` (at one seed's sample size), `kl`
-        (nats, real against found), `family` and `tempo` (shares recognised), and the means of the
-        measures of clips; `fd_infinite` (all seeds together, extrapolated), `windows` per seed,
-        `pooled` (see `pooled_distances`).
+        (nats, real against found), `family` and `tempo` (shares recognised) and `PER_CLIP`;
+        `fd_infinite` (all seeds together, extrapolated), `windows` and `clips` per seed; `pooled`:
+        distances of the first 2, 3, … seeds, `all` together and `without` each, so that lines of
+        other numbers of seeds can be compared.
     """
-    embeddings = [rearrange(one["embedding"], "clip window d -> (clip window) d") for one in seeds]
-    pooled = pooled_distances(embeddings, reference)
+    points = [rearrange(one["embedding"], "clip window d -> (clip window) d") for one in seeds]
+
+    def distance(some: Sequence[np.ndarray]) -> float:
+        return frechet(gaussian(np.concatenate(some)), reference)
+
+    pooled = {
+        str(n): {
+            "all": distance(points[:n]),
+            "without": [distance([*points[:k], *points[k + 1 : n]]) for k in range(n)],
+        }
+        for n in range(2, len(seeds) + 1)
+    }
     together = pooled.get(str(len(seeds)), {"all": math.nan, "without": []})
     pairs = list(zip(seeds, truths, strict=True))
     values = {
-        "fd": [frechet(gaussian(points), reference) for points in embeddings],
+        "fd": [distance([each]) for each in points],
         "kl": [kl_divergence(truth.real_family, one["family"]) for one, truth in pairs],
         "family": [float((one["family"].argmax(1) == t.family).mean()) for one, t in pairs],
         "tempo": [tempo_share(one["tempo_bpm"], truth) for one, truth in pairs],
         **{name: [mean_interval(one[name]).mean for one in seeds] for name in PER_CLIP},
     }
     return {
-        "windows": len(embeddings[0]),
+        "windows": len(points[0]),
         "clips": len(seeds[0]["family"]),
-        "fd_infinite": asdict(jackknife(together["all"], together["without"])),
+        "fd_infinite": asdict(metrics.jackknife(together["all"], together["without"])),
         **{name: asdict(mean_interval(value)) for name, value in values.items()},
-        "by_seed": {name: values[name] for name in ("fd", "kl", "family")},
         "pooled": pooled,
-    }
-
-
-def pooled_distances(seeds: Sequence[np.ndarray], reference: Gaussian) -> dict[str, dict[str, Any]]:
-    """Fréchet distances of the first 2, 3, … seeds together, so that lines can be compared.
-
-    By the number of seeds: `all` of them together, and `without` each of them.
-    """
-
-    def distance(some: Sequence[np.ndarray]) -> float:
-        return frechet(gaussian(np.concatenate(some)), reference)
-
-    return {
-        str(n): {
-            "all": distance(seeds[:n]),
-            "without": [distance([*seeds[:k], *seeds[k + 1 : n]]) for k in range(n)],
-        }
-        for n in range(2, len(seeds) + 1)
     }
 
 
@@ -170,7 +146,7 @@ def tempo_share(tempo_bpm: np.ndarray, truth: Truth) -> float:
 
 
 def anchor_rows(
-    anchors: dict[str, list[Measures]], truths: Sequence[Truth], reference: Gaussian
+    anchors: Mapping[str, Sequence[Measures]], truths: Sequence[Truth], reference: Gaussian
 ) -> dict[str, dict[str, Any]]:
     """What every line is read against.
 
@@ -208,7 +184,5 @@ def drift_row(seeds: Sequence[Measures], bin_s: float) -> dict[str, Any]:
             "level": asdict(mean_interval(values.mean(1))),
         }
         if n_bins > 2:
-            found = slope(times_s, values)
-            ends = {end: 60 * getattr(found, end) for end in ("mean", "low", "high")}
-            result[name]["slope_per_minute"] = asdict(replace(found, **ends))
+            result[name]["slope_per_minute"] = asdict(metrics.slope(times_s / 60, values))
     return result

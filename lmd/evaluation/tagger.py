@@ -1,13 +1,13 @@
 """The tagger: which instruments, which pitch classes, how fast; its embedding measures distances.
 
-A convolutional network of half a million weights, fitted on the corpus's own truth (the manifest
-and the scores say what sounds when) by `lmd.evaluation.train_tagger`: its embedding sees what this
-corpus varies and nothing else. Distances are comparable inside this project only.
+A convolutional network of half a million weights, fitted by `tools/train_tagger.py` on the corpus's
+own truth. It sees what this corpus varies and nothing else: distances are comparable inside this
+project only.
 """
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ TEMPI_BPM: Float[Tensor, " tempo"] = LOW_BPM * (HIGH_BPM / LOW_BPM) ** (
 )
 
 
-@lru_cache(maxsize=2)
+@cache
 def filters(sample_rate: int) -> tuple[Float[Tensor, "mel bin"], Float[Tensor, "tone fine_bin"]]:
     """Weights of the bins of 2048 samples in every mel band, of 4096 in every semitone band.
 
@@ -65,12 +65,9 @@ def filters(sample_rate: int) -> tuple[Float[Tensor, "mel bin"], Float[Tensor, "
 
 
 def band_levels(wave: Mono, sample_rate: int) -> Levels:
-    """Levels in dB of 2 × 64 mel bands and 60 semitones, `[188, n_samples // HOP]`.
+    """Levels of 2 × 64 mel bands and 60 semitones, `[188, n_samples // HOP]`; `LmdError` if short.
 
     A full-scale sine has about 0 dB at its pitch.
-
-    Raises:
-        LmdError: less than 4096 samples.
     """
     if len(wave) < 4096:
         raise LmdError(f"{len(wave)} samples", "at least 4096", "Give longer audio.")
@@ -82,11 +79,7 @@ def band_levels(wave: Mono, sample_rate: int) -> Levels:
 
 
 def cut(levels: Levels, window_steps: int, hop_steps: int | None = None) -> Windows:
-    """Windows of some levels, one every `hop_steps` (default: side by side); the rest is left.
-
-    Raises:
-        LmdError: shorter than a window.
-    """
+    """Windows, one every `hop_steps` (default: side by side); less than one is an `LmdError`."""
     if levels.shape[1] < window_steps:
         found = f"{levels.shape[1]} feature frames"
         raise LmdError(found, f"at least {window_steps}", "Give longer audio.")
@@ -161,7 +154,8 @@ class Tagger(nn.Module):
         """Refuse music at another sample rate than the tagger was fitted at."""
         if sample_rate != self.config.sample_rate:
             expected = f"{self.config.sample_rate} Hz, at which the tagger was fitted"
-            raise LmdError(f"music at {sample_rate} Hz", expected, "Fit one: lmd train tagger.")
+            todo = "Fit another: python tools/train_tagger.py."
+            raise LmdError(f"music at {sample_rate} Hz", expected, todo)
 
 
 def tempo_bpm(tempo: Float[Tensor, "window tempo"]) -> float:

@@ -53,31 +53,24 @@ class NotebookFailed(Exception):
         super().__init__(f"{cell}: {error}")
 
 
-# --- parameters ---------------------------------------------------------------------------------
-
-
 def parameters_of(path: Path) -> dict[str, Any]:
     """Names and default values in the cell tagged `parameters`.
 
     Raises:
-        LmdError: the notebook cannot be read, lacks one of `REQUIRED`, or a default is not a plain
-            literal.
+        LmdError: no notebook, one that lacks one of `REQUIRED`, or a default that is no literal.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # papermill warns of a missing cell; refused below
             entries = papermill.inspect_notebook(path)
+        values = {name: ast.literal_eval(entry["default"]) for name, entry in entries.items()}
     except Exception as error:  # papermill and nbformat raise many kinds
-        found = f"{path} that cannot be read: {error}"
-        raise LmdError(found, "a notebook", "Restore it.") from error
-    if missing := ", ".join(name for name in REQUIRED if name not in entries):
+        found = f"{path} whose parameters cannot be read: {error}"
+        raise LmdError(found, "a notebook, and literals as defaults", "Correct it.") from error
+    if missing := ", ".join(name for name in REQUIRED if name not in values):
         expected = f"{', '.join(REQUIRED)} in one code cell tagged `parameters`"
         raise LmdError(f"no parameter {missing} in {path.name}", expected, "Add them there.")
-    try:
-        return {name: ast.literal_eval(entry["default"]) for name, entry in entries.items()}
-    except (ValueError, SyntaxError) as error:
-        found = f"a parameter of {path.name} that is not a plain literal ({error})"
-        raise LmdError(found, "a literal", "Compute it in the next cell instead.") from error
+    return values
 
 
 def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
@@ -87,25 +80,20 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
         if name not in defaults:
             expected = f"one of {', '.join(sorted(defaults))}"
             raise LmdError(f"parameter {name!r} for {path.name}", expected, "Check the spelling.")
-        default = defaults[name]
-        right = default is None or value is None or type(value) is type(default)
-        if not right and not (isinstance(default, float) and type(value) is int):
-            found = f"{name} = {value!r} ({type(value).__name__}) for {path.name}"
-            expected = f"{type(default).__name__}, as {default!r}"
-            raise LmdError(found, expected, "Give a value of that type.")
+        default, found = defaults[name], type(value)
+        allowed = (int, float) if isinstance(default, float) else (type(default),)
+        if found not in allowed and default is not None and value is not None:
+            expected = f"{allowed[-1].__name__}, as {default!r}"
+            raise LmdError(f"{name} = {value!r} for {path.name}", expected, "Give such a value.")
 
 
 def max_silence_s() -> float:
     """For how many seconds a cell may say nothing; what is no number of seconds is refused."""
-    text, seconds = os.environ.get(SILENCE_VARIABLE, ""), math.nan
+    text = os.environ.get(SILENCE_VARIABLE) or f"{MAX_SILENCE_S}"
     with suppress(ValueError):
-        seconds = float(text or MAX_SILENCE_S)
-    if not seconds > 0:
-        raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
-    return seconds
-
-
-# --- what a notebook says -----------------------------------------------------------------------
+        if (seconds := float(text)) > 0:
+            return seconds
+    raise LmdError(f"{SILENCE_VARIABLE}={text}", "seconds, more than 0", "Change or unset it.")
 
 
 class Log:
@@ -124,27 +112,24 @@ class Log:
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
         *lines, self._pending = re.split(r"(?<=[\r\n])", self._pending + text)
         for line in lines:
-            self._line(line[:-1], is_final=line.endswith("\n"))
+            self._line(line)
         self.last = self._pending.strip() or self.last
 
-    def _line(self, line: str, is_final: bool) -> None:
+    def _line(self, line: str) -> None:
+        """Keep a line that is final, or that it is time for."""
         self.last = line.strip() or self.last
-        now_s = time.monotonic()
+        is_final, now_s = not line.endswith("\r"), time.monotonic()
         if line.strip() and (is_final or now_s - self._kept_s >= self.interval_s):
             self._kept_s = self._kept_s if is_final else now_s
-            self.file.write(line.rstrip() + "\n")
-            self.file.flush()
+            print(line.rstrip(), file=self.file, flush=True)
 
     def flush(self) -> None:
         """Nothing to do: only an unfinished line waits."""
 
     def close(self) -> None:
         """Write what is left and close the file."""
-        self._line(self._pending, is_final=True)
+        self._line(self._pending)
         self.file.close()
-
-
-# --- execution ----------------------------------------------------------------------------------
 
 
 class PatientChannel(AsyncZMQSocketChannel):
@@ -167,6 +152,11 @@ class _KernelClient(AsyncKernelClient):
     shell_channel_class = Type(PatientChannel)
     iopub_channel_class = Type(PatientChannel)
 
+    def connect_iopub(self, identity: bytes | None = None) -> zmq.Socket:
+        """Messages wait here, in any number: what waits at the kernel is dropped in a flood."""
+        self.context.rcvhwm = 0
+        return super().connect_iopub(identity)
+
 
 class _Client(PapermillNotebookClient):
     """papermill's client, with a progress line, a limit of silence and errors that name a cell.
@@ -185,13 +175,13 @@ class _Client(PapermillNotebookClient):
         now_s, is_terminal = time.monotonic(), sys.stderr.isatty()
         if is_last or now_s - self.drawn_s >= self.interval_s:
             self.drawn_s, spent_s = now_s, now_s - self.began_s
-            said = re.sub(r"\|[^|]*\||\s+", " ", self.said.last)  # a progress bar without the bar
+            said = " ".join(re.sub(r"\|[^|]*\|", " ", self.said.last).split())  # without the bar
             line = f"{self.label}: cell {self.n_done}/{len(self.nb.cells)} "
-            line += f"[{spent_s // 60:.0f}:{spent_s % 60:02.0f}], {re.sub(' +', ' ', said)[:60]}"
+            line += f"[{spent_s // 60:.0f}:{spent_s % 60:02.0f}], {said[:60]}"
             n_columns = shutil.get_terminal_size((120, 24)).columns - 1
             start, end = ("\r", "\n" * is_last) if is_terminal else ("", "\n")
-            sys.stderr.write(f"{start}{line[:n_columns].ljust(n_columns * is_terminal)}{end}")
-            sys.stderr.flush()
+            line = line[:n_columns].ljust(n_columns * is_terminal)
+            print(start + line, end=end, file=sys.stderr, flush=True)
 
     def process_message(self, *args: Any, **options: Any) -> Any:
         """Every message is a sign of life."""
@@ -238,7 +228,7 @@ class _Client(PapermillNotebookClient):
 
 def _cell_name(number: int | None, source: str) -> str:
     """A cell as a reader finds it: its number and its first line."""
-    first_line = next((line for line in source.splitlines() if line.strip()), "")
+    first_line = source.strip().partition("\n")[0]
     return f"In [{number}], `{first_line.strip()}`"
 
 
@@ -246,20 +236,16 @@ class _LmdEngine(Engine):
     """The client above, with an environment for the kernel."""
 
     @classmethod
-    def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, *, name: str, log: Log, interval_s: float, **_: Any
-    ) -> None:
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
         kernel = {"transport_encryption": ENCRYPTION, "client_factory": _KernelClient}
         client = _Client(
             nb_man,
-            name=name,
-            said=log,
-            interval_s=interval_s,
             kernel_name=kernel_name,
             startup_timeout=60,
             iopub_timeout=LAST_OUTPUTS_S,
             raise_on_iopub_timeout=False,  # a flood may lose the message that says it has ended
             config=Config(KernelManager=kernel),
+            **{name: options[name] for name in ("name", "said", "interval_s")},
         )
         try:
             client.execute(env=os.environ | KERNEL_ENVIRONMENT)
@@ -281,17 +267,10 @@ def execute(
         NotebookFailed: a cell raised an error or was silent for too long, or the kernel died.
     """
     with closing(Log(log_path)) as log:
+        how = {"name": source.stem, "said": log, "interval_s": interval_s, "progress_bar": False}
         try:
             papermill.execute_notebook(
-                source,
-                target,
-                dict(parameters),
-                engine_name="lmd",
-                cwd=source.parent,
-                progress_bar=False,
-                name=source.stem,
-                log=log,
-                interval_s=interval_s,
+                source, target, dict(parameters), engine_name="lmd", cwd=source.parent, **how
             )
         except PapermillExecutionError as error:
             cell = _cell_name(error.exec_count, error.source)

@@ -55,19 +55,15 @@ def plan(options: Options) -> list[Task]:
     """Which notebooks run with which parameters, all names and types checked."""
     sources = sorted(options.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
-        found, todo = (
-            f"no notebook in {options.notebooks}",
-            "Run from a checkout of the repository.",
-        )
-        raise LmdError(found, "files named as 02_outpaint.ipynb", todo)
+        todo = "Run from a checkout of the repository."
+        raise LmdError(f"no notebook in {options.notebooks}", "files as 02_outpaint.ipynb", todo)
     chosen = set(sources)
     if options.only is not None:
         chosen = {_find(word.strip(), sources) for word in options.only.rstrip(", ").split(",")}
-    profile = _profile(options.profiles, options.profile, sources)
+    profile = _profile(options, sources)
     settings = [_setting(text, sources) for text in options.settings]
-    skipped = {target for target, _, _ in settings if target} - chosen
-    if skipped:
-        found = f"--set for {', '.join(sorted(path.stem for path in skipped))}, left out by --only"
+    if skipped := {target.stem for target, _, _ in settings if target} - {p.stem for p in chosen}:
+        found = f"--set for {', '.join(sorted(skipped))}, left out by --only"
         raise LmdError(found, "settings for notebooks that run", "Add it to --only, or drop it.")
     folder, tasks = relative(options.folder, options.notebooks), []
     for source in sorted(chosen):
@@ -90,8 +86,9 @@ def _find(word: str, sources: Sequence[Path]) -> Path:
     raise LmdError(f"notebook {word!r}", f"one of {names}", "Give its number or its name.")
 
 
-def _profile(path: Path, name: str, sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """One profile from the file, with every section's name checked."""
+def _profile(options: Options, sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The profile from the file, with every section's name checked."""
+    name, path = options.profile, options.profiles
     try:
         profiles = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -113,8 +110,7 @@ def _setting(text: str, sources: Sequence[Path]) -> tuple[Path | None, str, Any]
         expected = "NOTEBOOK.NAME=VALUE, as 02.n_train_steps=500"
         raise LmdError(f"--set {text}", expected, "Retype it.")
     if name == OUTPUT:
-        expected = "other parameters: a run has one folder"
-        raise LmdError(f"--set {text}", expected, "Give it as --out FOLDER.")
+        raise LmdError(f"--set {text}", "one folder for a run", "Give it as --out FOLDER.")
     try:
         value = tomllib.loads(f"value = {right}")["value"]
     except tomllib.TOMLDecodeError:

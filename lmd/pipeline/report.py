@@ -9,17 +9,19 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import StrictUndefined, Template
 
+from lmd import __version__
 from lmd.errors import LmdError
 from lmd.machine import machine_dict
+from lmd.outputs import write_json
 
-PACKAGES = ("lmd", "torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
+PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "scipy", "papermill", "music21")
 PACKAGES += ("pretty_midi", "soundfile", "wordllama", "transformers", "diffusers")
 KINDS = {".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".png": "image/png"}
 EMBED_LIMIT = 12_000_000  # bytes of one file; a longer sound is named, not embedded
@@ -43,8 +45,7 @@ def write_report(folder: Path, profile: str, records: Mapping[str, Mapping[str, 
         with suppress(LmdError):  # an unreadable file has already failed its notebook
             entry["metrics"] = read_metrics(folder / name / "metrics.json")
         summary["notebooks"][name] = entry
-    metrics = json.dumps(summary, indent=2, sort_keys=True)
-    (folder / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", summary)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = Template(template, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     media = {name: _media(folder / name) for name in summary["notebooks"]}
@@ -67,12 +68,8 @@ def _media(folder: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
-    found = dict.fromkeys(PACKAGES, "not installed")
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    """Versions of the packages that decide results."""
+    return {"lmd": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

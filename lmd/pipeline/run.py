@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmd.errors import LmdError
-from lmd.outputs import check_folder
+from lmd.outputs import check_folder, write_json
 from lmd.pipeline.notebook import OUTPUT, NotebookFailed, execute, parameters_of
 from lmd.pipeline.plan import PACKAGE, Options, Task, plan
 from lmd.pipeline.report import KINDS, read_metrics, versions, write_report
@@ -37,9 +37,9 @@ def main(options: Options) -> int:
     """
     tasks = plan(options)
     check_folder(options.folder)
-    current, began_s = Run(options.folder), time.perf_counter()
-    is_done = all(_run_one(current, task, options) for task in tasks)  # stops at the first failure
-    report = write_report(options.folder, options.profile, current.records)
+    run, began_s = Run(options), time.perf_counter()
+    is_done = all(run.do(task) for task in tasks)  # stops at the first failure
+    report = write_report(options.folder, options.profile, run.records)
     for sound in sorted(options.folder.glob("[0-9][0-9]_*/*")):
         if KINDS.get(sound.suffix, "").startswith("audio"):
             print(f"sound   {_shown(sound)}")
@@ -55,74 +55,68 @@ class Run:
         LmdError: the folder holds a report, or a `run.json`, that no run has written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.record_path = folder, folder / "run.json"
+    def __init__(self, options: Options) -> None:
+        self.options, self.folder = options, options.folder
+        self.record_path = self.folder / "run.json"
         self.records: dict[str, dict[str, Any]] = {}
-        kept = [name for name in ("report.html", "metrics.json") if (folder / name).exists()]
+        kept = [name for name in ("report.html", "metrics.json") if (self.folder / name).exists()]
         try:
             if self.record_path.exists():
                 self.records = dict(json.loads(self.record_path.read_text("utf-8"))["notebooks"])
             elif kept:
                 raise KeyError(kept[0])
         except (ValueError, KeyError, TypeError) as error:
-            found = f"files in {folder} that are not from a run ({error!r})"
+            found = f"files in {self.folder} that are not from a run ({error!r})"
             raise LmdError(found, EXPECTED, "Choose another --out.") from error
-        folder.mkdir(parents=True, exist_ok=True)
 
     def note(self, name: str, **values: Any) -> None:
         """Add to a notebook's record; the file on disk is replaced as a whole."""
         self.records[name] = self.records.get(name, {}) | values
-        text = json.dumps({"notebooks": self.records}, indent=2, sort_keys=True)
-        draft = self.record_path.with_suffix(".part")
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self.record_path)
+        write_json(self.record_path, {"notebooks": self.records})
 
-    def prepare(self, name: str, inputs: list[str], force: bool) -> None:
-        """An empty output folder, or the one of an unfinished attempt at the same thing."""
-        output, record = self.folder / name, self.records.get(name)
+    def do(self, task: Task) -> bool:
+        """Run one notebook unless it is up to date; whether later ones may go on."""
+        folder, name, began_s = self.folder, task.name, time.perf_counter()
+        weights, force = self.options.weights, self.options.force
+        inputs = [
+            input_key(task, [folder / n for n in self.records if n < name], weights),
+            data_key(task, folder, weights),
+        ]
+        output, record = folder / name, self.records.get(name, {})
+        metrics, is_done = output / "metrics.json", record.get("status") == "done"
+        if is_done and record.get("left") == inputs and metrics.is_file() and not force:
+            print(f"{name}: up to date ({record['seconds']:.0f} s when it ran)")
+            return True
         if output.exists() and any(output.iterdir()):
-            if record is None:
+            if not record:
                 found = f"files in {output} that are not from a run"
                 raise LmdError(found, EXPECTED, "Choose another --out.")
-            if force or record.get("inputs") != inputs or record["status"] == "done":
-                shutil.rmtree(output)
-        for folder in (output, self.folder / "executed", self.folder / "logs"):
-            folder.mkdir(exist_ok=True)
-
-
-def _run_one(current: Run, task: Task, options: Options) -> bool:
-    """Run one notebook unless it is up to date; whether later ones may go on."""
-    folder, name, began_s = current.folder, task.name, time.perf_counter()
-    key = input_key(task, [folder / n for n in current.records if n < name], options.weights)
-    data = data_key(task, folder, options.weights)
-    metrics, record = folder / name / "metrics.json", current.records.get(name, {})
-    is_same = record.get("status") == "done" and (record["key"], record["data"]) == (key, data)
-    if is_same and metrics.is_file() and not options.force:
-        print(f"{name}: up to date ({record['seconds']:.0f} s when it ran)")
-        return True
-    current.prepare(name, [key, data], options.force)
-    inputs = {"key": key, "inputs": [key, data], "parameters": dict(task.parameters)}
-    current.note(name, status="running", error="", **inputs)
-    copy, log = folder / "executed" / f"{name}.ipynb", folder / "logs" / f"{name}.log"
-    interval_s = 1.0 if sys.stderr.isatty() else REDRAW_S
-    try:
-        execute(task.source, copy, task.parameters, log, interval_s)
-        read_metrics(metrics)
-        error = "" if metrics.exists() else "it left no metrics.json in its output_dir"
-    except (NotebookFailed, LmdError) as failure:
-        error = str(failure)
-    current.note(
-        name,
-        status="failed" if error else "done",
-        error=error,
-        seconds=round(time.perf_counter() - began_s, 2),
-        data=data_key(task, folder, options.weights),  # with what it wrote there itself
-    )
-    if error:
-        print(f"{name} failed: {error}", file=sys.stderr)
-        print(f"  executed copy  {_shown(copy)}", file=sys.stderr)
-        print(f"  log            {_shown(log)}", file=sys.stderr)
-    return not error
+            if force or is_done or record.get("inputs") != inputs:
+                shutil.rmtree(output)  # else: of an unfinished attempt at the same thing
+        copy, log = folder / "executed" / f"{name}.ipynb", folder / "logs" / f"{name}.log"
+        for place in (output, copy.parent, log.parent):
+            place.mkdir(parents=True, exist_ok=True)
+        parameters = dict(task.parameters)
+        self.note(name, status="running", error="", inputs=inputs, parameters=parameters)
+        interval_s = 1.0 if sys.stderr.isatty() else REDRAW_S
+        try:
+            execute(task.source, copy, task.parameters, log, interval_s)
+            read_metrics(metrics)
+            error = "" if metrics.exists() else "it left no metrics.json in its output_dir"
+        except (NotebookFailed, LmdError) as failure:
+            error = str(failure)
+        self.note(
+            name,
+            status="failed" if error else "done",
+            error=error,
+            seconds=round(time.perf_counter() - began_s, 2),
+            left=[inputs[0], data_key(task, folder, weights)],  # with what it wrote there itself
+        )
+        if error:
+            print(f"{name} failed: {error}", file=sys.stderr)
+            print(f"  executed copy  {_shown(copy)}", file=sys.stderr)
+            print(f"  log            {_shown(log)}", file=sys.stderr)
+        return not error
 
 
 def _shown(path: Path) -> str:
@@ -131,14 +125,8 @@ def _shown(path: Path) -> str:
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
 
 
-# --- what a notebook's result depends on --------------------------------------------------------
-
-
 def input_key(task: Task, earlier: Iterable[Path], weights: Path) -> str:
-    """A digest of cells, parameters, versions, package, shipped weights and earlier outputs.
-
-    `earlier` are the folders that earlier notebooks of the run have written.
-    """
+    """A digest of cells, parameters, versions, package, shipped weights and earlier outputs."""
     cells = json.loads(task.source.read_text(encoding="utf-8"))["cells"]
     sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
     described = [sources, dict(task.parameters), versions()]
