@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lmd.checkpoint import (
     MODEL_KINDS,
@@ -339,19 +338,13 @@ def _random(source: str, dtype: torch.dtype) -> Bundle:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(int(parts[2]), "weights"))
         model = build_model(chosen).eval()
-        _leave_no_zeros(model)
-        own = load_codec(shipped, dtype) if parts[3:] else _random_codec(chosen, dtype)
-    return Bundle(chosen, model.to(dtype), own, build_text_encoder(chosen.text))
-
-
-def _leave_no_zeros(model: nn.Module) -> None:
-    """Draw the matrices that begin as zeros, so that every control can be heard."""
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and not bool(parameter.any()):
-            parameter.data = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
-
-
-def _random_codec(chosen: Preset, dtype: torch.dtype) -> Codec:
-    if isinstance(chosen.codec, OobleckConfig):
-        return QuietCodec(random_codec(chosen.codec, dtype=dtype))
-    return QuietCodec(SpectralCodec(chosen.codec).eval())
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and not bool(parameter.any()):  # or not every control is heard
+                parameter.data = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
+        if parts[3:]:
+            codec = load_codec(shipped, dtype)
+        elif isinstance(chosen.codec, OobleckConfig):
+            codec = QuietCodec(random_codec(chosen.codec, dtype=dtype))
+        else:
+            codec = QuietCodec(SpectralCodec(chosen.codec).eval())
+    return Bundle(chosen, model.to(dtype), codec, build_text_encoder(chosen.text))

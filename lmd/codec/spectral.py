@@ -88,7 +88,8 @@ class SpectralEncoder(nn.Module):
         super().__init__()
         self.config = config
         n_features = config.n_bands * config.hops_per_frame
-        bands = band_matrix(config.n_fft // 2 + 1, config.n_linear, config.n_bands)
+        with torch.device("cpu"):  # on "meta", `arange` would load PyTorch's compiler: a second
+            bands = band_matrix(config.n_fft // 2 + 1, config.n_linear, config.n_bands)
         self.register_buffer("bands", bands, persistent=False)
         self.register_buffer("feature_mean", torch.full((n_features,), config.floor_db))
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
@@ -189,7 +190,8 @@ class SpectralCodec(nn.Module):
         self.n_waiting = self.lookahead_frames * per_frame - ahead
         # one step more: an onset is a rise over the step before
         self.lookback_frames = math.ceil(back / per_frame) + overlap + config.horizon_frames + 1
-        turn = phase.bin_turn(config.n_fft // 2 + 1, config.n_fft, config.hop)
+        with torch.device("cpu"):  # as above
+            turn = phase.bin_turn(config.n_fft // 2 + 1, config.n_fft, config.hop)
         self.register_buffer("hop_turn", turn, persistent=False)
 
     @property

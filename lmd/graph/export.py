@@ -32,7 +32,8 @@ from lmd.config import Preset, check_block, to_dict
 from lmd.errors import LmdError
 from lmd.graph import CODEC, FORMAT, MANIFEST, OPSET, WEIGHTS
 from lmd.graph.runtime import CompiledGraph
-from lmd.model.dit import KeyValues, frame_positions
+from lmd.model.dit import frame_positions
+from lmd.model.kv_cache import KeyValues
 from lmd.model.live_model import LiveModel
 from lmd.model.weights import fingerprint
 from lmd.outputs import file_sha256

@@ -23,7 +23,7 @@ from lmd.codec.spectral import SpectralCodec
 from lmd.config import DiTConfig, Preset, from_dict
 from lmd.errors import LmdError
 from lmd.graph import FORMAT, MANIFEST, OPSET, WEIGHTS
-from lmd.model.dit import KeyValues
+from lmd.model.kv_cache import KeyValues
 from lmd.model.live_model import Passes
 from lmd.model.rotary import RotaryEmbedding
 from lmd.outputs import file_sha256

@@ -7,14 +7,44 @@ beside them. Values are values: nothing here is changed in place.
 Source: Live Music Diffusion Models (arXiv 2605.22717), caching. Taught in notebook 02_outpaint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmd.model.dit import KeyValues
 from lmd.model.rotary import RotaryEmbedding, rotate
-from lmd.shapes import LayerHeads
+from lmd.shapes import Heads, LayerHeads
+
+
+class KeyValue(NamedTuple):
+    """Keys (normalised) and values of some tokens in one layer."""
+
+    key: Heads
+    value: Heads
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of some tokens in all layers, `[layer, batch, head, token, dim]`."""
+
+    keys: LayerHeads
+    values: LayerHeads
+
+    @classmethod
+    def stack(cls, layers: "Sequence[KeyValue] | KeyValues") -> "KeyValues":
+        """One tensor of keys and one of values; what is stacked already stays as it is."""
+        if isinstance(layers, KeyValues):
+            return layers
+        return cls(torch.stack([kv.key for kv in layers]), torch.stack([kv.value for kv in layers]))
+
+    def layer(self, index: int) -> KeyValue:
+        """Those of one layer."""
+        return KeyValue(self.keys[index], self.values[index])
+
+    def frames(self, first: int, end: int) -> "KeyValues":
+        """Those of the tokens `first ... end - 1`."""
+        return KeyValues(self.keys[..., first:end, :], self.values[..., first:end, :])
 
 
 @dataclass(frozen=True)

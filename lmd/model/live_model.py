@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmd.config import ControlChannel, DiTConfig, Regime
-from lmd.model.dit import Condition, DiT, KeyValue, KeyValues, frame_positions
-from lmd.model.kv_cache import ContextCache
+from lmd.model.dit import Condition, DiT, frame_positions
+from lmd.model.kv_cache import ContextCache, KeyValue, KeyValues
 from lmd.model.masks import context_mask, fused_step_mask
 from lmd.model.rotary import RotaryEmbedding
 from lmd.shapes import (

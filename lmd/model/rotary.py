@@ -24,7 +24,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", base ** (-torch.arange(0, dim, 2).float() / dim))
+        step = torch.arange(0, dim, 2, device="cpu")  # on "meta" it would load PyTorch's compiler
+        self.register_buffer("inv_freq", base ** (-step.float() / dim))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         """Move with the model but stay float32: bfloat16 turns far positions 0.1 rad off."""
