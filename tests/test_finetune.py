@@ -283,7 +283,7 @@ def test_plans_follow_their_shares():
 
 def test_block_lengths_that_do_not_fit_are_refused():
     with pytest.raises(LmdError, match="divides"):
-        FinetuneRun(block_lengths=((36, 1.0),))
+        FinetuneRun(block_lengths=((36, 1.0),)).check()
 
 
 def test_dropped_text_is_the_null_condition(model, condition):

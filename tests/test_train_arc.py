@@ -301,7 +301,7 @@ def test_the_discriminator_looks_at_levels_even_in_log_snr():
 )
 def test_rollouts_that_cannot_be_scored_are_refused(change, message):
     with pytest.raises(LmdError, match=message):
-        replace(RUN, **change)
+        replace(RUN, **change).check()
 
 
 # Runs

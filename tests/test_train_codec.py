@@ -229,12 +229,11 @@ def test_the_paper_preset_has_no_spectral_codec_to_train(corpus_folder, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     corpus_folder, tmp_path, monkeypatch
 ):
-    real = CodecWindows.batch
+    def poisoned(windows):
+        for step in range(windows.options.n_steps):
+            yield windows.batch(step) * (math.nan if step == 3 else 1)
 
-    def poisoned(windows, step, *more):
-        return real(windows, step, *more) * (math.nan if step == 3 else 1)
-
-    monkeypatch.setattr(CodecWindows, "batch", poisoned)
+    monkeypatch.setattr(CodecWindows, "__iter__", poisoned)
     with pytest.raises(LmdError, match=r"loss nan at step 3.*--learning-rate"):
         main(options(corpus_folder, tmp_path))
 

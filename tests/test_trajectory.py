@@ -141,4 +141,4 @@ def test_timesteps_are_a_function_of_seed_and_step_and_all_are_drawn_alike():
 @pytest.mark.parametrize("n_timesteps", [0, 9])
 def test_timesteps_that_a_trajectory_does_not_have_are_refused(n_timesteps):
     with pytest.raises(LmdError, match="timesteps of a trajectory of 8 steps"):
-        DistillRun(teacher_steps=8, n_timesteps=n_timesteps)
+        DistillRun(teacher_steps=8, n_timesteps=n_timesteps).check()

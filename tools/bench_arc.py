@@ -86,7 +86,7 @@ class StandIns:
 
 def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) -> ArcRun:
     """The options of `lmd train arc` for a line of the table."""
-    return ArcRun(
+    run = ArcRun(
         preset=options.preset,
         batch=options.batch,
         blocks=str(n_blocks),
@@ -101,6 +101,8 @@ def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) 
         warmup=0,
         no_progress=True,
     )
+    run.check()
+    return run
 
 
 def measure(run: ArcRun, threads: int) -> dict[str, float]:

@@ -88,7 +88,8 @@ class ArcRun(RunOptions):
     frame_rate_hz: Hidden[float] = 22_050 / 1024
     log_snr: Hidden[tuple[float, float]] = (LOG_SNR_START, LOG_SNR_END)  # where it is scored
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """See `RunOptions.check`; in some update the generator has to learn."""
         if self.n_updates < self.warmup + 2:
             raise LmdError(
                 f"--updates {self.n_updates} with --warmup {self.warmup}",

@@ -70,6 +70,9 @@ class RunOptions:
         """The weights that a run may begin with, by option."""
         return {"init": self.init}
 
+    def check(self) -> None:
+        """Refuse what does not fit together."""
+
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
@@ -128,7 +131,8 @@ class TrainOptions(RunOptions):
     cfg_scale: Hidden[float] = 1.5
     n_timesteps: Hidden[int] = 4
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """See `RunOptions.check`."""
         for block_frames, _ in self.block_lengths:
             for n_frames in (self.context_frames, self.target_frames, self.enc_dec_frames):
                 check_block(n_frames, block_frames)
@@ -198,7 +202,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_options(options: Any) -> None:
+def check_options(options: RunOptions) -> None:
     """Refuse numbers that mean nothing, or more than a machine can hold; and a bad `--out`.
 
     Raises:
@@ -208,6 +212,7 @@ def check_options(options: Any) -> None:
         low, high = LIMITS.get(flag, (-math.inf, math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise LmdError(f"--{flag} {value:g}", f"{low:g} to {high:g}", "Correct the number.")
+    options.check()
     check_folder(options.out)
 
 
