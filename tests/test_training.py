@@ -363,13 +363,13 @@ def test_the_codec_of_the_latents_is_put_beside_the_weights(data, tmp_path, caps
     words = ["--steps", 1, "--data", data, "--out", out, "--codec", codec, "--sample-every", 0]
     train_here("finetune", *words)
     assert (out / "codec.safetensors").read_bytes() == codec.read_bytes()
-    open_instrument(f"{out}:finetuned")
+    open_instrument(f"{out}:finetuned", engine="torch")
     init, more = out / "finetuned.safetensors", tmp_path / "more"  # it goes on with the weights
     train_here("finetune", *words[:4], "--sample-every", 0, "--init", init, "--out", more)
     assert (more / "codec.safetensors").read_bytes() == codec.read_bytes()
     (out / "codec.safetensors").unlink()
     with pytest.raises(LmdError, match=r"Copy it there.*codec.safetensors"):
-        open_instrument(f"{out}:finetuned")
+        open_instrument(f"{out}:finetuned", engine="torch")
     (out / "codec.safetensors").write_text("mine")
     train_here("finetune", *words[2:], "--steps", 2)
     assert (out / "codec.safetensors").read_text() == "mine"
