@@ -31,7 +31,6 @@ from tqdm import tqdm
 from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.losses import (
     GanLoss,
-    LossWeights,
     Prompts,
     RolloutPlan,
     derangement,
@@ -40,8 +39,8 @@ from lmd.arc.losses import (
     generator_loss,
     rollout,
 )
-from lmd.arc.module import ArcBatch, Network, make_pair, plan_update
-from lmd.arc.options import ArcOptions
+from lmd.arc.module import Network, make_pair, plan_update
+from lmd.arc.options import ArcRun
 from lmd.config import DiTConfig, to_dict
 from lmd.evaluation.metrics import Gaussian, frechet, gaussian
 from lmd.model.live_model import LiveModel
@@ -81,28 +80,31 @@ class ToySettings:
     n_played: int = 20  # blocks
 
     @property
-    def arc(self) -> ArcOptions:
+    def arc(self) -> ArcRun:
         """The same in the words of the real stage."""
-        return ArcOptions(
+        return ArcRun(
+            n_updates=self.n_updates,
             context_frames=CONTEXT,
             window_frames=CONTEXT + BLOCK,
             frame_rate_hz=(CONTEXT + BLOCK) / SECONDS,
-            regimes=(("block-causal", 1.0),),
-            block_lengths=((BLOCK, 1.0),),
-            n_blocks=((self.n_blocks, 1.0),),
-            n_steps=((self.n_steps, 1.0),),
+            regimes="block-causal",
+            block_frames=str(BLOCK),
+            blocks=str(self.n_blocks),
+            steps=str(self.n_steps),
             plays_out=self.plays_out,
-            context_dropout_all=0.0,
+            from_silence=0.0,
             context_dropout_part=0.0,
             text_dropout=0.0,
             log_snr=(-4.0, 3.0),
-            weights=LossWeights(self.contrastive, self.smoothness, self.smoothness),
-            n_warmup=self.n_warmup,
+            contrastive=self.contrastive,
+            r1=self.smoothness,
+            r2=self.smoothness,
+            warmup=self.n_warmup,
             last_block="blocks.1",
-            head=HeadConfig((32, 32, 48, 64), n_blocks=0),
         )
 
 
+HEAD = HeadConfig((32, 32, 48, 64), n_blocks=0)  # of the discriminator
 SHORT = ToySettings(n_updates=250)  # enough to halve the drift
 
 
@@ -264,8 +266,7 @@ def arc_updates(
         sounds = world(settings.batch, plan.n_frames, g)
         wrong = ask(sounds.kinds[derangement(settings.batch, g)])
         rows = BatchIndices(seed, update, tuple(range(settings.batch)), settings.batch)
-        batch = ArcBatch(sounds.latents, sounds.asked, wrong, rows)
-        pair = make_pair(live, batch, plan, options)
+        pair = make_pair(live, sounds.latents, sounds.asked, wrong, rows, plan, options)
         if plan.trains == "generator":
             with frozen(discriminator):
                 loss = generator_loss(discriminator, pair)
@@ -274,7 +275,9 @@ def arc_updates(
                 for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
                     slow.lerp_(fast, 1 - settings.ema)
         else:
-            loss = discriminator_loss(discriminator, pair, options.weights)
+            loss = discriminator_loss(
+                discriminator, pair, options.contrastive, options.r1, options.r2
+            )
             descend(adams["discriminator"], loss.loss, discriminator)
         yield update, plan.trains, loss
 
@@ -282,7 +285,7 @@ def arc_updates(
 def make_discriminator(base: LiveModel, settings: ToySettings, seed: int) -> Discriminator:
     """The base's trunk with a fresh head."""
     torch.manual_seed(derive_seed(seed, "toy head"))
-    return Discriminator(base, settings.arc.last_block, settings.arc.head)
+    return Discriminator(base, settings.arc.last_block, HEAD)
 
 
 def experiment(seed: int, settings: ToySettings, progress: bool = False) -> dict[str, Any]:

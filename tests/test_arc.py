@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lmd.arc.discriminator import PATCH_FRAMES, Discriminator, HeadConfig, ScoreHead
 from lmd.arc.losses import (
-    LossWeights,
     Prompts,
     RealFakePair,
     contrastive_loss,
@@ -143,7 +142,7 @@ def test_real_and_fake_are_noised_alike():
     """
     same = trial()
     same = replace(same, fake=same.real)
-    verdict = discriminator_loss(discriminator(), same, LossWeights(contrastive=0))
+    verdict = discriminator_loss(discriminator(), same, contrastive=0)
     torch.testing.assert_close(verdict.real, verdict.fake, rtol=1e-4, atol=1e-3)
     # half of what scores of up to 50 differ by: 1.5e-5 at most where a row's place changes rounding
     assert verdict.pair.item() == pytest.approx(math.log(2), abs=1e-4)
@@ -151,11 +150,11 @@ def test_real_and_fake_are_noised_alike():
 
 def test_the_terms_add_up_with_their_weights():
     judge, question = discriminator(), trial()
-    alone = discriminator_loss(judge, question, LossWeights(contrastive=0))
-    both = discriminator_loss(judge, question, LossWeights(contrastive=2.0))
+    alone = discriminator_loss(judge, question, contrastive=0)
+    both = discriminator_loss(judge, question, contrastive=2.0)
     torch.testing.assert_close(both.loss, alone.loss + 2 * both.contrastive)
     assert both.contrastive > 0
-    smooth = discriminator_loss(judge, question, LossWeights(contrastive=0, r1=1, r2=1))
+    smooth = discriminator_loss(judge, question, contrastive=0, r1=1, r2=1)
     assert smooth.loss > alone.loss
 
 
@@ -169,7 +168,7 @@ def test_each_loss_reaches_its_own_network_alone():
     assert all(parameter.grad is None for parameter in judge.parameters())
     assert all(parameter.requires_grad for parameter in judge.parameters())
     fake.grad = None
-    discriminator_loss(judge, question, LossWeights()).loss.backward()
+    discriminator_loss(judge, question).loss.backward()
     assert fake.grad is None
     assert all(parameter.grad is not None for parameter in judge.head.parameters())
 

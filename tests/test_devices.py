@@ -14,9 +14,9 @@ from engine import CONFIG, WINDOW, random_model, streamer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.losses import LossWeights, Prompts, discriminator_loss, generator_loss
-from lmd.arc.module import ArcBatch, make_pair, plan_update
-from lmd.arc.options import ArcOptions
+from lmd.arc.losses import Prompts, discriminator_loss, generator_loss
+from lmd.arc.module import make_pair, plan_update
+from lmd.arc.options import ArcRun
 from lmd.checkpoint import build_model
 from lmd.codec.oobleck import random_codec
 from lmd.codec.spectral import SpectralCodec
@@ -168,7 +168,7 @@ def test_what_outlives_a_call_is_not_in_the_memory_of_the_blocks_results(monkeyp
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deep copies do
 def test_an_update_of_arc_forcing_never_mixes_devices(monkeypatch):
     sizes, rows = preset("tiny"), BatchIndices(0, 0, (0, 1), 2)
-    options = ArcOptions(n_blocks=((2, 1.0),), n_warmup=0, sampler="dpmpp")
+    options = ArcRun(blocks="2", warmup=0, sampler="dpmpp")
     plans = [plan_update(options, 0, update) for update in range(6)]
     assert {(plan.trains, plan.block.regime) for plan in plans} == set(
         product(("generator", "discriminator"), ("enc-dec", "block-causal"))
@@ -184,10 +184,10 @@ def test_an_update_of_arc_forcing_never_mixes_devices(monkeypatch):
         asked = Prompts(tokens, torch.zeros(2, dtype=torch.bool, device="cuda"))
         for plan in plans:
             clean = torch.zeros(2, sizes.dit.latent_dim, plan.n_frames, device="cuda")
-            batch = ArcBatch(clean, asked, Prompts(tokens + 1, asked.dropped), rows)
-            trial = make_pair(player, batch, plan, options)
+            wrong = Prompts(tokens + 1, asked.dropped)
+            trial = make_pair(player, clean, asked, wrong, rows, plan, options)
             if plan.trains == "generator":
                 verdict = generator_loss(judge, trial)
             else:
-                verdict = discriminator_loss(judge, trial, LossWeights(1.0, 0.01, 0.01))
+                verdict = discriminator_loss(judge, trial, 1.0, 0.01, 0.01)
             assert verdict.loss.device.type == "cuda"

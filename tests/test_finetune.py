@@ -17,18 +17,16 @@ from lmd.stream.block import BlockPlan, LiveDenoiser
 from lmd.stream.controls import Controls
 from lmd.stream.samplers import add_noise
 from lmd.training.draws import (
-    BaseOptions,
     BatchIndices,
-    FinetuneOptions,
-    NoiseOptions,
     StepPlan,
-    base_plan,
     context_dropout,
     draw_kept,
     draw_levels,
     draw_noise,
-    finetune_plan,
-    noise_levels,
+    even_quantiles,
+    plan_step,
+    shift_levels,
+    step_noise,
 )
 from lmd.training.losses import (
     drop_text,
@@ -41,9 +39,10 @@ from lmd.training.losses import (
     packed_velocity,
     stage_loss,
 )
-from lmd.training.options import TrainOptions, step_noise
+from lmd.training.options import FinetuneRun, TrainOptions
 
 S, L, M, B, C = 16, 4, 5, 2, 8  # context, block, targets, batch, channels
+LIVE = FinetuneRun()
 
 
 @pytest.fixture(scope="module")
@@ -151,46 +150,36 @@ def test_a_perfect_velocity_loses_nothing_and_a_silent_model_loses_the_targets_p
     assert torch.allclose(silent, (noise - clean).square().mean((1, 2)))
 
 
-@pytest.mark.parametrize(
-    "distribution", ["uniform", "logit-normal", "trunc-logit-normal", "log-snr"]
-)
-def test_noise_levels_rise_with_their_quantile_and_stay_inside(distribution):
-    u = torch.linspace(0, 1, 101)
-    if distribution in ("trunc-logit-normal", "log-snr"):
-        u = u.flip(0)  # these are defined from the clean end
-    t = noise_levels(NoiseOptions(distribution), u, 240)
+@pytest.mark.parametrize("n_frames", [60, 240, 768, 5000])
+def test_noise_levels_rise_with_their_quantile_and_stay_inside(n_frames):
+    t = shift_levels(torch.linspace(0, 1, 101), n_frames)
     assert t.min() >= 0
     assert t.max() <= 1
     assert (t.diff() > 0).all()
 
 
 def test_the_shift_is_the_published_one():
-    t = noise_levels(NoiseOptions("uniform"), torch.tensor([0.25, 0.5]), 240)
+    t = shift_levels(torch.tensor([0.25, 0.5]), 240)
     wanted = [1.6487 * u / (1 + 0.6487 * u) for u in (0.25, 0.5)]  # method, t' at 240 frames
     assert t.tolist() == pytest.approx(wanted, abs=1e-4)
-    with pytest.raises(LmdError, match="log-snr"):
-        noise_levels(NoiseOptions("uniforn"), torch.tensor([0.5]), 240)  # type: ignore[arg-type]
 
 
 def test_levels_cover_the_path_evenly_in_every_step():
     rows = BatchIndices(0, 7, tuple(range(8)), 8)
-    options = NoiseOptions(shift=False)
-    t = draw_levels(options, rows, 4, 240).flatten().sort().values
-    assert (t.diff() - 1 / 32).abs().max() < 1e-6
+    u = even_quantiles(rows, 4)
+    assert (u.flatten().sort().values.diff() - 1 / 32).abs().max() < 1e-6
+    assert torch.equal(draw_levels(rows, 4, 240), shift_levels(u, 240))
 
 
 def test_draws_depend_on_seed_step_and_row_alone():
     whole = BatchIndices(5, 9, tuple(range(8)), 8)
     halves = [BatchIndices(5, 9, tuple(range(i, i + 4)), 8) for i in (0, 4)]
     clean = latents(8, C, S + L)
-    options = FinetuneOptions(
-        context_frames=S, target_frames=16, enc_dec_frames=16, block_lengths=((L, 1.0),)
-    )
     for draw in (
         lambda rows, part: draw_noise(rows, C, 6),
-        lambda rows, part: draw_levels(NoiseOptions(), rows, 3, 240),
+        lambda rows, part: draw_levels(rows, 3, 240),
         lambda rows, part: draw_kept(rows, "text dropout", 0.5),
-        lambda rows, part: context_dropout(part, options, rows, L),
+        lambda rows, part: context_dropout(part, rows, L, S, 0.2, 0.3),
     ):
         together = draw(whole, clean)
         apart = [draw(rows, part) for rows, part in zip(halves, clean.chunk(2), strict=True)]
@@ -199,9 +188,8 @@ def test_draws_depend_on_seed_step_and_row_alone():
 
 
 def test_context_dropout_zeroes_whole_blocks_from_the_oldest_at_the_stated_rates():
-    options = FinetuneOptions()
-    ones = torch.ones(400, 1, 240)
-    dropped = context_dropout(ones, options, BatchIndices(0, 0, tuple(range(400)), 400), 48)
+    rows = BatchIndices(0, 0, tuple(range(400)), 400)
+    dropped = context_dropout(torch.ones(400, 1, 240), rows, 48, 192, 0.2, 0.3)
     lost = (dropped == 0).sum(-1).flatten()
     assert set(lost.tolist()) == {0, 48, 96, 144, 192}
     assert (dropped.diff(dim=-1) >= 0).all()  # zeros first
@@ -219,16 +207,8 @@ def test_what_is_forgotten_is_what_a_young_stream_does_not_have_yet():
         _, state = stream.step(state, controls)
     before = latents(1, state.context.shape[1], s - 2 * o)
     window = torch.cat([before, state.context[..., -2 * o :], before[..., :o]], dim=-1)
-    options = FinetuneOptions(
-        block_lengths=((o, 1.0),),
-        context_frames=s,
-        target_frames=o,
-        enc_dec_frames=o,
-        context_dropout_all=0.0,
-        context_dropout_part=1.0,
-    )
     rows = BatchIndices(0, 0, tuple(range(20)), 20)
-    dropped = context_dropout(window.repeat(20, 1, 1), options, rows, o)[..., :s]
+    dropped = context_dropout(window.repeat(20, 1, 1), rows, o, s, 0.0, 1.0)[..., :s]
     young = [bool((row == 0).all(0).sum() == s - 2 * o) for row in dropped]
     assert any(young)
     assert torch.equal(dropped[young.index(True)], state.context[0])
@@ -247,7 +227,7 @@ def test_a_shorter_memory_is_another_computation_than_a_forgotten_one(model, con
 
 
 def test_splits_are_drawn_at_their_share_and_all_shorter_ones_alike():
-    plans = [finetune_plan(FinetuneOptions(), 0, k) for k in range(3000)]
+    plans = [plan_step(LIVE, k) for k in range(3000)]
     shorter = [plan for plan in plans if plan.context_frames < 192]
     assert len(shorter) / len(plans) == pytest.approx(0.25, abs=0.03)  # 4 sigma
     assert all(plan.context_frames % plan.block_frames == 0 for plan in plans)
@@ -258,14 +238,15 @@ def test_splits_are_drawn_at_their_share_and_all_shorter_ones_alike():
     for plan in plans:
         behind = 240 if plan.regime == "block-causal" else plan.block_frames
         assert plan.n_frames == plan.context_frames + behind
-    always = FinetuneOptions(short_context=0.0)
-    assert {finetune_plan(always, 0, k).context_frames for k in range(200)} == {192}
+    always = FinetuneRun(short_context=0.0)
+    assert {plan_step(always, k).context_frames for k in range(200)} == {192}
 
 
 @pytest.mark.parametrize("regime", ["full", "enc-dec", "block-causal"])
 def test_a_step_with_a_shorter_memory_looks_at_nothing_older(model, regime):
     """Its loss is finite, and neither window nor dropout reach back before the split."""
-    finetune = FinetuneOptions(
+    options = FinetuneRun(
+        batch=B,
         regimes=((regime, 1.0),),
         block_lengths=((L, 1.0),),
         context_frames=S,
@@ -274,11 +255,7 @@ def test_a_step_with_a_shorter_memory_looks_at_nothing_older(model, regime):
         enc_dec_frames=2 * L,
         context_dropout_all=1.0,
     )
-    options, rows = (
-        TrainOptions("finetune", 1, batch=B, finetune=finetune),
-        BatchIndices(0, 0, (0, 1), B),
-    )
-    plan = options.plan(0)
+    rows, plan = BatchIndices(0, 0, (0, 1), B), plan_step(options, 0)
     assert plan.context_frames < S
     clean = latents(B, C, plan.n_frames)
     other = torch.cat(
@@ -295,18 +272,18 @@ def test_a_step_with_a_shorter_memory_looks_at_nothing_older(model, regime):
 
 
 def test_plans_follow_their_shares():
-    plans = [finetune_plan(FinetuneOptions(), 0, k) for k in range(600)]
+    plans = [plan_step(LIVE, k) for k in range(600)]
     share = sum(plan.regime == "block-causal" for plan in plans) / len(plans)
     assert share == pytest.approx(0.6, abs=0.08)  # 4 sigma
     assert {plan.block_frames for plan in plans} == {12, 16, 24, 48}
     assert all(p.n_targets * p.block_frames == 240 for p in plans if p.regime == "block-causal")
-    lengths = [base_plan(BaseOptions(), 0, k).n_frames for k in range(600)]
+    lengths = [plan_step(TrainOptions("base", 1), k).n_frames for k in range(600)]
     assert lengths.count(768) / 600 == pytest.approx(0.1, abs=0.05)
 
 
 def test_block_lengths_that_do_not_fit_are_refused():
     with pytest.raises(LmdError, match="divides"):
-        FinetuneOptions(block_lengths=((36, 1.0),))
+        FinetuneRun(block_lengths=((36, 1.0),)).check()
 
 
 def test_dropped_text_is_the_null_condition(model, condition):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmd.arc.losses import Prompts, RolloutPlan, draw_calls, rollout, text_memory
 from lmd.arc.module import plan_update
-from lmd.arc.options import ArcOptions
+from lmd.arc.options import ArcRun, numbers
 from lmd.config import WindowConfig
 from lmd.errors import LmdError
 from lmd.model.dit import Condition
@@ -363,9 +363,9 @@ def test_calls_are_drawn_uniformly_over_all_steps(n_steps):
 
 def test_every_call_of_every_step_count_in_use_learns_equally_often():
     """Over updates as they are planned, in every block of a rollout on its own."""
-    options = ArcOptions(n_blocks=((3, 1.0),))
+    options = ArcRun(blocks="3")
     plans = [plan_update(options, 0, update) for update in range(3000)]
-    for n_steps, share in options.n_steps:
+    for n_steps, share in ((n, 1 / 3) for n in numbers(options.steps)):
         drawn = torch.tensor([plan.n_calls for plan in plans if plan.n_steps == n_steps])
         # binomial; five standard deviations
         assert abs(len(drawn) / 3000 - share) < 5 * (share * (1 - share) / 3000) ** 0.5
@@ -410,7 +410,7 @@ def test_impossible_calls_are_refused():
 
 
 def test_block_lengths_are_drawn_alike_as_a_function_of_seed_and_update():
-    options = ArcOptions(block_lengths=((48, 1.0), (24, 1.0), (12, 1.0)))
+    options = ArcRun(block_frames="48,24,12")
     plans = [plan_update(options, 5, update) for update in range(1500)]
     assert plans == [plan_update(options, 5, update) for update in range(1500)]
     lengths = [plan.block.block_frames for plan in plans]

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_world as toy
 
 from lmd.rng import generator
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
-import toy_world as toy  # noqa: E402
 
 
 def sounds(n: int = 2000, n_blocks: int = 3) -> toy.Sounds:

@@ -17,7 +17,7 @@ from latents_fake import write_latents
 from lmd.__main__ import main
 from lmd.arc.card import about, arc_log, costs
 from lmd.arc.discriminator import Discriminator, HeadConfig
-from lmd.arc.losses import GanLoss, LossWeights, RealFakePair
+from lmd.arc.losses import GanLoss, RealFakePair
 from lmd.arc.module import (
     ArcTraining,
     draw_dropped,
@@ -26,7 +26,7 @@ from lmd.arc.module import (
     make_part,
     plan_update,
 )
-from lmd.arc.options import ArcOptions, ArcRun
+from lmd.arc.options import ArcRun
 from lmd.checkpoint import load_model, read_header, save_checkpoint
 from lmd.config import preset
 from lmd.errors import LmdError
@@ -45,15 +45,19 @@ WORDS = (
     *("--lr-generator", "1e-3", "--lr-discriminator", "1e-3"),
     *("--accelerator", "cpu", "--no-progress"),
 )
-OPTIONS = ArcOptions(
-    n_blocks=((1, 1.0),),
-    n_steps=((2, 1.0),),
-    n_warmup=2,
+HEAD = HeadConfig((8, 8, 12, 16), n_blocks=1)
+RUN = ArcRun(
+    n_updates=6,
+    batch=2,
+    lr_generator=1e-3,
+    lr_discriminator=1e-3,
+    blocks="1",
+    steps="2",
+    warmup=2,
     last_block="blocks.1",
-    head=HeadConfig((8, 8, 12, 16), n_blocks=1),
-    weights=LossWeights(1.0, 0.1, 0.1),
+    r1=0.1,
+    r2=0.1,
 )
-RUN = ArcRun(n_updates=6, batch=2, lr_generator=1e-3, lr_discriminator=1e-3, arc=OPTIONS)
 
 
 def lively_model(seed: int) -> LiveModel:
@@ -127,7 +131,7 @@ def straight(data, tmp_path_factory) -> Path:
 
 def module_of(data: Path, run: ArcRun = RUN) -> ArcTraining:
     text = HashTextEncoder(TINY.text.n_tokens, TINY.text.dim)
-    judge = Discriminator(lively_model(0), run.arc.last_block, run.arc.head)
+    judge = Discriminator(lively_model(0), run.last_block, HEAD)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         for parameter in judge.head.parameters():
@@ -156,7 +160,7 @@ class Watch:
             self.kept = [state(n) for n in (module.generator, module.discriminator, module.ema)]
 
         def after(trainer, module, outputs, batch, index):
-            plan = plan_update(module.options.arc, module.options.seed, batch[0].rows.step)
+            plan = plan_update(module.options, module.options.seed, batch[0].rows.step)
             nets = (module.generator, module.discriminator, module.ema)
             still = [same(kept, net) for kept, net in zip(self.kept, nets, strict=True)]
             self.seen.append((plan.trains, *still))
@@ -194,8 +198,8 @@ def test_checkpointed_layers_give_the_same_curves(data, tmp_path):
 
 
 def test_an_update_is_a_function_of_its_number():
-    plans = [plan_update(OPTIONS, 5, k) for k in range(40)]
-    assert plans == [plan_update(OPTIONS, 5, k) for k in range(40)]
+    plans = [plan_update(RUN, 5, k) for k in range(40)]
+    assert plans == [plan_update(RUN, 5, k) for k in range(40)]
     assert {plan.block.regime for plan in plans} == {"block-causal", "enc-dec"}
     assert {plan.n_calls for plan in plans} == {(1,), (2,)}
 
@@ -226,16 +230,16 @@ def test_a_part_has_its_rows_of_the_whole_batch(data):
 
 
 def test_text_is_dropped_at_the_given_rate_once_per_update():
-    options = replace(OPTIONS, text_dropout=0.3)
+    options = replace(RUN, text_dropout=0.3)
     rows = [BatchIndices(0, step, tuple(range(8)), 8) for step in range(100)]
     drawn = torch.stack([draw_dropped(options, row) for row in rows]).float()
     assert torch.equal(drawn[0], draw_dropped(options, rows[0]).float())
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.08)  # five standard deviations: 0.08
 
 
-def trial_of(data: Path, options: ArcOptions, update: int = 2, batch: int = 2) -> RealFakePair:
+def trial_of(data: Path, run: ArcRun, update: int = 2) -> RealFakePair:
     """What an update of a run sets before the discriminator."""
-    module, seen = module_of(data, replace(RUN, arc=options, batch=batch)), []
+    module, seen = module_of(data, run), []
 
     def note(*arguments):
         seen.append(make_pair(*arguments))
@@ -244,16 +248,16 @@ def trial_of(data: Path, options: ArcOptions, update: int = 2, batch: int = 2) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lmd.arc.module.make_pair", note)
         patch.setattr(module, "manual_backward", lambda loss: None)
-        part = make_part(module.options, module.source, update, 0, 1)
-        module.backward_part(part, plan_update(options, RUN.seed, update))
+        part = make_part(run, module.source, update, 0, 1)
+        module.backward_part(part, plan_update(run, run.seed, update))
     return seen[0]
 
 
 def test_a_row_is_played_and_judged_with_its_prompt_throughout_or_without_it(data):
     """Each row of a rollout is that of a run that drops all, or none: no call drew anew."""
-    options = replace(OPTIONS, n_blocks=((3, 1.0),), n_steps=((3, 1.0),))
+    options = replace(RUN, blocks="3", steps="3", batch=6)
     none, half, everything = (
-        trial_of(data, replace(options, text_dropout=rate), batch=6) for rate in (0.0, 0.5, 1.0)
+        trial_of(data, replace(options, text_dropout=rate)) for rate in (0.0, 0.5, 1.0)
     )
     dropped = half.asked.dropped
     assert 0 < dropped.sum() < 6
@@ -267,19 +271,19 @@ def test_a_row_is_played_and_judged_with_its_prompt_throughout_or_without_it(dat
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_a_rollout_continues_the_context_that_the_real_one_has_dropped_or_not(data, dropout):
-    trial = trial_of(data, replace(OPTIONS, context_dropout_all=dropout, context_dropout_part=0))
-    s = OPTIONS.context_frames
+    trial = trial_of(data, replace(RUN, from_silence=dropout, context_dropout_part=0))
+    s = RUN.context_frames
     assert torch.equal(trial.real[..., :s], trial.fake[..., :s])
     assert bool(trial.real[..., :s].any()) == (dropout == 0)
     assert trial.real.shape == trial.fake.shape == (2, 8, s + 48)
     assert not torch.equal(trial.real[..., s:], trial.fake[..., s:])
     assert not trial.fake.requires_grad  # update 2 is the discriminator's
-    assert trial_of(data, OPTIONS, update=3).fake.requires_grad
+    assert trial_of(data, RUN, update=3).fake.requires_grad
 
 
 def test_the_discriminator_looks_at_levels_even_in_log_snr():
     rows = BatchIndices(0, 3, tuple(range(2000)), 2000)
-    levels = draw_scored_levels(OPTIONS, rows)
+    levels = draw_scored_levels(RUN, rows)
     log_snr = torch.logit(1 - levels.double())
     assert log_snr.min() > -6.001
     assert log_snr.max() < 2.001
@@ -290,14 +294,14 @@ def test_the_discriminator_looks_at_levels_even_in_log_snr():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_blocks": ((0, 1.0),)}, "positive multiple of 4"),
-        ({"block_lengths": ((6, 1.0),), "n_blocks": ((1, 1.0),)}, "1 blocks of 6 frames"),
-        ({"block_lengths": ((50, 1.0),)}, "a block of 50 frames"),
+        ({"blocks": "0"}, "--blocks '0'; expected whole numbers from 1"),
+        ({"block_frames": "6"}, "1 blocks of 6 frames; expected a multiple of 4"),
+        ({"block_frames": "50"}, "a block of 50 frames"),
     ],
 )
 def test_rollouts_that_cannot_be_scored_are_refused(change, message):
     with pytest.raises(LmdError, match=message):
-        replace(OPTIONS, **change)
+        replace(RUN, **change).check()
 
 
 # Runs
@@ -365,7 +369,7 @@ def test_a_run_leaves_weights_logs_and_a_card(data, straight):
     assert header.sha256 in card
     assert "| generator | 96 |" in " ".join(card.split())
     assert "plays in 2 or 3 steps, without guidance" in card
-    table = costs(straight)
+    table = costs(arc_log(straight))
     assert set(table["rollout_frames"]) == {48, 96}
     assert (table["seconds"] > 0).all()
     assert (table["memory_gb"] > 0.1).all()
@@ -377,15 +381,15 @@ def test_a_run_with_several_block_lengths_rolls_out_in_all_of_them(data, tmp_pat
     assert main(["train", "arc", *words(data, tmp_path, 12), *lengths]) == 0
     assert set(arc_log(tmp_path)["rollout_frames"]) == {24, 48, 96}
     kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
-    assert kept["arc"]["block_lengths"] == [[48, 1.0], [24, 1.0], [12, 1.0]]
+    assert kept["block_frames"] == "48,24,12"
 
 
 def test_a_run_may_play_its_blocks_out_and_begin_from_silence(data, tmp_path):
     how = ["--plays-out", "--from-silence", "0.75", "--blocks", "2", "--steps", "3"]
     assert main(["train", "arc", *words(data, tmp_path, 6), *how]) == 0
     assert set(arc_log(tmp_path)["calls"]) == {2 * 3}  # all of both blocks, whichever learns
-    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))["arc"]
-    assert (kept["plays_out"], kept["context_dropout_all"]) == (True, 0.75)
+    kept = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
+    assert (kept["plays_out"], kept["from_silence"]) == (True, 0.75)
     card = (tmp_path / "arc.md").read_text(encoding="utf-8")
     (command,) = [line for line in card.splitlines() if line.startswith("| command |")]
     assert " --plays-out " in command
@@ -413,9 +417,9 @@ def test_a_discriminator_that_has_won_is_reported_with_advice(data, tmp_path):
 )
 def test_only_thirty_updates_in_a_row_above_98_percent_are_a_victory(data, accuracies, warns):
     """As a run has it unless told otherwise; said once."""
-    module = module_of(data, ArcRun(n_updates=100, batch=2, arc=OPTIONS))
+    module = module_of(data, replace(RUN, n_updates=100))
     module.log_dict = lambda *args, **kwargs: None
-    plan, nothing = plan_update(OPTIONS, 0, 0), torch.zeros(())
+    plan, nothing = plan_update(RUN, 0, 0), torch.zeros(())
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for share in accuracies:
@@ -431,7 +435,7 @@ def test_a_loss_that_is_not_finite_names_update_rows_and_checkpoint(data):
     part = make_part(RUN, module.source, 4, 0, 1)
     part.latents[0, 0, 0] = float("nan")
     with pytest.raises(LmdError, match=r"loss of nan at update 4 on \['sound.*step=3.ckpt"):
-        module.backward_part(part, plan_update(RUN.arc, RUN.seed, 4))
+        module.backward_part(part, plan_update(RUN, RUN.seed, 4))
 
 
 @pytest.mark.parametrize(
@@ -465,7 +469,7 @@ def test_a_run_in_which_the_generator_would_not_learn_is_refused(data, tmp_path,
         assert main(["train", "arc", *words(data, tmp_path / "run", n_updates)]) == 2
         assert "6 or more" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    turns = [plan_update(ArcOptions(n_warmup=4), 0, k).trains for k in range(6)]
+    turns = [plan_update(replace(RUN, warmup=4), 0, k).trains for k in range(6)]
     assert turns.index("generator") == 5
 
 
@@ -489,18 +493,13 @@ def test_a_complete_run_is_made_longer_from_its_last_update(data, tmp_path):
 @pytest.mark.parametrize(
     ("counts", "regimes", "told"),
     [
-        ((8, 4, 2), ("block-causal", "enc-dec"), "in 8, 4 or 2 steps, without guidance, in the re"),
-        ((6,), ("enc-dec",), "plays in 6 steps, without guidance, in the regime enc-dec."),
-        ((1,), ("full", "enc-dec"), "in 1 step, without guidance, in the regimes full and enc-d"),
+        ("8,4,2", "block-causal,enc-dec", "in 8, 4 or 2 steps, without guidance, in the re"),
+        ("6", "enc-dec", "plays in 6 steps, without guidance, in the regime enc-dec."),
+        ("1", "full,enc-dec", "in 1 step, without guidance, in the regimes full and enc-d"),
     ],
 )
 def test_a_card_says_which_steps_and_regimes_were_trained(counts, regimes, told):
-    options = replace(
-        OPTIONS,
-        n_steps=tuple((n, 1.0) for n in counts),
-        regimes=tuple((regime, 1.0) for regime in regimes),
-    )
-    assert told in about(options)
+    assert told in about(replace(RUN, steps=counts, regimes=regimes))
 
 
 def test_one_row_cannot_be_contrasted(data):

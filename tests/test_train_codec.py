@@ -28,7 +28,7 @@ from lmd.training.codec.losses import (
     mel_matrix,
     multi_resolution_loss,
 )
-from lmd.training.codec.module import CodecRun, CodecWindows, check_finite, learning_rate
+from lmd.training.codec.module import CodecRun, CodecWindows, learning_rate
 from lmd.training.codec.train import Options, build, main
 from lmd.training.trainer import checkpoints
 
@@ -226,10 +226,16 @@ def test_the_paper_preset_has_no_spectral_codec_to_train(corpus_folder, tmp_path
         build(options(corpus_folder, tmp_path, preset="paper"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
-    check_finite({"loss": torch.tensor(1.0)}, 7)
-    with pytest.raises(LmdError, match="mel_db not finite at step 7"):
-        check_finite({"loss": torch.tensor(1.0), "mel_db": torch.tensor(math.nan)}, 7)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    corpus_folder, tmp_path, monkeypatch
+):
+    def poisoned(windows):
+        for step in range(windows.options.n_steps):
+            yield windows.batch(step) * (math.nan if step == 3 else 1)
+
+    monkeypatch.setattr(CodecWindows, "__iter__", poisoned)
+    with pytest.raises(LmdError, match=r"loss nan at step 3.*--learning-rate"):
+        main(options(corpus_folder, tmp_path))
 
 
 def test_learning_rate_warms_up_and_ends_at_a_twentieth():

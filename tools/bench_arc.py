@@ -9,6 +9,7 @@ for music, in a process of its own: the most memory that one has held is then th
 import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -22,16 +23,16 @@ import tyro
 from tqdm import tqdm
 
 from lmd.arc.card import WHO, arc_log
-from lmd.arc.discriminator import Discriminator
+from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.module import ArcTraining
-from lmd.arc.options import ArcOptions, ArcRun
+from lmd.arc.options import ArcRun
 from lmd.checkpoint import build_model
 from lmd.config import preset
 from lmd.machine import machine_dict, peak_mb, tune_allocator
 from lmd.model.text import HashTextEncoder
 from lmd.outputs import check_outputs, write_json
 from lmd.training.trainer import fit
-from lmd.training.windows import StandInSource
+from lmd.training.windows import Windows
 
 N_UNTIMED = 2  # the first update of either network makes room and loads code
 
@@ -64,16 +65,28 @@ class Options:
     checkpointing: tuple[Literal["no", "yes"], ...] = ("no", "yes")
     regime: Literal["block-causal", "enc-dec"] = "block-causal"
     steps: int = 8
-    last_block: str = ArcOptions.last_block
+    last_block: str = ArcRun.last_block
     updates: int = 6
     threads: int = torch.get_num_threads()
     accelerator: Literal["auto", "cpu", "gpu"] = "cpu"
     json: Path | None = None
 
 
+class StandIns:
+    """Noise in place of music."""
+
+    def __init__(self, latent_dim: int) -> None:
+        self.latent_dim = latent_dim
+
+    def windows(self, step: int, positions: Sequence[int], n_frames: int) -> Windows:
+        """See `lmd.training.windows.WindowSource`."""
+        names = [f"stand-in {p}" for p in positions]
+        return Windows(torch.randn(len(names), self.latent_dim, n_frames), names, names)
+
+
 def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) -> ArcRun:
     """The options of `lmd train arc` for a line of the table."""
-    return ArcRun(
+    run = ArcRun(
         preset=options.preset,
         batch=options.batch,
         blocks=str(n_blocks),
@@ -87,7 +100,9 @@ def run_of(options: Options, precision: str, checkpointing: str, n_blocks: int) 
         n_updates=N_UNTIMED + 2 * options.updates,
         warmup=0,
         no_progress=True,
-    ).resolved()
+    )
+    run.check()
+    return run
 
 
 def measure(run: ArcRun, threads: int) -> dict[str, float]:
@@ -97,9 +112,10 @@ def measure(run: ArcRun, threads: int) -> dict[str, float]:
     sizes = preset(run.preset)
     with tempfile.TemporaryDirectory() as out:
         run = replace(run, out=Path(out))
-        discriminator = Discriminator(build_model(sizes), run.arc.last_block, run.arc.head)
+        head = HeadConfig.of(sizes.dit.width)
+        discriminator = Discriminator(build_model(sizes), run.last_block, head)
         text = HashTextEncoder(sizes.text.n_tokens, sizes.dit.text_dim)
-        source = StandInSource(sizes.dit.latent_dim, run.seed)
+        source = StandIns(sizes.dit.latent_dim)
         module = ArcTraining(build_model(sizes), discriminator, text, source, run)
         fit(module)
         log = arc_log(Path(out))

@@ -24,9 +24,9 @@ from lmd.checkpoint import build_model
 from lmd.config import Preset, Regime, preset
 from lmd.machine import check_compiler, machine_dict, now_s, pick_device, tune_allocator
 from lmd.outputs import check_outputs, write_json
-from lmd.training.draws import BaseOptions, BatchIndices, FinetuneOptions
+from lmd.training.draws import BatchIndices, plan_step, step_noise
 from lmd.training.losses import stage_loss
-from lmd.training.options import TrainOptions, step_noise
+from lmd.training.options import BaseRun, FinetuneRun, TrainOptions
 from lmd.training.windows import LatentSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,13 +73,12 @@ class Kind:
 
 def kinds(sizes: Preset, batch: int, device: torch.device) -> list[Kind]:
     """The base on its usual window, and a fine-tune in each live regime on the stream's blocks."""
-    found = [("base", TrainOptions("base", 1, batch=batch, base=BaseOptions(long_share=0.0)))]
+    found: list[tuple[str, TrainOptions]] = [("base", BaseRun(batch=batch, long_share=0.0))]
     live: tuple[Regime, ...] = ("block-causal", "enc-dec")
-    usual = FinetuneOptions(block_lengths=((sizes.window.block_frames, 1.0),), short_context=0.0)
-    for regime in live:
-        finetune = replace(usual, regimes=((regime, 1.0),))
-        found.append((regime, TrainOptions("finetune", 1, batch=batch, finetune=finetune)))
-    shapes = [(batch, sizes.dit.latent_dim, o.plan(0).n_frames) for _, o in found]
+    blocks = ((sizes.window.block_frames, 1.0),)
+    usual = FinetuneRun(batch=batch, block_lengths=blocks, short_context=0.0)
+    found += [(regime, replace(usual, regimes=((regime, 1.0),))) for regime in live]
+    shapes = [(batch, sizes.dit.latent_dim, plan_step(o, 0).n_frames) for _, o in found]
     return [
         Kind(name, options, torch.randn(shape, device=device))
         for (name, options), shape in zip(found, shapes, strict=True)
@@ -149,7 +148,7 @@ def time_reading(source: LatentSource, kind: Kind, index: int) -> float:
 
 def row_of(kind: Kind, gflop: float) -> dict[str, Any]:
     """One line of the table: `wait` is what is left of reading when the step has ended."""
-    plan, step_s = kind.options.plan(0), statistics.median(kind.step_s)
+    plan, step_s = plan_step(kind.options, 0), statistics.median(kind.step_s)
     row = {
         "step": kind.name,
         "n_frames": plan.n_frames,

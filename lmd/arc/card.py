@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lmd.arc.options import ArcOptions, ArcRun
-from lmd.training.card import among, card, curve_table, run_facts, run_log
+from lmd.arc.options import ArcRun
+from lmd.training.card import card, curve_table, run_facts, run_log
 
 WHO = {0: "discriminator", 1: "generator"}
 
@@ -22,36 +22,32 @@ def arc_log(out: Path) -> pd.DataFrame:
     return log
 
 
-def costs(out: Path) -> pd.DataFrame:
+def costs(log: pd.DataFrame) -> pd.DataFrame:
     """Median seconds and highest memory of an update, by network and rollout length."""
-    log = arc_log(out)
-    log["trains"] = log["is_generator"].astype(int).map(WHO)
+    log = log.assign(trains=log["is_generator"].astype(int).map(WHO))
     columns = {"updates": ("step", "count"), "calls": ("calls", "mean")}
     columns |= {"seconds": ("update_s", "median"), "memory_gb": ("memory_gb", "max")}
     return log.groupby(["trains", "rollout_frames"]).agg(**columns).reset_index()
 
 
-def cost_table(out: Path) -> str:
-    """`costs` as Markdown."""
-    return costs(out).to_markdown(index=False, floatfmt=("g", "g", "g", ".1f", ".2f", ".2f"))
-
-
-def about(options: ArcOptions) -> str:
+def about(options: ArcRun) -> str:
     """One sentence: what a run's weights are."""
-    *most, last = [str(n) for n, _ in options.n_steps]
+    *most, last = options.steps.split(",")
     counts = f"{', '.join(most)} or {last}" if most else last
-    steps = "step" if counts == "1" else "steps"
+    regimes = options.regimes.split(",")
     return (
-        f"The live model after ARC-Forcing: plays in {counts} {steps}, without guidance, "
-        f"{among(options.regimes)}."
+        f"The live model after ARC-Forcing: plays in {counts} step{'s' * (counts != '1')}, without "
+        f"guidance, in the regime{'s' * (len(regimes) > 1)} {' and '.join(regimes)}."
     )
 
 
-def arc_card(out: Path, weights: Path, options: ArcRun) -> str:
-    """Markdown about the weights that the run in `out` made."""
-    log, facts = arc_log(out), run_facts(weights)
+def arc_card(weights: Path, options: ArcRun) -> str:
+    """Markdown about the weights that a run made."""
+    log, facts = arc_log(options.out), run_facts(weights)
     log["minutes"] = log["update_s"].cumsum() / 60
     facts["updates"] = f"{facts.pop('steps')}, both networks together"
     columns = ["discriminator/pair", "discriminator/contrastive", "generator/pair", "accuracy"]
     curves = curve_table(log, *[name for name in columns if name in log])
-    return card(weights, about(options.arc), facts, curves, cost_table(out))
+    shown = ("g", "g", "g", ".1f", ".2f", ".2f")
+    table = costs(log).to_markdown(index=False, floatfmt=shown)
+    return card(weights, about(options), facts, curves, table)

@@ -23,7 +23,7 @@ PATCH_FRAMES = 4  # frames under one score: two convolutions of stride 2
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The discriminator's head. `channels` has one more entry than `strides`."""
+    """The discriminator's head; there is one more of `channels` than of `strides`."""
 
     channels: tuple[int, ...] = (128, 128, 256, 512)
     strides: tuple[int, ...] = (1, 2, 2)
@@ -76,11 +76,7 @@ class ScoreHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The trunk of a bidirectional base up to a named block, and a convolutional head.
-
-    It sees the whole sequence at once, without masks, routing or caches, at one noise level, and
-    scores only the frames that were rolled out.
-    """
+    """The trunk of a bidirectional base, which sees the whole sequence, and a score head."""
 
     def __init__(self, base: LiveModel, last_block: str, head: HeadConfig | None = None) -> None:
         """Copy what is needed of `base`, trained at the rollout's length: `blocks.3` keeps four.

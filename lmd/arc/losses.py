@@ -1,14 +1,13 @@
 """ARC-Forcing: train a live model on its own continuations, scored by a discriminator.
 
 The model continues real context for several blocks, exactly as it plays; each block carries
-gradient through one network call. A discriminator, grown from the bidirectional base, compares the
-whole continuation with real music (relativistic pair loss), and real music under the right prompt
-with the same under a wrong one (contrastive loss).
+gradient through one network call. A discriminator compares the whole continuation with real music
+(relativistic pair loss), and real music under its own prompt with the same under another's
+(contrastive loss).
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; Self Forcing
 (arXiv 2506.08009); ARC (arXiv 2505.08175); approximate R1/R2 (arXiv 2501.08316);
-straight-through gradients (arXiv 1308.3432).
-Taught in notebook 03_arc_forcing.
+straight-through gradients (arXiv 1308.3432). Taught in notebook 03_arc_forcing.
 """
 
 from collections.abc import Iterator
@@ -33,16 +32,15 @@ from lmd.stream.samplers import Guidance, SamplerName, add_noise, predict_clean,
 from lmd.training.losses import drop_text
 
 Rolled = Float[Tensor, "batch latent context_and_rollout"]
+PERTURBATION = 0.05  # standard deviation of the step that R1 and R2 take
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
     """How a model continues its own output.
 
-    Attributes:
-        plays_out: whether blocks are sampled to their end. If not, the call that learns is a
-            block's last and jumps to clean, as in arXiv 2605.22717; many blocks then end after
-            fewer calls than anybody plays with.
+    Where blocks are not played out, the call that learns is a block's last and jumps to clean, as
+    in arXiv 2605.22717; many blocks then end after fewer calls than anybody plays with.
     """
 
     block: BlockPlan
@@ -102,14 +100,9 @@ def rollout(
             return plan.noise(latent_dim, "renoise", index, step).to(context)
 
         calls = OneLearns(session, n_calls, with_grad)
-        block = sample(
-            plan.sampler,
-            calls,
-            plan.noise(latent_dim, "noise", index).to(context),
-            times if plan.plays_out else (*times[:n_calls], 0.0),
-            1.0,
-            draw,
-        )
+        noise = plan.noise(latent_dim, "noise", index).to(context)
+        levels = times if plan.plays_out else (*times[:n_calls], 0.0)
+        block = sample(plan.sampler, calls, noise, levels, 1.0, draw)
         if plan.plays_out:
             block = block.detach() + (calls.clean - calls.clean.detach())
         memory = session.memory
@@ -213,16 +206,6 @@ class RealFakePair:
         return list(discriminator(noisy, t, condition, self.first_frame).chunk(n))
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """What the discriminator minimises besides the pair loss."""
-
-    contrastive: float = 1.0  # 1 (enc-dec) and 2 (block-causal) in the paper's code
-    r1: float = 0.0  # approximate R1: smoothness around real music
-    r2: float = 0.0  # approximate R2: smoothness around rollouts
-    perturbation: float = 0.05  # standard deviation of the step that R1 and R2 take
-
-
 class GanLoss(NamedTuple):
     """A loss to go backward from, its parts, and the scores."""
 
@@ -248,29 +231,36 @@ def generator_loss(discriminator: Discriminator, pair: RealFakePair) -> GanLoss:
 
 
 def discriminator_loss(
-    discriminator: Discriminator, pair: RealFakePair, weights: LossWeights
+    discriminator: Discriminator,
+    pair: RealFakePair,
+    contrastive: float = 1.0,
+    r1: float = 0.0,
+    r2: float = 0.0,
 ) -> GanLoss:
-    """Pair loss, contrastive loss and smoothness; a term of weight 0 is not computed."""
+    """Pair loss, contrastive loss, smoothness around real music (R1) and around rollouts (R2).
+
+    The last three by their weights; a term of weight 0 is not computed. The contrastive one has 1
+    (enc-dec) and 2 (block-causal) in the paper's code.
+    """
     asked, fake_latents = pair.asked, pair.fake.detach()
-    step = weights.perturbation * pair.nudge
+    step = PERTURBATION * pair.nudge
     inputs = {"real": (pair.real, asked), "fake": (fake_latents, asked)}
-    if weights.contrastive:
+    if contrastive:
         inputs["wrong"] = (pair.real, pair.wrong)
-    if weights.r1:
+    if r1:
         inputs["near real"] = (pair.real + step, asked)
-    if weights.r2:
+    if r2:
         inputs["near fake"] = (fake_latents + step, asked)
     scores = dict(zip(inputs, pair.scores(discriminator, *inputs.values()), strict=True))
     real, fake = scores["real"], scores["fake"]
     relativistic = relativistic_loss(real, fake)
     loss, contrast = relativistic, relativistic.new_zeros(())
-    if weights.contrastive:
+    if contrastive:
         contrast = contrastive_loss(real, scores["wrong"], asked.differs(pair.wrong))
-        loss = loss + weights.contrastive * contrast
-    for weight, name in ((weights.r1, "real"), (weights.r2, "fake")):
+        loss = loss + contrastive * contrast
+    for weight, name in ((r1, "real"), (r2, "fake")):
         if weight:
-            near = scores[f"near {name}"]
-            loss = loss + weight * smoothness(scores[name], near, weights.perturbation)
+            loss = loss + weight * smoothness(scores[name], scores[f"near {name}"], PERTURBATION)
     return GanLoss(loss, relativistic.detach(), contrast.detach(), real.detach(), fake.detach())
 
 
@@ -284,11 +274,9 @@ def smoothness(scores: Scores, moved: Scores, perturbation: float) -> Tensor:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `module` collect no gradient; afterwards they are as before."""
-    before = [parameter.requires_grad for parameter in module.parameters()]
+    """Inside, the weights of `module` collect no gradient; afterwards they do again."""
     module.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, flag in zip(module.parameters(), before, strict=True):
-            parameter.requires_grad_(flag)
+        module.requires_grad_(True)

@@ -1,7 +1,6 @@
 """ARC-Forcing under Lightning: two networks, two optimizers, alternating updates.
 
-Update k is a function of (options, k): its rollout, batch, noise and dropout. A checkpoint holds
-both networks, the generator's moving average, both optimizers and k.
+Update k is a function of (options, k): its rollout, batch, noise and dropout.
 
 Source: Live Music Diffusion Models (arXiv 2605.22717), ARC-Forcing; ARC (arXiv 2505.08175).
 Taught in notebook 03_arc_forcing.
@@ -10,16 +9,15 @@ Taught in notebook 03_arc_forcing.
 import copy
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lmd.arc.discriminator import Discriminator
 from lmd.arc.losses import (
@@ -35,7 +33,7 @@ from lmd.arc.losses import (
     rollout,
     text_memory,
 )
-from lmd.arc.options import ArcOptions, ArcRun
+from lmd.arc.options import ArcRun, numbers
 from lmd.machine import memory_gb
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
@@ -43,9 +41,14 @@ from lmd.rng import derive_seed
 from lmd.rng import generator as rng
 from lmd.shapes import Latents, NoiseLevel
 from lmd.stream.block import BlockPlan, LiveDenoiser
-from lmd.training.draws import BatchIndices, context_dropout, draw_kept, draw_noise, pick
+from lmd.training.draws import (
+    BatchIndices,
+    check_parts,
+    context_dropout,
+    draw_kept,
+    draw_noise,
+)
 from lmd.training.module import clip_gradient, move_average
-from lmd.training.options import check_parts
 from lmd.training.trainer import check_finite
 from lmd.training.windows import Items, WindowSource
 
@@ -63,16 +66,17 @@ class UpdatePlan:
     n_frames: int  # context and rollout
 
 
-def plan_update(options: ArcOptions, seed: int, update: int) -> UpdatePlan:
+def plan_update(options: ArcRun, seed: int, update: int) -> UpdatePlan:
     """Whose turn it is, how long and how the rollout goes; the same for all rows."""
     g = rng(seed, "arc plan", update)
 
-    def choose(shares: tuple[tuple, ...]) -> int | str:
-        return pick(shares, float(torch.rand((), generator=g, dtype=torch.float64)))
+    def choose(values: Sequence[Any]) -> Any:
+        return values[int(float(torch.rand((), generator=g, dtype=torch.float64)) * len(values))]
 
-    regime, o = choose(options.regimes), choose(options.block_lengths)
-    n_blocks, n_steps = choose(options.n_blocks), choose(options.n_steps)
-    is_generator = update >= options.n_warmup and (update - options.n_warmup) % 2 == 1
+    regime = choose(options.regimes.split(","))
+    several = options.block_frames, options.blocks, options.steps
+    o, n_blocks, n_steps = [choose(numbers(text)) for text in several]
+    is_generator = update >= options.warmup and (update - options.warmup) % 2 == 1
     return UpdatePlan(
         "generator" if is_generator else "discriminator",
         BlockPlan(regime, o),
@@ -82,56 +86,49 @@ def plan_update(options: ArcOptions, seed: int, update: int) -> UpdatePlan:
     )
 
 
-def draw_dropped(options: ArcOptions, rows: BatchIndices) -> Tensor:
+def draw_dropped(options: ArcRun, rows: BatchIndices) -> Tensor:
     """Which rows have no condition, in both networks; once for the whole rollout."""
     return draw_kept(rows, "arc text dropout", options.text_dropout) == 0
 
 
-def draw_scored_levels(options: ArcOptions, rows: BatchIndices) -> NoiseLevel:
+def draw_scored_levels(options: ArcRun, rows: BatchIndices) -> NoiseLevel:
     """Noise levels at which the discriminator looks: `sigmoid(-u)`, u even over `log_snr`."""
     low, high = options.log_snr
-    u = [
-        torch.rand((), generator=rng(rows.seed, "judged level", rows.step, p))
-        for p in rows.positions
-    ]
-    return torch.sigmoid(-(low + (high - low) * torch.stack(u)))
-
-
-class ArcBatch(NamedTuple):
-    """Real windows of an update, and where everything random about them comes from."""
-
-    clean: Latents  # `plan.n_frames` frames
-    asked: Prompts
-    wrong: Prompts  # prompts of others, for the contrastive term
-    rows: BatchIndices
+    draws = [rng(rows.seed, "judged level", rows.step, p) for p in rows.positions]
+    u = torch.stack([torch.rand((), generator=drawn_from) for drawn_from in draws])
+    return torch.sigmoid(-(low + (high - low) * u))
 
 
 def make_pair(
-    model: LiveModel, batch: ArcBatch, plan: UpdatePlan, options: ArcOptions
+    model: LiveModel,
+    clean: Latents,
+    asked: Prompts,
+    wrong: Prompts,
+    rows: BatchIndices,
+    plan: UpdatePlan,
+    options: ArcRun,
 ) -> RealFakePair:
-    """Roll out and set beside real music; with graph if it is the generator's turn.
+    """Roll out and set beside real windows `clean`; with graph if it is the generator's turn.
 
     The model is conditioned on the length of its window, as when it streams; the discriminator on
     that of the whole sequence, as when it was the base.
     """
-    s, rows, clean = options.context_frames, batch.rows, batch.clean
-    real = context_dropout(clean, options, rows, plan.block.block_frames)
+    s, shares = options.context_frames, (options.from_silence, options.context_dropout_part)
+    real = context_dropout(clean, rows, plan.block.block_frames, s, *shares)
     seeds = tuple(derive_seed(rows.seed, "rollout", rows.step, p) for p in rows.positions)
-    how = RolloutPlan(
-        plan.block, plan.n_steps, plan.n_calls, seeds, options.sampler, options.plays_out
-    )
+    calls = plan.n_steps, plan.n_calls
+    how = RolloutPlan(plan.block, *calls, seeds, options.sampler, options.plays_out)
     learns = plan.trains == "generator"
     with torch.set_grad_enabled(learns):
-        condition = batch.asked.for_model(model, options.window_frames / options.frame_rate_hz)
-        memory = text_memory(model, condition)
-        denoiser, context = LiveDenoiser(model), real[..., :s]
-        fake = rollout(denoiser, context, condition, how, with_grad=learns, memory=memory)
+        condition = asked.for_model(model, options.window_frames / options.frame_rate_hz)
+        given = LiveDenoiser(model), real[..., :s], condition, how
+        fake = rollout(*given, with_grad=learns, memory=text_memory(model, condition))
     noise = draw_noise(rows, 2, *clean.shape[1:]).to(clean)
     return RealFakePair(
         real=real,
         fake=fake,
-        asked=batch.asked,
-        wrong=batch.wrong,
+        asked=asked,
+        wrong=wrong,
         t=draw_scored_levels(options, rows).to(clean),
         noise=noise[:, 0],
         nudge=noise[:, 1],
@@ -153,11 +150,11 @@ class Part(NamedTuple):
 def make_part(run: ArcRun, source: WindowSource, update: int, shard: int, n_shards: int) -> Part:
     """One shard's rows, with the prompts that the derangement of the whole batch deals them."""
     check_parts(run.batch, n_shards)
-    each, n_frames = run.batch // n_shards, plan_update(run.arc, run.seed, update).n_frames
+    each, n_frames = run.batch // n_shards, plan_update(run, run.seed, update).n_frames
     positions = tuple(range(shard * each, (shard + 1) * each))
     windows = source.windows(update, positions, n_frames)
     wrong = windows.prompts
-    if run.arc.weights.contrastive:
+    if run.contrastive:
         order = derangement(run.batch, rng(run.seed, "derangement", update)).tolist()
         wrong = source.windows(update, [order[p] for p in positions], n_frames).prompts
     rows = BatchIndices(run.seed, update, positions, run.batch)
@@ -187,35 +184,34 @@ class ArcTraining(L.LightningModule):
     def training_step(self, parts: list[Part], index: int) -> None:
         """One update of one network."""
         began, update, run = time.perf_counter(), parts[0].rows.step, self.options
-        plan = plan_update(run.arc, run.seed, update)
+        plan = plan_update(run, run.seed, update)
         parallel, losses = isinstance(self.trainer.strategy, ParallelStrategy), []
         for i, part in enumerate(parts):
             is_last = i == len(parts) - 1 or not parallel
             with nullcontext() if is_last else self.trainer.strategy.block_backward_sync():
                 losses.append(self.backward_part(part, plan))
-        trained = (self.generator, self.discriminator)[plan.trains == "discriminator"]
-        optimizer = self.optimizers()[plan.trains == "discriminator"]
-        clip_gradient(trained, run.clip_norm, update, self.last_checkpoint)
+        which = ("generator", "discriminator").index(plan.trains)
+        network, optimizer = getattr(self, plan.trains), self.optimizers()[which]
+        clip_gradient(network, run.clip_norm, update, self.last_checkpoint)
         optimizer.step()
         optimizer.zero_grad()
         if plan.trains == "generator":
-            move_average(self.ema, self.generator, run.ema, (update - run.arc.n_warmup) // 2)
+            move_average(self.ema, self.generator, run.ema, (update - run.warmup) // 2)
         self.report(plan, losses, time.perf_counter() - began)
 
     def backward_part(self, part: Part, plan: UpdatePlan) -> GanLoss:
         """Roll out, score, go backward; gradient reaches the network whose turn it is."""
         run = self.options
         prompts = [self.text.encode(p).to(self.device) for p in (part.prompts, part.wrong_prompts)]
-        dropped = draw_dropped(run.arc, part.rows).to(self.device)
+        dropped = draw_dropped(run, part.rows).to(self.device)
         asked, wrong = (Prompts(prompt, dropped) for prompt in prompts)
-        batch = ArcBatch(part.latents, asked, wrong, part.rows)
-        pair = make_pair(self.generator, batch, plan, run.arc)
-        is_generator = plan.trains == "generator"
+        pair = make_pair(self.generator, part.latents, asked, wrong, part.rows, plan, run)
+        is_generator, weights = plan.trains == "generator", (run.contrastive, run.r1, run.r2)
         with frozen(self.discriminator) if is_generator else nullcontext():
             if is_generator:
                 loss = generator_loss(self.discriminator, pair)
             else:
-                loss = discriminator_loss(self.discriminator, pair, run.arc.weights)
+                loss = discriminator_loss(self.discriminator, pair, *weights)
             check_finite(
                 f"a {plan.trains} loss of",
                 loss.loss.item(),
@@ -233,10 +229,9 @@ class ArcTraining(L.LightningModule):
         how = {"betas": run.betas, "weight_decay": run.weight_decay, "fused": True}
         return [torch.optim.AdamW(network.parameters(), lr, **how) for network, lr in pairs]
 
-    def train_dataloader(self) -> DataLoader:
-        """Updates addressed by number; made after a checkpoint was restored."""
-        n = self.options.n_updates  # also those before a restart
-        return DataLoader(Items(self.batches, n), batch_size=None)
+    def train_dataloader(self) -> Items:
+        """Updates addressed by number, those before a restart counted."""
+        return Items(self.batches, self.options.n_updates)
 
     def batches(self) -> Iterator[list[Part]]:
         """From the run's current update on, the parts of this process."""
@@ -276,8 +271,8 @@ class ArcTraining(L.LightningModule):
             "real score": mean["real"],
             "fake score": mean["fake"],
             "is_generator": float(who == "generator"),
-            "rollout_frames": float(plan.n_frames - run.arc.context_frames),
-            "calls": float(full if run.arc.plays_out else sum(plan.n_calls)),
+            "rollout_frames": float(plan.n_frames - run.context_frames),
+            "calls": float(full if run.plays_out else sum(plan.n_calls)),
             "update_s": took_s,
             "memory_gb": memory_gb(self.device),
         }

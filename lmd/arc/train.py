@@ -7,19 +7,19 @@ The base becomes the discriminator; train it at the rollout's length first (`tra
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from lmd.arc.card import arc_card
-from lmd.arc.discriminator import Discriminator
+from lmd.arc.discriminator import Discriminator, HeadConfig
 from lmd.arc.module import ArcTraining
 from lmd.arc.options import ArcRun
-from lmd.config import Preset
+from lmd.config import preset
 from lmd.model.text import build_text_encoder
 from lmd.rng import derive_seed
 from lmd.training.run import load_start, open_run
-from lmd.training.windows import WindowSource
 
 Options = ArcRun  # the flags
 
@@ -30,16 +30,18 @@ def main(options: ArcRun, callbacks: Sequence[Callback] = ()) -> int:
     Raises:
         LmdError: bad options, data or weights; a loss that is not finite.
     """
-    run = open_run(options.resolved())
-    module = build_module(run.options, run.source, run.sizes)
-    run.fit(module, "arc", "arc", arc_card, callbacks)
+    sizes = preset(options.preset)
+    frames = {"frame_rate_hz": sizes.frame_rate_hz, "window_frames": sizes.window.window_frames}
+    options = replace(options, context_frames=sizes.window.context_frames, **frames)
+    source, folder = open_run(options, "arc")
+    options = folder.options
+
+    base, _ = load_start(options.discriminator, sizes, "base")
+    torch.manual_seed(derive_seed(options.seed, "score head"))
+    head = HeadConfig.of(sizes.dit.width)
+    discriminator = Discriminator(base, options.last_block, head)
+    generator, _ = load_start(options.init, sizes, "finetuned", "arc")
+    text = build_text_encoder(sizes.text)
+    module = ArcTraining(generator, discriminator, text, source, options)
+    folder.train(module, callbacks, arc_card)
     return 0
-
-
-def build_module(run: ArcRun, source: WindowSource, sizes: Preset) -> ArcTraining:
-    """Both networks from their files."""
-    base, _ = load_start(run.discriminator, sizes, "base")
-    torch.manual_seed(derive_seed(run.seed, "score head"))
-    discriminator = Discriminator(base, run.arc.last_block, run.arc.head)
-    generator, _ = load_start(run.init, sizes, "finetuned", "arc")
-    return ArcTraining(generator, discriminator, build_text_encoder(sizes.text), source, run)

@@ -8,8 +8,6 @@ import pandas as pd
 from jinja2 import Template
 
 from lmd.checkpoint import read_header
-from lmd.config import REGIMES
-from lmd.training.draws import Shares
 from lmd.training.options import TrainOptions
 
 NOTICE = (
@@ -17,6 +15,13 @@ NOTICE = (
     "them depends on who may use that music, and the weights that they started from. This card "
     "holds no evaluation; `python -m lmd evaluate` makes one."
 )
+ABOUT = {
+    "base": "The bidirectional base: predicts the velocity of every frame of a window.",
+    "finetune": "The live model: continues clean context block by block, in all three regimes.",
+    "distill": "The live model, distilled: names, without guidance, the block that "
+    "{o.teacher_steps} steps of its teacher at guidance {o.cfg_scale:g} end at, in the regimes "
+    "block-causal and enc-dec.",
+}
 TEMPLATE = Template(
     """\
 # {{ weights.stem }}
@@ -53,16 +58,18 @@ def card(
     return TEMPLATE.render(header=header, megabytes=megabytes, **shown)
 
 
-def training_card(out: Path, weights: Path, options: TrainOptions) -> str:
-    """The card of the weights that the run in `out` made."""
-    log = run_log(out)
+def training_card(weights: Path, options: TrainOptions) -> str:
+    """The card of the weights that a run made."""
+    log, logs = run_log(options.out), sorted((options.out / "logs").glob("from-*"))
     log["minutes"] = log["seconds"] / 60
-    starts = [path.name.removeprefix("from-") for path in sorted((out / "logs").glob("from-*"))]
+    starts = [path.name.removeprefix("from-") for path in logs]
     starts_at = ", ".join(str(int(step)) for step in starts)
     minutes = f"{log['minutes'].max():.1f} min, started or resumed at steps {starts_at}"
     facts = {**run_facts(weights), "wall time": minutes}
-    losses = f"Mean training loss ({loss_of(options)}) along the run:"
-    return card(weights, about(options), facts, losses, curve_table(log, "loss"))
+    of = " of clean blocks" if options.stage == "distill" else ""
+    losses = f"Mean training loss (mean squared error{of}) along the run:"
+    about = ABOUT[options.stage].format(o=options)
+    return card(weights, about, facts, losses, curve_table(log, "loss"))
 
 
 def curve_table(log: pd.DataFrame, *columns: str) -> str:
@@ -102,36 +109,6 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     """A machine, as weights remember it."""
     gpu = machine["gpu"] or "no GPU"
     return f"{machine['cpu']}, {machine['n_cores']} cores, {gpu}, torch {machine['torch']}"
-
-
-def about(options: TrainOptions) -> str:
-    """One sentence: what a run's weights are."""
-    if options.stage == "base":
-        return "The bidirectional base: predicts the velocity of every frame of a window."
-    if options.stage == "finetune":
-        where = among(options.finetune.regimes)
-        return f"The live model: continues clean context block by block, {where}."
-    o = options.distill
-    return (
-        f"The live model, distilled: names, without guidance, the block that {o.n_steps} steps of "
-        f"its teacher at guidance {o.cfg_scale:g} end at, {among(o.regimes)}."
-    )
-
-
-def among(shares: Shares) -> str:
-    """Which regimes are taught, as words of a sentence."""
-    names = [regime for regime, share in shares if share > 0]
-    if set(names) == set(REGIMES):
-        return "in all three regimes"
-    return f"in the regime{'s' * (len(names) > 1)} {' and '.join(names)}"
-
-
-def loss_of(options: TrainOptions) -> str:
-    """What a run's loss is."""
-    if options.stage != "distill":
-        return "mean squared error"
-    of = "clean blocks" if options.distill.loss_on == "block" else "velocities"
-    return f"mean squared error of {of}"
 
 
 def run_log(out: Path) -> pd.DataFrame:

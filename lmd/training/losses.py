@@ -31,6 +31,7 @@ from lmd.training.draws import (
     context_dropout,
     draw_kept,
     draw_levels,
+    plan_step,
 )
 from lmd.training.options import TrainOptions
 
@@ -47,17 +48,18 @@ def stage_loss(
 ) -> PerItem:
     """The loss of every row of a step of the base or the fine-tune, with all that the step draws.
 
-    `clean` are windows of the step's length, `noise` is that of `lmd.training.options.step_noise`,
+    `clean` are windows of the step's length, `noise` is that of `lmd.training.draws.step_noise`,
     `condition` that before dropout.
     """
-    plan = options.plan(rows.step)
+    plan = plan_step(options, rows.step)
     condition = drop_text(condition, draw_kept(rows, "text dropout", options.text_dropout))
-    shifted_for = plan.n_frames if plan.regime != "block-causal" else options.base.window_frames
-    t = draw_levels(options.noise, rows, plan.n_targets, shifted_for).to(clean.device)
+    shifted_for = plan.n_frames if plan.regime != "block-causal" else options.window_frames
+    t = draw_levels(rows, plan.n_targets, shifted_for).to(clean.device)
     if plan.regime is None:
         return flow_loss(model, clean, noise, t[:, 0], condition)
     s, o = plan.context_frames, plan.block_frames
-    clean = context_dropout(clean, options.finetune, rows, o, s)
+    shares = options.context_dropout_all, options.context_dropout_part
+    clean = context_dropout(clean, rows, o, s, *shares)
     if plan.regime == "full":
         return outpaint_loss(model, clean, noise, t[:, 0], condition, plan)
     pack = pack_blocks if plan.regime == "block-causal" else pack_copies

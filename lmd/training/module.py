@@ -1,10 +1,7 @@
 """Training by regression under Lightning: a thin module that calls one pure loss.
 
-Step k of a run is a function of (options, k): its batch, noise, levels and dropout. A checkpoint
-therefore holds weights, their moving average, the optimizer and k, and a run that was killed goes
-on with the losses it would have had.
-
-Taught in notebook 02_outpaint.
+Step k of a run is a function of (options, k): its batch, noise, levels and dropout. So a run that
+was killed goes on with the losses it would have had. Taught in notebook 02_outpaint.
 """
 
 import copy
@@ -14,21 +11,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from lmd.config import Preset
+from lmd.machine import memory_gb
 from lmd.model.live_model import LiveModel
 from lmd.model.text import TextEncoder
 from lmd.training.distill import distill_loss
-from lmd.training.draws import StepPlan
+from lmd.training.draws import StepPlan, plan_step, shard_rows, step_noise
 from lmd.training.lora import merged_state
 from lmd.training.losses import stage_loss
-from lmd.training.options import TrainOptions, shard_rows, step_noise
+from lmd.training.options import TrainOptions
 from lmd.training.sharding import shard
-from lmd.training.trainer import Throughput, check_finite
+from lmd.training.trainer import check_finite
 from lmd.training.windows import Items, WindowSource, read_ahead
 
 
@@ -60,7 +56,7 @@ class LiveTraining(L.LightningModule):
         """Mean loss of this process's rows, weighted so that the parts' mean is the batch's."""
         clean, noise, rows, options = batch["latents"], batch["noise"], batch["rows"], self.options
         prompt = self.text.encode(batch["prompts"]).to(self.device)
-        seconds = self.window_s(options.plan(rows.step))
+        seconds = self.window_s(plan_step(options, rows.step))
         if self.teachers:
             teacher = self.teachers[0].to(self.device)
             losses = distill_loss(self.model, teacher, clean, noise, prompt, seconds, options, rows)
@@ -82,9 +78,8 @@ class LiveTraining(L.LightningModule):
 
         A stream's is its context and the preset's block, whatever block it plays now.
         """
-        n_frames = plan.n_frames
-        if plan.regime is not None:
-            n_frames = plan.context_frames + self.preset.window.block_frames
+        streamed = plan.context_frames + self.preset.window.block_frames
+        n_frames = plan.n_frames if plan.regime is None else streamed
         return n_frames / self.preset.frame_rate_hz
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -96,8 +91,10 @@ class LiveTraining(L.LightningModule):
         return {"optimizer": adam, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """The schedule's rate from the first step on; a checkpoint of a shorter run has its own."""
-        rate = self.options.lr * self.options.lr_factor(self.trainer.global_step)
+        """Start the clock, at the schedule's rate: a checkpoint of a shorter run has its own."""
+        self.began = self.last_end = time.perf_counter()
+        self.first_step = self.trainer.global_step
+        rate = self.options.lr * self.options.lr_factor(self.first_step)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
 
@@ -111,9 +108,22 @@ class LiveTraining(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         move_average(self.ema, self.model, self.options.ema, self.trainer.global_step)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """What a run of this module logs besides its loss."""
-        return [Throughput()]
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], index: int) -> None:
+        """Frames taught per second, memory and time left, in the bar and in the logs."""
+        if (index + 1) % self.options.accumulate:
+            return
+        rows, now, step = batch["rows"], time.perf_counter(), self.trainer.global_step
+        taught = plan_step(self.options, rows.step).taught_frames * rows.n_global
+        took, self.last_end = now - self.last_end, now
+        left_s = (self.options.n_steps - step) * (now - self.began) / (step - self.first_step)
+        shown = {"frames/s": taught / took, "GB": memory_gb(self.device), "ETA min": left_s / 60}
+        logged = {
+            "seconds": now - self.began,
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "data wait ms": 1e3 * batch["waited_s"],
+        }
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict(logged, batch_size=1)
 
     def configure_model(self) -> None:
         """Split weights and average among processes where the strategy brings a mesh for it."""
@@ -124,10 +134,9 @@ class LiveTraining(L.LightningModule):
         """The averaged weights under their ordinary names; every process has to ask."""
         return merged_state(self.ema)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches addressed by step; made after a checkpoint was restored."""
-        n = self.options.n_steps * self.options.accumulate  # also those before a restart
-        return DataLoader(Items(self.batches, n), batch_size=None)
+    def train_dataloader(self) -> Items:
+        """Batches addressed by step, those before a restart counted."""
+        return Items(self.batches, self.options.n_steps * self.options.accumulate)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """From the run's step on, read ahead; `waited_s`: for how long one was not there yet."""
@@ -145,7 +154,8 @@ class LiveTraining(L.LightningModule):
             for part in range(options.accumulate):
                 own = part * trainer.world_size + trainer.global_rank
                 rows = shard_rows(options, step, own, n_shards)
-                windows = self.source.windows(step, rows.positions, options.plan(step).n_frames)
+                n_frames = plan_step(options, step).n_frames
+                windows = self.source.windows(step, rows.positions, n_frames)
                 noise = step_noise(options, rows, windows.latents.shape[1])
                 yield {"rows": rows, "noise": noise, **windows._asdict()}
 

@@ -1,35 +1,24 @@
-"""What a training run is: one dataclass for each command, parsed by tyro, handed on to the end."""
+"""What a training run is: one dataclass for each command, whose fields are its flags."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
-from torch import Tensor
 
+from lmd.config import Regime, check_block
 from lmd.errors import LmdError
 from lmd.outputs import check_folder
-from lmd.training.draws import (
-    BaseOptions,
-    BatchIndices,
-    DistillOptions,
-    FinetuneOptions,
-    Hidden,
-    NoiseOptions,
-    StepPlan,
-    base_plan,
-    distill_plan,
-    draw_noise,
-    finetune_plan,
-)
 
 Stage = Literal["base", "finetune", "distill"]
 Strategy = Literal["ddp", "fsdp"]
-Steps = Annotated[int, tyro.conf.arg(name="steps")]
+Shares = tuple[tuple[Regime, float], ...]
+Lengths = tuple[tuple[int, float], ...]  # in frames, and their shares
 T = TypeVar("T")
-Flags = Annotated[T, tyro.conf.arg(name="")]  # its fields are flags of the command
+Hidden = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]  # a field that is no flag
+Steps = Annotated[int, tyro.conf.arg(name="steps")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +70,19 @@ class RunOptions:
         """The weights that a run may begin with, by option."""
         return {"init": self.init}
 
+    def check(self) -> None:
+        """Refuse what does not fit together."""
+
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
-    """A run of the base, the fine-tune or the distillation.
+    """A run of the base, the fine-tune or the distillation; shares need not sum to one.
 
-    Sources: betas, weight decay and clipping are those of arXiv 2605.22717's base pre-training and
-    ARC configs; the learning rate is higher because the model is 26 times smaller; warm-up,
-    constant rate and linear cool-down follow arXiv 2405.18392; text dropout for guidance:
-    arXiv 2207.12598. The moving average is what is shipped.
+    Sources: betas, weight decay, clipping, context dropout and the distillation's teacher are those
+    of arXiv 2605.22717 (which has 50 steps and guidance 7 there); the learning rate is higher
+    because the model is 26 times smaller; warm-up, constant rate and linear cool-down follow
+    arXiv 2405.18392; text dropout for guidance: arXiv 2207.12598. Ours: the shares of regimes and
+    block lengths, since one checkpoint is to play all; several targets per pass.
 
     Attributes:
         n_steps: optimizer steps; a run may be made longer.
@@ -101,6 +94,12 @@ class TrainOptions(RunOptions):
             500 where the codec is that of the latents.
         compile: torch.compile: a slow start at every new length, then faster steps.
         lora: rank of low-rank updates; 0 trains all weights.
+        long_share: share of steps on 768 frames; ours, keeps three quarters of the compute short.
+        short_context: share of steps whose context is 1 … n − 1 blocks, all alike: a stream with a
+            shorter memory (`WindowConfig`).
+        teacher_steps: sampler steps of the teacher.
+        cfg_scale: its guidance.
+        n_timesteps: how many of its noise levels the student looks at in one pass.
     """
 
     stage: Hidden[Stage]
@@ -117,25 +116,32 @@ class TrainOptions(RunOptions):
     sample_every: int | None = None
     compile: bool = False
     lora: Hidden[int] = 0
-    noise: Flags[NoiseOptions] = field(default_factory=NoiseOptions)
-    base: Hidden[BaseOptions] = field(default_factory=BaseOptions)
-    finetune: Hidden[FinetuneOptions] = field(default_factory=FinetuneOptions)
-    distill: Hidden[DistillOptions] = field(default_factory=DistillOptions)
+    window_frames: Hidden[int] = 240  # of the base
+    long_frames: Hidden[int] = 768  # 192 + 12 · 48: what the discriminator of ARC-Forcing sees
+    long_share: Hidden[float] = 0.1
+    context_frames: Hidden[int] = 192
+    context_dropout_all: Hidden[float] = 0.2  # share of rows that lose all of their context
+    context_dropout_part: Hidden[float] = 0.3  # its oldest blocks
+    regimes: Hidden[Shares] = (("block-causal", 0.6), ("enc-dec", 0.3), ("full", 0.1))
+    block_lengths: Hidden[Lengths] = ((48, 0.4), (24, 0.3), (16, 0.15), (12, 0.15))
+    short_context: Hidden[float] = 0.25
+    target_frames: Hidden[int] = 240  # block-causal: taught in one pass
+    enc_dec_frames: Hidden[int] = 192  # enc-dec: the same, as noised copies of one block
+    teacher_steps: Hidden[int] = 8
+    cfg_scale: Hidden[float] = 1.5
+    n_timesteps: Hidden[int] = 4
 
-    def plan(self, step: int) -> StepPlan:
-        """What step `step` does."""
-        if self.stage == "base":
-            return base_plan(self.base, self.seed, step)
-        if self.stage == "distill":
-            return distill_plan(self.distill, self.finetune, self.seed, step)
-        return finetune_plan(self.finetune, self.seed, step)
-
-    def n_rows(self, plan: StepPlan) -> int:
-        """Rows of the global batch; a long window takes the place of several short ones."""
-        if self.stage != "base" or plan.n_frames <= self.base.window_frames:
-            return self.batch
-        fitting = max(1, self.batch * self.base.window_frames // plan.n_frames)
-        return 1 << (fitting.bit_length() - 1)  # a power of two divides among processes
+    def check(self) -> None:
+        """See `RunOptions.check`."""
+        for block_frames, _ in self.block_lengths:
+            for n_frames in (self.context_frames, self.target_frames, self.enc_dec_frames):
+                check_block(n_frames, block_frames)
+        if not 1 <= self.n_timesteps <= self.teacher_steps:
+            raise LmdError(
+                f"{self.n_timesteps} timesteps of a trajectory of {self.teacher_steps} steps",
+                f"1 to {self.teacher_steps}",
+                "Lower --timesteps, or raise --teacher-steps.",
+            )
 
     def lr_factor(self, step: int) -> float:
         """Warm-up, constant, linear cool-down to a twentieth."""
@@ -143,17 +149,17 @@ class TrainOptions(RunOptions):
         return min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.05, left))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseRun(TrainOptions):
     """`lmd train base`."""
 
     stage: Hidden[Stage] = "base"
     n_steps: Steps = 4000
-    out: Path = field(default=Path("runs/base"), kw_only=True)
-    base: Flags[BaseOptions] = field(default_factory=BaseOptions)
+    out: Path = Path("runs/base")
+    long_share: float = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRun(TrainOptions):
     """`lmd train finetune`."""
 
@@ -161,21 +167,23 @@ class FinetuneRun(TrainOptions):
     n_steps: Steps = 2000
     lr: float = 2e-4
     lora: int = 0
-    out: Path = field(default=Path("runs/finetune"), kw_only=True)
-    finetune: Flags[FinetuneOptions] = field(default_factory=FinetuneOptions)
+    out: Path = Path("runs/finetune")
+    short_context: float = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistillRun(TrainOptions):
     """`lmd train distill`."""
 
     stage: Hidden[Stage] = "distill"
     n_steps: Steps = 1000
     lr: float = 1e-4
-    out: Path = field(default=Path("runs/distill"), kw_only=True)
-    init: Path | None = field(default=Path("data/pretrained/finetuned.safetensors"), kw_only=True)
-    noise: Hidden[NoiseOptions] = field(default_factory=NoiseOptions)
-    distill: Flags[DistillOptions] = field(default_factory=DistillOptions)
+    out: Path = Path("runs/distill")
+    init: Path | None = Path("data/pretrained/finetuned.safetensors")
+    regimes: Hidden[Shares] = (("block-causal", 0.6), ("enc-dec", 0.4))
+    teacher_steps: int = 8
+    cfg_scale: float = 1.5
+    n_timesteps: Annotated[int, tyro.conf.arg(name="timesteps", aliases=["--points"])] = 4
 
 
 MANY = 65_536  # no run of this project needs as many rows, parts, processes or frames
@@ -194,7 +202,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_options(options: Any) -> None:
+def check_options(options: RunOptions) -> None:
     """Refuse numbers that mean nothing, or more than a machine can hold; and a bad `--out`.
 
     Raises:
@@ -204,6 +212,7 @@ def check_options(options: Any) -> None:
         low, high = LIMITS.get(flag, (-math.inf, math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise LmdError(f"--{flag} {value:g}", f"{low:g} to {high:g}", "Correct the number.")
+    options.check()
     check_folder(options.out)
 
 
@@ -211,56 +220,17 @@ def flags_of(options: Any) -> Iterator[tuple[str, Any, Any]]:
     """Every flag of a command with its value and its default."""
     hints = get_type_hints(type(options), include_extras=True)
     for each in fields(options):
-        marks, value = getattr(hints[each.name], "__metadata__", ()), getattr(options, each.name)
-        if tyro.conf.Fixed in marks:
-            continue
-        if is_dataclass(value):
-            yield from flags_of(value)
-            continue
-        names = [mark.name for mark in marks if getattr(mark, "name", None)]
-        default = each.default_factory() if each.default is MISSING else each.default
-        yield (names or [each.name])[0].replace("_", "-"), value, default
+        marks = getattr(hints[each.name], "__metadata__", ())
+        if tyro.conf.Fixed not in marks:
+            names = [mark.name for mark in marks if getattr(mark, "name", None)]
+            flag = (names or [each.name])[0].replace("_", "-")
+            yield flag, getattr(options, each.name), each.default
 
 
-def command_words(name: str, options: Any) -> list[str]:
+def command_words(options: Any) -> list[str]:
     """The command that gives these options, defaults left out."""
-    words = ["python", "-m", "lmd", "train", name]
+    words = ["python", "-m", "lmd", "train", options.stage]
     for flag, value, default in flags_of(options):
         if value != default:
             words += [f"--{flag}", *([] if isinstance(value, bool) else [str(value)])]
     return words
-
-
-def check_parts(batch: int, n_parts: int) -> None:
-    """Refuse a global batch that does not divide among the parts of a step."""
-    if batch % n_parts:
-        raise LmdError(
-            f"a global batch of {batch} rows for {n_parts} parts",
-            "a multiple (parts are processes × accumulation)",
-            "Change --batch, --devices or --accumulate.",
-        )
-
-
-def shard_rows(options: TrainOptions, step: int, shard: int, n_shards: int) -> BatchIndices:
-    """The rows of one part (process, accumulation) of a step's global batch, split evenly.
-
-    Where a step has fewer rows than parts, a part that gets none computes the first one with
-    weight 0, so that all processes do the same work.
-    """
-    check_parts(options.batch, n_shards)
-    n = options.n_rows(options.plan(step))
-    own = range(shard * n // n_shards, (shard + 1) * n // n_shards)
-    weight = len(own) * n_shards / n
-    return BatchIndices(options.seed, step, tuple(own) or (0,), n, weight)
-
-
-def step_noise(options: TrainOptions, rows: BatchIndices, n_channels: int) -> Tensor:
-    """The noise of a step's rows, drawn on the CPU: `[row, latent, frame]`, of a window or a block,
-    or `[row, target, latent, frame]` where blocks are taught in packs.
-    """
-    plan = options.plan(rows.step)
-    if options.stage == "distill":
-        return draw_noise(rows, n_channels, plan.block_frames)
-    if plan.regime in (None, "full"):
-        return draw_noise(rows, n_channels, plan.n_frames)
-    return draw_noise(rows, plan.n_targets, n_channels, plan.block_frames)

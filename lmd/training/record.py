@@ -1,18 +1,20 @@
-"""What a run is, written down when its training begins and compared when it goes on."""
+"""A run's folder: what was asked for, written when training begins and compared when it goes on."""
 
 import json
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lmd.checkpoint import read_header
-from lmd.config import preset, to_dict
-from lmd.data.encode import encoder_sha256
+from lmd.checkpoint import Config, save_checkpoint
+from lmd.config import to_dict
 from lmd.errors import LmdError
 from lmd.outputs import write_atomic
 from lmd.training.options import RunOptions
+from lmd.training.trainer import fit
 
 OPTIONS = "options.json"
 KEPT = ("checkpoints/*.ckpt", "*.safetensors")  # what makes a folder a run's
@@ -22,33 +24,78 @@ FREE |= {"devices", "num_nodes", "strategy", "accelerator", "checkpoint_every", 
 FREE |= {"sample_every", "encoder", "threads"}
 
 
-class RunRecord(Callback):
-    """`options.json` of a run, and the codec beside its weights; written once it trains.
+class RunFolder(Callback):
+    """What a run leaves beside checkpoints and logs: its options, its codec, weights, their card.
 
-    What is `known` besides the options: hashes of what the run begins with and learns from.
+    Args:
+        options: of the run.
+        known: what else must stay the same: hashes of what it begins with and learns from.
+        kind: of the weights, whose file has this name.
+        config: their sizes.
+        notes: what their file says about its making.
+        codec: whose latents they learn; it is copied beside them.
 
     Raises:
         LmdError: the folder holds a run with other options (a longer one is welcome).
     """
 
-    def __init__(self, options: RunOptions, known: dict[str, Any], codec: Path | None) -> None:
-        self.out, self.codec, before = options.out, codec, recorded(options.out)
+    def __init__(
+        self,
+        options: RunOptions,
+        known: dict[str, Any],
+        kind: str,
+        config: Config,
+        notes: dict[str, Any],
+        codec: Path | None = None,
+    ) -> None:
+        self.options, self.codec, self.config, self.notes = options, codec, config, notes
+        self.weights, self.exported = options.out / f"{kind}.safetensors", False
+        before = recorded(options.out)
         own = {name: value for name, value in to_dict(options).items() if name not in FREE}
-        self.options = json.loads(json.dumps(own | known | {"n_steps": options.n_steps}))
-        other = [line for line in changes(before, self.options) if not line.startswith("n_steps ")]
+        self.record = json.loads(json.dumps(own | known | {"n_steps": options.n_steps}))
+        other = [line for line in changes(before, self.record) if not line.startswith("n_steps ")]
         if other:
             raise LmdError(
-                f"a run in {self.out} that was started with other options ({', '.join(other)})",
+                f"a run in {options.out} that was started with other options ({', '.join(other)})",
                 "the same options, or an empty folder",
                 "Give them again, or another --out.",
             )
 
+    def train(
+        self,
+        module: Any,
+        callbacks: Sequence[Callback] = (),
+        card: Callable[[Path, Any], str] | None = None,
+    ) -> None:
+        """`fit` a module that has `exported` weights; their card is made of file and options."""
+        start = time.time()
+        trainer = fit(module, [self, *callbacks])
+        if not self.exported:  # the run was complete before
+            self.export(trainer, module)
+        if trainer.is_global_zero:
+            if card:
+                text = card(self.weights, self.options)
+                write_atomic(self.weights.with_suffix(".md"), text.encode())
+            print(f"{self.weights} after {trainer.global_step} steps, {time.time() - start:.0f} s")
+
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Everything has been checked and loaded."""
-        write_atomic(self.out / OPTIONS, json.dumps(self.options, indent=1).encode())
-        beside = self.out / "codec.safetensors"
+        write_atomic(self.options.out / OPTIONS, json.dumps(self.record, indent=1).encode())
+        beside = self.options.out / "codec.safetensors"
         if self.codec is not None and trainer.is_global_zero and not beside.exists():
             write_atomic(beside, self.codec.read_bytes())
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: Any) -> None:
+        """Weights with every checkpoint."""
+        self.export(trainer, module)
+
+    def export(self, trainer: L.Trainer, module: Any) -> None:
+        """All processes gather the weights, the first one writes them."""
+        self.exported, weights = True, module.exported()
+        if trainer.is_global_zero:
+            about = {"kind": self.weights.stem, "config": self.config, "stored": "float16"}
+            notes = self.notes | {"steps": trainer.global_step}
+            save_checkpoint(self.weights, weights, notes=notes, **about)
 
 
 def recorded(out: Path) -> dict[str, Any]:
@@ -81,15 +128,3 @@ def changes(before: dict[str, Any], present: dict[str, Any], prefix: str = "") -
         elif old != new:
             found.append(f"{prefix}{name} {old} → {new}")
     return found
-
-
-def matching_codec(options: RunOptions, encoder: str | None) -> Path | None:
-    """`--codec`, or the one beside the weights that a run begins with, if it made the latents.
-
-    `encoder` is the hash of the encoder that made them, where they say it.
-    """
-    sizes, starts = preset(options.preset).codec, options.starts().values()
-    beside = [path.with_name("codec.safetensors") for path in starts if path is not None]
-    there = [path for path in (options.codec, *beside) if path.is_file()]
-    fitting = (path for path in there if read_header(path).config == sizes)
-    return next((path for path in fitting if encoder in (None, encoder_sha256(path))), None)

@@ -1,4 +1,4 @@
-"""Sounds and pictures of a run, every so often: what the averaged weights play at that step."""
+"""Sounds and pictures of a run: what the averaged weights play at some of its steps."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,11 @@ import lightning as L
 import soundfile
 import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from lmd.checkpoint import build_model, load_codec
 from lmd.codec.base import Codec
-from lmd.model.live_model import LiveModel
 from lmd.model.weights import load_strict
 from lmd.rng import normal
 from lmd.shapes import Latents, Wave
@@ -23,30 +24,26 @@ N_STEPS = 16  # of the sampler
 STREAM_BLOCKS = 5
 
 
-def averaged_model(module: LiveTraining) -> LiveModel:
-    """A whole copy of a run's averaged weights on the CPU; every process has to ask for it."""
-    model = build_model(module.preset)
-    load_strict(model, module.exported(), "the averaged weights")
-    return model.eval()
-
-
 @torch.no_grad()
-def play_module(
-    module: LiveTraining, model: LiveModel, codec: Codec, prompt: str, seed: int
+def play_weights(
+    weights: dict[str, Tensor], module: LiveTraining, codec: Codec, prompt: str
 ) -> Wave:
-    """What a run's averaged weights play: a window of the base, or a stream from silence."""
-    preset = module.preset
-    if module.options.stage != "base":
-        streamer = Streamer(model, codec, module.text, preset.window)
-        blocks = streamer.stream(Controls(prompt=prompt, seed=seed), n_blocks=STREAM_BLOCKS)
+    """What `exported` weights of a run play on the CPU: a window of the base, or a stream."""
+    sizes, options = module.preset, module.options
+    model = build_model(sizes).eval()
+    load_strict(model, weights, "the averaged weights")
+    if options.stage != "base":
+        streamer = Streamer(model, codec, module.text, sizes.window)
+        controls = Controls(prompt=prompt, seed=options.seed)
+        blocks = streamer.stream(controls, n_blocks=STREAM_BLOCKS)
         return torch.cat([block.wave for block in blocks], dim=-1)
-    n_frames = module.options.base.window_frames
-    condition = model.condition(module.text.encode([prompt]), n_frames / preset.frame_rate_hz)
+    n_frames = options.window_frames
+    condition = model.condition(module.text.encode([prompt]), n_frames / sizes.frame_rate_hz)
 
     def velocities(noisy: Latents, t: float) -> Guidance:
         return Guidance(model(noisy, torch.full((1,), t), condition))
 
-    noise = normal((1, model.config.latent_dim, n_frames), seed, "sample")
+    noise = normal((1, model.config.latent_dim, n_frames), options.seed, "sample")
     return codec.decode(dpmpp_2m(velocities, noise, schedule(N_STEPS)))
 
 
@@ -57,29 +54,20 @@ class Samples(Callback):
         self.every, self.codec, self.done = every, load_codec(codec), 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LiveTraining, *args: Any) -> None:
-        """The first process plays."""
+        """All processes gather the weights, the first one plays them."""
         step = trainer.global_step
         if step == self.done or step % self.every:
             return
-        self.done, model = step, averaged_model(module)
+        self.done, weights, options = step, module.exported(), module.options
         if not trainer.is_global_zero:
             return
-        prompt = module.source.windows(0, [0], module.options.base.window_frames).prompts[0]
-        wave = play_module(module, model, self.codec, prompt, module.options.seed)
-        path = module.options.out / "samples" / f"step-{step:07d}.wav"
+        from lmd.show import specplot  # slow to import
+
+        prompt = module.source.windows(0, [0], options.window_frames).prompts[0]
+        wave, rate = play_weights(weights, module, self.codec, prompt), self.codec.sample_rate
+        path = options.out / "samples" / f"step-{step:07d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, wave[0].T.clamp(-1, 1).numpy(), self.codec.sample_rate)
-        picture(wave, self.codec.sample_rate, path.with_suffix(".png"), prompt)
-
-
-def picture(wave: Wave, sample_rate: int, path: Path, title: str) -> None:
-    """A spectrogram as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from lmd.show import specplot
-
-    axes = specplot(wave[0], sample_rate)
-    axes.set_title(title, fontsize=8)
-    axes.figure.savefig(path, dpi=80)
-    matplotlib.pyplot.close(axes.figure)
+        soundfile.write(path, wave[0].T.clamp(-1, 1).numpy(), rate)
+        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        specplot(wave[0], rate, figure.subplots()).set_title(prompt, fontsize=8)
+        figure.savefig(path.with_suffix(".png"), dpi=80)

@@ -7,9 +7,8 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lmd.checkpoint import Config, save_checkpoint
 from lmd.errors import LmdError
-from lmd.machine import half_products, machine_dict, memory_gb
+from lmd.machine import half_products, machine_dict
 from lmd.outputs import write_atomic
 from lmd.training.options import RunOptions
 from lmd.training.sharding import Sharding
@@ -34,19 +32,20 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 def fit(module: Any, callbacks: Sequence[Callback] = ()) -> L.Trainer:
     """Train a module as its `options` say, from the newest checkpoint in their folder if any.
 
-    The module has `options`, a `RunOptions` with `n_steps`, and `last_checkpoint`.
+    The module has `options`, a `RunOptions` with `n_steps`; its `last_checkpoint` is kept up.
 
     Raises:
         LmdError: devices that are not there; see `AtomicCheckpointIO`; what the module raises.
         SystemExit: 128 + the signal's number, where one stopped the run; a checkpoint holds it.
     """
-    options, stop = module.options, StopOnSignal()
-    trainer = build_trainer(module, [stop, *callbacks])
-    found = checkpoints(options.out)
+    found, stop = checkpoints(module.options.out), StopOnSignal()
+    newest = found[-1] if found else None
+    trainer = build_trainer(module, newest, [stop, *callbacks])
+    module.last_checkpoint = str(newest or "none yet")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", category=UserWarning, message=".*LeafSpec.*")
-        trainer.fit(module, ckpt_path=str(found[-1]) if found else None, weights_only=False)
+        trainer.fit(module, ckpt_path=newest, weights_only=False)
     if stop.received:
         print(
             f"stopped at step {trainer.global_step} by {stop.received.name}; "
@@ -57,27 +56,11 @@ def fit(module: Any, callbacks: Sequence[Callback] = ()) -> L.Trainer:
     return trainer
 
 
-def fit_and_export(
-    module: Any,
-    export: "Export",
-    callbacks: Sequence[Callback],
-    card: Callable[[], str] | None = None,
-) -> None:
-    """`fit`, write the weights, and beside them the card that is made of their file."""
-    start = time.time()
-    trainer = fit(module, [export, *callbacks])
-    export.export(trainer, module)  # a run that was complete before has not done it now
-    if trainer.is_global_zero:
-        if card:
-            write_atomic(export.path.with_suffix(".md"), card().encode())
-        print(f"{export.path} after {trainer.global_step} steps, {time.time() - start:.0f} s")
-
-
-def build_trainer(module: Any, callbacks: Sequence[Callback]) -> L.Trainer:
+def build_trainer(module: Any, newest: Path | None, callbacks: Sequence[Callback]) -> L.Trainer:
     """Lightning's Trainer for a run: logs, atomic checkpoints, precision, processes."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     options: RunOptions = module.options
-    start = int(found[-1].stem.split("=")[1]) if (found := checkpoints(options.out)) else 0
+    start = int(newest.stem.split("=")[1]) if newest else 0
     logs = {"save_dir": options.out, "name": "logs", "version": f"from-{start:07d}"}
     bar = [] if options.no_progress else [TQDMProgressBar(refresh_rate=1)]
     try:
@@ -140,7 +123,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 class Checkpoints(ModelCheckpoint):
-    """The newest two, and the last step whatever its number; the module knows the newest."""
+    """The newest two, also of the step at which a run ends or is stopped, to go on from."""
 
     def __init__(self, options: RunOptions) -> None:
         super().__init__(
@@ -153,14 +136,8 @@ class Checkpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """A run that goes on has one from the start."""
-        super().on_train_start(trainer, pl_module)
-        if trainer.ckpt_path:
-            pl_module.last_checkpoint = str(trainer.ckpt_path)
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
-        """Also where the run ends or is stopped, so that a longer one goes on from there."""
+        """Where the run ends, too."""
         super().on_train_batch_end(trainer, pl_module, *rest)
         ends = trainer.should_stop or trainer.global_step == trainer.max_steps
         if ends and self._last_global_step_saved != trainer.global_step:
@@ -231,63 +208,5 @@ class StopOnSignal(Callback):
         self.before = {}
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """The same where something was raised."""
+        """Likewise."""
         self.teardown(trainer, module, "fit")
-
-
-class Throughput(Callback):
-    """Frames taught per second, memory and time left, in the bar and in the logs."""
-
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Start the clock."""
-        self.since = self.last = time.perf_counter()
-        self.first = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """After each optimizer step."""
-        if (index + 1) % trainer.accumulate_grad_batches:
-            return
-        rows, now = batch["rows"], time.perf_counter()
-        taught = module.options.plan(rows.step).taught_frames * rows.n_global
-        done, took = trainer.global_step - self.first, now - self.last
-        left_s = (trainer.max_steps - trainer.global_step) * (now - self.since) / max(1, done)
-        self.last = now
-        shown = {"frames/s": taught / took, "GB": memory_gb(module.device), "ETA min": left_s / 60}
-        logged = {
-            "seconds": now - self.since,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "data wait ms": 1e3 * batch["waited_s"],
-        }
-        module.log_dict(shown, prog_bar=True, batch_size=1)
-        module.log_dict(logged, batch_size=1)
-
-
-class Export(Callback):
-    """What a module has `exported`, as float16 safetensors, at every checkpoint and at the end.
-
-    The stem of the file's name is the kind of its weights.
-    """
-
-    def __init__(self, path: Path, config: Config, notes: dict[str, Any]) -> None:
-        self.path, self.config, self.notes, self.written_at = path, config, notes, 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """As often as there is a checkpoint."""
-        if trainer.global_step % module.options.checkpoint_every == 0:
-            self.export(trainer, module)
-
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """The final weights."""
-        self.export(trainer, module)
-
-    def export(self, trainer: L.Trainer, module: Any) -> None:
-        """Write them, once per step: all processes gather, the first one writes."""
-        step = trainer.global_step
-        if step == self.written_at:
-            return
-        self.written_at, weights = step, module.exported()
-        if trainer.is_global_zero:
-            about = {"kind": self.path.stem, "config": self.config, "stored": "float16"}
-            save_checkpoint(self.path, weights, notes={**self.notes, "steps": step}, **about)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import lightning as L
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lmd.codec import phase
 from lmd.codec.spectral import DB_SCALE, SpectralCodec, stft
@@ -33,8 +32,8 @@ from lmd.training.codec.losses import (
     mel_matrix,
     multi_resolution_loss,
 )
-from lmd.training.draws import Hidden
-from lmd.training.options import RunOptions, Steps
+from lmd.training.options import Hidden, RunOptions, Steps
+from lmd.training.trainer import check_finite
 
 STATISTICS_BATCHES = 100  # that the latents' mean and scale are measured on
 ADVERSARIAL_ROWS = 4  # windows of a batch that are synthesised and scored; it is the dear part
@@ -61,6 +60,7 @@ class CodecRun(RunOptions):
         threads: that torch uses; 0: its own choice.
     """
 
+    stage: ClassVar[str] = "codec"
     out: Path = Path("outputs/codec")
     data: Path = Path("data/corpus")
     n_steps: Steps = 20_000
@@ -85,7 +85,7 @@ class CodecRun(RunOptions):
     checkpointing: Hidden[bool] = False
 
 
-class CodecWindows(IterableDataset):
+class CodecWindows:
     """Batches of waves `[batch, 1, sample]`; the one of step k depends on (seed, k) alone."""
 
     def __init__(self, corpus: Corpus, config: SpectralCodecConfig, options: CodecRun) -> None:
@@ -135,10 +135,10 @@ class CodecTraining(L.LightningModule):
         adam = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, fused=True)
         return [adam(network.parameters(), betas=betas) for network, betas in pairs]
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> CodecWindows:
         """Batches from the step that comes next."""
         self.windows.first_step = int(self.step)
-        return DataLoader(self.windows, batch_size=None)
+        return self.windows
 
     def training_step(self, wave: Tensor, batch_index: int) -> None:
         """One step of the stage that the step number says."""
@@ -149,16 +149,18 @@ class CodecTraining(L.LightningModule):
         for optimizer, rate in zip(self.optimizers(), rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        losses = self._encoder_losses(wave) if step < self.options.encoder_steps else {}
-        losses = losses or self._decoder_losses(wave)
-        check_finite(losses, step)
+        in_encoder = step < self.options.encoder_steps
+        losses = self._encoder_losses(wave) if in_encoder else self._decoder_losses(wave)
+        found = {name: value.item() for name, value in losses.items()}
+        for name, value in found.items():
+            advice = "Start again from the last checkpoint with a smaller --learning-rate."
+            check_finite(name, value, f"step {step}", advice)
         optimizer = self.optimizers()[0]
         optimizer.zero_grad()
         self.manual_backward(losses["loss"])
         nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
         optimizer.step()
         self.step += 1
-        found = {name: float(value.detach()) for name, value in losses.items()}
         for logger in self.loggers:
             logger.log_metrics(found, step=step)
         self.log("loss", found["loss"], prog_bar=True, logger=False, batch_size=len(wave))
@@ -230,17 +232,6 @@ def learning_rate(options: CodecRun, step: int) -> float:
     """Warm-up over 100 steps, then a cosine down to a twentieth at the last step."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / max(1, options.n_steps)))
     return options.learning_rate * min(1.0, (step + 1) / 100) * max(0.05, cosine)
-
-
-def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Stop before bad numbers reach the weights."""
-    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    if bad:
-        raise LmdError(
-            f"loss {', '.join(bad)} not finite at step {step}",
-            "finite losses",
-            "Start again from the last checkpoint with a smaller --learning-rate.",
-        )
 
 
 @torch.no_grad()

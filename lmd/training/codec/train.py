@@ -19,8 +19,8 @@ from lmd.rng import derive_seed
 from lmd.training.codec.losses import WINDOWS
 from lmd.training.codec.module import CodecRun, CodecTraining, CodecWindows, start_from_components
 from lmd.training.options import check_options, command_words
-from lmd.training.record import RunRecord, recorded
-from lmd.training.trainer import Export, checkpoints, choose_precision, fit_and_export
+from lmd.training.record import RunFolder, recorded
+from lmd.training.trainer import checkpoints, choose_precision
 
 Options = CodecRun  # the flags
 
@@ -36,15 +36,15 @@ def main(options: CodecRun, callbacks: Sequence[Callback] = ()) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     module = build(options)
-    corpus, known = module.windows.corpus, {"encoder_from": None}
-    if options.encoder:
-        known["encoder_from"] = read_header(options.encoder).sha256
+    corpus, encoder = module.windows.corpus, options.encoder
     sounds = "\n".join(row.sha256 for row in corpus.rows)
-    known["corpus"] = hashlib.sha256(sounds.encode()).hexdigest()
-    record = RunRecord(module.options, known, codec=None)
+    known = {
+        "encoder_from": read_header(encoder).sha256 if encoder else None,
+        "corpus": hashlib.sha256(sounds.encode()).hexdigest(),
+    }
     notes = notes_of(module.options, corpus)
-    export = Export(options.out / "codec.safetensors", module.codec.config, notes)
-    fit_and_export(module, export, [record, *callbacks])
+    folder = RunFolder(module.options, known, "codec", module.codec.config, notes)
+    folder.train(module, callbacks)
     return 0
 
 
@@ -96,10 +96,8 @@ def resolved(options: CodecRun, config: SpectralCodecConfig) -> CodecRun:
             f"{fewest} or more",
             "Raise --frames, or do without it: --adversarial-from as --steps.",
         )
-    precision = choose_precision(options.precision)
-    return replace(
-        options, encoder_steps=encoder_steps, adversarial_from=start, precision=precision
-    )
+    more = {"adversarial_from": start, "precision": choose_precision(options.precision)}
+    return replace(options, encoder_steps=encoder_steps, **more)
 
 
 def notes_of(options: CodecRun, corpus: Corpus) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def notes_of(options: CodecRun, corpus: Corpus) -> dict[str, Any]:
     names = ("encoder_steps", "adversarial_from", "batch", "frames", "learning_rate", "noise")
     numbers = {name: getattr(options, name) for name in (*names, "slowness", "seed")}
     return {
-        "command": shlex.join(command_words("codec", options)),
+        "command": shlex.join(command_words(options)),
         "plan": {"steps": options.n_steps, **numbers},
         "data": {
             "name": options.data.name,
