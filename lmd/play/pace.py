@@ -27,7 +27,7 @@ HEADROOM = 0.7  # of a block's length that `auto` lets its making take, of time 
 ANSWERS = ("at once", "next block")
 NEXT_BLOCK = {"block_frames", "regime", "boundary"}  # controls that no cut is made for
 ANSWER_FRAMES = 12  # of a block that answers a change, beyond the codec's look-ahead
-REST_S = 0.4  # after a change: so long no more is planned than has to be
+REST_S = 1.0  # after a change: so long no more is planned than has to be
 MEDIANS = ("rtf", "dit_ms", "decode_ms")
 STARVED = 20  # times what such a block usually costs: something else has taken the cores
 
