@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,12 @@ def _cpu_field(name: str) -> str:
             return next((value.strip() for key, _, value in lines if key.strip() == name), "")
     except OSError:
         return ""
+
+
+def making_tables() -> AbstractContextManager:
+    """Where small tables are made: on the default device, but on the CPU for an outline ("meta").
+
+    There, `arange` would load PyTorch's compiler, a second of a process's life.
+    """
+    is_outline = torch.get_default_device().type == "meta"
+    return torch.device("cpu") if is_outline else nullcontext()

@@ -72,6 +72,9 @@ class FakeCodec:
     sample_rate, samples_per_frame, channels, latent_dim = SAMPLE_RATE, SAMPLES_PER_FRAME, 1, 2
     lookback_frames = lookahead_frames = 0
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(latents), 1, latents.shape[-1] * SAMPLES_PER_FRAME)
+
 
 def tone_hz(controls: Controls) -> float:
     """Which tone the fake plays under these controls: any change moves it."""

@@ -241,7 +241,7 @@ def test_an_empty_name_is_not_the_folder_one_stands_in(
     "words",
     [
         *(f"data {name}" for name in ("build", "encode")), "evaluate", "export", "convert folder",
-        *(f"train {name}" for name in ("codec", "base", "finetune", "distill", "arc", "tagger")),
+        *(f"train {name}" for name in ("codec", "base", "finetune", "distill", "arc")),
     ],
 )  # fmt: skip
 def test_an_empty_out_is_not_the_folder_one_stands_in(

@@ -216,6 +216,69 @@ def test_a_change_is_heard_in_the_sample_it_was_promised_for_and_soon(
         assert abs(heard[n[0] - 41 : n[0] - 1] - tone[:40]).max() > 1e-2  # and no sooner
 
 
+def test_ten_minutes_of_changes_have_no_underrun_and_nothing_grows() -> None:
+    """A change every half second; blocks cost a twentieth of what they last."""
+    sizes = []
+
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        for number in range(1180):
+            clock.at(8 + number / 2, lambda number=number: engine.change(seed=number + 1))
+            clock.at(8 + number / 2, lambda: sizes.append(len(engine._planner.timeline._plans)))
+
+    engine, _, _ = play(
+        lambda index, controls: 0.1 * controls.block_frames / 48, EngineOptions(limit_s=600),
+        before=before,
+    )  # fmt: skip
+    meters = engine.meters()
+    assert (meters.underruns, meters.silent_s) == (0, 0)
+    assert len(engine.ledger.applied) == 1024  # as many as are kept
+    assert max(sizes) <= 8
+    assert meters.latency_p95_ms < 60
+
+
+def test_twenty_changes_in_two_seconds_are_answered_and_the_last_one_stays() -> None:
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        for number in range(20):
+            clock.at(20 + number / 10, lambda number=number: engine.change(seed=number + 1))
+
+    cost = lambda index, controls: 0.15 if controls.block_frames < 48 else 0.3  # noqa: E731
+    engine, sink, events = play(cost, EngineOptions(limit_s=40), before=before)
+    assert [a.change.number for a in engine.ledger.applied] == [*range(1, 21)]
+    cuts = [e for e in events if isinstance(e, Made) and e.is_cut]
+    assert 5 < len(cuts) < 20  # those that came while a plan was made went together
+    assert cuts[-1].controls.seed == 20
+    busy_s = sum(cut.made_s for cut in cuts)
+    assert busy_s < 0.7 * (2 + 0.3) + 0.15
+    last = engine.ledger.applied[-1].sample + round(FADE_S * SAMPLE_RATE)
+    n = np.arange(last, last + 4000)
+    tone = 0.25 * np.sin(2 * np.pi * tone_hz(cuts[-1].controls) * n / SAMPLE_RATE)
+    assert np.abs(sink.heard()[0][n] - tone).max() < 1e-4
+
+
+def test_a_machine_that_cannot_cut_in_time_says_so_and_plays_on() -> None:
+    def before(engine: LiveEngine, clock: VirtualClock) -> None:
+        for number in range(10):
+            clock.at(30 + 4 * number, lambda number=number: engine.change(seed=number + 1))
+
+    cost = lambda index, controls: 2.3  # noqa: E731  a block lasts 2.4 s
+    options = EngineOptions(queue_s=BLOCK_S, limit_s=90)
+    engine, _, events = play(cost, options, before=before)
+    late = [e.message for e in events if isinstance(e, Trouble) and e.kind == "late"]
+    assert len(late) == 1
+    assert "heard from the next block on" in late[0]
+    assert len(engine.ledger.applied) == 10
+
+
+@pytest.mark.parametrize("commit", [6, 24])
+def test_a_plan_is_made_again_when_so_much_of_it_was_played(commit: int) -> None:
+    cost = lambda index, controls: 0.02  # noqa: E731
+    engine, _, events = play(cost, EngineOptions(limit_s=60, commit_frames=commit))
+    cuts = [e.first_sample for e in events if isinstance(e, Made) and e.is_cut]
+    steps = np.diff(cuts) / SAMPLES_PER_FRAME
+    assert np.median(steps) == pytest.approx(commit, abs=1)
+    assert engine.meters().underruns == 0
+
+
 WORKERS = """
 import psutil, torch
 from lmd.machine import release_idle_threads

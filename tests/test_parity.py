@@ -438,7 +438,7 @@ def test_what_a_checkpoint_says_of_prompt_and_length_is_kept_and_held_against_th
     assert main(["convert", str(folder), "--out", str(tmp_path / "converted")]) == 0
     for init in (folder, tmp_path / "converted" / "base.safetensors"):
         start_model("base", other, init, seed=0)
-        differences = r"text.n_tokens 128, not 64; text.max_seconds 512.0, not 256.0"
+        differences = r"max_seconds 512.0 → 256.0, n_tokens 128 → 64"
         with pytest.raises(LmdError, match=differences):
             start_model("base", sizes, init, seed=0)
 

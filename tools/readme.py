@@ -148,9 +148,11 @@ def criteria(root: Path, _: str) -> str:
 
 def numbers(root: Path, _: str) -> str:
     """The three figures of the README, each with its limits."""
-    live, change = _read(root, "live_paced.json"), _read(root, "live_latency.json")
-    quality = _read(root, "evaluation.json")
-    meters, short = live["meters"], change["blocks"]["12"]
+    live, quality = _read(root, "live_paced.json"), _read(root, "evaluation.json")
+    meters, change = live["meters"], _read(root, "changes_at_once.json")
+    heard, waited = (
+        found["slider_to_sound_ms"] for found in (change, _read(root, "changes_next_block.json"))
+    )
     row = next(
         row
         for row in quality["rows"]
@@ -170,10 +172,9 @@ def numbers(root: Path, _: str) -> str:
         ],
         [
             "Slider to sound",
-            f"{short['p50_ms']:.0f} ms (95 %: {short['p95_ms']:.0f} ms)",
-            f"blocks of {short['block_ms'] / 1e3:.2f} s, one queued; "
-            f"{change['blocks']['48']['p50_ms'] / 1e3:.1f} s with blocks of "
-            f"{change['blocks']['48']['block_ms'] / 1e3:.1f} s",
+            f"{heard['p50']:.0f} ms (95 %: {heard['p95']:.0f} ms)",
+            f"player's defaults, by the clock, {change['n_changes']} changes at random moments; "
+            f"{waited['p50'] / 1e3:.1f} s where a change waits for the next block",
         ],
         [
             "Fréchet distance (FD∞)",
@@ -190,7 +191,7 @@ def live(root: Path, _: str) -> str:
     rows = []
     for name, (what, words) in LIVE.items():
         found = _read(root, f"live_{name}.json")
-        parts = found.get("blocks", found.get("stalls", {"": found})) if found else {}
+        parts = found.get("stalls", {"": found}) if found else {}
         for key, part in parts.items():
             queued = {when: part.get(f"queued_{when}_ms", [0])[-1] for when in ("before", "after")}
             values = {**part, **queued, "key": key}
@@ -199,9 +200,21 @@ def live(root: Path, _: str) -> str:
             how = f"`{found['source']}` {(found.get('sha256') or '')[:8]}, {found['n_steps']} steps"
             how += f", boundary {boundary}{waits}, {found['machine']['cpu']}"
             rows.append([what.format(**values), words.format(**values), how])
+    for path in sorted(_published(root).glob("changes_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        how = f"`{found['source']}` {(found['sha256'] or '')[:8]}, {found['n_steps']} steps, "
+        rows.append(
+            [CHANGES[0].format(**found), CHANGES[1].format(**found), how + found["machine"]["cpu"]]
+        )
     return _table(pd.DataFrame(rows, columns=["measured", "found", "with"]))
 
 
+CHANGES = (
+    "slider to sound, {n_changes} changes answered {answer}, blocks of {block_frames} frames, "
+    "commit {commit_frames}",
+    "p50 {slider_to_sound_ms[p50]:.0f} ms, p95 {slider_to_sound_ms[p95]:.0f} ms; {n_cuts} cuts, "
+    "median {planning_ms[p50]:.0f} ms; underruns: {underruns}",
+)
 LIVE = {
     "paced": (
         "{meters[played_s]:.0f} s in real time",
@@ -220,10 +233,6 @@ LIVE = {
         "a stall of {key} blocks ({stall_s:.1f} s)",
         "counted {underruns} time, {silent_s:.2f} s of silence; queue before and after "
         "{before:.0f} and {after:.0f} ms",
-    ),
-    "latency": (
-        "slider to sound, blocks of {key} frames ({block_ms:.0f} ms)",
-        "p50 {p50_ms:.0f} ms, p95 {p95_ms:.0f} ms; underruns: {underruns}",
     ),
 }
 

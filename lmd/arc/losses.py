@@ -25,7 +25,7 @@ from lmd.errors import LmdError
 from lmd.model.dit import Condition
 from lmd.model.kv_cache import Memory
 from lmd.model.live_model import LiveModel
-from lmd.rng import normal
+from lmd.rng import frame_noise
 from lmd.shapes import BlockLatents, Latents, NoiseLevel, Tokens
 from lmd.stream.block import BlockPlan, BlockSession, Denoiser
 from lmd.stream.samplers import Guidance, SamplerName, add_noise, predict_clean, sample, schedule
@@ -58,10 +58,11 @@ class RolloutPlan:
                 "Draw them with draw_calls.",
             )
 
-    def noise(self, latent_dim: int, purpose: str, *step: int) -> Latents:
-        """Noise for a block, one stream of numbers per item."""
-        shape = (latent_dim, self.block.block_frames)
-        return torch.stack([normal(shape, seed, purpose, *step) for seed in self.seeds])
+    def noise(self, latent_dim: int, purpose: str, index: int, *step: int) -> Latents:
+        """Noise for block number `index`, one stream of numbers per item."""
+        shape, first = (latent_dim, self.block.block_frames), index * self.block.block_frames
+        drawn = [frame_noise(shape, seed, purpose, first, *step) for seed in self.seeds]
+        return torch.stack(drawn)
 
 
 def draw_calls(n_blocks: int, n_steps: int, generator: torch.Generator) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ The streamer and the notebooks know nothing of a codec but this protocol, so the
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -77,7 +77,6 @@ class DecodeState:
     Attributes:
         latents: the most recent latents, those still to be heard last.
         n_waiting: how many of them have not been emitted yet (the look-ahead of an exact boundary).
-        n_unseen: how many of them `running` has not decoded yet (after a rewind).
         overhang: samples guessed past the last block's end, to be faded out (fading boundary).
         running: the codec's own streaming state, where it has one.
     """
@@ -86,18 +85,6 @@ class DecodeState:
     n_waiting: int = 0
     overhang: Wave | None = None
     running: Any = None
-    n_unseen: int = 0
-
-    def waiting_for(self, latents: Latents) -> "DecodeState":
-        """The same with some more latents that wait to be decoded together with the next."""
-        past = latents[..., :0] if self.latents is None else self.latents
-        n = latents.shape[-1]
-        return replace(
-            self,
-            latents=torch.cat([past, latents], dim=-1),
-            n_waiting=self.n_waiting + n,
-            n_unseen=self.n_unseen + n,
-        )
 
 
 def decode_block(
@@ -134,14 +121,12 @@ def decode_block(
     guess = joined[..., -1:].expand(*joined.shape[:-1], n_guess)
     overhang, running = state.overhang, None
     if isinstance(codec, StreamingCodec):
-        n_seen = past.shape[-1] - state.n_unseen
         running = state.running
         if running is None:  # a new one is fed the latents before it
             running = codec.stream_start()
-            if n_seen:
-                _, running = codec.stream_decode(running, past[..., :n_seen])
-        unseen = joined[..., n_seen:]
-        decoded, running = codec.stream_decode(running, unseen, guess=guess if n_guess else None)
+            if past.shape[-1]:
+                _, running = codec.stream_decode(running, past)
+        decoded, running = codec.stream_decode(running, latents, guess=guess if n_guess else None)
         end = decoded.shape[-1] - n_guess * hop
     else:
         decoded = codec.decode(torch.cat([joined, guess], dim=-1))

@@ -18,6 +18,7 @@ from lmd.codec.base import check_latents, check_wave
 from lmd.codec.spectral_decoder import DB_SCALE, Advances, Decibels, Past, SpectralDecoder
 from lmd.config import SpectralCodecConfig
 from lmd.errors import LmdError
+from lmd.machine import making_tables
 from lmd.shapes import BlockLatents, Latents, Wave
 
 
@@ -88,7 +89,7 @@ class SpectralEncoder(nn.Module):
         super().__init__()
         self.config = config
         n_features = config.n_bands * config.hops_per_frame
-        with torch.device("cpu"):  # on "meta", `arange` would load PyTorch's compiler: a second
+        with making_tables():
             bands = band_matrix(config.n_fft // 2 + 1, config.n_linear, config.n_bands)
         self.register_buffer("bands", bands, persistent=False)
         self.register_buffer("feature_mean", torch.full((n_features,), config.floor_db))
@@ -190,7 +191,7 @@ class SpectralCodec(nn.Module):
         self.n_waiting = self.lookahead_frames * per_frame - ahead
         # one step more: an onset is a rise over the step before
         self.lookback_frames = math.ceil(back / per_frame) + overlap + config.horizon_frames + 1
-        with torch.device("cpu"):  # as above
+        with making_tables():
             turn = phase.bin_turn(config.n_fft // 2 + 1, config.n_fft, config.hop)
         self.register_buffer("hop_turn", turn, persistent=False)
 

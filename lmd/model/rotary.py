@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lmd.machine import making_tables
 from lmd.shapes import Positions
 
 
@@ -24,7 +25,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float) -> None:
         super().__init__()
-        step = torch.arange(0, dim, 2, device="cpu")  # on "meta" it would load PyTorch's compiler
+        with making_tables():
+            step = torch.arange(0, dim, 2)
         self.register_buffer("inv_freq", base ** (-step.float() / dim))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":

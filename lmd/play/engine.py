@@ -39,6 +39,7 @@ from lmd.stream.state import StreamState
 from lmd.stream.streamer import Streamer
 
 BAR_EVERY_S = 0.5
+LATE = "Changes are heard from the next block on: planning a cut takes longer than what is queued."
 NAP_S = 0.25  # the longest wait before looking again whether something has changed
 
 Event = Made | AppliedChange | Trouble | Meters
@@ -84,7 +85,7 @@ class LiveEngine:
         self._rate = streamer.codec.sample_rate
         options = options or EngineOptions()
         self._planner = Planner(streamer, sink, self.control_queue, options, self.ledger)
-        self._seen_underruns = 0
+        self._seen_underruns, self._said_late = 0, False
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
         self.failure: BaseException | None = None  # what ended the stream, if something did
@@ -252,9 +253,14 @@ class LiveEngine:
 
     def _note(self, planned: Planned) -> None:
         """Keep account of a block, and tell who wants to know."""
-        self._count_underruns()
         made = planned.made
+        if not made.is_cut:  # what was heard while it was made
+            self._settle(made.queued_s + made.n_samples / self._rate)
+        self._count_underruns()
         applied = [self._applied(change, made) for change in planned.changes]
+        if planned.is_late and not self._said_late:
+            self._said_late = True
+            self._trouble("late", f"{LATE} A longer queue, fewer steps or another processor helps.")
         self.ledger.note(made, applied)
         self._learn(made)
         for event in (made, *applied):

@@ -49,7 +49,7 @@ def limit(wave: Wave, gain_db: float, sample_rate: int) -> tuple[Wave, float]:
     not matter. Returns the wave within −1…1, and G at its last sample.
     """
     peaks = wave.abs().amax(dim=(0, 1)).double()
-    if gain_db == 0 and float(peaks.max()) <= 1:
+    if not len(peaks) or (gain_db == 0 and float(peaks.max()) <= 1):
         return wave, gain_db
     rise = torch.arange(1, len(peaks) + 1, dtype=torch.float64) * RELEASE_DB_PER_S / sample_rate
     lowest = (-20 * peaks.clamp(min=1).log10() - rise).cummin(dim=0).values

@@ -24,6 +24,7 @@ class Planned:
     made: Made
     asked: Controls  # what it was to be made with, before the pace had its say
     changes: list[Change]  # which it is the first to carry
+    is_late: bool = False  # these were to be heard at once, and there was no time for a cut
 
 
 class Planner:

@@ -112,7 +112,7 @@ def header_of(streamer: Streamer, source: str, start: str = "") -> TakeHeader:
 
 
 class TakeWriter:
-    """Writes a take; every line is on disk before the next block is made.
+    """Writes a take; what has been heard is on disk a moment later.
 
     Raises:
         LmdError: the file exists, or it cannot be written; so every method, on a full disk.

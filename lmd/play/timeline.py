@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lmd.errors import LmdError
-from lmd.play.guard import Guarded, PlayedBlock, guarded_step
+from lmd.play.guard import Guarded, PlayedBlock, guarded_step, limit
 from lmd.play.play_queue import FADE_S, crossfaded
 from lmd.stream.controls import Controls
 from lmd.stream.streamer import Streamer
@@ -62,7 +62,8 @@ class Timeline:
         self._unsettled: list[Plan] = []  # of which nothing is final
         self._samples = np.zeros((streamer.codec.channels, 0), dtype=np.float32)
         self.n_settled = 0  # samples that are final
-        self._n_fade = round(FADE_S * streamer.codec.sample_rate)
+        self._rate = streamer.codec.sample_rate
+        self._n_fade = round(FADE_S * self._rate)
 
     @property
     def n_samples(self) -> int:
@@ -97,11 +98,14 @@ class Timeline:
         number, frame = self._origin(sample)
         origin = self._plans[number]
         state = self.streamer.rewind(origin.before.state, origin.played.block, frame)
-        before = replace(origin.before, state=state)
-        played, after = guarded_step(self.streamer, before, controls, None, self._limited)
-        plan = Plan(
-            before, played, controls, origin.first_sample, sample, frame, torch.get_num_threads()
+        n_again = state.n_samples - origin.before.state.n_samples  # samples of it that stay
+        _, gain_db = limit(
+            origin.played.block.wave[..., :n_again], origin.before.gain_db, self._rate
         )
+        before = replace(origin.before, state=state, n_faults=0, gain_db=gain_db)
+        played, after = guarded_step(self.streamer, before, controls, None, self._limited)
+        first = origin.first_sample + n_again
+        plan = Plan(before, played, controls, first, sample, frame, torch.get_num_threads())
         if played.fault is None:
             thrown, self._after = self.thrown_away_at(sample), after
             del self._plans[number + (frame > origin.first_frame) :]

@@ -169,11 +169,13 @@ class Streamer:
         )
         return block, following
 
+    @torch.no_grad()
     def rewind(self, state: StreamState, block: Block, frame: int) -> StreamState:
         """The state after the first frames of a block, as if the block had been no longer.
 
-        Nothing is computed here. The next block's wave begins where this one's did; it is the same
-        up to `frame`, less the codec's look-ahead. The context's keys are made anew.
+        They are decoded once more, so that the phases of a held tone go on; the next block's wave
+        begins `lookahead_frames` before `frame`, as after any block. The context's keys are made
+        anew.
 
         Args:
             state: what the block was made from.
@@ -193,14 +195,15 @@ class Streamer:
             return state
         kept = block.latents[..., :n]
         context = drop_context(state.context, block.controls.drop_context_frames)
+        wave, decode = decode_block(self.codec, state.decode, kept, block.controls.boundary)
         return StreamState(
             context=torch.cat([context, kept], dim=-1)[..., n:],
             index=state.index + 1,
             n_frames=frame,
-            n_samples=state.n_samples,
+            n_samples=state.n_samples + wave.shape[-1],
             memory=None if state.memory is None else replace(state.memory, context=None),
             memory_key=state.memory_key,
-            decode=state.decode.waiting_for(kept.to(self._codec_device())),
+            decode=decode,
         )
 
     def stream(
