@@ -27,6 +27,7 @@ HEADROOM = 0.7  # of a block's length that `auto` lets its making take, of time 
 ANSWERS = ("at once", "next block")
 NEXT_BLOCK = {"block_frames", "regime", "boundary"}  # controls that no cut is made for
 ANSWER_FRAMES = 12  # of a block that answers a change, beyond the codec's look-ahead
+LEAST_REST_S = 0.12  # twice this, or twice what a block costs, is left in the queue meanwhile
 REST_S = 1.0  # after a change: so long no more is planned than has to be
 MEDIANS = ("rtf", "dit_ms", "decode_ms")
 STARVED = 20  # times what such a block usually costs: something else has taken the cores
@@ -266,7 +267,7 @@ class Pacer:
         least_s = max(SAFETY_S, JITTER * cost_s)
         left_s = max(self.depth_s(controls) - block_s, least_s)
         due_s = queued_s - (left_s + cost_s)
-        return max(due_s, min(resting_s, queued_s - (least_s + cost_s)))
+        return max(due_s, min(resting_s, queued_s - 2 * max(cost_s, LEAST_REST_S)))
 
     def answering(self, controls: Controls, streamer: Streamer) -> Controls:
         """The controls for a block that answers a change: shorter, to be made soon.

@@ -116,7 +116,7 @@ class Planner:
         wait_s = self._cut_after_s - self.sink.clock.now()
         if options.answer == "at once" and self.control_queue.waiting() - NEXT_BLOCK:
             return wait_s
-        if options.commit_frames:
+        if options.commit_frames and not self.is_complete:
             end = self._known_at + options.commit_frames * self.streamer.codec.samples_per_frame
             left_s = (end - self.heard(queued_s)) / self.rate - self._lead_s()
             return max(wait_s, left_s)
