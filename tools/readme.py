@@ -213,7 +213,7 @@ CHANGES = (
     "slider to sound, {n_changes} changes answered {answer}, blocks of {block_frames} frames, "
     "commit {commit_frames}",
     "p50 {slider_to_sound_ms[p50]:.0f} ms, p95 {slider_to_sound_ms[p95]:.0f} ms; {n_cuts} cuts, "
-    "median {planning_ms[p50]:.0f} ms; underruns: {underruns}",
+    "{underruns} underruns",
 )
 LIVE = {
     "paced": (
