@@ -136,8 +136,9 @@ class Planner:
         if queued_s > 0:
             sample = max(sample, self.heard(queued_s) + round(self._lead_s() * self.rate))
         self._known_at = min(sample, timeline.n_samples)
-        if timeline.n_samples - sample < FADE_S * self.rate:
-            return self._append()
+        if timeline.n_samples - sample < FADE_S * self.rate:  # planned too short for a cut
+            planned = self._append()
+            return replace(planned, is_late=queued_s > 0 and bool(planned.changes))
         asked, changes = self.control_queue.take()
         waiting = [asked, *(plan.controls for plan in timeline.thrown_away_at(sample))]
         drop = max(controls.drop_context_frames for controls in waiting)  # it was not heard yet
