@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 import traitlets
 from comm import get_comm_manager
 from fake_streamer import SAMPLE_RATE, FakeStreamer
@@ -25,11 +26,12 @@ from ipywidgets.widgets.widget import _instances
 from lmd.config import preset
 from lmd.errors import LmdError
 from lmd.play.play_queue import PlayQueue
-from lmd.play.player import HERE, SCRIPTS, LivePlayer
-from lmd.play.player_traits import CONTROL_NAMES
+from lmd.play.player import LivePlayer
+from lmd.play.player_traits import CONTROL_NAMES, HERE, SCRIPTS
 from lmd.play.takes import read_take
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
+from lmd.stream.state import StreamState
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 NODE = shutil.which("node")
@@ -260,6 +262,37 @@ def test_commands_pause_resume_drop_context_roll_restart_stop(front: Front) -> N
     assert player.state == "stopped"
     forgotten = [c.drop_context_frames for c in read_take(first_take).controls()]
     assert forgotten.count(96) == 1
+
+
+def test_how_soon_a_change_is_heard_may_change_while_music_plays(front: Front) -> None:
+    front.say(kind="command", command="play")
+    front.wait_kind("run")
+    assert front.player.engine is not None
+    for name, value in (("answer", "next block"), ("commit_frames", 12), ("queue_blocks", 3)):
+        front.say(kind="set", name=name, value=value)
+    options = front.player.engine._planner.pacer.options
+    assert (options.answer, options.commit_frames) == ("next block", 12)
+    front.say(kind="set", name="hold", value=True)
+    assert front.sent[-1]["kind"] == "hold"
+    assert front.sent[-1]["on"] is True
+    front.player.stop()
+
+
+def test_the_player_goes_on_from_given_sound(front: Front, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "given.wav", np.zeros(4000, np.float32), SAMPLE_RATE)
+    begun, front.player._streamer.window_s = [], 12.0
+    front.player._streamer.start = lambda **given: (
+        begun.append(given) or StreamState(torch.zeros(1, 2, 4))
+    )
+    front.player.continue_from(tmp_path / "given.wav")
+    sound = np.linspace(-1, 1, 800, dtype="<f4")
+    front.player._on_message(None, {"kind": "context", "view": "page"}, [sound.tobytes()])
+    assert front.wait_kind("open")["epoch"] == 1
+    assert begun[0]["context"].shape == (1, 4000)
+    assert np.array_equal(begun[1]["context"], sound[None])
+    with pytest.raises(LmdError, match="sound that can be read"):
+        front.player.continue_from(Path(__file__))
+    front.player.stop()
 
 
 def test_another_page_takes_over_and_the_first_falls_silent(front: Front) -> None:

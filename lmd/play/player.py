@@ -42,8 +42,6 @@ from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
 from lmd.stream.state import StreamState
 
-HERE = Path(__file__).parent
-SCRIPTS = ("player_audio.js", "player_view.js", "player.js")
 SINKS = ("browser", "null", "soundcard")
 METERS_EVERY_S = 0.5
 
@@ -63,8 +61,6 @@ class LivePlayer(PlayerTraits):
 
     engine: LiveEngine | None = None  # also of one whose beginning was refused
     _sounding: "ClassVar[LivePlayer | None]" = None  # the one that has the sound card
-    _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = (HERE / "player.css").read_text(encoding="utf-8")
 
     def __init__(
         self,
@@ -89,6 +85,7 @@ class LivePlayer(PlayerTraits):
         self._begin_from: StreamState | None = None
         self._playing: dict[str, Any] = {}  # the prompt's traits as they are heard
         codec = self._streamer.codec
+        self.frame_s = codec.samples_per_frame / codec.sample_rate
         super().__init__(
             fields=fields_for(self._streamer.window),
             prompt_choices=list(prompts),
@@ -100,16 +97,8 @@ class LivePlayer(PlayerTraits):
         )
         self.on_msg(self._on_message)
         self.observe(self._on_control, names=[*CONTROL_NAMES])
-        pacing = [
-            "queue_blocks",
-            "auto_steps",
-            "roll_seed",
-            "block_frames",
-            "answer",
-            "commit_frames",
-        ]
         self.observe(self._on_hold, names="hold")
-        self.observe(self._on_pacing, names=pacing)
+        self.observe(self._on_pacing, names=[*PACING_NAMES, "queue_blocks", "block_frames"])
 
     def ask(self, name: str, value: Any, request: int = 0) -> bool:
         """Set a control as the panel does; whether it was accepted, or refused with `message`."""
@@ -280,13 +269,7 @@ class LivePlayer(PlayerTraits):
 
     def _on_pacing(self, _change: Any) -> None:
         if (engine := self._alive()) is not None:
-            engine.configure(**self._pacing())
-
-    def _pacing(self) -> dict[str, Any]:
-        codec = self._streamer.codec
-        block_s = self.block_frames * codec.samples_per_frame / codec.sample_rate
-        queue_s = self.queue_blocks * block_s
-        return {"queue_s": queue_s} | {name: getattr(self, name) for name in PACING_NAMES}
+            engine.configure(**self.pacing())
 
     def _alive(self) -> LiveEngine | None:
         """The engine, if it has not ended."""
@@ -297,7 +280,7 @@ class LivePlayer(PlayerTraits):
             if LivePlayer._sounding not in (None, self):
                 LivePlayer._sounding.stop()
             LivePlayer._sounding = self
-        options = EngineOptions(limit_s=limit_s, **self._pacing())
+        options = EngineOptions(limit_s=limit_s, **self.pacing())
         sink, controls = self._make_sink(skip_waits=limit_s < math.inf), self.controls()
         check_live(controls, self._streamer.window)
         self.take_folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What the player and its page both know: its fields, and every value that travels between them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -12,6 +13,8 @@ from lmd.play.pace import ANSWERS
 from lmd.stream.controls import BOUNDARIES, Controls, Prompt
 from lmd.stream.samplers import SAMPLERS
 
+HERE = Path(__file__).parent
+SCRIPTS = ("player_audio.js", "player_view.js", "player.js")
 PROMPT_NAMES = ("prompt_a", "prompt_b", "mix")
 OTHER_NAMES = ("cfg_scale", "n_steps", "sampler", "regime", "block_frames", "seed", "boundary")
 CONTROL_NAMES = PROMPT_NAMES + OTHER_NAMES
@@ -89,6 +92,10 @@ def trait_values(controls: Controls, prompts: Sequence[str]) -> dict[str, Any]:
 class PlayerTraits(anywidget.AnyWidget):
     """The player's traits, and the controls that they add up to."""
 
+    _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    _css = (HERE / "player.css").read_text(encoding="utf-8")
+    frame_s = 0.0  # how long a latent frame lasts
+
     # what the page needs to know once
     fields = traitlets.List().tag(sync=True)
     prompt_choices = traitlets.List().tag(sync=True)
@@ -137,3 +144,8 @@ class PlayerTraits(anywidget.AnyWidget):
         values = {name: getattr(self, name) for name in CONTROL_NAMES} | changes
         prompt = mixed(*(values.pop(name) for name in PROMPT_NAMES))
         return Controls(prompt=prompt, **values)
+
+    def pacing(self) -> dict[str, Any]:
+        """The traits that are `EngineOptions`."""
+        queue_s = self.queue_blocks * self.block_frames * self.frame_s
+        return {"queue_s": queue_s} | {name: getattr(self, name) for name in PACING_NAMES}
