@@ -335,11 +335,10 @@ def test_links_of_the_pages_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{link} in {page.name}"
 
 
-def test_block_lengths_that_the_readme_names_are_those_of_the_presets() -> None:
+def test_the_block_length_that_the_readme_names_is_that_of_the_preset() -> None:
     preset = PRESETS["small"]
-    lengths = [n for n in preset.window.block_lengths() if 12 <= n <= 48]
-    shortest, longest = (n / preset.frame_rate_hz for n in (min(lengths), max(lengths)))
-    assert f"blocks of {shortest:.2f} s to {longest:.1f} s" in README
+    block_s = preset.window.block_frames / preset.frame_rate_hz
+    assert f"blocks of {block_s:.1f} s, cut at any frame" in README
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -262,11 +262,11 @@ def test_a_machine_that_cannot_cut_in_time_says_so_and_plays_on() -> None:
 
     cost = lambda index, controls: 2.3  # noqa: E731  a block lasts 2.4 s
     options = EngineOptions(queue_s=BLOCK_S, limit_s=90)
-    engine, _, events = play(cost, options, before=before)
-    late = [e.message for e in events if isinstance(e, Trouble) and e.kind == "late"]
-    assert len(late) == 1
-    assert "heard from the next block on" in late[0]
+    engine, _, _ = play(cost, options, before=before)
+    assert "Changes wait for the next block" in engine.meters().advice[0]
     assert len(engine.ledger.applied) == 10
+    quick, _, _ = play(lambda index, controls: 0.02, options, before=before)
+    assert quick.meters().advice == ()
 
 
 @pytest.mark.parametrize("commit", [6, 24])

@@ -39,7 +39,7 @@ from lmd.stream.state import StreamState
 from lmd.stream.streamer import Streamer
 
 BAR_EVERY_S = 0.5
-LATE = "Changes are heard from the next block on: planning a cut takes longer than what is queued."
+LATE = "Changes wait for the next block: planning a cut takes longer than what is queued lasts."
 NAP_S = 0.25  # the longest wait before looking again whether something has changed
 
 Event = Made | AppliedChange | Trouble | Meters
@@ -85,7 +85,7 @@ class LiveEngine:
         self._rate = streamer.codec.sample_rate
         options = options or EngineOptions()
         self._planner = Planner(streamer, sink, self.control_queue, options, self.ledger)
-        self._seen_underruns, self._said_late = 0, False
+        self._seen_underruns, self._is_late = 0, False
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
         self.failure: BaseException | None = None  # what ended the stream, if something did
@@ -182,7 +182,7 @@ class LiveEngine:
         """Where the stream is and how it keeps up."""
         is_open = self._state not in ("new", "stopped", "failed") and self._planner.n_blocks > 0
         queued_s = self.sink.queued_s() if is_open else 0.0
-        return self.ledger.meters(
+        meters = self.ledger.meters(
             self.sink.report() if self._planner.n_blocks else SinkReport(),
             self._rate,
             state="waiting" if queued_s == math.inf else self._state,
@@ -192,6 +192,7 @@ class LiveEngine:
             target_s=self._planner.pacer.depth_s(self.control_queue.asked()),
             error=self._error,
         )
+        return replace(meters, advice=(LATE, *meters.advice)) if self._is_late else meters
 
     def run(self) -> None:
         """Play until stopped or until `limit_s`; `start` calls this on a thread."""
@@ -258,9 +259,8 @@ class LiveEngine:
             self._settle(made.queued_s + made.n_samples / self._rate)
         self._count_underruns()
         applied = [self._applied(change, made) for change in planned.changes]
-        if planned.is_late and not self._said_late:
-            self._said_late = True
-            self._trouble("late", f"{LATE} A longer queue, fewer steps or another processor helps.")
+        if planned.changes:
+            self._is_late = planned.is_late
         self.ledger.note(made, applied)
         self._learn(made)
         for event in (made, *applied):

@@ -120,7 +120,7 @@ class AppliedChange:
 class Trouble:
     """Something went wrong and was survived."""
 
-    kind: str  # fault, underrun, threads, late, refused (a text), recording or take (it ended)
+    kind: str  # fault, underrun, threads, refused (a text), recording or take (it ended)
     message: str  # for a person
 
 
