@@ -233,31 +233,31 @@ def test_pressing_play_gives_sound_without_underruns_for_a_minute(page: Any) -> 
 
 
 def test_the_mix_slider_moves_the_kernel_and_the_block_it_was_promised_for(
-    page: Any, lab: Lab
+    page: Any, lab: Lab, record_property: Any
 ) -> None:
     set_range(page, "mix", 0.5)
-    wait_until(lambda: "appliedBlock" in shown(page), 30)
-    block, sample = (int(shown(page)[k]) for k in ("appliedBlock", "appliedSample"))
-    wait_until(lambda: int(shown(page)["heard"]) > sample, 30)
+    wait_until(lambda: "appliedSample" in shown(page), 30)
+    sample = int(shown(page)["appliedSample"])
+    wait_until(lambda: int(shown(page)["heard"]) > sample + 22_050, 30)
     wait_until(lambda: shown(page)["latencyP50"] != "", 10)
-    assert float(shown(page)["latencyP50"]) < 10_000
+    record_property("slider to sound in a browser, ms", float(shown(page)["latencyP50"]))
+    assert float(shown(page)["latencyP50"]) < 1500  # a busy machine; a block alone lasts 2200
     first(page, "button:has-text('Stop')").click()
     wait_until(lambda: shown(page)["state"] == "stopped", 30)
     takes = (lab.folder / "outputs" / "takes").glob("*.jsonl")
     take = read_take(max(takes, key=lambda path: path.stat().st_mtime))
+    (block,) = (number for number, cut in take.cuts.items() if cut == sample)
     assert take.changes[block].prompt[0][1] == 0.5
-    # An exact seam hands the last frames of the block before out with this one.
-    streamer = open_instrument(take.header.source).streamer
-    start, hop = take.starts[block], streamer.codec.samples_per_frame
-    assert sample == start + streamer.codec.lookahead_frames * hop
     # In the samples: identical to the stream without the change up to there, different from there.
-    played = np.concatenate([p.wave[0, 0].numpy() for p in play_again(take, streamer)])
-    blocks = streamer.stream(take.changes[0], n_blocks=block + 1)
+    streamer = open_instrument(take.header.source).streamer
+    hop = streamer.codec.samples_per_frame
+    played = np.concatenate([one[0] for one in play_again(take, streamer)])
+    blocks = streamer.stream(take.changes[0], n_blocks=sample // (48 * hop) + 3)
     unchanged = np.concatenate([b.wave[0, 0].numpy() for b in blocks])
-    n = unchanged.size
-    assert np.array_equal(played[:start], unchanged[:start])
-    differing = np.flatnonzero(played[:n] != unchanged)
-    assert differing[0] - sample < 2 * hop
+    assert np.array_equal(played[:sample], unchanged[:sample])
+    n = min(played.size, unchanged.size)
+    differing = np.flatnonzero(played[:n] != unchanged[:n])
+    assert 0 <= differing[0] - sample < 2 * hop
 
 
 def test_the_kernel_moves_the_slider_and_a_wrong_value_is_refused_in_the_panel(
