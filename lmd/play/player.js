@@ -296,7 +296,7 @@ class Player {
     readings.queue.textContent = `${round(queued, 1)} s`;
     this.gauge.value = Math.min(1, queued / (meters.target_s || 1));
     readings.rtf.textContent = `${round(meters.rtf, 2)}×`;
-    readings.latency.textContent = p50 == null ? "–" : `${round(p50 / 1000, 2)} s (95 %: ${round(p95 / 1000, 2)} s)`;
+    readings.latency.textContent = p50 == null ? "–" : `${round(p50 / 1000, 2)} / ${round(p95 / 1000, 2)} s`;
     readings.underruns.textContent = String(this.audio ? this.audio.report.underruns : meters.underruns ?? 0);
     readings.work.textContent = `${round(meters.dit_ms)} + ${round(meters.decode_ms)} ms`;
     const here = this.model.get("sink") === "browser";
