@@ -20,7 +20,7 @@ from lmd.model.dit import Condition
 from lmd.model.text import HashTextEncoder
 from lmd.play.guard import Guarded
 from lmd.play.play_queue import FADE_S, crossfaded
-from lmd.play.takes import SampleHash, begin_take, play_again, read_take
+from lmd.play.takes import SampleHash, TakeWriter, header_of, play_again, read_take
 from lmd.play.timeline import Timeline
 from lmd.pretrained import SHIPPED
 from lmd.rng import normal
@@ -191,7 +191,7 @@ def test_a_cut_whose_block_has_a_fault_leaves_the_plan_as_it_was() -> None:
 @pytest.mark.parametrize("boundary", ["exact", "fade"])
 def test_a_take_with_cuts_replays_to_the_same_samples(tmp_path: Path, boundary: str) -> None:
     made, rng = streamer(), random.Random(4)
-    timeline, writer = timeline_of(made), begin_take(tmp_path / "t.jsonl", made, "here")
+    timeline, writer = timeline_of(made), TakeWriter(tmp_path / "t.jsonl", header_of(made, "here"))
     hop, n_cuts = made.codec.samples_per_frame, 0
     for step in range(60):
         drawn = {"block_frames": rng.choice([6, 12]), "seed": rng.randrange(3)}

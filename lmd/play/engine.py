@@ -68,7 +68,7 @@ class LiveEngine:
         take: TakeWriter | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self.streamer, self.sink, self._start = streamer, sink, start
+        self.streamer, self.sink = streamer, sink
         self.take, self.on_event = take, on_event or (lambda event: None)
         self.control_queue = ControlQueue(
             controls or Controls(),
@@ -84,7 +84,7 @@ class LiveEngine:
         self._files = threading.Lock()  # a recording is begun and ended by any thread
         self._rate = streamer.codec.sample_rate
         options = options or EngineOptions()
-        self._planner = Planner(streamer, sink, self.control_queue, options, self.ledger)
+        self._planner = Planner(streamer, sink, self.control_queue, options, self.ledger, start)
         self._seen_underruns, self._is_late = 0, False
         self._primed, self._held, self._state, self._error = False, False, "new", ""
         self._runs_since_s = math.inf  # the sink's clock at the start, or after the last pause
@@ -200,7 +200,7 @@ class LiveEngine:
         try:
             self.sink.open(self._rate, self.streamer.codec.channels)
             self._set_state("priming")
-            self._planner.begin(self._start)
+            self._planner.begin()
             with as_many_threads(torch.get_num_threads()):  # `_learn` may take fewer meanwhile
                 self._loop()
             self._settle(self.sink.queued_s())

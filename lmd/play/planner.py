@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from lmd.errors import LmdError
 from lmd.play.control_queue import Change, ControlQueue
 from lmd.play.guard import Guarded
@@ -35,6 +37,7 @@ class Planner:
         control_queue: what is asked for.
         options: how far ahead, and how soon a change is heard.
         ledger: what blocks have cost.
+        start: where the stream begins; None: silence.
     """
 
     def __init__(
@@ -44,21 +47,20 @@ class Planner:
         control_queue: ControlQueue,
         options: EngineOptions,
         ledger: Ledger,
+        start: StreamState | None = None,
     ) -> None:
         self.streamer, self.sink, self.control_queue = streamer, sink, control_queue
         self.ledger, self.rate = ledger, streamer.codec.sample_rate
         self.pacer = Pacer(options, ledger, streamer.codec.samples_per_frame / self.rate)
-        self.timeline = Timeline(streamer, Guarded(streamer.start()))
+        self.timeline = Timeline(streamer, Guarded(streamer.start() if start is None else start))
         self.n_blocks = 0
         self._known_at = 0  # the sample from which the plan knows what was asked last
         self._later: list[tuple[int, dict[str, Any]]] = []  # changes by the sample they are for
         self._cut_after_s = self._rest_until_s = -math.inf  # by the sink's clock
 
-    def begin(self, start: StreamState | None) -> None:
-        """Get ready: texts are encoded, and the stream begins from that state (None: silence)."""
+    def begin(self) -> None:
+        """Encode the texts that will be played, before the music starts."""
         self.control_queue.encode_first([changes for _, changes in self._later])
-        if start is not None:
-            self.timeline = Timeline(self.streamer, Guarded(start))
 
     def change_at(self, second: float, changes: dict[str, Any]) -> None:
         """Ask for other controls from that second of the stream on (`LmdError`: impossible)."""
@@ -68,7 +70,7 @@ class Planner:
         self._later.append((round(second * self.rate), changes))
         self._later.sort(key=lambda later: later[0])
 
-    def settle(self, queued_s: float) -> tuple[list[Plan], Any]:
+    def settle(self, queued_s: float) -> tuple[list[Plan], np.ndarray]:
         """What has been heard since the last time (see `Timeline.settle`)."""
         end = 0 if math.isinf(queued_s) else self.heard(queued_s)
         end = min(end, self.pacer.options.limit_s * self.rate)

@@ -11,6 +11,9 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from lmd.codec.base import equal_power_fade
 
 FADE_S = 0.02  # how long a sink takes to fade out before an underrun and in after it
 
@@ -67,8 +70,8 @@ def crossfaded(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     old, start = old[:, :n].astype(np.float64), new[:, :n].astype(np.float64)
     power = math.sqrt((old**2).sum() * (start**2).sum())
     r = max(0.0, float((old * start).sum()) / power) if power > 0 else 0.0
-    angle = (np.arange(n) + 0.5) / n * (math.pi / 2)
-    gain_in, gain_out = np.sin(angle), np.cos(angle)
+    gains = equal_power_fade(n, torch.zeros(0, dtype=torch.float64))
+    gain_in, gain_out = (gain.numpy() for gain in gains)
     mixed = (start * gain_in + old * gain_out) / np.sqrt(1 + 2 * r * gain_in * gain_out)
     return np.concatenate([mixed.astype(np.float32), new[:, n:]], axis=-1)
 

@@ -37,7 +37,7 @@ from lmd.play.player_traits import (
     trait_values,
 )
 from lmd.play.sinks import BrowserSink, NullSink, Sink, SoundCardSink
-from lmd.play.takes import begin_take
+from lmd.play.takes import TakeHeader, begin_take, header_of
 from lmd.pretrained import Instrument
 from lmd.stream.controls import Controls
 from lmd.stream.state import StreamState
@@ -82,6 +82,7 @@ class LivePlayer(PlayerTraits):
         self._lock, self._asking_id = threading.Lock(), 0
         # what was asked, by number: the page's ids, a word for the picture, the prompt's traits
         self._asked: dict[int, tuple[list[int], str, dict[str, Any] | None]] = {}
+        self._header: TakeHeader | None = None  # hashing the weights takes a moment
         self._begin_from: StreamState | None = None
         self._playing: dict[str, Any] = {}  # the prompt's traits as they are heard
         codec = self._streamer.codec
@@ -286,7 +287,8 @@ class LivePlayer(PlayerTraits):
         self.take_folder.mkdir(parents=True, exist_ok=True)
         name = f"take-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
         begin = self._begin_from
-        take = begin_take(self.take_folder / name, self._streamer, self._source, begin)
+        self._header = self._header or header_of(self._streamer, self._source)
+        take = begin_take(self.take_folder / name, self._header, self._streamer, begin)
         engine = LiveEngine(self._streamer, sink, controls, options, start=begin, take=take)
         engine.on_event = self._on_event
         self.engine, self.take_path, self.message = engine, str(take.path), ""

@@ -18,7 +18,7 @@ from lmd.play.audio_file import check_audio_path, read_audio
 from lmd.play.engine import EngineOptions, Event, LiveEngine, wait_with_bar
 from lmd.play.pace import Trouble, percentile
 from lmd.play.sinks import NullSink, Sink, SoundCardSink
-from lmd.play.takes import begin_take
+from lmd.play.takes import begin_take, header_of
 from lmd.pretrained import Instrument, open_instrument
 from lmd.stream.samplers import SamplerName
 
@@ -138,7 +138,9 @@ def _engine(options: Options, instrument: Instrument) -> LiveEngine:
     for second, prompt in options.prompt_at:
         engine.change_at(second, prompt=prompt)
     if options.take is not None:  # first: it replaces nothing
-        engine.take = begin_take(options.take, streamer, instrument.source, start)
+        engine.take = begin_take(
+            options.take, header_of(streamer, instrument.source), streamer, start
+        )
     try:
         if options.output is not None:
             engine.record(options.output, limit_s=options.seconds)

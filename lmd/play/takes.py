@@ -95,8 +95,8 @@ class SampleHash:
         self._hash.update(np.ascontiguousarray(samples.T.astype("<f4", copy=False)).tobytes())
 
 
-def header_of(streamer: Streamer, source: str, start: str = "") -> TakeHeader:
-    """The first line of a take played by that streamer, from a state that lies beside it."""
+def header_of(streamer: Streamer, source: str) -> TakeHeader:
+    """The first line of a take played by that streamer; hashing its weights takes a moment."""
     return TakeHeader(
         model_sha256=fingerprint(streamer.denoiser),
         codec_sha256=fingerprint(streamer.codec),
@@ -107,7 +107,6 @@ def header_of(streamer: Streamer, source: str, start: str = "") -> TakeHeader:
         n_threads=torch.get_num_threads(),
         torch_version=str(torch.__version__),
         limited=True,
-        start=start,
     )
 
 
@@ -190,9 +189,9 @@ class TakeWriter:
 
 
 def begin_take(
-    path: Path, streamer: Streamer, source: str, start: StreamState | None = None
+    path: Path, header: TakeHeader, streamer: Streamer, start: StreamState | None = None
 ) -> TakeWriter:
-    """A new take; the state that the stream begins from is saved beside it.
+    """A new take; the state that the stream begins from, if not silence, is saved beside it.
 
     Raises:
         LmdError: see `TakeWriter` and `Streamer.save_state`.
@@ -201,7 +200,7 @@ def begin_take(
     name = "" if start is None else beside.name
     if name and beside.exists():
         raise LmdError(f"{beside} exists", "a new file for the take's beginning", "Rename it.")
-    writer = TakeWriter(path, header_of(streamer, source, name))
+    writer = TakeWriter(path, dataclasses.replace(header, start=name))
     if start is not None:
         streamer.save_state(start, beside)
     return writer
@@ -237,11 +236,8 @@ def read_take(path: str | Path) -> Take:
             ) from error
     if 0 not in take.changes:
         raise LmdError(f"{path} without controls for block 0", "a take that played", "Play anew.")
-    known = (
-        max([*take.changes, *take.cuts, *take.faults, *(block - 1 for block, _ in take.underruns)])
-        + 1
-    )
-    take.n_blocks = max(take.n_blocks, known)
+    noted = [*take.changes, *take.cuts, *take.faults, *(block - 1 for block, _ in take.underruns)]
+    take.n_blocks = max(take.n_blocks, max(noted) + 1)
     return take
 
 
@@ -325,6 +321,9 @@ def _blocks_again(take: Take, streamer: Streamer) -> Iterator[np.ndarray]:
         start = streamer.load_state(take.path.parent / Path(take.header.start).name)
     timeline = Timeline(streamer, Guarded(start), take.header.limited)
     end = take.n_samples if take.sha256 is not None else math.inf
+    finals = [end] * take.n_blocks  # up to where a block is final: no later cut goes before it
+    for number in reversed(range(take.n_blocks - 1)):
+        finals[number] = min(finals[number + 1], take.cuts.get(number + 1, math.inf))
     with as_many_threads(torch.get_num_threads()):
         for number, controls in enumerate(take.controls()):
             if number in take.threads:
@@ -337,5 +336,4 @@ def _blocks_again(take: Take, streamer: Streamer) -> Iterator[np.ndarray]:
                     raise LmdError(found, error.expected, error.todo) from error
             else:
                 timeline.append(controls, take.faults.get(number))
-            to_come = (sample for block, sample in take.cuts.items() if block > number)
-            yield timeline.settle(round(min(timeline.n_samples, end, *to_come)))[1]
+            yield timeline.settle(round(min(timeline.n_samples, finals[number])))[1]
